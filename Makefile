@@ -1,0 +1,38 @@
+# Needs Python 3.10 or newer and make. Everything goes into $(VENV); nothing else is touched.
+PYTHON ?= python3
+VENV ?= .venv
+# A file of versions for pip to keep to, such as constraints.txt; empty: the newest that fit.
+CONSTRAINTS ?=
+
+BIN := $(VENV)/bin
+# Installs again only when what is to be installed has changed, or the checkout has moved.
+STAMP := $(VENV)/installed-$(shell (pwd; cat pyproject.toml $(CONSTRAINTS)) | cksum | cut -d' ' -f1)
+
+.PHONY: demo test check docs install clean
+
+demo: install  ## distil, score, export and use a student of bundled images; a few minutes
+	@$(BIN)/python -m benchmarks.demo
+
+test: install  ## every test
+	$(BIN)/python -m pytest
+
+check: install  ## style, types, layers, generated pages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
+
+docs: install  ## write the generated pages again
+	$(BIN)/python docs/generate.py
+
+install: $(STAMP)
+
+$(STAMP):
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[dev]'
+	rm -f $(VENV)/installed-*
+	touch $@
+
+clean:  ## remove the environment and what runs left
+	rm -rf $(VENV) runs

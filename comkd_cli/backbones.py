@@ -1,0 +1,236 @@
+"""CLIP models and image towers from open_clip: the only place that knows it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.factory import load_state_dict
+from open_clip.tokenizer import HFTokenizer
+from torch import Tensor, nn
+
+from comkd_cli.errors import ModelError
+from comkd_cli.files import sha256_of_file
+from comkd_cli.predictor import RESAMPLING, Preprocessing
+from comkd_cli.recipe.model import Model
+
+SCHEMES = ("hf-hub:", "local-dir:")  # of open_clip names that bring their own weights
+# A student has no text tower, but open_clip's CLIP wants one: the least that it accepts.
+LEAST_TEXT_TOWER = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which weights a model started from, to name and to recognise them again."""
+
+    architecture: str
+    weights: str | None
+    """The tag or file as the recipe gives it."""
+    weights_sha256: str | None
+    """Of a local file; None for a tag or random weights."""
+    activation: str
+    """`quick_gelu` or `gelu`: weights trained with one lose accuracy silently under the other."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Both towers of a CLIP, with what turns pictures and words into their inputs."""
+
+    model: nn.Module
+    """An open_clip model: encode_image, encode_text, logit_scale, visual."""
+    tokenize: Callable[[Sequence[str]], Tensor]
+    """From texts to token ids (texts, context)."""
+    preprocessing: Preprocessing
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class ImageTower:
+    """The image half of a CLIP."""
+
+    module: nn.Module
+    """From images (batch, 3, size, size) to features (batch, width), not normalised."""
+    width: int
+    preprocessing: Preprocessing
+    origin: Origin
+
+
+def build_clip(model: Model, seed: int = 0, load_weights: bool = True) -> Clip:
+    """Both towers, with the weights of the recipe, or random ones drawn from the seed. Raises ModelError."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        built = _from_config(model.config) if model.config is not None else _from_name(model, load_weights)
+    if model.config is not None and model.weights is not None and load_weights:
+        _load_file(built, _weights_file(model), _architecture(model))
+    return Clip(built.eval(), _tokenizer(model), _preprocessing(built.visual), _origin(model))
+
+
+def build_image_tower(model: Model, seed: int = 0, load_weights: bool = True) -> ImageTower:
+    """The image tower alone, with the weights of the recipe, or random ones drawn from the seed.
+
+    Raises ModelError.
+    """
+    if model.config is None or "text_cfg" in model.config:
+        clip = build_clip(model, seed, load_weights)
+        visual: nn.Module = clip.model.visual  # type: ignore[assignment]
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            visual = _from_config({**model.config, "text_cfg": LEAST_TEXT_TOWER}).visual
+        if model.weights is not None and load_weights:
+            _load_tower_file(visual, _weights_file(model), _architecture(model))
+    visual.eval()
+    preprocessing = _preprocessing(visual)
+    with torch.no_grad():
+        width = visual(torch.zeros(1, 3, preprocessing.size, preprocessing.size)).shape[-1]
+    return ImageTower(visual, width, preprocessing, _origin(model))
+
+
+def known_architectures() -> list[str]:
+    """The names that open_clip knows."""
+    names: list[str] = open_clip.list_models()
+    return names
+
+
+def _architecture(model: Model) -> str:
+    if model.arch is not None:
+        return model.arch
+    assert model.config is not None  # the recipe has one of the two
+    vision = model.config["vision_cfg"]
+    return str(vision.get("timm_model_name", "inline config")) if isinstance(vision, dict) else "inline config"
+
+
+def _from_name(model: Model, load_weights: bool) -> Any:
+    arch = str(model.arch)
+    if not arch.startswith(SCHEMES) and arch not in known_architectures():
+        close = difflib.get_close_matches(arch, known_architectures(), n=3)
+        hint = f"; did you mean {', '.join(close)}?" if close else "; see open_clip.list_models()"
+        raise ModelError(f"{arch}: open_clip has no such architecture{hint}")
+    _check_activation(model)
+    weights = model.weights
+    if weights is not None and not open_clip.get_pretrained_cfg(arch, weights):
+        weights = str(_weights_file(model))
+    try:
+        with _quiet():
+            return open_clip.create_model(
+                arch, pretrained=weights if load_weights else None, load_weights=load_weights, weights_only=True
+            )
+    except Exception as error:  # open_clip, torch, pickle and the Hub's client each raise their own
+        raise ModelError(f"{arch}: can't load {weights or 'its weights'}: {_first_line(error)}") from error
+
+
+def _check_activation(model: Model) -> None:
+    tag = open_clip.get_pretrained_cfg(model.arch, model.weights) if model.weights else None
+    if not tag:
+        return
+    trained_quick = bool(tag.get("quick_gelu", False))
+    if trained_quick != (_activation(model) == "quick_gelu"):
+        arch = str(model.arch)
+        better = f"{arch}-quickgelu" if trained_quick else arch.removesuffix("-quickgelu")
+        raise ModelError(
+            f"{arch}: the {model.weights} weights were trained with {'QuickGELU' if trained_quick else 'GELU'}, "
+            f"and lose accuracy silently in this architecture; use {better}"
+        )
+
+
+def _activation(model: Model) -> str:
+    config = model.config if model.config is not None else open_clip.get_model_config(model.arch)
+    return "quick_gelu" if config and config.get("quick_gelu", False) else "gelu"
+
+
+def _from_config(config: dict[str, Any]) -> Any:
+    """A model with random weights from an open_clip config, through open_clip's own factory."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "open_clip_config.json")
+        try:
+            file.write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+            with _quiet():
+                return open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
+        except Exception as error:  # open_clip checks a config by using it
+            raise ModelError(f"config: open_clip can't build this model: {_first_line(error)}") from error
+
+
+def _weights_file(model: Model) -> Path:
+    path = Path(str(model.weights)).expanduser()
+    if not path.is_file():
+        tags = open_clip.list_pretrained_tags_by_model(model.arch) if model.arch else []
+        known = f"the tags of {model.arch} are {', '.join(tags)}" if tags else "it has no tags"
+        raise ModelError(f"weights: {model.weights} is neither a file nor a tag that open_clip knows; {known}")
+    return path
+
+
+def _load_file(built: nn.Module, path: Path, architecture: str) -> None:
+    try:
+        open_clip.load_checkpoint(built, str(path), strict=True, weights_only=True)
+    except Exception as error:  # torch, pickle and safetensors each raise their own
+        raise ModelError(f"{path}: does not hold weights of {architecture}: {_first_line(error)}") from error
+
+
+def _load_tower_file(visual: nn.Module, path: Path, architecture: str) -> None:
+    """Weights of an image tower alone, from a file of the tower or of a whole CLIP around it."""
+    try:
+        state = load_state_dict(str(path), device="cpu", weights_only=True)
+        inside = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+        visual.load_state_dict(inside or state, strict=True)
+    except Exception as error:  # as in _load_file
+        raise ModelError(f"{path}: does not hold weights of {architecture}: {_first_line(error)}") from error
+
+
+def _tokenizer(model: Model) -> Callable[[Sequence[str]], Tensor]:
+    if model.arch is not None:
+        tokenizer: Callable[[Sequence[str]], Tensor] = open_clip.get_tokenizer(model.arch)
+        return tokenizer
+    assert model.config is not None
+    text = model.config["text_cfg"]
+    length = int(text.get("context_length", 77))
+    if text.get("hf_tokenizer_name"):
+        from_hub: Callable[[Sequence[str]], Tensor] = HFTokenizer(
+            text["hf_tokenizer_name"], context_length=length
+        )
+        return from_hub
+    simple: Callable[[Sequence[str]], Tensor] = open_clip.SimpleTokenizer(context_length=length)
+    return simple
+
+
+def _preprocessing(visual: Any) -> Preprocessing:
+    settings = visual.preprocess_cfg
+    size = settings["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    mode, interpolation = settings["resize_mode"], settings["interpolation"]
+    if height != width or mode not in ("shortest", "squash") or interpolation not in RESAMPLING:
+        raise ModelError(
+            f"pre-processing of {height} x {width} pixels, resize {mode}, {interpolation} is not supported; "
+            f"comkd resizes to squares by shortest or squash with {' or '.join(RESAMPLING)}"
+        )
+    return Preprocessing(width, tuple(settings["mean"]), tuple(settings["std"]), interpolation, mode)
+
+
+def _origin(model: Model) -> Origin:
+    path = Path(model.weights).expanduser() if model.weights else None
+    sha256 = sha256_of_file(path) if path is not None and path.is_file() else None
+    return Origin(_architecture(model), model.weights, sha256, _activation(model))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without open_clip's log: it warns of random weights, which are wanted here, on the root logger."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

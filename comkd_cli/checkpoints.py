@@ -1,0 +1,180 @@
+"""student.pt and teacher.pt: plain data, loadable with weights_only=True, checked when they are read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comkd_cli.backbones import Origin, build_image_tower
+from comkd_cli.errors import CheckpointError, ComkdError
+from comkd_cli.files import written_whole
+from comkd_cli.method.student import Student
+from comkd_cli.predictor import Preprocessing
+from comkd_cli.recipe import Recipe, parse_recipe
+
+STUDENT_FORMAT = "comkd-student/1"
+TEACHER_FORMAT = "comkd-teacher/1"
+
+
+@dataclass(frozen=True)
+class StudentRecord:
+    """What stands in student.pt beside the learned tensors."""
+
+    recipe: Recipe
+    recipe_name: str
+    source: str
+    """Name of the data the student learned from."""
+    class_names: tuple[str, ...]
+    template: str
+    preprocessing: Preprocessing
+    backbone: Origin
+    """What the student's backbone started from; a prompts-only student needs it again."""
+    teacher: str | None
+    """teacher.pt of an adapted teacher, relative to student.pt; None for the zero-shot teacher."""
+    identity: str
+    """A digest of all that decided this student."""
+    metrics: dict[str, float]
+    """Of the last epoch."""
+
+
+@dataclass(frozen=True)
+class TeacherRecord:
+    """What stands in teacher.pt beside its weights."""
+
+    key: str
+    """A digest of all that decided this teacher; it is the name of its folder."""
+    model: dict[str, Any]
+    """`arch` or `config`, as the recipe had it."""
+    class_names: tuple[str, ...]
+    template: str
+    preprocessing: Preprocessing
+    origin: Origin
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class SavedTeacher:
+    """teacher.pt, read back."""
+
+    record: TeacherRecord
+    class_vectors: Tensor
+    """(classes, dim), L2-normalised."""
+    logit_scale: Tensor
+    """Scalar."""
+    state_dict: dict[str, Tensor]
+    """Of the whole CLIP."""
+
+
+def save_student(path: Path, student: Student, record: StudentRecord) -> None:
+    """Write student.pt whole: only what was learned, so a prompts-only student stays small."""
+    plain = {**asdict(record), "recipe": record.recipe.model_dump(mode="json")}
+    _save(
+        path,
+        {
+            "format": STUDENT_FORMAT,
+            **plain,
+            "class_names": list(record.class_names),
+            "class_vectors": student.class_vectors.cpu(),
+            "logit_scale": student.logit_scale.cpu(),
+            "state_dict": {name: value.cpu() for name, value in student.learned_state().items()},
+        },
+    )
+
+
+def load_student(path: Path) -> tuple[Student, StudentRecord]:
+    """The student of a checkpoint, on the CPU and in inference mode, and its record.
+
+    Raises CheckpointError for a file that is no student, ModelError where the backbone that a
+    prompts-only student needs can't be built.
+    """
+    data = _load(path, STUDENT_FORMAT, "a student")
+    try:
+        record = StudentRecord(
+            recipe=parse_recipe(data["recipe"], name=f"{path}: recipe"),
+            recipe_name=data["recipe_name"],
+            source=data["source"],
+            class_names=tuple(data["class_names"]),
+            template=data["template"],
+            preprocessing=Preprocessing(**data["preprocessing"]),
+            backbone=Origin(**data["backbone"]),
+            teacher=data["teacher"],
+            identity=data["identity"],
+            metrics=data["metrics"],
+        )
+        settings = record.recipe.student
+        # A fully trained student holds every weight: what it started from need not be at hand.
+        tower = build_image_tower(settings, load_weights=settings.train == "prompts")
+        if settings.train == "prompts" and tower.origin.weights_sha256 != record.backbone.weights_sha256:
+            raise CheckpointError(
+                f"{path}: its prompts were learned on other weights than {settings.weights} holds now "
+                f"(sha256 {record.backbone.weights_sha256}); give it the file it was trained with"
+            )
+        student = Student(
+            tower.module,
+            tower.width,
+            data["class_vectors"],
+            data["logit_scale"],
+            settings,
+            record.recipe.loss.edu_attention,
+        )
+        student.load_learned_state(data["state_dict"])
+    except ComkdError:
+        raise
+    except Exception as error:  # any shape of damaged content
+        raise CheckpointError(f"{path}: is a damaged student checkpoint: {error!r}") from error
+    return student.eval(), record
+
+
+def save_teacher(path: Path, saved: SavedTeacher) -> None:
+    """Write teacher.pt whole."""
+    _save(
+        path,
+        {
+            "format": TEACHER_FORMAT,
+            **asdict(saved.record),
+            "class_names": list(saved.record.class_names),
+            "class_vectors": saved.class_vectors.cpu(),
+            "logit_scale": saved.logit_scale.cpu(),
+            "state_dict": {name: value.cpu() for name, value in saved.state_dict.items()},
+        },
+    )
+
+
+def load_teacher(path: Path) -> SavedTeacher:
+    """Read teacher.pt. Raises CheckpointError for a file that is no adapted teacher."""
+    data = _load(path, TEACHER_FORMAT, "a teacher")
+    try:
+        record = TeacherRecord(
+            key=data["key"],
+            model=data["model"],
+            class_names=tuple(data["class_names"]),
+            template=data["template"],
+            preprocessing=Preprocessing(**data["preprocessing"]),
+            origin=Origin(**data["origin"]),
+            metrics=data["metrics"],
+        )
+        return SavedTeacher(record, data["class_vectors"], data["logit_scale"], data["state_dict"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: is a damaged teacher checkpoint: {error!r}") from error
+
+
+def _save(path: Path, data: dict[str, Any]) -> None:
+    with written_whole(path) as unfinished:
+        torch.save(data, unfinished)
+
+
+def _load(path: Path, expected: str, what: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, zipfile and pickle raise many kinds
+        raise CheckpointError(f"{path}: is not {what} that comkd saved: it can't be read as a checkpoint") from error
+    if not isinstance(data, dict) or data.get("format") != expected:
+        found = data.get("format", "no format") if isinstance(data, dict) else type(data).__name__
+        raise CheckpointError(f"{path}: is not {what} that comkd saved (it holds {found}, not {expected})")
+    return data

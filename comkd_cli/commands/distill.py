@@ -1,0 +1,113 @@
+"""`comkd distill`: teacher to student."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from comkd_cli.options import data_root_option, runs_option
+
+if TYPE_CHECKING:
+    from comkd_cli.flows.distill import Plan
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--seed", "seeds", type=click.IntRange(min=0), multiple=True, help="Run with this seed; may be repeated.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a recipe field, such as optim.epochs=10.")
+@runs_option
+@data_root_option
+@click.option("--fresh", is_flag=True, help="Start anew, also where a finished or a stopped run is there.")
+@click.option("--dry-run", is_flag=True, help="Print what would run, and run nothing.")
+def command(
+    recipe: str,
+    seeds: tuple[int, ...],
+    settings: tuple[str, ...],
+    runs: Path,
+    data_root: Path,
+    fresh: bool,
+    dry_run: bool,
+) -> None:
+    """Distil a teacher into a student as RECIPE says.
+
+    RECIPE is a YAML file or the name of a bundled recipe. The student goes to
+    RUNS/<recipe>/<dataset>/seed<k>/student.pt. A run that was stopped goes on where it was; a finished
+    one is not repeated.
+    """
+    from comkd_cli.recipe import find_recipe, load_recipe
+    from comkd_cli.terminal import messages, reporting
+
+    loaded = [load_recipe(recipe, [*settings, f"seed={seed}"]) for seed in seeds] or [load_recipe(recipe, settings)]
+    name = find_recipe(recipe).stem
+    with messages().status("starting"):  # importing torch takes seconds
+        from comkd_cli.data.sources import open_source
+        from comkd_cli.flows import adapt, distill
+        from comkd_cli.training import make_accelerator
+
+        accelerator = make_accelerator(loaded[0].precision)
+        source = open_source(loaded[0].data, data_root)
+    for chosen in loaded:
+        run = distill.Run(chosen, name, source, runs, adapt.teacher_identity(chosen, source))
+        if dry_run:
+            _print_plan(distill.plan(run, accelerator, adapt.describe_stage(chosen, source, runs)))
+            continue
+        if not fresh and distill.finished(run):
+            messages().print(f"already finished: {run.student_file} (--fresh repeats it)")
+            continue
+        line = _resume_line()
+        with reporting() as report:
+            distill.distill(
+                run,
+                lambda chosen=chosen, report=report: adapt.ready_teacher(  # type: ignore[misc]
+                    chosen, source, runs, accelerator, report, line
+                ),
+                accelerator,
+                report,
+                line,
+                fresh,
+            )
+        _print_next_steps(run.student_file)
+
+
+def _resume_line() -> str:
+    """The command as it was typed, less --fresh, which would throw away what is to be gone on with."""
+    return shlex.join(["comkd", *(word for word in sys.argv[1:] if word != "--fresh")])
+
+
+def _print_plan(plan: Plan) -> None:
+    from rich.table import Table
+
+    from comkd_cli.terminal import output
+
+    share = plan.student_trainable_parameters / plan.student_image_tower_parameters
+    ratio = plan.teacher_image_tower_parameters / plan.student_image_tower_parameters
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    rows = {
+        "images": f"{plan.source}: {plan.training_images:,} to learn from, {plan.test_images:,} to test on, "
+        f"{plan.classes} classes",
+        "teacher": f"{plan.teacher_parameters:,} parameters, {plan.teacher_image_tower_parameters:,} in its image tower",
+        "stage 1": plan.teacher_stage,
+        "student": f"{plan.student_image_tower_parameters:,} parameters in its image tower, 1/{ratio:.1f} of the "
+        f"teacher's; {plan.student_trainable_parameters:,} trainable ({share:.1%})",
+        "stage 2": f"{plan.epochs} epochs of {plan.steps_per_epoch:,} steps: {plan.epochs * plan.steps_per_epoch:,} steps",
+        "device": f"{plan.device}, {plan.precision}",
+        "writes": str(plan.folder),
+    }
+    for name, text in rows.items():
+        table.add_row(name, text)
+    output().print(table)
+
+
+def _print_next_steps(student: Path) -> None:
+    from comkd_cli.terminal import output
+
+    output().print(
+        f"student: {student}\n"
+        f"  comkd evaluate {shlex.quote(str(student))}\n"
+        f"  comkd export --onnx {shlex.quote(str(student))}"
+    )

@@ -1,0 +1,35 @@
+"""`comkd predict`: name what images show, with a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from comkd_cli.options import json_option
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes to print for an image.")
+@json_option
+def command(bundle: Path, images: tuple[str, ...], top: int, as_json: bool) -> None:
+    """Print the likeliest classes of each IMAGE, by the exported BUNDLE. Needs no torch."""
+    from comkd_cli.errors import DataError
+    from comkd_cli.flows.predict import predict
+    from comkd_cli.terminal import output
+
+    records = predict(bundle, images, top)
+    if as_json:
+        click.echo(json.dumps({"predictions": records}, indent=2, ensure_ascii=False))
+    else:
+        console = output()
+        for record in records:
+            if "classes" in record:
+                console.print(f"[bold]{record['image']}[/bold]")
+                for entry in record["classes"]:
+                    console.print(f"  {entry['probability']:7.2%}  {entry['class']}", markup=False)
+    if unreadable := [record["error"] for record in records if "error" in record]:
+        raise DataError("can't be read: " + "\n".join(unreadable))

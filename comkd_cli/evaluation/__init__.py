@@ -1,0 +1,1 @@
+"""Scores: features and logits of image sets, and what is counted from them."""

@@ -1,0 +1,254 @@
+"""Stage 2: a student learns from a frozen teacher, without labels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from comkd_cli.backbones import ImageTower, build_clip, build_image_tower
+from comkd_cli.checkpoints import StudentRecord, load_student, save_student
+from comkd_cli.data.loaders import Batch, TrainingLoader, worker_count
+from comkd_cli.data.source import Source
+from comkd_cli.data.transforms import stable_seed
+from comkd_cli.errors import CheckpointError, DataError
+from comkd_cli.evaluation.metrics import top1_percent
+from comkd_cli.evaluation.zero_shot import answer
+from comkd_cli.files import sha256_of_data, write_text
+from comkd_cli.method.objective import gradient_shares, loss_terms
+from comkd_cli.method.student import Student, image_tower_parameters
+from comkd_cli.method.teacher import Teacher
+from comkd_cli.predictor import Preprocessing
+from comkd_cli.progress import Report, Stage
+from comkd_cli.recipe import Recipe, to_yaml
+from comkd_cli.teachers import ReadyTeacher
+from comkd_cli.training import StepResult, Task, fit, forget_state
+
+# What a recipe may change without changing the student that comes out.
+INDIFFERENT = {"about": True, "evaluate_every_epochs": True, "data": {"workers", "unreadable_limit_percent"}}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One distillation: what, from what data, and where its files go."""
+
+    recipe: Recipe
+    name: str
+    """Of the recipe, and of the folder of its runs."""
+    source: Source
+    runs: Path
+    teacher_identity: str
+
+    @property
+    def folder(self) -> Path:
+        """runs/<recipe>/<dataset>/seed<k>."""
+        return self.runs / self.name / self.source.name / f"seed{self.recipe.seed}"
+
+    @property
+    def student_file(self) -> Path:
+        """Where the finished student is."""
+        return self.folder / "student.pt"
+
+    @property
+    def identity(self) -> str:
+        """A digest of all that decides the student."""
+        settings = self.recipe.model_dump(mode="json", exclude=INDIFFERENT)  # type: ignore[arg-type]
+        return sha256_of_data([settings, self.source.fingerprint(), self.teacher_identity])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do, for --dry-run. Counts are of parameters and steps."""
+
+    folder: Path
+    device: str
+    precision: str
+    source: str
+    classes: int
+    training_images: int
+    test_images: int
+    teacher_parameters: int
+    teacher_image_tower_parameters: int
+    student_image_tower_parameters: int
+    student_trainable_parameters: int
+    steps_per_epoch: int
+    epochs: int
+    teacher_stage: str
+    """What stage 1 would do."""
+
+
+def finished(run: Run) -> bool:
+    """Whether the run's student is there already. Raises CheckpointError where another run's is."""
+    if not run.student_file.exists():
+        return False
+    _, record = load_student(run.student_file)
+    if record.identity != run.identity:
+        raise CheckpointError(
+            f"{run.student_file}: was made by another recipe, other images or another teacher; "
+            "replace it with --fresh, or keep both with another --runs folder"
+        )
+    return True
+
+
+def plan(run: Run, accelerator: Accelerator, teacher_stage: str) -> Plan:
+    """What the run would do; models are built with random weights, nothing is loaded or written."""
+    recipe, source = run.recipe, run.source
+    clip = build_clip(recipe.teacher, load_weights=False)
+    dim = int(clip.model.encode_text(clip.tokenize(source.prompts[:1])).shape[-1])  # type: ignore[operator]
+    tower = build_image_tower(recipe.student, load_weights=False)
+    student = _build_student(recipe, tower, torch.zeros(len(source.class_names), dim), torch.tensor(1.0))
+    batch_size = min(recipe.optim.batch_size, len(source.train))
+    return Plan(
+        folder=run.folder,
+        device=str(accelerator.device),
+        precision=recipe.precision,
+        source=source.name,
+        classes=len(source.class_names),
+        training_images=len(source.train),
+        test_images=len(source.test) if source.test else 0,
+        teacher_parameters=image_tower_parameters(clip.model),
+        teacher_image_tower_parameters=image_tower_parameters(clip.model.visual),  # type: ignore[arg-type]
+        student_image_tower_parameters=image_tower_parameters(student),
+        student_trainable_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
+        steps_per_epoch=len(source.train) // batch_size if batch_size else 0,
+        epochs=recipe.optim.epochs,
+        teacher_stage=teacher_stage,
+    )
+
+
+def distill(
+    run: Run,
+    make_teacher: Callable[[], ReadyTeacher],
+    accelerator: Accelerator,
+    report: Report,
+    resume_line: str,
+    fresh: bool = False,
+) -> Path:
+    """Train the run's student, going on from where it was stopped, and return its student.pt.
+
+    make_teacher: called once, when the student is about to be trained. fresh: forget what there is of
+    this run. Raises DataError, ModelError, TrainingError, CheckpointError or Interrupted.
+    """
+    recipe, source = run.recipe, run.source
+    if fresh:
+        forget_state(run.folder)
+        run.student_file.unlink(missing_ok=True)
+    _check_images(run)
+    ready = make_teacher()
+    teacher = ready.teacher.to(accelerator.device)
+    tower = build_image_tower(recipe.student, stable_seed("backbone", recipe.seed))
+    student = _build_student(recipe, tower, teacher.class_vectors, teacher.logit_scale).to(accelerator.device)
+    report(Stage(f"Student: {_size(student)} parameters learn from {len(source.train)} images, no labels"))
+    workers = worker_count(recipe.data)
+    write_text(run.folder / "recipe.yaml", to_yaml(recipe))
+    history = fit(
+        Task(
+            model=student,
+            loss=lambda model, batch, probe: _distillation_loss(model, batch, probe, teacher, recipe, student),
+            loader=TrainingLoader(
+                source.train,
+                [ready.preprocessing, tower.preprocessing],
+                recipe.augment,
+                recipe.optim.batch_size,
+                recipe.seed,
+                workers,
+            ),
+            optim=recipe.optim,
+            folder=run.folder,
+            identity=run.identity,
+            seed=stable_seed("student training", recipe.seed),
+            label="student",
+            resume_line=resume_line,
+            unreadable_limit_percent=recipe.data.unreadable_limit_percent,
+            rate_factors=_rate_factors(recipe),
+            evaluate=lambda: _score(student, source, tower.preprocessing, accelerator, workers, report),
+            evaluate_every_epochs=recipe.evaluate_every_epochs,
+        ),
+        accelerator,
+        report,
+    )
+    record = StudentRecord(
+        recipe=recipe,
+        recipe_name=run.name,
+        source=source.name,
+        class_names=source.class_names,
+        template=source.template,
+        preprocessing=tower.preprocessing,
+        backbone=tower.origin,
+        teacher=os.path.relpath(ready.checkpoint, run.folder) if ready.checkpoint else None,
+        identity=run.identity,
+        metrics=history[-1],
+    )
+    save_student(run.student_file, student, record)
+    forget_state(run.folder)
+    return run.student_file
+
+
+def _check_images(run: Run) -> None:
+    if len(run.source.train) < 2:
+        raise DataError(f"{run.source.name}: has {len(run.source.train)} training images; distillation needs more")
+
+
+def _build_student(
+    recipe: Recipe, tower: ImageTower, class_vectors: torch.Tensor, logit_scale: torch.Tensor
+) -> Student:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(stable_seed("student", recipe.seed))
+        return Student(
+            tower.module, tower.width, class_vectors, logit_scale, recipe.student, recipe.loss.edu_attention
+        )
+
+
+def _distillation_loss(
+    model: nn.Module, batch: Batch, probe: bool, teacher: Teacher, recipe: Recipe, student: Student
+) -> StepResult:
+    teacher_input, student_input = batch.inputs
+    output = model(student_input)
+    terms = loss_terms(output, teacher(teacher_input), recipe.loss)
+    figures = dict(terms)
+    if student.edu_attention is not None:
+        figures["gate"] = student.edu_attention.gate
+    probed = {}
+    if probe and len(terms) > 1:
+        shares = gradient_shares(terms, output.projected)
+        probed = {f"{name}_gradient_share": share for name, share in shares.items()}
+    return StepResult(torch.stack(list(terms.values())).sum(), figures, probed)
+
+
+def _rate_factors(recipe: Recipe) -> dict[str, float]:
+    attention = recipe.loss.edu_attention
+    return {} if attention is None else {"edu_attention.gate": attention.gate_learning_rate_factor}
+
+
+def _score(
+    student: Student,
+    source: Source,
+    preprocessing: Preprocessing,
+    accelerator: Accelerator,
+    workers: int,
+    report: Report,
+) -> dict[str, float]:
+    if source.test is None or source.test.labels is None:
+        return {}
+    student.eval()
+    answers = answer(
+        lambda images: student(images).logits,
+        source.test,
+        preprocessing,
+        accelerator.device,
+        workers,
+        report,
+        "scoring the student",
+    )
+    if answers.labels is None or not len(answers.labels):
+        return {}
+    return {"test_top1_percent": top1_percent(answers.predicted, answers.labels)}
+
+
+def _size(module: nn.Module) -> str:
+    return f"{image_tower_parameters(module):,}"

@@ -1,0 +1,116 @@
+"""The student: backbone, projector and EduAttention, answering in the teacher's embedding space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from comkd_cli.method.edu_attention import EduAttention
+from comkd_cli.method.projector import projector
+from comkd_cli.method.prompts import VisionPrompts
+from comkd_cli.method.refinement import class_logits
+from comkd_cli.recipe import model as recipe
+
+
+@dataclass(frozen=True)
+class StudentOutput:
+    """What the student says of a batch of images."""
+
+    projected: Tensor
+    """u_s: (batch, dim), as the projector gives it; IFAlign compares it once normalised."""
+    features: Tensor
+    """n(f_e): (batch, dim), L2-normalised; the image features of the finished student."""
+    logits: Tensor
+    """(batch, classes), float32."""
+
+
+class Student(nn.Module):
+    """backbone -> projector -> EduAttention -> normalise -> logits over class vectors.
+
+    backbone: images to (batch, width). class_vectors: (classes, dim) of the distillation run,
+    L2-normalised; logit_scale: a scalar; both the teacher's, and frozen.
+    """
+
+    class_vectors: Tensor
+    logit_scale: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        width: int,
+        class_vectors: Tensor,
+        logit_scale: Tensor,
+        settings: recipe.Student,
+        edu_attention: recipe.EduAttention | None,
+    ) -> None:
+        super().__init__()
+        dim = class_vectors.shape[1]
+        prompts = settings.prompts
+        self._frozen_backbone = settings.train == "prompts"
+        if self._frozen_backbone:
+            backbone.requires_grad_(False)
+            prompts = prompts or recipe.Prompts()
+        self.backbone = VisionPrompts(backbone, prompts.tokens, prompts.depth) if prompts else backbone
+        self.projector = projector(width, dim, settings.projector.layers)
+        self.edu_attention = (
+            EduAttention(dim, edu_attention.scale, edu_attention.gate_start) if edu_attention else None
+        )
+        self.uses_candidates = edu_attention is not None and edu_attention.memory == "candidates"
+        # Kept beside the learned weights in a checkpoint, not among them.
+        self.register_buffer("class_vectors", class_vectors.clone(), persistent=False)
+        self.register_buffer("logit_scale", logit_scale.clone(), persistent=False)
+
+    def forward(self, images: Tensor, class_vectors: Tensor | None = None) -> StudentOutput:
+        """images: (batch, 3, size, size). class_vectors: (classes, dim) to answer in; None: the run's own.
+
+        EduAttention's memory is the run's class vectors, or with `memory: candidates` the given ones.
+        """
+        candidates = self.class_vectors if class_vectors is None else class_vectors
+        projected = self.projector(self.backbone(images))
+        attended = projected
+        if self.edu_attention is not None:
+            attended = self.edu_attention(projected, candidates if self.uses_candidates else self.class_vectors)
+        features = _unit(attended)
+        return StudentOutput(projected, features, class_logits(features, candidates, self.logit_scale))
+
+    def train(self, mode: bool = True) -> Student:
+        """As nn.Module's, but a frozen backbone stays in inference mode: no dropout, no moving statistics."""
+        super().train(mode)
+        if self._frozen_backbone:
+            self.backbone.eval()
+        return self
+
+    def learned_state(self) -> dict[str, Tensor]:
+        """The tensors that training can change: trainable parameters, and the statistics of norms.
+
+        With a frozen backbone this is all that a checkpoint needs beside the backbone's own weights.
+        """
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        return {name: value for name, value in self.state_dict().items() if name not in frozen}
+
+    def load_learned_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what `learned_state` gave. Raises RuntimeError where names or shapes differ."""
+        expected = set(self.learned_state())
+        if set(state) != expected:
+            odd = sorted(set(state) ^ expected)
+            raise RuntimeError(f"the tensors differ: {', '.join(odd[:5])}")
+        self.load_state_dict(state, strict=False)
+
+    @property
+    def gate(self) -> float | None:
+        """EduAttention's alpha, or None without EduAttention."""
+        return None if self.edu_attention is None else float(self.edu_attention.gate.detach())
+
+
+def image_tower_parameters(module: nn.Module) -> int:
+    """Parameters of everything between an image and its feature, trainable or not."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _unit(features: Tensor) -> Tensor:
+    """L2-normalised in float32: half precision would leave norms that are off by 1e-3."""
+    with torch.autocast(features.device.type, enabled=False):
+        return cast(Tensor, nn.functional.normalize(features.float(), dim=-1))

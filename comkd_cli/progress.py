@@ -1,0 +1,47 @@
+"""What long work says while it runs. Flows report these events through a callback and never print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A new piece of work begins, such as training the teacher."""
+
+    title: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the present piece of work is."""
+
+    label: str
+    done: int
+    total: int
+    """`done` and `total` are counted in images."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Losses and the like, by name."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """An epoch is over; its averages."""
+
+    number: int
+    """From 1."""
+    total: int
+    images_per_second: float
+    figures: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something the user should know that is no error."""
+
+    text: str
+
+
+Event = Stage | Progress | Epoch | Notice
+Report = Callable[[Event], None]

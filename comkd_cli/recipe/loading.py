@@ -1,0 +1,206 @@
+"""From YAML to a Recipe: `extends`, command-line settings, and errors that name every fault at once."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from comkd_cli.errors import RecipeError
+from comkd_cli.recipe.faults import describe_faults
+from comkd_cli.recipe.model import Data, Recipe
+
+COMMAND_LINE = "--set"
+
+# Writing one of these replaces what a base recipe said of the others: they are different kinds of the
+# same thing, and a merge of the two would be a recipe that nobody wrote.
+SUPERSEDES = {
+    "data.dataset": ("data.folder", "data.classes", "data.template"),
+    "data.folder": ("data.dataset", "data.classes", "data.template"),
+    "teacher.arch": ("teacher.config", "teacher.weights"),
+    "teacher.config": ("teacher.arch", "teacher.weights"),
+    "teacher.adapt.method": ("teacher.adapt",),
+    "student.arch": ("student.config", "student.weights"),
+    "student.config": ("student.arch", "student.weights"),
+    "optim.name": (
+        "optim.learning_rate",
+        "optim.momentum",
+        "optim.weight_decay",
+        "optim.warmup_learning_rate",
+    ),
+}
+# A model's config is open_clip's, not ours: a changed one is written whole, never merged with another.
+WHOLE = ("teacher.config", "student.config")
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """The recipes that come with comkd, by name: a folder is the registry."""
+    package = Path(__file__).parent.parent
+    installed, checkout = package / "bundled_recipes", package.parent / "recipes"
+    folder = installed if installed.is_dir() else checkout
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe given by path or by the name of a bundled one. Raises RecipeError."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    bundled = bundled_recipes()
+    # `recipes/digits.yaml` works away from a checkout too, as the documentation writes it.
+    if path.parent in (Path("."), Path("recipes")) and path.suffix in ("", ".yaml") and path.stem in bundled:
+        return bundled[path.stem]
+    raise RecipeError(
+        f"{name}: no such recipe; give a YAML file, or one of the bundled ones: {', '.join(bundled)}"
+    )
+
+
+def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, the ones it extends, and `key.path=value` settings on top.
+
+    name: a file, or the name of a bundled recipe. Raises RecipeError with every fault, a line each.
+    """
+    path = find_recipe(name)
+    tree, origins = _read_extended(path, ())
+    for setting in settings:
+        _merge(tree, _parse_setting(setting), COMMAND_LINE, origins)
+    return parse_recipe(tree, origins, str(path))
+
+
+def check_recipes(names: Sequence[str]) -> dict[str, str]:
+    """For each recipe that can't be used, by name or path as given, its faults."""
+    faults = {}
+    for name in names:
+        try:
+            load_recipe(name)
+        except RecipeError as error:
+            faults[name] = str(error)
+    return faults
+
+
+def parse_recipe(tree: Mapping[str, Any], origins: Mapping[str, str] | None = None, name: str = "recipe") -> Recipe:
+    """A recipe from plain data. Raises RecipeError with every fault, a line each."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = describe_faults(error, Recipe, {"": name, **(origins or {})})
+        count = f"{len(lines)} fault{'s' if len(lines) > 1 else ''}"
+        raise RecipeError("\n".join([f"{name} has {count}:", *(f"  {line}" for line in lines)])) from error
+
+
+def parse_data(fields: Mapping[str, Any]) -> Data:
+    """The data part of a recipe alone, from plain data. Raises RecipeError."""
+    try:
+        return Data.model_validate(fields)
+    except ValidationError as error:
+        raise RecipeError("\n".join(describe_faults(error, Data, {"": "data"}))) from error
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """A recipe with every default written out, as YAML that reads back to the same recipe."""
+    stream = io.StringIO()
+    writer = YAML(typ="safe", pure=True)
+    writer.default_flow_style = False
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    writer.dump(recipe.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def read_yaml(text: str, name: str) -> Any:
+    """Plain data from YAML 1.2 (so 1e-3 is a number, `no` a word, a repeated key an error)."""
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise RecipeError(f"{name}: is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _read_extended(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A recipe file merged over what it extends, and for each dotted path the file that wrote it."""
+    resolved = path.resolve()
+    if resolved in seen:
+        chain = " -> ".join(p.name for p in (*seen, resolved))
+        raise RecipeError(f"{path}: extends: goes in a circle: {chain}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: can't be read: {error}") from error
+    own = read_yaml(text, str(path))
+    if not isinstance(own, dict):
+        raise RecipeError(f"{path}: is not a recipe: its top level must be fields, such as `data:`")
+    own = _plain(own, str(path))
+    base = own.pop("extends", None)
+    tree: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    if base is not None:
+        if not isinstance(base, str):
+            raise RecipeError(f"{path}: extends: should be the path of one recipe, not {base!r}")
+        beside = path.parent / base
+        tree, origins = _read_extended(beside if beside.is_file() else _find_base(base, path), (*seen, resolved))
+    _merge(tree, own, str(path), origins)
+    return tree, origins
+
+
+def _find_base(base: str, path: Path) -> Path:
+    try:
+        return find_recipe(base)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: extends: {error}") from error
+
+
+def _plain(tree: Any, name: str) -> Any:
+    """The same data with string keys only; a recipe with any other key is refused."""
+    if isinstance(tree, dict):
+        if odd := [key for key in tree if not isinstance(key, str)]:
+            raise RecipeError(f"{name}: {odd[0]!r} stands as a field name and is not text")
+        return {key: _plain(value, name) for key, value in tree.items()}
+    return [_plain(value, name) for value in tree] if isinstance(tree, list) else tree
+
+
+def _parse_setting(setting: str) -> dict[str, Any]:
+    """`loss.if_align.weight=0.5` as nested data; the value is read as YAML."""
+    key, equals, value = setting.partition("=")
+    if not equals or not all(key.split(".")):
+        raise RecipeError(f"{COMMAND_LINE} {setting}: should be key.path=value, such as optim.epochs=10")
+    tree: Any = _plain(read_yaml(value, f"{COMMAND_LINE} {setting}"), COMMAND_LINE)
+    for name in reversed(key.split(".")):
+        tree = {name: tree}
+    return dict(tree)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any], origin: str, origins: dict[str, str], at: str = "") -> None:
+    """Lay `over` on `base` in place, mapping by mapping; lists and scalars are replaced whole."""
+    over = _with_adapt_as_mapping(over, at)
+    for key in over:
+        _drop_superseded(base, f"{at}{key}", over, at)
+    for key, value in over.items():
+        path = f"{at}{key}"
+        origins[path] = origin
+        if isinstance(value, Mapping) and path not in WHOLE:
+            below = base.get(key)
+            base[key] = dict(below) if isinstance(below, dict) else {}
+            _merge(base[key], value, origin, origins, f"{path}.")
+        else:
+            base[key] = value
+
+
+def _with_adapt_as_mapping(over: Mapping[str, Any], at: str) -> Mapping[str, Any]:
+    """`adapt: full` is short for `adapt: {method: full}`; a merge needs the long form."""
+    if at == "teacher." and isinstance(over.get("adapt"), str):
+        return {**over, "adapt": {"method": over["adapt"]}}
+    return over
+
+
+def _drop_superseded(base: dict[str, Any], path: str, over: Mapping[str, Any], at: str) -> None:
+    key = path.removeprefix(at)
+    if over[key] is None or base.get(key) == over[key]:
+        return
+    for other in SUPERSEDES.get(path, ()):
+        if other == at.removesuffix("."):
+            base.clear()
+        elif (name := other.removeprefix(at)) not in over:
+            base.pop(name, None)

@@ -1,0 +1,272 @@
+"""What a recipe may say. Every field's docstring is its documentation: docs/recipes.md is made from them.
+
+Defaults marked [K] are PromptKD's, [P] the ComKD-CLIP paper's, [C] this project's choice where those
+are silent.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+DEFAULT_TEMPLATE = "a photo of a {}."
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Closed(BaseModel):
+    """Refuses unknown fields, is never changed once read, and converts nothing silently."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Data(Closed):
+    """The images to learn from and the classes to tell apart: a named `dataset`, or a `folder`."""
+
+    dataset: Literal["digits"] | None = None
+    """A dataset that comkd knows. `digits` ships with scikit-learn: 1,797 handwritten digits, 8 by 8."""
+    folder: str | None = None
+    """A folder of images: unlabelled anywhere below it, or train/ and test/ with a sub-folder a class.
+    A relative path is looked for in the current directory, then under the data root."""
+    classes: str | Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    """Class names: a text file with one a line, or a list. Left out, the sub-folder names are taken."""
+    template: str | None = None
+    """The prompt of a class, `{}` standing for its name. Left out: the dataset's own, or `a photo of a {}.`"""
+    unreadable_limit_percent: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """The share of images that may be unreadable; they are named and left out. Above it a run stops."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that decode images. Left out: one less than the cores, at most 8; none for `digits`."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Data:
+        if (self.dataset is None) == (self.folder is None):
+            raise ValueError("needs exactly one of `dataset` and `folder`")
+        if self.dataset is not None and self.classes is not None:
+            raise ValueError(f"`classes` belongs to `folder`; the dataset {self.dataset} brings its own")
+        if self.template is not None and self.template.count("{}") != 1:
+            raise ValueError(f"`template` must hold {{}} once, for the class name; it is {self.template!r}")
+        return self
+
+
+class Augment(Closed):
+    """Random resized crop and flip; teacher and student always see the same crop."""
+
+    min_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
+    """The least share of the picture's area that a crop keeps; the most is all of it [K]."""
+    flip: bool = True
+    """Mirror half of the crops. Switch it off where left and right differ, as in text or digits [K]."""
+
+
+class NoAdapt(Closed):
+    """Keep the teacher as its weights are: zero-shot."""
+
+    method: Literal["none"] = "none"
+    """`none`"""
+
+
+class Sgd(Closed):
+    """SGD with momentum, as PromptKD trains prompts."""
+
+    name: Literal["sgd"] = "sgd"
+    """`sgd`"""
+    learning_rate: Positive = 0.005
+    """At its peak, for this batch size; scale it linearly with the batch [K]."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """[K]"""
+    weight_decay: Weight = 5e-4
+    """[K]"""
+    batch_size: Count = 8
+    """Images a step [K]."""
+    epochs: Count = 20
+    """Passes over the training images [K]."""
+    warmup_epochs: Annotated[int, Field(ge=0)] = 1
+    """First epochs at `warmup_learning_rate`; then a cosine stepped once an epoch [K]."""
+    warmup_learning_rate: Positive = 1e-5
+    """[K]"""
+
+
+class AdamW(Closed):
+    """AdamW with a linear warm-up and a cosine to zero, both stepped at every batch [C]."""
+
+    name: Literal["adamw"] = "adamw"
+    """`adamw`"""
+    learning_rate: Positive = 1e-3
+    """At its peak [C]."""
+    weight_decay: Weight = 0.05
+    """Not applied to biases, norms, prompts and other vectors [C]."""
+    batch_size: Count = 128
+    """Images a step [C]."""
+    epochs: Count = 20
+    """Passes over the training images [C]."""
+    warmup_epochs: Annotated[int, Field(ge=0)] = 1
+    """Epochs over which the rate climbs from zero [C]."""
+
+
+class FullAdapt(AdamW):
+    """Train every weight of the teacher on the labelled images, by cross-entropy [C]."""
+
+    method: Literal["full"] = "full"
+    """`full`"""
+    seed: Annotated[int, Field(ge=0)] = 1
+    """Of the teacher alone, so that students of several seeds share one teacher."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target spread over all classes [C]."""
+
+
+Adapt = Annotated[
+    Annotated[NoAdapt, Field()] | Annotated[FullAdapt, Field()],
+    Field(discriminator="method"),
+    BeforeValidator(lambda value: {"method": value} if isinstance(value, str) else value),
+]
+Optim = Annotated[Sgd | AdamW, Field(discriminator="name")]
+
+
+class Model(Closed):
+    """A CLIP: an open_clip architecture by name (`arch`) or written out (`config`)."""
+
+    arch: str | None = None
+    """An open_clip architecture, such as ViT-B-16-quickgelu."""
+    config: dict[str, Any] | None = None
+    """An open_clip model config: embed_dim, vision_cfg and, for a teacher, text_cfg. vision_cfg takes
+    open_clip's own fields, or timm_model_name for any timm backbone."""
+    weights: str | None = None
+    """An open_clip tag, such as openai, or a local file. Left out: random weights."""
+
+    @model_validator(mode="after")
+    def _one_architecture(self) -> Model:
+        if (self.arch is None) == (self.config is None):
+            raise ValueError("needs exactly one of `arch` and `config`")
+        if self.config is not None and (absent := {"embed_dim", "vision_cfg"} - set(self.config)):
+            raise ValueError(f"`config` lacks {' and '.join(sorted(absent))}")
+        return self
+
+
+class Teacher(Model):
+    """The large CLIP that is learned from."""
+
+    adapt: Adapt = NoAdapt()
+    """Stage 1: `none` keeps the zero-shot teacher, `full` trains every weight on the labelled images."""
+
+    @model_validator(mode="after")
+    def _knows_something(self) -> Teacher:
+        if self.weights is None and self.adapt.method == "none":
+            raise ValueError("has random weights: give `weights`, or train it with `adapt: full`")
+        if self.config is not None and "text_cfg" not in self.config:
+            raise ValueError("`config` lacks text_cfg: a teacher encodes the class names")
+        return self
+
+
+class Prompts(Closed):
+    """Learned tokens beside the patches of a vision transformer."""
+
+    tokens: Annotated[int, Field(ge=0)] = 4
+    """Tokens at each prompted layer [P]."""
+    depth: Count = 9
+    """Layers whose prompt tokens are their own; the first counts [P]."""
+
+
+class Projector(Closed):
+    """From the student backbone's width to the teacher's: Linear, then BatchNorm, ReLU, Linear [K]."""
+
+    layers: Annotated[int, Field(ge=1, le=4)] = 2
+    """Linear layers [K]."""
+
+
+class Student(Model):
+    """The small model that learns. Only its image tower is built."""
+
+    train: Literal["prompts", "full"] = "prompts"
+    """`prompts` freezes the backbone but for its prompts; `full` trains every weight."""
+    prompts: Prompts | None = None
+    """Vision prompts. With `train: prompts` they default to 4 tokens, 9 deep; with `full`, to none."""
+    projector: Projector = Projector()
+    """[K]"""
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Student:
+        if self.train == "prompts" and self.weights is None:
+            raise ValueError("`train: prompts` freezes the backbone: give its `weights`, or use `train: full`")
+        return self
+
+
+class Refinement(Closed):
+    """KL divergence from the teacher's class probabilities to the student's."""
+
+    weight: Weight = 1000.0
+    """Of KL summed over classes and divided by (images x classes) [K]."""
+    temperature: Positive = 1.0
+    """Both logits are divided by it [K]."""
+
+
+class IFAlign(Closed):
+    """L1 distance of the batch means and variances of teacher and student image features."""
+
+    weight: Weight = 1.0
+    """Of the sum over the feature dimensions [C]."""
+
+
+class EduAttention(Closed):
+    """Attention from the student's image feature to the teacher's class vectors."""
+
+    scale: Positive | None = None
+    """c of softmax(q K' / sqrt(c)); left out, the teacher's embedding width [C]."""
+    memory: Literal["training", "candidates"] = "training"
+    """`training`: the run's own class vectors, kept in the student. `candidates`: the classes at hand [C]."""
+    gate_start: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    """alpha at step 0; at 0 the student starts as the one without EduAttention [P]."""
+    gate_learning_rate_factor: Positive = 1.0
+    """alpha's learning rate, as a multiple of the others' [C]."""
+
+
+class Loss(Closed):
+    """The student's objective. `null` switches a part off; with if_align and edu_attention off, it is PromptKD."""
+
+    refinement: Refinement | None = Refinement()
+    """The teacher's logits [P][K]."""
+    if_align: IFAlign | None = IFAlign()
+    """The teacher's feature statistics [P]."""
+    edu_attention: EduAttention | None = EduAttention()
+    """The teacher's class vectors, attended to [P]."""
+
+    @model_validator(mode="after")
+    def _teaches_something(self) -> Loss:
+        weights = [term.weight for term in (self.refinement, self.if_align) if term is not None]
+        if not any(weights):
+            raise ValueError("teaches nothing: give `refinement` or `if_align` a weight above 0")
+        return self
+
+
+class Recipe(Closed):
+    """One distillation: the images, the teacher, the student, and how the one learns from the other."""
+
+    schema_version: Literal[1] = 1
+    """Of this format."""
+    about: str = ""
+    """One line for people."""
+    seed: Annotated[int, Field(ge=0)] = 1
+    """Of the student: its random weights, the order of the images and their crops."""
+    data: Data
+    """The images and the classes."""
+    augment: Augment = Augment()
+    """Of the training images, for teacher and student alike."""
+    teacher: Teacher
+    """The large model."""
+    student: Student
+    """The small model."""
+    loss: Loss = Loss()
+    """What the student is taught."""
+    optim: Optim = Sgd()
+    """How the student is trained."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the forward and backward passes; losses are always fp32, weights too."""
+    evaluate_every_epochs: Annotated[int, Field(ge=0)] = 1
+    """Score the test images after every so many epochs, where they have labels; 0 scores at the end only."""
+
+    @model_validator(mode="after")
+    def _batch_has_a_variance(self) -> Recipe:
+        if self.loss.if_align is not None and self.optim.batch_size < 2:
+            raise ValueError("`loss.if_align` compares batch variances: `optim.batch_size` must be at least 2")
+        return self

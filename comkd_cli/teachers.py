@@ -1,0 +1,65 @@
+"""A teacher ready to be asked: from a model's own weights, or from a saved teacher.pt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from comkd_cli.backbones import Clip, build_clip, build_image_tower
+from comkd_cli.checkpoints import SavedTeacher, load_teacher
+from comkd_cli.errors import CheckpointError
+from comkd_cli.method.teacher import Teacher, encode_classes
+from comkd_cli.predictor import Preprocessing
+from comkd_cli.recipe.model import Model
+
+CLASSES_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class ReadyTeacher:
+    """A frozen teacher and what is known of it."""
+
+    teacher: Teacher
+    preprocessing: Preprocessing
+    checkpoint: Path | None
+    """teacher.pt, for an adapted teacher."""
+
+
+def zero_shot_teacher(model: Model, prompts: Sequence[str], device: torch.device) -> ReadyTeacher:
+    """A CLIP with its own weights, and the class vectors of these prompts. Raises ModelError."""
+    clip = build_clip(model)
+    clip.model.to(device)
+    vectors = encode_prompts(clip, prompts, device)
+    teacher = Teacher(clip.model.visual, vectors, clip.model.logit_scale.detach().exp())  # type: ignore[arg-type,operator]
+    return ReadyTeacher(teacher, clip.preprocessing, None)
+
+
+def saved_teacher(path: Path) -> ReadyTeacher:
+    """The teacher of a teacher.pt, on the CPU. Raises CheckpointError."""
+    saved = load_teacher(path)
+    return ReadyTeacher(_restored(saved, path), saved.record.preprocessing, path)
+
+
+@torch.no_grad()
+def encode_prompts(clip: Clip, prompts: Sequence[str], device: torch.device) -> Tensor:
+    """Class vectors (classes, dim) of prompts, L2-normalised, a part of them at a time."""
+    tokens = clip.tokenize(list(prompts)).to(device)
+    return torch.cat([encode_classes(clip.model, part) for part in tokens.split(CLASSES_AT_ONCE)])
+
+
+def _restored(saved: SavedTeacher, path: Path) -> Teacher:
+    tower = build_image_tower(Model(**saved.record.model), load_weights=False)
+    visual = {
+        name.removeprefix("visual."): value
+        for name, value in saved.state_dict.items()
+        if name.startswith("visual.")
+    }
+    try:
+        tower.module.load_state_dict(visual)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: its weights do not fit {saved.record.origin.architecture}") from error
+    return Teacher(tower.module, saved.class_vectors, saved.logit_scale)

@@ -1,0 +1,104 @@
+"""How commands speak to people: consoles, progress bars, and plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress as Bars,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from comkd_cli.progress import Epoch, Event, Notice, Progress, Report, Stage
+
+
+def output() -> Console:
+    """The console for results: standard output, never wrapped where it is not a terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def messages() -> Console:
+    """The console for everything said on the way: standard error, so that output can be piped."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def figures_text(figures: Mapping[str, float]) -> str:
+    """`loss 0.123  top-1 97.2`, four significant digits each."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+
+class _Rate(ProgressColumn):
+    """Images a second, over the last seconds."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.0f} images/s", style="cyan")
+
+
+@contextmanager
+def reporting(quiet: bool = False) -> Iterator[Report]:
+    """A callback for flows that shows their events on standard error while the block lasts.
+
+    On a terminal: one live bar for the work at hand, and a line for each epoch. Elsewhere lines alone.
+    """
+    console = messages()
+    console.quiet = quiet
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:3.0f}%"),
+        _Rate(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[figures]}"),
+    )
+    with Bars(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bars:
+        yield _Reporter(console, bars)
+
+
+class _Reporter:
+    """Turns each event into a line or a movement of the bar."""
+
+    def __init__(self, console: Console, bars: Bars) -> None:
+        self._console = console
+        self._bars = bars
+        self._task: TaskID | None = None
+        self._label = ""
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Progress):
+            self._move(event)
+            return
+        if isinstance(event, Stage):
+            self._clear()
+            self._console.print(f"[bold]{event.title}[/bold]")
+        elif isinstance(event, Epoch):
+            width = len(str(event.total))
+            self._console.print(
+                f"  epoch {event.number:>{width}}/{event.total}  {figures_text(event.figures)}  "
+                f"[dim]{event.images_per_second:.0f} images/s[/dim]"
+            )
+        elif isinstance(event, Notice):
+            self._console.print(f"[yellow]note:[/yellow] {event.text}", markup=True)
+
+    def _move(self, event: Progress) -> None:
+        if self._task is None or event.label != self._label:
+            self._clear()
+            self._task = self._bars.add_task(event.label, total=event.total, figures="")
+            self._label = event.label
+        self._bars.update(
+            self._task, completed=event.done, total=event.total, figures=figures_text(event.figures)
+        )
+
+    def _clear(self) -> None:
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None

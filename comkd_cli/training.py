@@ -1,0 +1,311 @@
+"""The training loop that both stages share: steps, epochs, saved state, and going on from it exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from comkd_cli.data.loaders import Batch, TrainingLoader
+from comkd_cli.errors import CheckpointError, DataError, Interrupted, TrainingError
+from comkd_cli.files import remove_folder, write_text, written_whole
+from comkd_cli.interrupts import stop_wishes
+from comkd_cli.progress import Epoch, Notice, Progress, Report
+from comkd_cli.recipe.model import AdamW, Sgd
+from comkd_cli.schedule import learning_rate
+
+STATE_FORMAT = "comkd-state/1"
+REPORT_EVERY_SECONDS = 0.5
+MOST_NAMED = 10  # unreadable images that are named one by one before they are only counted
+
+
+@dataclass
+class StepResult:
+    """What a loss function makes of a batch."""
+
+    loss: Tensor
+    """Scalar, to be minimised."""
+    figures: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars to average over the epoch and report."""
+    probed: dict[str, float] = field(default_factory=dict)
+    """Costlier figures, measured where a probe was asked for."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to train: what, on what, how, and where its state is kept."""
+
+    model: nn.Module
+    loss: Callable[[nn.Module, Batch, bool], StepResult]
+    """Of the model, in training mode and on its device, a batch there, and whether to probe, which is
+    asked for at the first batch of each epoch."""
+    loader: TrainingLoader
+    optim: Sgd | AdamW
+    folder: Path
+    """Holds metrics.jsonl, and state/ until the task is finished."""
+    identity: str
+    """A digest of all that decides the result; a state with another one is refused."""
+    seed: int
+    """Of what the model draws while it trains, such as dropout."""
+    label: str
+    resume_line: str
+    """The command that goes on, for the message of an interruption."""
+    unreadable_limit_percent: float
+    rate_factors: Mapping[str, float] = field(default_factory=dict)
+    """Parameter names whose learning rate is a multiple of the others'."""
+    evaluate: Callable[[], dict[str, float]] | None = None
+    """Figures at the end of an epoch."""
+    evaluate_every_epochs: int = 0
+
+    @property
+    def state_file(self) -> Path:
+        """Where the state is kept between steps."""
+        return self.folder / "state" / "state.pt"
+
+
+@dataclass
+class _Position:
+    """How far a task is, with all that the next step depends on beside the model and optimiser."""
+
+    epoch: int = 0
+    step: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    probed: dict[str, float] = field(default_factory=dict)
+    counted_steps: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    unreadable: dict[str, None] = field(default_factory=dict)
+    reported_at: float = 0.0
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """accelerate's view of the machine: device, autocast, gradient scaling. Raises TrainingError."""
+    try:
+        accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    except (ValueError, RuntimeError) as error:
+        raise TrainingError(f"precision: {precision} does not work on this machine: {error}") from error
+    if accelerator.num_processes > 1:
+        raise TrainingError("comkd trains in one process; start it without `accelerate launch` or torchrun")
+    return accelerator
+
+
+def fit(task: Task, accelerator: Accelerator, report: Report) -> list[dict[str, float]]:
+    """Train to the last epoch, going on from a saved state where there is one.
+
+    The state is saved at every epoch's end and when a stop is asked for; what comes out does not depend
+    on how often that happened. Returns the figures of every epoch. Raises Interrupted, TrainingError,
+    DataError (too many unreadable images) or CheckpointError (a state of something else).
+    """
+    optimizer = accelerator.prepare(make_optimizer(task.model, task.optim, task.rate_factors))
+    model = accelerator.prepare(task.model)
+    position = _load_state(task, optimizer, accelerator)
+    if position is None:
+        position = _Position()
+        torch.manual_seed(task.seed)
+    else:
+        report(Notice(f"going on from epoch {position.epoch + 1}, step {position.step + 1}"))
+    with stop_wishes() as wish, _out_of_memory_explained():
+        while position.epoch < task.optim.epochs:
+            started, first_step = time.monotonic(), position.step
+            model.train()
+            for batch in task.loader.epoch(position.epoch, position.step):
+                _note_unreadable(task, batch, position, report)
+                # A batch that lost its images to damage is no batch; norms need two.
+                if len(batch) > 1 or task.loader.batch_size == 1:
+                    _train_step(task, model, optimizer, accelerator, position, batch.to(accelerator.device))
+                position.step += 1
+                _report_progress(task, position, report)
+                if (code := wish()) is not None and position.step < task.loader.steps_per_epoch:
+                    _save_state(task, optimizer, accelerator, position)
+                    raise Interrupted(_stopped_message(task, position), code)
+            images = (position.step - first_step) * task.loader.batch_size
+            _finish_epoch(task, position, images / (time.monotonic() - started), report)
+            _save_state(task, optimizer, accelerator, position)
+            if (code := wish()) is not None and position.epoch < task.optim.epochs:
+                raise Interrupted(_stopped_message(task, position), code)
+    return position.history
+
+
+def forget_state(task_folder: Path) -> None:
+    """Remove what a task keeps for going on."""
+    remove_folder(task_folder / "state")
+
+
+def make_optimizer(
+    model: nn.Module, optim: Sgd | AdamW, rate_factors: Mapping[str, float]
+) -> torch.optim.Optimizer:
+    """The optimiser of the parameters that train, in groups that differ in weight decay or learning rate.
+
+    SGD decays every parameter, as PromptKD does; AdamW leaves out vectors and scalars (biases, norms,
+    gates) and prompts.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim < 2 or name.endswith("backbone.tokens")
+            decay = 0.0 if plain and isinstance(optim, AdamW) else optim.weight_decay
+            groups.setdefault((decay, rate_factors.get(name, 1.0)), []).append(parameter)
+    settings = [
+        {"params": parameters, "weight_decay": decay, "rate_factor": factor}
+        for (decay, factor), parameters in groups.items()
+    ]
+    if isinstance(optim, Sgd):
+        return torch.optim.SGD(settings, lr=optim.learning_rate, momentum=optim.momentum)
+    return torch.optim.AdamW(settings, lr=optim.learning_rate)
+
+
+def _train_step(
+    task: Task, model: nn.Module, optimizer: Any, accelerator: Accelerator, position: _Position, batch: Batch
+) -> None:
+    rate = learning_rate(task.optim, position.epoch, position.step, task.loader.steps_per_epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate_factor"]
+    with accelerator.autocast():
+        result = task.loss(model, batch, position.counted_steps == 0)
+    accelerator.backward(result.loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    if result.probed:
+        position.probed = result.probed
+    # Summed on the device: reading a figure at every step would make the device wait for Python.
+    for name, value in {"loss": result.loss, **result.figures}.items():
+        value = value.detach().double() if accelerator.device.type != "mps" else value.detach()
+        position.sums[name] = position.sums[name] + value if name in position.sums else value
+    position.counted_steps += 1
+
+
+def _finish_epoch(task: Task, position: _Position, images_per_second: float, report: Report) -> None:
+    averages = {name: float(total) / position.counted_steps for name, total in position.sums.items()}
+    if not position.counted_steps:
+        raise DataError(f"{task.label}: no batch of this epoch had two readable images")
+    if not math.isfinite(averages["loss"]):
+        raise TrainingError(
+            f"{task.label}: the loss is {averages['loss']} in epoch {position.epoch + 1}; lower the learning "
+            "rate, or use precision fp32 or bf16. The state before this epoch is kept"
+        )
+    rate = learning_rate(
+        task.optim, position.epoch, task.loader.steps_per_epoch - 1, task.loader.steps_per_epoch
+    )
+    figures = {**averages, **position.probed}
+    epoch = position.epoch + 1
+    last = epoch == task.optim.epochs
+    if task.evaluate is not None and (
+        last or (task.evaluate_every_epochs and epoch % task.evaluate_every_epochs == 0)
+    ):
+        figures |= task.evaluate()
+    line = {"epoch": epoch, "learning_rate": rate, **figures, "images_per_second": images_per_second}
+    position.history.append(line)
+    write_text(task.folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in position.history))
+    report(Epoch(epoch, task.optim.epochs, images_per_second, figures))
+    if len(position.unreadable) > MOST_NAMED:
+        report(Notice(f"{len(position.unreadable)} images could not be read so far; training goes on without them"))
+    position.epoch, position.step = epoch, 0
+    position.sums, position.probed, position.counted_steps = {}, {}, 0
+
+
+def _report_progress(task: Task, position: _Position, report: Report) -> None:
+    steps = task.loader.steps_per_epoch
+    now = time.monotonic()
+    if now - position.reported_at < REPORT_EVERY_SECONDS and position.step < steps:
+        return
+    position.reported_at = now
+    figures = {name: float(total) / position.counted_steps for name, total in position.sums.items()}
+    done = (position.epoch * steps + position.step) * task.loader.batch_size
+    total = task.optim.epochs * steps * task.loader.batch_size
+    report(Progress(f"{task.label} {position.epoch + 1}/{task.optim.epochs}", done, total, figures))
+
+
+def _note_unreadable(task: Task, batch: Batch, position: _Position, report: Report) -> None:
+    for problem in batch.unreadable:
+        if problem not in position.unreadable:
+            position.unreadable[problem] = None
+            if len(position.unreadable) <= MOST_NAMED:
+                report(Notice(f"unreadable, left out: {problem}"))
+    share = 100 * len(position.unreadable) / task.loader.image_count
+    if batch.unreadable and share > task.unreadable_limit_percent:
+        named = "\n".join(f"  {problem}" for problem in list(position.unreadable)[:MOST_NAMED])
+        raise DataError(
+            f"{len(position.unreadable)} of {task.loader.image_count} images ({share:.3g} %) can't be read, more "
+            f"than data.unreadable_limit_percent ({task.unreadable_limit_percent:g} %); mend or remove them, or "
+            f"raise the limit:\n{named}"
+        )
+
+
+def _stopped_message(task: Task, position: _Position) -> str:
+    where = f"epoch {position.epoch + 1} of {task.optim.epochs}, step {position.step + 1}"
+    return f"stopped; the state is saved, next is {where}. To go on:\n  {task.resume_line}"
+
+
+def _save_state(task: Task, optimizer: Any, accelerator: Accelerator, position: _Position) -> None:
+    model = task.model
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    scaler = accelerator.scaler
+    state = {
+        "format": STATE_FORMAT,
+        "identity": task.identity,
+        "model": {name: value for name, value in model.state_dict().items() if name not in frozen},
+        "optimizer": optimizer.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "epoch": position.epoch,
+        "step": position.step,
+        "sums": position.sums,
+        "probed": position.probed,
+        "counted_steps": position.counted_steps,
+        "history": position.history,
+        "unreadable": list(position.unreadable),
+    }
+    with written_whole(task.state_file) as unfinished:
+        torch.save(state, unfinished)
+
+
+def _load_state(task: Task, optimizer: Any, accelerator: Accelerator) -> _Position | None:
+    path = task.state_file
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != STATE_FORMAT:
+            raise ValueError(f"its format is {state['format']}")
+    except Exception as error:  # torch and pickle raise many kinds for a damaged file
+        raise CheckpointError(f"{path}: can't go on from this state ({error}); start anew with --fresh") from error
+    if state["identity"] != task.identity:
+        raise CheckpointError(
+            f"{path}: is the state of another run (the recipe, the images or the teacher changed since); "
+            "start anew with --fresh, or keep both with another --runs folder"
+        )
+    task.model.load_state_dict(state["model"], strict=False)
+    optimizer.load_state_dict(state["optimizer"])
+    if accelerator.scaler is not None and state["scaler"] is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(state["random"])
+    if state["random_cuda"] and len(state["random_cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["random_cuda"])
+    return _Position(
+        epoch=state["epoch"],
+        step=state["step"],
+        sums={name: value.to(accelerator.device) for name, value in state["sums"].items()},
+        probed=state["probed"],
+        counted_steps=state["counted_steps"],
+        history=state["history"],
+        unreadable=dict.fromkeys(state["unreadable"]),
+    )
+
+
+@contextmanager
+def _out_of_memory_explained() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the device ran out of memory; lower the batch size, or use precision bf16 or fp16 ({error})"
+        ) from error
