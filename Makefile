@@ -11,7 +11,7 @@ STAMP := $(VENV)/installed-$(shell (pwd; cat pyproject.toml $(CONSTRAINTS)) | ck
 .PHONY: demo test check docs install clean
 
 demo: install  ## distil, score, export and use a student of bundled images; a few minutes
-	@$(BIN)/python -m benchmarks.demo
+	@$(BIN)/python examples/demo.py
 
 test: install  ## every test
 	$(BIN)/python -m pytest

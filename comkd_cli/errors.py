@@ -39,7 +39,7 @@ class BundleError(ComkdError):
     """A bundle with a missing, changed or unreadable file."""
 
 
-class Interrupted(ComkdError):  # noqa: N818 - an event, not a fault
+class Interrupted(ComkdError):
     """The user or the scheduler asked the run to stop; its state is saved."""
 
     def __init__(self, message: str, exit_code: int = 130) -> None:

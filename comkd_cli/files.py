@@ -70,7 +70,8 @@ def sha256_of_file(path: Path) -> str:
 def sha256_of_data(data: Any) -> str:
     """The sha256 of plain data, in hexadecimal; the order of a mapping's keys does not count."""
     text = json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    # surrogatepass: file names that are not UTF-8 reach Python as lone surrogates.
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _umask() -> int:

@@ -26,7 +26,7 @@ def stop_wishes() -> Iterator[Callable[[], int | None]]:
 
     def remember(number: int, _frame: FrameType | None) -> None:
         wished.append(128 + number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.getsignal(number) for number in WISHES}
     for number in WISHES:

@@ -19,20 +19,32 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 BUNDLE_FORMAT = "comkd-bundle/1"
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+ORIENTATION = 0x0112  # the EXIF tag
+# What turns a picture of each orientation upright. Pillow's exif_transpose would also write the EXIF data
+# anew, which fails where any other tag of it is damaged.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class BundleProblem(Exception):
     """A bundle that can't be used: a file is missing, changed or not what the manifest says."""
 
 
-class UnreadableImage(Exception):  # noqa: N818 - a state of the file
+class UnreadableImage(Exception):
     """A file that can't be decoded as an image; the message names it."""
 
 
@@ -49,7 +61,7 @@ class Preprocessing:
     """`shortest` resizes the short side and crops the centre; `squash` resizes both sides."""
 
 
-def open_image(path: Union[str, os.PathLike[str]]) -> Image.Image:
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """The picture a person sees in the file, as 8-bit RGB.
 
     EXIF rotation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits, and of an
@@ -57,7 +69,9 @@ def open_image(path: Union[str, os.PathLike[str]]) -> Image.Image:
     """
     try:
         with Image.open(path) as opened:
-            return as_rgb(ImageOps.exif_transpose(opened))
+            opened.load()
+            turn = UPRIGHT.get(opened.getexif().get(ORIENTATION, 1))
+            return as_rgb(opened if turn is None else opened.transpose(turn))
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         # Pillow's decoders raise all of these for damaged files.
         reason = str(error) or type(error).__name__
@@ -123,12 +137,12 @@ class Classifier:
     Raises BundleProblem, naming the file.
     """
 
-    def __init__(self, bundle: Union[str, os.PathLike[str]], threads: Optional[int] = None) -> None:
+    def __init__(self, bundle: str | os.PathLike[str], threads: int | None = None) -> None:
         import onnxruntime
 
         folder = Path(bundle)
         manifest = read_manifest(folder)
-        self.preprocessing = Preprocessing(**manifest["preprocessing"])
+        self.preprocessing = read_preprocessing(folder, manifest)
         self.class_names = verified_bytes(folder, manifest, "classes.txt").decode("utf-8").splitlines()
         options = onnxruntime.SessionOptions()
         if threads is not None:
@@ -144,7 +158,7 @@ class Classifier:
         (logits,) = self._session.run(["logits"], {"image": images})
         return np.asarray(logits)
 
-    def predict(self, image: Union[str, os.PathLike[str], Image.Image], top: int = 5) -> list[Prediction]:
+    def predict(self, image: str | os.PathLike[str] | Image.Image, top: int = 5) -> list[Prediction]:
         """The `top` likeliest classes of an image, likeliest first. Raises UnreadableImage."""
         rgb = as_rgb(image) if isinstance(image, Image.Image) else open_image(image)
         (logits,) = self.logits(prepare(rgb, self.preprocessing)[None]).astype(np.float64)
@@ -170,16 +184,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def read_preprocessing(folder: Path, manifest: dict[str, Any]) -> Preprocessing:
+    """The pre-processing that a manifest asks for. Raises BundleProblem."""
+    try:
+        preprocessing = Preprocessing(**manifest["preprocessing"])
+    except TypeError as error:
+        raise BundleProblem(f"{folder / 'manifest.json'}: preprocessing: {error}") from error
+    if preprocessing.interpolation not in RESAMPLING:
+        raise BundleProblem(
+            f"{folder / 'manifest.json'}: preprocessing: interpolation {preprocessing.interpolation} is not known"
+        )
+    return preprocessing
+
+
 def verified_bytes(folder: Path, manifest: dict[str, Any], name: str) -> bytes:
     """The content of one file of a bundle, once its sha256 is that of the manifest."""
     path = folder / name
-    if name not in manifest["files"]:
-        raise BundleProblem(f"{folder / 'manifest.json'}: does not list {name}")
+    try:
+        sha256 = manifest["files"][name]["sha256"]
+    except (KeyError, TypeError) as error:
+        raise BundleProblem(f"{folder / 'manifest.json'}: does not list {name} with its sha256") from error
     try:
         content = path.read_bytes()
     except OSError as error:
         raise BundleProblem(f"{path}: can't be read: {error.strerror or error}") from error
-    if hashlib.sha256(content).hexdigest() != manifest["files"][name]["sha256"]:
+    if hashlib.sha256(content).hexdigest() != sha256:
         raise BundleProblem(f"{path}: is not the file that was exported (its sha256 differs); export again")
     return content
 
@@ -198,7 +227,7 @@ def predict_all(classifier: Classifier, images: Iterable[str], top: int) -> list
     return records
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of predict.py; returns its exit status."""
     parser = argparse.ArgumentParser(prog="predict.py", description="Name what images show.")
     parser.add_argument("images", nargs="+", metavar="IMAGE")

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+Role = Literal["student", "teacher", "baseline"]
+
 
 @dataclass(frozen=True)
 class Record:
     """One score of one model on one data set. Units stand in the names."""
 
     model: str
-    role: Literal["student", "teacher", "baseline"]
+    role: Role
     dataset: str
     top1_percent: float | None
     """None where the images have no labels."""

@@ -48,15 +48,13 @@ def saved_teacher(path: Path) -> ReadyTeacher:
 def encode_prompts(clip: Clip, prompts: Sequence[str], device: torch.device) -> Tensor:
     """Class vectors (classes, dim) of prompts, L2-normalised, a part of them at a time."""
     tokens = clip.tokenize(list(prompts)).to(device)
-    return torch.cat([encode_classes(clip.model, part) for part in tokens.split(CLASSES_AT_ONCE)])
+    return torch.cat([encode_classes(clip.model, part) for part in torch.split(tokens, CLASSES_AT_ONCE)])
 
 
 def _restored(saved: SavedTeacher, path: Path) -> Teacher:
     tower = build_image_tower(Model(**saved.record.model), load_weights=False)
     visual = {
-        name.removeprefix("visual."): value
-        for name, value in saved.state_dict.items()
-        if name.startswith("visual.")
+        name.removeprefix("visual."): value for name, value in saved.state_dict.items() if name.startswith("visual.")
     }
     try:
         tower.module.load_state_dict(visual)

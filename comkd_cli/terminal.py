@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    Progress as Bars,
     ProgressColumn,
     Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as Bars,
 )
 from rich.text import Text
 
@@ -32,8 +34,20 @@ def messages() -> Console:
 
 
 def figures_text(figures: Mapping[str, float]) -> str:
-    """`loss 0.123  top-1 97.2`, four significant digits each."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    """`loss 0.152  refinement 0.1435 (97 %)  gate 0.063  test top-1 93.61 %`.
+
+    In brackets stands a term's share of the gradient, where it was measured.
+    """
+    parts = []
+    for name, value in figures.items():
+        if name.endswith("_gradient_share"):
+            continue
+        if name.endswith("_percent"):
+            parts.append(f"{name.removesuffix('_percent').replace('top1', 'top-1').replace('_', ' ')} {value:.2f} %")
+            continue
+        share = figures.get(f"{name}_gradient_share")
+        parts.append(f"{name} {value:.4g}" + (f" ({share:.0%})" if share is not None else ""))
+    return "  ".join(parts)
 
 
 class _Rate(ProgressColumn):
@@ -94,9 +108,7 @@ class _Reporter:
             self._clear()
             self._task = self._bars.add_task(event.label, total=event.total, figures="")
             self._label = event.label
-        self._bars.update(
-            self._task, completed=event.done, total=event.total, figures=figures_text(event.figures)
-        )
+        self._bars.update(self._task, completed=event.done, total=event.total, figures=figures_text(event.figures))
 
     def _clear(self) -> None:
         if self._task is not None:

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from comkd_cli.allocator import keep_freed_memory
 from comkd_cli.data.loaders import Batch, TrainingLoader
 from comkd_cli.errors import CheckpointError, DataError, Interrupted, TrainingError
 from comkd_cli.files import remove_folder, write_text, written_whole
@@ -94,6 +95,8 @@ def make_accelerator(precision: str) -> Accelerator:
         raise TrainingError(f"precision: {precision} does not work on this machine: {error}") from error
     if accelerator.num_processes > 1:
         raise TrainingError("comkd trains in one process; start it without `accelerate launch` or torchrun")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     return accelerator
 
 
@@ -139,9 +142,7 @@ def forget_state(task_folder: Path) -> None:
     remove_folder(task_folder / "state")
 
 
-def make_optimizer(
-    model: nn.Module, optim: Sgd | AdamW, rate_factors: Mapping[str, float]
-) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, optim: Sgd | AdamW, rate_factors: Mapping[str, float]) -> torch.optim.Optimizer:
     """The optimiser of the parameters that train, in groups that differ in weight decay or learning rate.
 
     SGD decays every parameter, as PromptKD does; AdamW leaves out vectors and scalars (biases, norms,
@@ -191,15 +192,11 @@ def _finish_epoch(task: Task, position: _Position, images_per_second: float, rep
             f"{task.label}: the loss is {averages['loss']} in epoch {position.epoch + 1}; lower the learning "
             "rate, or use precision fp32 or bf16. The state before this epoch is kept"
         )
-    rate = learning_rate(
-        task.optim, position.epoch, task.loader.steps_per_epoch - 1, task.loader.steps_per_epoch
-    )
+    rate = learning_rate(task.optim, position.epoch, task.loader.steps_per_epoch - 1, task.loader.steps_per_epoch)
     figures = {**averages, **position.probed}
     epoch = position.epoch + 1
     last = epoch == task.optim.epochs
-    if task.evaluate is not None and (
-        last or (task.evaluate_every_epochs and epoch % task.evaluate_every_epochs == 0)
-    ):
+    if task.evaluate is not None and (last or (task.evaluate_every_epochs and epoch % task.evaluate_every_epochs == 0)):
         figures |= task.evaluate()
     line = {"epoch": epoch, "learning_rate": rate, **figures, "images_per_second": images_per_second}
     position.history.append(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("recipe")
 @click.option("--seed", "seeds", type=click.IntRange(min=0), multiple=True, help="Run with this seed; may be repeated.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a recipe field, such as optim.epochs=10.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a recipe field, such as optim.epochs=10.",
+)
 @runs_option
 @data_root_option
 @click.option("--fresh", is_flag=True, help="Start anew, also where a finished or a stopped run is there.")
@@ -60,16 +67,8 @@ def command(
             continue
         line = _resume_line()
         with reporting() as report:
-            distill.distill(
-                run,
-                lambda chosen=chosen, report=report: adapt.ready_teacher(  # type: ignore[misc]
-                    chosen, source, runs, accelerator, report, line
-                ),
-                accelerator,
-                report,
-                line,
-                fresh,
-            )
+            teach = partial(adapt.ready_teacher, chosen, source, runs, accelerator, report, line)
+            distill.distill(run, teach, accelerator, report, line, fresh)
         _print_next_steps(run.student_file)
 
 
@@ -90,11 +89,13 @@ def _print_plan(plan: Plan) -> None:
     rows = {
         "images": f"{plan.source}: {plan.training_images:,} to learn from, {plan.test_images:,} to test on, "
         f"{plan.classes} classes",
-        "teacher": f"{plan.teacher_parameters:,} parameters, {plan.teacher_image_tower_parameters:,} in its image tower",
+        "teacher": f"{plan.teacher_parameters:,} parameters, "
+        f"{plan.teacher_image_tower_parameters:,} of them in its image tower",
         "stage 1": plan.teacher_stage,
         "student": f"{plan.student_image_tower_parameters:,} parameters in its image tower, 1/{ratio:.1f} of the "
         f"teacher's; {plan.student_trainable_parameters:,} trainable ({share:.1%})",
-        "stage 2": f"{plan.epochs} epochs of {plan.steps_per_epoch:,} steps: {plan.epochs * plan.steps_per_epoch:,} steps",
+        "stage 2": f"{plan.epochs} epochs of {plan.steps_per_epoch:,} steps, "
+        f"{plan.epochs * plan.steps_per_epoch:,} in all",
         "device": f"{plan.device}, {plan.precision}",
         "writes": str(plan.folder),
     }

@@ -14,7 +14,11 @@ from comkd_cli.options import data_root_option, json_option
 @click.command()
 @click.argument("student", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--onnx", is_flag=True, help="Export to ONNX; the only format so far, and the default.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="The bundle. Left out: `bundle` beside STUDENT.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The bundle. Left out: `bundle` beside STUDENT.",
+)
 @click.option(
     "--images",
     type=click.Path(file_okay=False, exists=True, path_type=Path),
@@ -24,7 +28,13 @@ from comkd_cli.options import data_root_option, json_option
 @click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
 @json_option
 def command(
-    student: Path, onnx: bool, out: Path | None, images: Path | None, data_root: Path, force: bool, as_json: bool
+    student: Path,
+    onnx: bool,
+    out: Path | None,
+    images: Path | None,
+    data_root: Path,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Export STUDENT.pt to a bundle: ONNX graphs, checked in onnxruntime, and a predict.py without torch.
 

@@ -28,7 +28,7 @@ def command(bundle: Path, images: tuple[str, ...], top: int, as_json: bool) -> N
         console = output()
         for record in records:
             if "classes" in record:
-                console.print(f"[bold]{record['image']}[/bold]")
+                console.print(record["image"], style="bold", markup=False)
                 for entry in record["classes"]:
                     console.print(f"  {entry['probability']:7.2%}  {entry['class']}", markup=False)
     if unreadable := [record["error"] for record in records if "error" in record]:

@@ -158,7 +158,13 @@ def _score(
         return {}
     classifier.eval()
     answers = answer(
-        classifier, source.test, clip.preprocessing, accelerator.device, workers, report, "scoring the teacher"
+        classifier,
+        source.test,
+        clip.preprocessing,
+        accelerator.device,
+        workers,
+        report,
+        "scoring the teacher",
     )
     if answers.labels is None or not len(answers.labels):
         return {}

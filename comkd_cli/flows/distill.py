@@ -24,10 +24,12 @@ from comkd_cli.method.objective import gradient_shares, loss_terms
 from comkd_cli.method.student import Student, image_tower_parameters
 from comkd_cli.method.teacher import Teacher
 from comkd_cli.predictor import Preprocessing
-from comkd_cli.progress import Report, Stage
+from comkd_cli.progress import Notice, Report, Stage
 from comkd_cli.recipe import Recipe, to_yaml
 from comkd_cli.teachers import ReadyTeacher
 from comkd_cli.training import StepResult, Task, fit, forget_state
+
+IDLE_GATE = 0.01  # below this EduAttention adds less than a hundredth of a unit vector to a feature
 
 # What a recipe may change without changing the student that comes out.
 INDIFFERENT = {"about": True, "evaluate_every_epochs": True, "data": {"workers", "unreadable_limit_percent"}}
@@ -172,6 +174,7 @@ def distill(
         accelerator,
         report,
     )
+    _report_idle_gate(recipe, student, report)
     record = StudentRecord(
         recipe=recipe,
         recipe_name=run.name,
@@ -199,9 +202,7 @@ def _build_student(
 ) -> Student:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(stable_seed("student", recipe.seed))
-        return Student(
-            tower.module, tower.width, class_vectors, logit_scale, recipe.student, recipe.loss.edu_attention
-        )
+        return Student(tower.module, tower.width, class_vectors, logit_scale, recipe.student, recipe.loss.edu_attention)
 
 
 def _distillation_loss(
@@ -223,6 +224,20 @@ def _distillation_loss(
 def _rate_factors(recipe: Recipe) -> dict[str, float]:
     attention = recipe.loss.edu_attention
     return {} if attention is None else {"edu_attention.gate": attention.gate_learning_rate_factor}
+
+
+def _report_idle_gate(recipe: Recipe, student: Student, report: Report) -> None:
+    """Say so where EduAttention did nothing: a gate that stays shut is a finding, not a failure."""
+    settings = recipe.loss.edu_attention
+    if settings is None or student.gate is None:
+        return
+    if abs(student.gate) < IDLE_GATE and abs(settings.gate_start) < IDLE_GATE:
+        report(
+            Notice(
+                f"EduAttention's gate ended at {student.gate:.4f}: it hardly acts in this student; compare with "
+                "loss.edu_attention=null, or raise loss.edu_attention.gate_learning_rate_factor"
+            )
+        )
 
 
 def _score(

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from comkd_cli.method.student import image_tower_parameters
 from comkd_cli.predictor import Preprocessing
 from comkd_cli.progress import Notice, Report, Stage
 from comkd_cli.recipe.model import Data, Model
-from comkd_cli.results import Record
+from comkd_cli.results import Record, Role
 from comkd_cli.teachers import ReadyTeacher, saved_teacher, zero_shot_teacher
 
 
@@ -43,7 +42,7 @@ def evaluate(model: str | None, runs: Path, bench: Bench) -> list[Record]:
         if not students:
             raise DataError(f"{runs}: holds no finished student; make one with `comkd distill digits`")
         return [record for path in students.values() for record in evaluate_student(path, bench)]
-    if Path(model).exists() or model.endswith(".pt") and ":" not in model:
+    if Path(model).exists() or (model.endswith(".pt") and ":" not in model):
         return evaluate_student(Path(model), bench)
     return evaluate_baseline(model, bench)
 
@@ -70,32 +69,19 @@ def evaluate_student(path: Path, bench: Bench) -> list[Record]:
     student_answers = _answers(
         student, lambda x: student(x).logits, record.preprocessing, images, workers, bench, "student"
     )
-    common = Record(
-        model=str(path),
-        role="student",
-        dataset=source.name,
-        **_scores(student_answers),
-        image_tower_parameters=image_tower_parameters(student),
-        seed=record.recipe.seed,
-    )
+    scored = _record(student_answers, str(path), "student", source, student, record.recipe.seed)
     ready = _teacher_of(path, record, source, bench)
     if ready is None:
-        return [common]
+        return [scored]
     teacher = ready.teacher
     teacher_answers = _answers(
         teacher, lambda x: teacher(x).logits, ready.preprocessing, images, workers, bench, "teacher"
     )
     agreement = agreement_percent(student_answers.predicted, teacher_answers.predicted)
+    name = ready.checkpoint or record.recipe.teacher.weights or record.recipe.teacher.arch
     return [
-        replace(common, agreement_percent=agreement),
-        replace(
-            common,
-            model=str(ready.checkpoint or record.recipe.teacher.weights or record.recipe.teacher.arch),
-            role="teacher",
-            **_scores(teacher_answers),
-            image_tower_parameters=image_tower_parameters(teacher),
-            seed=None,
-        ),
+        replace(scored, agreement_percent=agreement),
+        _record(teacher_answers, str(name), "teacher", source, teacher),
     ]
 
 
@@ -110,17 +96,15 @@ def evaluate_baseline(argument: str, bench: Bench) -> list[Record]:
     ready = zero_shot_teacher(Model(arch=arch, weights=weights), source.prompts, bench.device)
     teacher = ready.teacher
     answers = _answers(
-        teacher, lambda x: teacher(x).logits, ready.preprocessing, images, worker_count(bench.data), bench, arch
+        teacher,
+        lambda x: teacher(x).logits,
+        ready.preprocessing,
+        images,
+        worker_count(bench.data),
+        bench,
+        arch,
     )
-    return [
-        Record(
-            model=argument,
-            role="baseline",
-            dataset=source.name,
-            **_scores(answers),
-            image_tower_parameters=image_tower_parameters(teacher),
-        )
-    ]
+    return [_record(answers, argument, "baseline", source, teacher)]
 
 
 def newest_students(runs: Path) -> dict[str, Path]:
@@ -165,18 +149,21 @@ def _answers(
     return answers
 
 
-def _scores(answers: Answers) -> dict[str, float | int | None]:
-    scores: dict[str, float | int | None] = {
-        "images": len(answers.predicted),
-        "unreadable": len(answers.unreadable),
-        "top1_percent": None,
-        "mean_per_class_percent": None,
-    }
-    if answers.labels is not None:
-        labels = np.asarray(answers.labels)
-        scores["top1_percent"] = top1_percent(answers.predicted, labels)
-        scores["mean_per_class_percent"] = mean_per_class_percent(answers.predicted, labels)
-    return scores
+def _record(
+    answers: Answers, model: str, role: Role, source: Source, module: nn.Module, seed: int | None = None
+) -> Record:
+    labels = answers.labels
+    return Record(
+        model=model,
+        role=role,
+        dataset=source.name,
+        top1_percent=None if labels is None else top1_percent(answers.predicted, labels),
+        mean_per_class_percent=None if labels is None else mean_per_class_percent(answers.predicted, labels),
+        images=len(answers.predicted),
+        image_tower_parameters=image_tower_parameters(module),
+        seed=seed,
+        unreadable=len(answers.unreadable),
+    )
 
 
 def _teacher_of(path: Path, record: StudentRecord, source: Source, bench: Bench) -> ReadyTeacher | None:
@@ -195,6 +182,5 @@ def _check_classes(record: StudentRecord, source: Source) -> None:
         strange = [name for name in source.class_names if name not in known]
         what = f"{', '.join(strange[:5])} are not among them" if strange else "their order or number differs"
         raise DataError(
-            f"{source.name}: the student was taught {len(known)} classes, and {what}; "
-            "score it on the classes it knows"
+            f"{source.name}: the student was taught {len(known)} classes, and {what}; score it on the classes it knows"
         )

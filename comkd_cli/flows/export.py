@@ -24,7 +24,12 @@ PARITY_IMAGES = 64
 
 
 def export(
-    student_file: Path, out: Path, data_root: Path, report: Report, force: bool = False, pictures: Path | None = None
+    student_file: Path,
+    out: Path,
+    data_root: Path,
+    report: Report,
+    force: bool = False,
+    pictures: Path | None = None,
 ) -> dict[str, Any]:
     """Export a student, check it, and return the manifest of the bundle at `out`.
 

@@ -29,4 +29,5 @@ class EduAttention(nn.Module):
         """
         query = self.query(nn.functional.normalize(features, dim=-1))
         attention = (query @ self.key(class_vectors).T / self.temperature).softmax(dim=-1)
-        return features + self.gate * (attention @ self.value(class_vectors))
+        attended: Tensor = features + self.gate * (attention @ self.value(class_vectors))
+        return attended

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +54,7 @@ class Student(nn.Module):
             prompts = prompts or recipe.Prompts()
         self.backbone = VisionPrompts(backbone, prompts.tokens, prompts.depth) if prompts else backbone
         self.projector = projector(width, dim, settings.projector.layers)
-        self.edu_attention = (
-            EduAttention(dim, edu_attention.scale, edu_attention.gate_start) if edu_attention else None
-        )
+        self.edu_attention = EduAttention(dim, edu_attention.scale, edu_attention.gate_start) if edu_attention else None
         self.uses_candidates = edu_attention is not None and edu_attention.memory == "candidates"
         # Kept beside the learned weights in a checkpoint, not among them.
         self.register_buffer("class_vectors", class_vectors.clone(), persistent=False)
@@ -113,4 +110,4 @@ def image_tower_parameters(module: nn.Module) -> int:
 def _unit(features: Tensor) -> Tensor:
     """L2-normalised in float32: half precision would leave norms that are off by 1e-3."""
     with torch.autocast(features.device.type, enabled=False):
-        return cast(Tensor, nn.functional.normalize(features.float(), dim=-1))
+        return nn.functional.normalize(features.float(), dim=-1)

@@ -46,8 +46,7 @@ def complete_bundle(
     }
     write_text(folder / "README.md", _readme(manifest, record))
     manifest["files"] = {
-        path.name: {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
-        for path in sorted(folder.iterdir())
+        path.name: {"sha256": sha256_of_file(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())
     }
     write_text(folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return manifest

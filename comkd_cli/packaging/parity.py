@@ -57,9 +57,7 @@ def measure_parity(
     where a graph can't be run.
     """
     batches = {
-        f"{size}/{start}": images[start : start + size]
-        for size in BATCH_SIZES
-        for start in range(0, len(images), size)
+        f"{size}/{start}": images[start : start + size] for size in BATCH_SIZES for start in range(0, len(images), size)
     }
     encoded = _by_size(run_graph(encoder, batches))
     classified = _by_size(run_graph(classifier, batches))

@@ -26,7 +26,7 @@ def run_graph(graph: Path, batches: Mapping[str, np.ndarray]) -> dict[str, np.nd
     """
     with tempfile.TemporaryDirectory() as folder:
         inputs, outputs = Path(folder, "inputs.npz"), Path(folder, "outputs.npz")
-        np.savez(inputs, **batches)
+        np.savez(inputs, **batches)  # type: ignore[arg-type] # numpy types its own keywords only
         command = [sys.executable, "-m", "comkd_cli.packaging.runner", str(graph), str(inputs), str(outputs)]
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         if finished.returncode:

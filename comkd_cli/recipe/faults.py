@@ -17,15 +17,15 @@ def describe_faults(error: ValidationError, root: type[BaseModel], origins: Mapp
     root: the model that was validated. origins: for a dotted path, the file that it was written in;
     a path that is not there was made of several and is told without a file.
     """
-    lines: dict[str, str] = {}
+    lines: dict[str, str] = {}  # by path
     for fault in error.errors(include_url=False):
         location, siblings = _locate(fault["loc"], root)
         path = ".".join(map(str, location))
         origin = _origin(path, origins)
         place = f"{origin}: {path}" if path else origin
-        # A value that fits no branch of a union is one fault, not one a branch.
-        lines.setdefault(place, f"{place}: {_reason(fault, location, siblings)}")
-    return list(lines.values())
+        lines.setdefault(path, f"{place}: {_reason(fault, location, siblings)}")
+    # A value that fits no branch of a union is one fault, not one a branch: the one that goes deepest.
+    return [line for path, line in lines.items() if not any(other.startswith(f"{path}.") for other in lines)]
 
 
 def _reason(fault: Any, location: Location, siblings: list[str]) -> str:
@@ -44,7 +44,7 @@ def _reason(fault: Any, location: Location, siblings: list[str]) -> str:
         return f"lacks {fault['ctx']['discriminator']}, which says its kind"
     if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"should be a mapping of fields, not {fault['input']!r}"
-    message = fault["msg"].replace("Input should", "should")
+    message: str = fault["msg"].replace("Input should", "should")
     if isinstance(fault["input"], str | int | float | bool | None):
         return f"{message}, not {fault['input']!r}"
     return message

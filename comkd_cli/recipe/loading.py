@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,9 @@ def find_recipe(name: str | Path) -> Path:
         return path
     bundled = bundled_recipes()
     # `recipes/digits.yaml` works away from a checkout too, as the documentation writes it.
-    if path.parent in (Path("."), Path("recipes")) and path.suffix in ("", ".yaml") and path.stem in bundled:
+    if path.parent in (Path(), Path("recipes")) and path.suffix in ("", ".yaml") and path.stem in bundled:
         return bundled[path.stem]
-    raise RecipeError(
-        f"{name}: no such recipe; give a YAML file, or one of the bundled ones: {', '.join(bundled)}"
-    )
+    raise RecipeError(f"{name}: no such recipe; give a YAML file, or one of the bundled ones: {', '.join(bundled)}")
 
 
 def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
@@ -107,7 +106,12 @@ def to_yaml(recipe: Recipe) -> str:
     writer = YAML(typ="safe", pure=True)
     writer.default_flow_style = False
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    writer.dump(recipe.model_dump(mode="json"), stream)
+    tree = recipe.model_dump(mode="json")
+    # ruamel can't read back every long text that it folds, nor these three, which are line breaks to its
+    # writer and none to its reader, unless they are escaped.
+    writer.width = 2**20
+    writer.allow_unicode = not set("\x85\u2028\u2029") & set(json.dumps(tree, ensure_ascii=False))
+    writer.dump(tree, stream)
     return stream.getvalue()
 
 
@@ -115,7 +119,7 @@ def read_yaml(text: str, name: str) -> Any:
     """Plain data from YAML 1.2 (so 1e-3 is a number, `no` a word, a repeated key an error)."""
     try:
         return YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:  # ValueError: what looks like a date or a number and is none
         raise RecipeError(f"{name}: is not valid YAML: {' '.join(str(error).split())}") from error
 
 

@@ -20,7 +20,9 @@ Count = Annotated[int, Field(ge=1)]
 class Closed(BaseModel):
     """Refuses unknown fields, is never changed once read, and converts nothing silently."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, ser_json_inf_nan="constants"
+    )
 
 
 class Data(Closed):

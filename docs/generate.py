@@ -1,0 +1,125 @@
+"""Write docs/cli.md and docs/recipes.md from the code.
+
+python docs/generate.py           writes them
+python docs/generate.py --check   exits 1 where one is not what the code says
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from comkd_cli.cli import main as comkd
+from comkd_cli.recipe import Recipe, bundled_recipes, load_recipe
+
+DOCS = Path(__file__).parent
+NOTE = "<!-- Made by docs/generate.py from the code; change it there. -->\n"
+WIDTH = 100
+
+
+def cli_page() -> str:
+    """Every command with its help."""
+    parts = [NOTE, "# Command line\n"]
+    for path, command in _commands(comkd, ("comkd",)):
+        context = click.Context(command, info_name=" ".join(path), max_content_width=WIDTH, terminal_width=WIDTH)
+        parts.append(f"## {' '.join(path)}\n\n```text\n{command.get_help(context)}\n```\n")
+    parts.append(
+        "Exit codes: 0 done; 1 something to mend, told in one message; 2 misuse of the command line; 130 "
+        "interrupted, the state being saved. Errors and progress go to standard error, results to standard "
+        "output. COMKD_DATA names the folder of data sets, ACCELERATE_USE_CPU=1 keeps to the CPU.\n"
+    )
+    return "\n".join(parts)
+
+
+def recipe_page() -> str:
+    """Every field of a recipe with its type, default and documentation."""
+    parts = [
+        NOTE,
+        "# Recipes\n",
+        "A recipe is a YAML file that says all of a run. Unknown fields are refused, every fault is told at "
+        "once. `extends: other.yaml` takes another recipe (a file beside it, or a bundled one) and lays this one "
+        "over it, mapping by mapping; lists and a model's `config` are replaced whole, and naming another kind of "
+        "thing (a `folder` over a `dataset`, another `adapt`, `optim.name`, `arch` or `config`) drops what belonged "
+        "to the old one. `--set key.path=value` does the same from the command line. `null` switches an optional "
+        "part off.\n",
+        "Sources of defaults: [P] the ComKD-CLIP paper, [K] PromptKD, [C] this project's choice.\n",
+        "## Bundled\n",
+        "| recipe | about |\n|---|---|",
+    ]
+    parts[-1] += "".join(f"\n| {name} | {load_recipe(path).about} |" for name, path in bundled_recipes().items())
+    parts.append("")
+    for title, model in _models(Recipe, "recipe"):
+        parts.append(f"## {title}\n\n{(model.__doc__ or '').strip()}\n\n| field | default | meaning |\n|---|---|---|")
+        parts[-1] += "".join(f"\n| {row} |" for row in _rows(model)) + "\n"
+    return "\n".join(parts)
+
+
+def _commands(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    yield path, command
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            below = command.get_command(context, name)
+            if below is not None:
+                yield from _commands(below, (*path, name))
+
+
+def _models(model: type[BaseModel], title: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    """Each model of the tree once, with the path at which a recipe has it."""
+    yield title, model
+    prefix = "" if title == "recipe" else f"{title.split(':')[0]}."
+    for name, field in model.model_fields.items():
+        branches = list(_below(field.annotation))
+        for branch in branches:
+            tag = f": {_tag(branch)}" if len(branches) > 1 else ""
+            yield from _models(branch, f"{prefix}{name}{tag}")
+
+
+def _below(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _below(argument)
+
+
+def _tag(model: type[BaseModel]) -> str:
+    names = ("method", "name")
+    return next(str(model.model_fields[name].default) for name in names if name in model.model_fields)
+
+
+def _rows(model: type[BaseModel]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+        yield f"{name} | {_default(field)} | {meaning}"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if isinstance(field.default, BaseModel):
+        return "see below"
+    return '""' if field.default == "" else json.dumps(field.default).strip('"')
+
+
+def main(check: bool) -> int:
+    """Write the pages, or compare them."""
+    stale = []
+    for path, text in ((DOCS / "cli.md", cli_page()), (DOCS / "recipes.md", recipe_page())):
+        if check and (not path.exists() or path.read_text(encoding="utf-8") != text):
+            stale.append(path.name)
+        elif not check:
+            path.write_text(text, encoding="utf-8")
+    if stale:
+        print(f"{', '.join(stale)}: not what the code says; run `make docs`", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(check="--check" in sys.argv[1:]))

@@ -1,0 +1,92 @@
+"""The whole path on bundled images: distil, score, export, use; `make demo` runs it.
+
+Runs the same commands that a user types, prints each before it runs, and ends with what came of them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from comkd_cli.data.digits import digits_source
+
+RUNS = Path("runs")
+RUN = RUNS / "digits" / "digits" / "seed1"
+PICTURES = RUNS / "demo"
+
+
+def comkd(*arguments: str) -> None:
+    """Run a comkd command, its output where ours goes; a failure ends the demo with its exit code."""
+    console.print(f"\n[bold cyan]$ comkd {' '.join(arguments)}[/bold cyan]")
+    finished = subprocess.run([sys.executable, "-m", "comkd_cli", *arguments], check=False)
+    if finished.returncode:
+        sys.exit(finished.returncode)
+
+
+def comkd_json(*arguments: str) -> dict:
+    """The JSON document that a comkd command prints."""
+    command = [sys.executable, "-m", "comkd_cli", *arguments, "--json"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+
+
+def save_pictures() -> dict[str, str]:
+    """Three test digits as PNG files; returns the true class of each by its path."""
+    test = digits_source().test
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    truth = {}
+    for index in (1, 4, 7):
+        path = PICTURES / f"test-{test.keys[index]}.png"
+        test.open(index).save(path)
+        truth[str(path)] = str(test.labels[index])
+    return truth
+
+
+def summary(truth: dict[str, str], seconds: float) -> Table:
+    """What came of it, from the files that the commands wrote."""
+    student, teacher = json.loads((RUN / "results.json").read_text())["records"]
+    manifest = json.loads((RUN / "bundle" / "manifest.json").read_text())
+    predictions = comkd_json("predict", str(RUN / "bundle"), *truth)["predictions"]
+    right = sum(entry["classes"][0]["class"] == truth[entry["image"]] for entry in predictions)
+    smaller = teacher["image_tower_parameters"] / student["image_tower_parameters"]
+    kept = 100 * student["top1_percent"] / teacher["top1_percent"]
+    table = Table("", "teacher", "student", title="What came of it", title_justify="left")
+    table.add_row(
+        "image tower, parameters",
+        f"{teacher['image_tower_parameters']:,}",
+        f"{student['image_tower_parameters']:,}  (1/{smaller:.1f})",
+    )
+    table.add_row(
+        f"top-1 on {student['images']} test images",
+        f"{teacher['top1_percent']:.2f} %",
+        f"{student['top1_percent']:.2f} %  (kept {kept:.1f} %)",
+    )
+    table.add_row("both put an image in the same class", "", f"{student['agreement_percent']:.2f} %")
+    table.add_row("classifier.onnx", "", f"{manifest['files']['classifier.onnx']['bytes']:,} bytes")
+    table.add_row("largest feature difference to PyTorch", "", f"{manifest['parity']['feature_difference_max']:.1e}")
+    table.add_row("demo pictures named right", "", f"{right} of {len(truth)}")
+    table.caption = f"{seconds:.0f} s; everything is in {RUN}/"
+    table.caption_justify = "left"
+    return table
+
+
+def main() -> None:
+    """Run the demo from the current directory."""
+    started = time.monotonic()
+    truth = save_pictures()
+    comkd("distill", "digits", "--runs", str(RUNS))
+    comkd("evaluate", str(RUN / "student.pt"))
+    comkd("export", "--onnx", str(RUN / "student.pt"), "--force")
+    comkd("predict", str(RUN / "bundle"), *truth, "--top", "2")
+    console.print()
+    console.print(summary(truth, time.monotonic() - started))
+
+
+if __name__ == "__main__":
+    console = Console(highlight=False)
+    main()

@@ -1,0 +1,221 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from comkd_cli.checkpoints import load_student
+from comkd_cli.data.sources import open_source
+from comkd_cli.errors import CheckpointError, DataError
+from comkd_cli.flows import adapt, distill
+from comkd_cli.progress import Event, Notice, Stage
+from comkd_cli.recipe import parse_recipe, read_yaml
+from comkd_cli.training import make_accelerator
+from tests import tiny
+
+
+def make_run(runs: Path, **changes: Any) -> distill.Run:
+    chosen = parse_recipe(tiny.recipe(**changes))
+    source = open_source(chosen.data, Path("data"))
+    return distill.Run(chosen, "tiny", source, runs, adapt.teacher_identity(chosen, source))
+
+
+def do(run: distill.Run, events: list[Event] | None = None, fresh: bool = False) -> Path:
+    report = (events if events is not None else []).append
+    accelerator = make_accelerator("fp32")
+    return distill.distill(
+        run,
+        lambda: adapt.ready_teacher(run.recipe, run.source, run.runs, accelerator, report, "again"),
+        accelerator,
+        report,
+        "again",
+        fresh,
+    )
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> distill.Run:
+    run = make_run(tmp_path_factory.mktemp("runs"))
+    do(run)
+    return run
+
+
+def test_a_run_leaves_student_recipe_and_metrics_and_no_state(done: distill.Run) -> None:
+    assert done.folder == done.runs / "tiny" / "digits" / "seed1"
+    assert sorted(path.name for path in done.folder.iterdir()) == [
+        "metrics.jsonl",
+        "recipe.yaml",
+        "student.pt",
+    ]
+    resolved = parse_recipe(read_yaml((done.folder / "recipe.yaml").read_text(), "it"))
+    assert resolved == done.recipe
+
+
+def test_metrics_tell_every_term_its_share_the_gate_and_the_score(done: distill.Run) -> None:
+    last = json.loads((done.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["loss"] == pytest.approx(last["refinement"] + last["if_align"], rel=1e-5)
+    assert last["refinement_gradient_share"] + last["if_align_gradient_share"] == pytest.approx(1)
+    assert {"gate", "test_top1_percent", "learning_rate", "images_per_second"} <= set(last)
+
+
+def test_student_pt_is_plain_data(done: distill.Run) -> None:
+    data = torch.load(done.student_file, weights_only=True)
+    assert data["format"] == "comkd-student/1"
+    assert data["class_names"] == [str(digit) for digit in range(10)]
+    assert data["class_vectors"].shape == (10, 16)
+    assert torch.allclose(data["class_vectors"].norm(dim=1), torch.ones(10), atol=1e-6)
+    assert (done.folder / data["teacher"]).is_file()
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(done: distill.Run, tmp_path: Path) -> None:
+    again, other = make_run(tmp_path), make_run(tmp_path, seed=2)
+    first, second, third = (
+        load_student(do(run) if run is not done else run.student_file)[0] for run in (done, again, other)
+    )
+    assert all(torch.equal(first.state_dict()[name], value) for name, value in second.state_dict().items())
+    assert not torch.equal(first.projector[0].weight, third.projector[0].weight)  # type: ignore[arg-type]
+
+
+def test_the_teacher_is_trained_once_for_students_of_several_seeds(done: distill.Run) -> None:
+    (teacher,) = (done.runs / "teachers").glob("*/teacher.pt")
+    written = teacher.stat().st_mtime_ns
+    events: list[Event] = []
+    do(make_run(done.runs, seed=7), events)
+    assert teacher.stat().st_mtime_ns == written
+    assert any(isinstance(event, Stage) and "reused" in event.title for event in events)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"teacher": {**tiny.recipe()["teacher"], "adapt": {"method": "full", "epochs": 3}}},
+        {"data": {"dataset": "digits", "template": "number {}"}},
+        {"augment": {"min_scale": 0.5}},
+    ],
+)
+def test_another_teacher_gets_another_folder(done: distill.Run, change: dict[str, Any]) -> None:
+    changed = make_run(done.runs, **change)
+    assert adapt.teacher_folder(changed.recipe, changed.source, done.runs) != adapt.teacher_folder(
+        done.recipe, done.source, done.runs
+    )
+
+
+def test_a_finished_run_is_known_and_another_recipe_in_its_place_refused(done: distill.Run) -> None:
+    assert distill.finished(done)
+    assert distill.finished(make_run(done.runs, about="other words", evaluate_every_epochs=0))
+    changed = make_run(done.runs, optim={**tiny.OPTIM, "epochs": 5})
+    with pytest.raises(CheckpointError, match="--fresh"):
+        distill.finished(changed)
+
+
+def test_fresh_replaces_what_is_there(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    do(run)
+    written = run.student_file.stat().st_ino
+    changed = make_run(tmp_path, optim={**tiny.OPTIM, "epochs": 1})
+    do(changed, fresh=True)
+    assert run.student_file.stat().st_ino != written
+    assert distill.finished(changed)
+
+
+def test_full_adaptation_without_labels_is_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for index in range(4):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    data = {"folder": str(tmp_path), "classes": ["a cat", "a dog"]}
+    with pytest.raises(DataError, match="learns from labels"):
+        do(make_run(tmp_path / "runs", data=data))
+
+
+def test_unlabelled_images_and_a_local_checkpoint_are_enough(done: distill.Run, tmp_path: Path) -> None:
+    """The case that matters most: a folder, a class list, a pretrained teacher; no labels anywhere."""
+    (saved,) = (done.runs / "teachers").glob("*/teacher.pt")
+    weights = tmp_path / "clip.pt"
+    torch.save(torch.load(saved, weights_only=True)["state_dict"], weights)
+    photos = tmp_path / "photos" / "deep"
+    photos.mkdir(parents=True)
+    for index in range(40):
+        done.source.train.open(index).save(photos / f"{index}.png")
+    (tmp_path / "classes.txt").write_text("".join(f"{digit}\n" for digit in range(10)))
+    run = make_run(
+        tmp_path / "runs",
+        data={"folder": str(tmp_path / "photos"), "classes": str(tmp_path / "classes.txt")},
+        teacher={"config": tiny.CLIP, "weights": str(weights)},
+        optim={**tiny.OPTIM, "batch_size": 16},
+    )
+    student, record = load_student(do(run))
+    assert record.teacher is None
+    assert student(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 10)
+
+
+def test_a_prompts_only_student_stores_what_it_learned_and_needs_its_backbone(
+    done: distill.Run, tmp_path: Path
+) -> None:
+    (saved,) = (done.runs / "teachers").glob("*/teacher.pt")
+    weights = tmp_path / "clip.pt"
+    torch.save(torch.load(saved, weights_only=True)["state_dict"], weights)
+    settings = {"config": tiny.CLIP, "weights": str(weights), "prompts": {"tokens": 2, "depth": 2}}
+    run = make_run(tmp_path / "runs", student=settings, optim={**tiny.OPTIM, "name": "sgd", "learning_rate": 0.05})
+    path = do(run)
+    names = set(torch.load(path, weights_only=True)["state_dict"])
+    assert "backbone.tokens" in names
+    assert not any(name.startswith("backbone.tower") for name in names)
+    student, record = load_student(path)
+    assert record.backbone.weights_sha256 is not None
+    backbone = torch.load(weights, weights_only=True)
+    assert torch.equal(student.state_dict()["backbone.tower.conv1.weight"], backbone["visual.conv1.weight"])
+    backbone["visual.conv1.weight"] += 1
+    torch.save(backbone, weights)
+    with pytest.raises(CheckpointError, match="other weights"):
+        load_student(path)
+    weights.unlink()
+    with pytest.raises(Exception, match=r"clip\.pt"):
+        load_student(path)
+
+
+def test_unreadable_images_are_named_and_training_goes_on_within_the_limit(done: distill.Run, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for index in range(60 if split == "train" else 10):
+            folder = tmp_path / "digits2" / split / str(index % 10)
+            folder.mkdir(parents=True, exist_ok=True)
+            done.source.train.open(index).save(folder / f"{index}.png")
+    (tmp_path / "digits2" / "train" / "3" / "broken.png").write_bytes(b"not a picture")
+    data = {"folder": str(tmp_path / "digits2"), "unreadable_limit_percent": 5.0}
+    optim = {**tiny.OPTIM, "batch_size": 20}
+    events: list[Event] = []
+    do(make_run(tmp_path / "runs", data=data, optim=optim), events)
+    named = [event.text for event in events if isinstance(event, Notice) and "broken.png" in event.text]
+    assert named
+    strict = {**data, "unreadable_limit_percent": 0.5}
+    with pytest.raises(DataError, match=r"1 of 61 images(.|\n)*broken\.png"):
+        do(make_run(tmp_path / "strict", data=strict, optim=optim))
+
+
+def test_a_plan_counts_without_training_anything(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    plan = distill.plan(run, make_accelerator("fp32"), adapt.describe_stage(run.recipe, run.source, tmp_path))
+    assert plan.steps_per_epoch == 1437 // 128
+    assert plan.student_trainable_parameters == plan.student_image_tower_parameters
+    assert plan.teacher_image_tower_parameters < plan.teacher_parameters
+    assert "2 epochs of 11 steps" in plan.teacher_stage
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"if_align": None},
+        {"edu_attention": None},
+        {"refinement": None},
+        {"if_align": None, "edu_attention": None},
+    ],
+)
+def test_every_term_can_be_switched_off_on_its_own(done: distill.Run, tmp_path: Path, loss: dict[str, None]) -> None:
+    terms = {**tiny.recipe()["loss"], **loss}
+    run = make_run(done.runs, loss=terms, seed=100 + len(str(loss)))
+    student, _ = load_student(do(run))
+    assert (student.edu_attention is None) == ("edu_attention" in loss)
+    last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert ("if_align" in last) == ("if_align" not in loss)

@@ -1,0 +1,120 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+
+from comkd_cli.checkpoints import load_student
+from comkd_cli.data.digits import digits_source
+from comkd_cli.errors import CheckpointError, DataError, ModelError
+from comkd_cli.flows.evaluate import Bench, evaluate, home_of, newest_students
+from comkd_cli.predictor import prepare
+from comkd_cli.progress import Event, Notice
+from comkd_cli.recipe.model import Data
+
+
+def bench(events: list[Event] | None = None, data: Data | None = None) -> Bench:
+    report = (events if events is not None else []).append
+    return Bench(torch.device("cpu"), Path("data"), report, data)
+
+
+def test_student_and_teacher_are_scored_as_scikit_learn_scores_them(tiny_student: Path) -> None:
+    student_record, teacher_record = evaluate(str(tiny_student), Path("runs"), bench())
+    student, record = load_student(tiny_student)
+    test = digits_source().test
+    assert test is not None
+    images = np.stack([prepare(test.open(i), record.preprocessing) for i in range(len(test))])
+    with torch.no_grad():
+        predicted = student(torch.from_numpy(images)).logits.argmax(1).numpy()
+    assert student_record.top1_percent == pytest.approx(100 * accuracy_score(test.labels, predicted))
+    assert student_record.mean_per_class_percent == pytest.approx(100 * balanced_accuracy_score(test.labels, predicted))
+    assert (student_record.role, teacher_record.role) == ("student", "teacher")
+    assert student_record.images == teacher_record.images == 360
+    assert student_record.image_tower_parameters == sum(p.numel() for p in student.parameters())
+    assert student_record.top1_percent == pytest.approx(record.metrics["test_top1_percent"])
+    assert student_record.agreement_percent is not None
+
+
+def test_a_student_without_its_teacher_is_scored_alone(tiny_student: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "student.pt"
+    shutil.copy(tiny_student, moved)
+    events: list[Event] = []
+    (record,) = evaluate(str(moved), Path("runs"), bench(events))
+    assert record.role == "student"
+    assert any(isinstance(event, Notice) and "teacher can't be scored" in event.text for event in events)
+
+
+def test_unlabelled_images_give_agreement_alone(tiny_student: Path, tmp_path: Path) -> None:
+    for index in range(12):
+        digits_source().train.open(index).save(tmp_path / f"{index}.png")
+    (tmp_path / "broken.png").write_bytes(b"no")
+    data = Data(folder=str(tmp_path), classes=tuple(str(digit) for digit in range(10)))
+    events: list[Event] = []
+    student_record, _ = evaluate(str(tiny_student), Path("runs"), bench(events, data))
+    assert student_record.top1_percent is None
+    assert student_record.agreement_percent is not None
+    assert (student_record.images, student_record.unreadable) == (12, 1)
+    assert any(isinstance(event, Notice) and "broken.png" in event.text for event in events)
+
+
+def test_classes_that_the_student_does_not_know_are_refused(tiny_student: Path, tmp_path: Path) -> None:
+    digits_source().train.open(0).save(tmp_path / "0.png")
+    data = Data(folder=str(tmp_path), classes=("zero", "one"))
+    with pytest.raises(DataError, match="zero, one are not among them"):
+        evaluate(str(tiny_student), Path("runs"), bench(data=data))
+
+
+def test_without_a_model_the_newest_student_of_each_data_set_is_scored(tiny_student: Path) -> None:
+    runs = tiny_student.parents[3]
+    assert newest_students(runs) == {"digits": tiny_student}
+    assert next(record.model for record in evaluate(None, runs, bench())) == str(tiny_student)
+
+
+def test_without_any_student_the_message_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="comkd distill digits"):
+        evaluate(None, tmp_path, bench())
+
+
+def test_a_plain_clip_from_a_local_file_is_scored_as_open_clip_scores_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, _, transform = open_clip.create_model_and_transforms("RN50")
+    weights = tmp_path / "clip.pt"
+    torch.save(model.state_dict(), weights)
+    source = digits_source()
+    for index in range(6):
+        folder = tmp_path / "six" / "test" / source.class_names[source.train.labels[index]]  # type: ignore[index]
+        folder.mkdir(parents=True, exist_ok=True)
+        source.train.open(index).save(folder / f"{index}.png")
+    data = Data(folder=str(tmp_path / "six"), classes=source.class_names, template="a {}!")
+    (record,) = evaluate(f"RN50:{weights}", Path("runs"), bench(data=data))
+    model.eval()
+    text = model.encode_text(open_clip.get_tokenizer("RN50")([f"a {name}!" for name in source.class_names]))
+    images = torch.stack([transform(source.train.open(index)) for index in range(6)])
+    with torch.no_grad():
+        similarity = torch.nn.functional.normalize(model.encode_image(images), dim=1) @ text.T / text.norm(dim=1)
+    correct = similarity.argmax(1) == torch.tensor(source.train.labels[:6])  # type: ignore[index]
+    assert record.top1_percent == pytest.approx(100 * correct.float().mean().item())
+    assert (record.role, record.images) == ("baseline", 6)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        ("nowhere/student.pt", CheckpointError, "no such file"),
+        ("ViT-B-32", ModelError, "neither a student.pt nor ARCH:WEIGHTS"),
+        ("ViT-B-3:openai", ModelError, "did you mean ViT-B-32"),
+        ("ViT-B-32:openai", ModelError, "use ViT-B-32-quickgelu"),
+        ("ViT-B-32:nothing", ModelError, "neither a file nor a tag"),
+    ],
+)
+def test_a_model_that_is_none_is_explained(model: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        evaluate(model, Path("runs"), bench(data=Data(dataset="digits")))
+
+
+def test_results_go_beside_the_student_or_into_the_runs(tiny_student: Path) -> None:
+    assert home_of(str(tiny_student), Path("runs")) == tiny_student.parent
+    assert home_of("ViT-B-32:openai", Path("runs")) == Path("runs")

@@ -1,0 +1,56 @@
+import pytest
+import torch
+from torch import nn
+
+from comkd_cli.method.objective import gradient_shares, loss_terms
+from comkd_cli.method.student import StudentOutput
+from comkd_cli.method.teacher import TeacherOutput
+from comkd_cli.recipe.model import IFAlign, Loss, Refinement
+
+
+def outputs() -> tuple[StudentOutput, TeacherOutput]:
+    torch.manual_seed(0)
+    projected = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    vectors = nn.functional.normalize(torch.randn(3, 6, dtype=torch.float64), dim=1)
+    features = nn.functional.normalize(projected, dim=1)
+    taught = nn.functional.normalize(torch.randn(4, 6, dtype=torch.float64), dim=1)
+    student = StudentOutput(projected, features, 10 * features @ vectors.T)
+    return student, TeacherOutput(taught, 10 * taught @ vectors.T)
+
+
+def test_with_both_modules_off_it_is_promptkds_objective() -> None:
+    student, teacher = outputs()
+    terms = loss_terms(student, teacher, Loss(if_align=None, edu_attention=None, refinement=Refinement(weight=1000.0)))
+    # PromptKD: KLDivLoss(reduction="sum") * tau^2 / numel of the logits, times the weight
+    kl = nn.KLDivLoss(reduction="sum")(student.logits.log_softmax(1), teacher.logits.softmax(1))
+    assert list(terms) == ["refinement"]
+    assert terms["refinement"].item() == pytest.approx((1000 * kl / student.logits.numel()).item())
+
+
+def test_each_term_carries_its_weight_and_can_be_switched_off() -> None:
+    student, teacher = outputs()
+    once = loss_terms(student, teacher, Loss(refinement=Refinement(weight=1.0), if_align=IFAlign(weight=1.0)))
+    thrice = loss_terms(student, teacher, Loss(refinement=Refinement(weight=3.0), if_align=IFAlign(weight=5.0)))
+    assert thrice["refinement"].item() == pytest.approx(3 * once["refinement"].item())
+    assert thrice["if_align"].item() == pytest.approx(5 * once["if_align"].item())
+    assert list(loss_terms(student, teacher, Loss(refinement=None))) == ["if_align"]
+
+
+def test_alignment_compares_normalised_features() -> None:
+    student, teacher = outputs()
+    longer = StudentOutput(student.projected * 7, student.features, student.logits)
+    first, second = (loss_terms(s, teacher, Loss())["if_align"].item() for s in (student, longer))
+    assert first == pytest.approx(second, rel=1e-6)
+
+
+def test_gradient_shares_are_the_terms_gradient_norms_over_their_sum() -> None:
+    student, teacher = outputs()
+    terms = loss_terms(student, teacher, Loss(refinement=Refinement(weight=50.0)))
+    shares = gradient_shares(terms, student.projected)
+    norms = {}
+    for name, term in terms.items():
+        student.projected.grad = None
+        term.backward(retain_graph=True)
+        norms[name] = student.projected.grad.norm().item()  # type: ignore[attr-defined]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["refinement"] == pytest.approx(norms["refinement"] / sum(norms.values()), rel=1e-6)

@@ -1,0 +1,122 @@
+"""Each command as a real process, from recipe to prediction, killed and interrupted on the way."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from comkd_cli.data.digits import digits_source
+from tests import tiny
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("workshop")
+    with (folder / "tiny.yaml").open("w") as stream:
+        YAML(typ="safe", pure=True).dump(tiny.recipe(optim={**tiny.OPTIM, "epochs": 30}), stream)
+    return folder
+
+
+def comkd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "comkd_cli", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "comkd_cli", *arguments]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_epoch(process: subprocess.Popen[str], metrics: Path, epoch: int) -> None:
+    deadline = time.monotonic() + 200
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < epoch:
+        assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def same_tensors(first: Path, second: Path) -> bool:
+    left, right = (torch.load(path, weights_only=True)["state_dict"] for path in (first, second))
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_from_recipe_to_prediction_through_every_interruption(workshop: Path) -> None:
+    whole = comkd(workshop, "distill", "tiny.yaml", "--runs", "whole")
+    assert whole.returncode == 0, whole.stderr
+    reference = workshop / "whole/tiny/digits/seed1/student.pt"
+    assert str(Path("whole/tiny/digits/seed1/student.pt")) in whole.stdout
+
+    run = workshop / "broken/tiny/digits/seed1"
+    killed = start(workshop, "distill", "tiny.yaml", "--runs", "broken")
+    wait_for_epoch(killed, run / "metrics.jsonl", 3)
+    killed.kill()
+    killed.wait()
+    assert not (run / "student.pt").exists()
+
+    interrupted = start(workshop, "distill", "tiny.yaml", "--runs", "broken")
+    wait_for_epoch(interrupted, run / "metrics.jsonl", 6)
+    interrupted.send_signal(signal.SIGINT)
+    _, said = interrupted.communicate(timeout=60)
+    assert interrupted.returncode == 130
+    assert "comkd distill tiny.yaml --runs broken" in said
+    assert "Traceback" not in said
+
+    finished = comkd(workshop, "distill", "tiny.yaml", "--runs", "broken")
+    assert finished.returncode == 0, finished.stderr
+    assert "going on from epoch" in finished.stderr
+    assert same_tensors(reference, run / "student.pt")
+    assert not (run / "state").exists()
+
+    written = (run / "student.pt").stat().st_mtime_ns
+    again = comkd(workshop, "distill", "tiny.yaml", "--runs", "broken")
+    assert again.returncode == 0
+    assert "already finished" in again.stderr
+    assert (run / "student.pt").stat().st_mtime_ns == written
+
+    scored = comkd(workshop, "evaluate", "broken/tiny/digits/seed1/student.pt", "--json")
+    assert scored.returncode == 0, scored.stderr
+    student, teacher = json.loads(scored.stdout)["records"]
+    assert (student["role"], teacher["role"]) == ("student", "teacher")
+    assert json.loads((run / "results.json").read_text())["records"] == [student, teacher]
+
+    exported = comkd(workshop, "export", "--onnx", "broken/tiny/digits/seed1/student.pt", "--json")
+    assert exported.returncode == 0, exported.stderr
+    assert json.loads(exported.stdout)["format"] == "comkd-bundle/1"
+
+    digits_source().train.open(0).save(workshop / "one.png")
+    named = comkd(workshop, "predict", str(run / "bundle"), "one.png", "--json", "--top", "3")
+    assert named.returncode == 0, named.stderr
+    (prediction,) = json.loads(named.stdout)["predictions"]
+    assert len(prediction["classes"]) == 3
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(workshop: Path) -> None:
+    planned = comkd(workshop, "distill", "tiny.yaml", "--runs", "nothing", "--dry-run", "--seed", "4")
+    assert planned.returncode == 0, planned.stderr
+    for word in ("teacher", "trainable", "330 in all", "cpu", "nothing/tiny/digits/seed4"):
+        assert word in planned.stdout
+    assert not (workshop / "nothing").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("evaluate", "tiny.yaml"), "is not a student"),
+        (("export", "tiny.yaml"), "is not a student"),
+        (("distill", "tiny.yaml", "--set", "data.folder=nowhere"), "does not exist"),
+        (("predict", ".", "one.png"), "no manifest.json"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_exit_1(workshop: Path, arguments: tuple[str, ...], message: str) -> None:
+    failed = comkd(workshop, *arguments)
+    assert failed.returncode == 1
+    assert message in failed.stderr
+    assert "Traceback" not in failed.stderr
