@@ -19,11 +19,10 @@ from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
 from comkd_cli.errors import ModelError
-from comkd_cli.files import sha256_of_file
+from comkd_cli.files import sha256_of_data, sha256_of_file
 from comkd_cli.predictor import RESAMPLING, Preprocessing
-from comkd_cli.recipe.model import Model
+from comkd_cli.recipe.model import SCHEMES, Model
 
-SCHEMES = ("hf-hub:", "local-dir:")  # of open_clip names that bring their own weights
 # A student has no text tower, but open_clip's CLIP wants one: the least that it accepts.
 LEAST_TEXT_TOWER = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
 
@@ -68,7 +67,10 @@ def build_clip(model: Model, seed: int = 0, load_weights: bool = True) -> Clip:
     """Both towers, with the weights of the recipe, or random ones drawn from the seed. Raises ModelError."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        built = _from_config(model.config) if model.config is not None else _from_name(model, load_weights)
+        if model.config is not None:
+            built = _from_config(model.config, load_weights)
+        else:
+            built = _from_name(model, load_weights)
     if model.config is not None and model.weights is not None and load_weights:
         _load_file(built, _weights_file(model), _architecture(model))
     _lay_out(built.visual)
@@ -86,14 +88,24 @@ def build_image_tower(model: Model, seed: int = 0, load_weights: bool = True) ->
     else:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            visual = _from_config({**model.config, "text_cfg": LEAST_TEXT_TOWER}).visual
+            visual = _from_config({**model.config, "text_cfg": LEAST_TEXT_TOWER}, load_weights).visual
         if model.weights is not None and load_weights:
             _load_tower_file(visual, _weights_file(model), _architecture(model))
     _lay_out(visual.eval())
     preprocessing = _preprocessing(visual)
-    with torch.no_grad():
-        width = visual(torch.zeros(1, 3, preprocessing.size, preprocessing.size)).shape[-1]
-    return ImageTower(visual, width, preprocessing, _origin(model))
+    return ImageTower(visual, _width(visual, preprocessing), preprocessing, _origin(model))
+
+
+def weights_sha256(model: Model) -> str | None:
+    """A digest of the local file or folder that a model's weights come from; None for tags and random ones."""
+    path = Path(model.weights).expanduser() if model.weights else None
+    if path is not None and path.is_file():
+        return sha256_of_file(path)
+    if model.arch is not None and model.arch.startswith("local-dir:"):
+        folder = Path(model.arch.removeprefix("local-dir:"))
+        files = sorted(path for path in folder.glob("*") if path.is_file())
+        return sha256_of_data({file.name: sha256_of_file(file) for file in files})
+    return None
 
 
 def known_architectures() -> list[str]:
@@ -126,6 +138,8 @@ def _from_name(model: Model, load_weights: bool) -> Any:
                 arch,
                 pretrained=weights if load_weights else None,
                 load_weights=load_weights,
+                # A folder or repository without weights would pass for a model with random ones.
+                require_pretrained=load_weights and model.has_weights,
                 weights_only=True,
             )
     except Exception as error:  # open_clip, torch, pickle and the Hub's client each raise their own
@@ -151,14 +165,21 @@ def _activation(model: Model) -> str:
     return "quick_gelu" if config and config.get("quick_gelu", False) else "gelu"
 
 
-def _from_config(config: dict[str, Any]) -> Any:
-    """A model with random weights from an open_clip config, through open_clip's own factory."""
+def _from_config(config: dict[str, Any], load_weights: bool) -> Any:
+    """A model from an open_clip config, through open_clip's own factory.
+
+    Its weights are random, but for a timm tower whose config asks for timm's own.
+    """
+    vision = config["vision_cfg"]
+    from_timm = load_weights and isinstance(vision, dict) and bool(vision.get("timm_model_pretrained"))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "open_clip_config.json")
         try:
             file.write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
             with _quiet():
-                return open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
+                return open_clip.create_model(
+                    f"local-dir:{folder}", load_weights=False, pretrained_image=from_timm, pretrained_text=False
+                )
         except Exception as error:  # open_clip checks a config by using it
             raise ModelError(f"config: open_clip can't build this model: {_first_line(error)}") from error
 
@@ -203,6 +224,17 @@ def _tokenizer(model: Model) -> Callable[[Sequence[str]], Tensor]:
     return simple
 
 
+def _width(visual: nn.Module, preprocessing: Preprocessing) -> int:
+    """Of the features, found by asking: towers do not all say it."""
+    blank = torch.zeros(1, 3, preprocessing.size, preprocessing.size)
+    try:
+        with torch.no_grad():
+            return int(visual(blank).shape[-1])
+    except (RuntimeError, AssertionError, ValueError, AttributeError) as error:
+        side = preprocessing.size
+        raise ModelError(f"the image tower can't take images of {side} x {side}: {_first_line(error)}") from error
+
+
 def _lay_out(visual: nn.Module) -> None:
     """Convolutional towers keep channels last in memory, which CPUs and tensor cores run faster."""
     convolutions = sum(isinstance(module, nn.Conv2d) for module in visual.modules())
@@ -224,9 +256,7 @@ def _preprocessing(visual: Any) -> Preprocessing:
 
 
 def _origin(model: Model) -> Origin:
-    path = Path(model.weights).expanduser() if model.weights else None
-    sha256 = sha256_of_file(path) if path is not None and path.is_file() else None
-    return Origin(_architecture(model), model.weights, sha256, _activation(model))
+    return Origin(_architecture(model), model.weights, weights_sha256(model), _activation(model))
 
 
 @contextmanager

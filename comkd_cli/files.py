@@ -26,7 +26,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     try:
         yield unfinished
         unfinished.chmod(0o666 & ~_umask())  # mkstemp keeps files to their owner
-        with unfinished.open("rb") as written:
+        with unfinished.open("r+b") as written:
             os.fsync(written.fileno())
         unfinished.replace(path)
     finally:

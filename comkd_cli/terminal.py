@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     ProgressColumn,
@@ -21,6 +23,8 @@ from rich.text import Text
 
 from comkd_cli.progress import Epoch, Event, Notice, Progress, Report, Stage
 
+PLAIN_LINE_EVERY_SECONDS = 60  # how often long work says where it is, where there is no terminal for a bar
+
 
 def output() -> Console:
     """The console for results: standard output, never wrapped where it is not a terminal."""
@@ -34,7 +38,7 @@ def messages() -> Console:
 
 
 def figures_text(figures: Mapping[str, float]) -> str:
-    """`loss 0.152  refinement 0.1435 (97 %)  gate 0.063  test top-1 93.61 %`.
+    """`loss 0.152  refinement 0.144 (97%)  gate 0.063  test top-1 93.61 %`.
 
     In brackets stands a term's share of the gradient, where it was measured.
     """
@@ -46,7 +50,7 @@ def figures_text(figures: Mapping[str, float]) -> str:
             parts.append(f"{name.removesuffix('_percent').replace('top1', 'top-1').replace('_', ' ')} {value:.2f} %")
             continue
         share = figures.get(f"{name}_gradient_share")
-        parts.append(f"{name} {value:.4g}" + (f" ({share:.0%})" if share is not None else ""))
+        parts.append(f"{name} {value:.3g}" + (f" ({share:.0%})" if share is not None else ""))
     return "  ".join(parts)
 
 
@@ -86,6 +90,7 @@ class _Reporter:
         self._bars = bars
         self._task: TaskID | None = None
         self._label = ""
+        self._said_at = time.monotonic()
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Progress):
@@ -93,7 +98,7 @@ class _Reporter:
             return
         if isinstance(event, Stage):
             self._clear()
-            self._console.print(f"[bold]{event.title}[/bold]")
+            self._console.print(f"[bold]{escape(event.title)}[/bold]")
         elif isinstance(event, Epoch):
             width = len(str(event.total))
             self._console.print(
@@ -101,7 +106,7 @@ class _Reporter:
                 f"[dim]{event.images_per_second:.0f} images/s[/dim]"
             )
         elif isinstance(event, Notice):
-            self._console.print(f"[yellow]note:[/yellow] {event.text}", markup=True)
+            self._console.print(f"[yellow]note:[/yellow] {escape(event.text)}")
 
     def _move(self, event: Progress) -> None:
         if self._task is None or event.label != self._label:
@@ -109,6 +114,13 @@ class _Reporter:
             self._task = self._bars.add_task(event.label, total=event.total, figures="")
             self._label = event.label
         self._bars.update(self._task, completed=event.done, total=event.total, figures=figures_text(event.figures))
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._said_at > PLAIN_LINE_EVERY_SECONDS:
+            self._said_at = now
+            task = self._bars.tasks[self._bars.task_ids.index(self._task)]
+            left = "" if task.time_remaining is None else f"  about {task.time_remaining / 60:.0f} min left"
+            figures = figures_text(event.figures)
+            self._console.print(f"  {event.label}  {task.percentage:.0f} %  {figures}{left}", markup=False)
 
     def _clear(self) -> None:
         if self._task is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("recipe")
+@click.option("--dataset", "datasets", metavar="NAME", multiple=True, help="Learn from this data set; may be repeated.")
 @click.option("--seed", "seeds", type=click.IntRange(min=0), multiple=True, help="Run with this seed; may be repeated.")
 @click.option(
     "--set",
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print what would run, and run nothing.")
 def command(
     recipe: str,
+    datasets: tuple[str, ...],
     seeds: tuple[int, ...],
     settings: tuple[str, ...],
     runs: Path,
@@ -48,7 +51,10 @@ def command(
     from comkd_cli.recipe import find_recipe, load_recipe
     from comkd_cli.terminal import messages, reporting
 
-    loaded = [load_recipe(recipe, [*settings, f"seed={seed}"]) for seed in seeds] or [load_recipe(recipe, settings)]
+    choices = product(
+        [[f"data.dataset={dataset}"] for dataset in datasets] or [[]], [[f"seed={seed}"] for seed in seeds] or [[]]
+    )
+    loaded = [load_recipe(recipe, [*settings, *dataset, *seed]) for dataset, seed in choices]
     name = find_recipe(recipe).stem
     with messages().status("starting"):  # importing torch takes seconds
         from comkd_cli.data.sources import open_source
@@ -56,20 +62,19 @@ def command(
         from comkd_cli.training import make_accelerator
 
         accelerator = make_accelerator(loaded[0].precision)
-        source = open_source(loaded[0].data, data_root)
     for chosen in loaded:
+        source = open_source(chosen.data, data_root)
         run = distill.Run(chosen, name, source, runs, adapt.teacher_identity(chosen, source))
         if dry_run:
             _print_plan(distill.plan(run, accelerator, adapt.describe_stage(chosen, source, runs)))
-            continue
-        if not fresh and distill.finished(run):
-            messages().print(f"already finished: {run.student_file} (--fresh repeats it)")
-            continue
-        line = _resume_line()
-        with reporting() as report:
-            teach = partial(adapt.ready_teacher, chosen, source, runs, accelerator, report, line)
-            distill.distill(run, teach, accelerator, report, line, fresh)
-        _print_next_steps(run.student_file)
+        elif not fresh and distill.finished(run):
+            messages().print(f"already finished: {run.student_file} (--fresh repeats it)", markup=False)
+        else:
+            line = _resume_line()
+            with reporting() as report:
+                teach = partial(adapt.ready_teacher, chosen, source, runs, accelerator, report, line)
+                distill.distill(run, teach, accelerator, report, line, fresh)
+            _print_next_steps(run.student_file)
 
 
 def _resume_line() -> str:
@@ -78,6 +83,7 @@ def _resume_line() -> str:
 
 
 def _print_plan(plan: Plan) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from comkd_cli.terminal import output
@@ -100,15 +106,15 @@ def _print_plan(plan: Plan) -> None:
         "writes": str(plan.folder),
     }
     for name, text in rows.items():
-        table.add_row(name, text)
+        table.add_row(name, escape(text))
     output().print(table)
 
 
 def _print_next_steps(student: Path) -> None:
     from comkd_cli.terminal import output
 
+    path = shlex.quote(str(student))
     output().print(
-        f"student: {student}\n"
-        f"  comkd evaluate {shlex.quote(str(student))}\n"
-        f"  comkd export --onnx {shlex.quote(str(student))}"
+        f"student: {student}\n  comkd evaluate {path}\n  comkd export --onnx {path}",
+        markup=False,
     )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--dataset", type=click.Choice(["digits"]), help="Score on this data set.")
+@click.option("--dataset", metavar="NAME", help="Score on this data set: digits, or one of `comkd datasets list`.")
 @click.option(
     "--folder",
     type=click.Path(file_okay=False, exists=True),
@@ -71,7 +71,7 @@ def command(
         click.echo(to_json(records), nl=False)
         return
     output().print(_table(records))
-    output().print(f"[dim]{written}[/dim]")
+    output().print(written, style="dim", markup=False)
 
 
 def _data(dataset: str | None, folder: str | None, classes: str | None, template: str | None) -> Data | None:
@@ -83,6 +83,7 @@ def _data(dataset: str | None, folder: str | None, classes: str | None, template
 
 
 def _table(records: Sequence[Record]) -> object:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -92,8 +93,8 @@ def _table(records: Sequence[Record]) -> object:
         table.add_column(title, justify="right")
     for record in records:
         table.add_row(
-            record.dataset,
-            f"{record.role} [dim]{record.model}[/dim]",
+            escape(record.dataset),
+            f"{record.role} [dim]{escape(record.model)}[/dim]",
             f"{record.images:,}",
             _percent(record.top1_percent),
             _percent(record.mean_per_class_percent),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -66,4 +67,4 @@ def _print_bundle(target: Path, manifest: dict[str, Any]) -> None:
         table.add_row(name, decimal(entry["bytes"]))
     console = output()
     console.print(table)
-    console.print(f"bundle: {target}\n  comkd predict {target} IMAGE...")
+    console.print(f"bundle: {target}\n  comkd predict {shlex.quote(str(target))} IMAGE...", markup=False)

@@ -13,6 +13,7 @@ def command() -> None:
 @command.command("list")
 def list_() -> None:
     """List the recipes that come with comkd."""
+    from rich.markup import escape
     from rich.table import Table
 
     from comkd_cli.recipe import bundled_recipes, load_recipe
@@ -20,7 +21,7 @@ def list_() -> None:
 
     table = Table("recipe", "about", box=None, pad_edge=False, header_style="bold")
     for name, path in bundled_recipes().items():
-        table.add_row(name, load_recipe(path).about)
+        table.add_row(name, escape(load_recipe(path).about))
     output().print(table)
 
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from comkd_cli.backbones import Clip, build_clip
+from comkd_cli.backbones import Clip, build_clip, weights_sha256
 from comkd_cli.checkpoints import SavedTeacher, TeacherRecord, save_teacher
 from comkd_cli.data.loaders import Batch, TrainingLoader, worker_count
 from comkd_cli.data.source import Source
@@ -16,7 +16,7 @@ from comkd_cli.data.transforms import stable_seed
 from comkd_cli.errors import DataError
 from comkd_cli.evaluation.metrics import top1_percent
 from comkd_cli.evaluation.zero_shot import answer
-from comkd_cli.files import sha256_of_data, sha256_of_file
+from comkd_cli.files import sha256_of_data
 from comkd_cli.method.teacher import PromptClassifier
 from comkd_cli.progress import Notice, Report, Stage
 from comkd_cli.recipe import Recipe
@@ -28,10 +28,9 @@ from comkd_cli.training import StepResult, Task, fit, forget_state
 def teacher_identity(recipe: Recipe, source: Source) -> str:
     """A digest of all that decides the teacher: its weights, how it is adapted, and on what."""
     teacher = recipe.teacher
-    weights = Path(teacher.weights).expanduser() if teacher.weights else None
     parts = {
         "model": _model_fields(teacher),
-        "weights_sha256": sha256_of_file(weights) if weights and weights.is_file() else None,
+        "weights_sha256": weights_sha256(teacher),
         "adapt": teacher.adapt.model_dump(mode="json"),
         "prompts": source.prompts,
     }

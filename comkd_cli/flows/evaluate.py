@@ -19,7 +19,7 @@ from comkd_cli.evaluation.zero_shot import Answers, answer
 from comkd_cli.method.student import image_tower_parameters
 from comkd_cli.predictor import Preprocessing
 from comkd_cli.progress import Notice, Report, Stage
-from comkd_cli.recipe.model import Data, Model
+from comkd_cli.recipe.model import SCHEMES, Data, Model
 from comkd_cli.results import Record, Role
 from comkd_cli.teachers import ReadyTeacher, saved_teacher, zero_shot_teacher
 
@@ -89,11 +89,11 @@ def evaluate_baseline(argument: str, bench: Bench) -> list[Record]:
     """A plain CLIP, given as ARCH:WEIGHTS, zero-shot on the test images of the bench's data."""
     if bench.data is None:
         raise DataError(f"{argument}: say on what to score it, with --dataset or --folder")
-    arch, weights = _split_argument(argument)
+    model = _parse_argument(argument)
     source = open_source(bench.data, bench.data_root)
     images = _scored_images(source, bench.report)
     bench.report(Stage(f"Scoring {argument} on {len(images)} images of {source.name}"))
-    ready = zero_shot_teacher(Model(arch=arch, weights=weights), source.prompts, bench.device)
+    ready = zero_shot_teacher(model, source.prompts, bench.device)
     teacher = ready.teacher
     answers = _answers(
         teacher,
@@ -102,7 +102,7 @@ def evaluate_baseline(argument: str, bench: Bench) -> list[Record]:
         images,
         worker_count(bench.data),
         bench,
-        arch,
+        "baseline",
     )
     return [_record(answers, argument, "baseline", source, teacher)]
 
@@ -113,12 +113,13 @@ def newest_students(runs: Path) -> dict[str, Path]:
     return {path.parent.parent.name: path for path in found}
 
 
-def _split_argument(argument: str) -> tuple[str, str]:
-    # `hf-hub:` and `local-dir:` architectures bring their weights and have a colon of their own.
+def _parse_argument(argument: str) -> Model:
+    if argument.startswith(SCHEMES):
+        return Model(arch=argument)
     arch, colon, weights = argument.partition(":")
     if not colon or not weights:
         raise ModelError(f"{argument}: is neither a student.pt nor ARCH:WEIGHTS, such as ViT-B-32:laion2b_s34b_b79k")
-    return arch, weights
+    return Model(arch=arch, weights=weights)
 
 
 def _scored_images(source: Source, report: Report) -> ImageSet:

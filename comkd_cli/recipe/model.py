@@ -6,11 +6,17 @@ are silent.
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from comkd_cli.catalog import CATALOG
+
+DATASETS = ("digits", *CATALOG)
 DEFAULT_TEMPLATE = "a photo of a {}."
+# open_clip names that start so bring their own weights.
+SCHEMES = ("hf-hub:", "local-dir:")
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -28,8 +34,9 @@ class Closed(BaseModel):
 class Data(Closed):
     """The images to learn from and the classes to tell apart: a named `dataset`, or a `folder`."""
 
-    dataset: Literal["digits"] | None = None
-    """A dataset that comkd knows. `digits` ships with scikit-learn: 1,797 handwritten digits, 8 by 8."""
+    dataset: str | None = None
+    """A data set that comkd knows: one of the suite (`comkd datasets list`), below the data root; or
+    `digits`, which ships with scikit-learn: 1,797 handwritten digits, 8 by 8."""
     folder: str | None = None
     """A folder of images: unlabelled anywhere below it, or train/ and test/ with a sub-folder a class.
     A relative path is looked for in the current directory, then under the data root."""
@@ -46,6 +53,10 @@ class Data(Closed):
     def _one_source(self) -> Data:
         if (self.dataset is None) == (self.folder is None):
             raise ValueError("needs exactly one of `dataset` and `folder`")
+        if self.dataset is not None and self.dataset not in DATASETS:
+            close = difflib.get_close_matches(self.dataset, DATASETS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"comkd knows {', '.join(DATASETS)}"
+            raise ValueError(f"{self.dataset!r} is no data set that comkd knows; {hint}")
         if self.dataset is not None and self.classes is not None:
             raise ValueError(f"`classes` belongs to `folder`; the dataset {self.dataset} brings its own")
         if self.template is not None and self.template.count("{}") != 1:
@@ -130,10 +141,12 @@ class Model(Closed):
     """A CLIP: an open_clip architecture by name (`arch`) or written out (`config`)."""
 
     arch: str | None = None
-    """An open_clip architecture, such as ViT-B-16-quickgelu."""
+    """An open_clip architecture, such as ViT-B-16-quickgelu; or hf-hub:ORG/NAME or local-dir:FOLDER, which
+    bring their own weights."""
     config: dict[str, Any] | None = None
     """An open_clip model config: embed_dim, vision_cfg and, for a teacher, text_cfg. vision_cfg takes
-    open_clip's own fields, or timm_model_name for any timm backbone."""
+    open_clip's own fields, or timm_model_name for any timm backbone; timm_model_pretrained: true starts
+    that from timm's weights."""
     weights: str | None = None
     """An open_clip tag, such as openai, or a local file. Left out: random weights."""
 
@@ -143,7 +156,14 @@ class Model(Closed):
             raise ValueError("needs exactly one of `arch` and `config`")
         if self.config is not None and (absent := {"embed_dim", "vision_cfg"} - set(self.config)):
             raise ValueError(f"`config` lacks {' and '.join(sorted(absent))}")
+        if self.weights is not None and self.arch is not None and self.arch.startswith(SCHEMES):
+            raise ValueError(f"{self.arch} brings its own weights: leave `weights` out")
         return self
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it starts from trained weights of a CLIP, not from random ones."""
+        return self.weights is not None or (self.arch is not None and self.arch.startswith(SCHEMES))
 
 
 class Teacher(Model):
@@ -154,7 +174,7 @@ class Teacher(Model):
 
     @model_validator(mode="after")
     def _knows_something(self) -> Teacher:
-        if self.weights is None and self.adapt.method == "none":
+        if not self.has_weights and self.adapt.method == "none":
             raise ValueError("has random weights: give `weights`, or train it with `adapt: full`")
         if self.config is not None and "text_cfg" not in self.config:
             raise ValueError("`config` lacks text_cfg: a teacher encodes the class names")
@@ -189,7 +209,7 @@ class Student(Model):
 
     @model_validator(mode="after")
     def _trainable(self) -> Student:
-        if self.train == "prompts" and self.weights is None:
+        if self.train == "prompts" and not self.has_weights:
             raise ValueError("`train: prompts` freezes the backbone: give its `weights`, or use `train: full`")
         return self
 

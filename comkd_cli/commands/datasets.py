@@ -1,0 +1,139 @@
+"""`comkd datasets`: what the evaluation suite's data sets are, whether they are here, and their splits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from comkd_cli.options import data_root_option, json_option
+
+if TYPE_CHECKING:
+    from comkd_cli.catalog import Dataset
+    from comkd_cli.data.check import Check
+
+
+@click.group()
+def command() -> None:
+    """List, check and split the data sets of the evaluation suite."""
+
+
+@command.command("list")
+@json_option
+def list_(as_json: bool) -> None:
+    """List the data sets that comkd knows, with their published counts."""
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from comkd_cli.catalog import CATALOG
+    from comkd_cli.terminal import output
+
+    if as_json:
+        click.echo(json.dumps([asdict(dataset) for dataset in CATALOG.values()], indent=2))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("data set", "folder", "classes", "train", "val", "test", "prompt"):
+        table.add_column(title, justify="right" if title in ("classes", "train", "val", "test") else "left")
+    for dataset in CATALOG.values():
+        counts = (dataset.classes, dataset.train, dataset.val, dataset.test)
+        table.add_row(dataset.name, dataset.folder, *(f"{n:,}" if n else "-" for n in counts), dataset.template)
+    output().print(table)
+
+
+@command.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--deep", is_flag=True, help="Decode every image as well; takes long.")
+@data_root_option
+@json_option
+def check(names: tuple[str, ...], deep: bool, data_root: Path, as_json: bool) -> None:
+    """Say of each data set whether it is ready, incomplete or missing, and what to do.
+
+    Reads the split files, looks for every image that they name, and compares the counts with the published
+    ones. Without a NAME, all are checked; exits 1 if a named one is not ready, or none at all is.
+    """
+    from comkd_cli.data.check import check_dataset
+    from comkd_cli.errors import DataError
+    from comkd_cli.progress import Progress
+    from comkd_cli.terminal import output, reporting
+
+    checks = []
+    with reporting(quiet=as_json) as report:
+        for dataset in _chosen(names):
+
+            def tick(done: int, total: int, name: str = dataset.name) -> None:
+                if done % 100 == 0 or done == total:
+                    report(Progress(name, done, total))
+
+            checks.append(check_dataset(dataset, data_root, deep, tick))
+    if as_json:
+        click.echo(json.dumps([entry.as_plain() for entry in checks], indent=2, ensure_ascii=False))
+    else:
+        output().print(_table(checks))
+    wanting = [entry.dataset for entry in checks if entry.state != "ready"]
+    if wanting and (names or len(wanting) == len(checks)):
+        raise DataError(f"not ready below {data_root}: {', '.join(wanting)}")
+
+
+@command.command()
+@click.argument("name")
+@click.option("--shots", type=click.IntRange(min=1), help="Draw so many training images a class.")
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Of the draw.")
+@click.option(
+    "--classes",
+    "half",
+    type=click.Choice(["all", "base", "new"]),
+    default="all",
+    show_default=True,
+    help="All classes, or a half of them, relabelled from 0.",
+)
+@data_root_option
+@json_option
+def split(name: str, shots: int | None, seed: int, half: str, data_root: Path, as_json: bool) -> None:
+    """Print the train, val and test images of NAME, from its split files alone.
+
+    With --json a document {"train": [[path, label, class name], ...], "val": ..., "test": ...}, paths
+    relative to the data set's folder; else a line an image. --shots draws as CoOp and Dassl do.
+    """
+    from comkd_cli.data.splits import read_splits, sample_shots, select_half
+
+    (dataset,) = _chosen((name,))
+    splits = read_splits(dataset, data_root)
+    if shots is not None:
+        splits = sample_shots(splits, shots, seed)
+    plain = select_half(splits, half).as_plain()  # type: ignore[arg-type]
+    if as_json:
+        click.echo(json.dumps(plain, ensure_ascii=False))
+        return
+    for part, entries in plain.items():
+        for path, label, class_name in entries:
+            click.echo(f"{part}\t{label}\t{class_name}\t{path}")
+
+
+def _chosen(names: Sequence[str]) -> list[Dataset]:
+    from comkd_cli.catalog import CATALOG
+    from comkd_cli.errors import DataError
+
+    if unknown := [name for name in names if name not in CATALOG]:
+        raise DataError(f"{unknown[0]}: no such data set; comkd knows {', '.join(CATALOG)}")
+    return [CATALOG[name] for name in names] or list(CATALOG.values())
+
+
+def _table(checks: Sequence[Check]) -> object:
+    from rich.markup import escape
+    from rich.table import Table
+
+    colours = {"ready": "green", "incomplete": "yellow", "missing": "red"}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("data set", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("images", justify="right", no_wrap=True)
+    table.add_column("what to do", overflow="fold")
+    for entry in checks:
+        state = f"[{colours[entry.state]}]{entry.state}[/]"
+        told = escape("\n".join([*entry.problems, *([entry.remedy] if entry.remedy else [])]))
+        table.add_row(entry.dataset, state, f"{entry.train + entry.val + entry.test:,}", told)
+    return table

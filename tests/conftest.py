@@ -1,0 +1,122 @@
+"""What many tests share: the command line as a process, small pictures, a small bundle, a small recipe."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from PIL import Image
+
+# The same examples at every run, and no deadline: machines differ.
+settings.register_profile("comkd", deadline=None, derandomize=True, database=None)
+settings.load_profile("comkd")
+
+
+@pytest.fixture(scope="session")
+def run_comkd() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line as a process: run_comkd("predict", bundle, image, cwd=folder)."""
+
+    def run(
+        *arguments: object, cwd: Path, env: dict[str, str] | None = None, timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "comkd_cli", *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+        )
+
+    return run
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    """An RGB picture in which no two pixels are alike, so that any shift or turn shows."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="session", name="noise")
+def noise_fixture() -> Callable[..., Image.Image]:
+    """A picture of random pixels: noise(width, height, seed=0)."""
+    return noise
+
+
+@pytest.fixture(scope="session")
+def write_image() -> Callable[..., Path]:
+    """Write a small picture, its folder too: write_image(path, seed=0, size=(12, 9)) returns the path."""
+
+    def write(path: Path, seed: int = 0, size: tuple[int, int] = (12, 9), **options: Any) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise(*size, seed).save(path, **options)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def minimal_recipe() -> dict[str, Any]:
+    """Plain data with all that a recipe must say and nothing else."""
+    return {
+        "data": {"dataset": "digits"},
+        "teacher": {"arch": "ViT-L-14", "weights": "openai"},
+        "student": {"arch": "ViT-B-32", "weights": "openai"},
+    }
+
+
+PIXELS = {"size": 8, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
+COLOUR_WEIGHTS = np.array([[5.0, -1.0, 0.5], [-1.0, 5.0, 0.25], [0.0, -2.0, 5.0]], dtype=np.float32)
+COLOUR_BIAS = np.array([0.125, -0.25, 0.5], dtype=np.float32)
+
+
+@pytest.fixture(scope="session")
+def write_bundle() -> Callable[..., Path]:
+    """Write a bundle that tells red, green and blue pictures apart, and that needs no torch to make.
+
+    Its logits are COLOUR_WEIGHTS times the mean of each normalised channel, plus COLOUR_BIAS.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    def write(folder: Path, class_names: Sequence[str] = ("red", "green", "blue")) -> Path:
+        size = PIXELS["size"]
+        graph = helper.make_graph(
+            [
+                helper.make_node("ReduceMean", ["image"], ["means"], axes=[2, 3], keepdims=0),
+                helper.make_node("Gemm", ["means", "weights", "bias"], ["logits"], transB=1),
+            ],
+            "colours",
+            [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, size, size])],
+            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
+            [
+                numpy_helper.from_array(COLOUR_WEIGHTS, "weights"),
+                numpy_helper.from_array(COLOUR_BIAS, "bias"),
+            ],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        folder.mkdir(parents=True)
+        (folder / "classifier.onnx").write_bytes(model.SerializeToString())
+        (folder / "classes.txt").write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
+        files = {
+            name: {"sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()}
+            for name in ("classifier.onnx", "classes.txt")
+        }
+        manifest = {"format": "comkd-bundle/1", "preprocessing": PIXELS, "files": files}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def colour_bundle(tmp_path: Path, write_bundle: Callable[..., Path]) -> Path:
+    """A bundle that tells red, green and blue pictures apart; see write_bundle."""
+    return write_bundle(tmp_path / "bundle")

@@ -1,0 +1,204 @@
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from comkd_cli.files import (
+    folder_written_whole,
+    remove_folder,
+    sha256_of_data,
+    sha256_of_file,
+    write_text,
+    written_whole,
+)
+
+KILLED_WHILE_WRITING_A_FILE = """
+import os, signal, sys
+from pathlib import Path
+from comkd_cli.files import written_whole
+with written_whole(Path(sys.argv[1])) as unfinished:
+    unfinished.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+KILLED_WHILE_WRITING_A_FOLDER = """
+import os, signal, sys
+from pathlib import Path
+from comkd_cli.files import folder_written_whole
+with folder_written_whole(Path(sys.argv[1])) as unfinished:
+    (unfinished / "file").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def run_and_die(script: str, path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, check=False, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+# --- files ---------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_the_old_one_until_the_block_ends_and_the_new_one_then(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+    with written_whole(path) as unfinished:
+        unfinished.write_bytes(b"new, and longer")
+        assert path.read_bytes() == b"old"
+        assert unfinished.parent == path.parent  # a rename is whole within one file system only
+    assert path.read_bytes() == b"new, and longer"
+    assert os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError, match="no space"), written_whole(path) as unfinished:
+        unfinished.write_bytes(b"half")
+        raise RuntimeError("no space")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_a_block_that_fails_makes_no_file_where_none_was(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "file.bin") as unfinished:
+        unfinished.write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+    run_and_die(KILLED_WHILE_WRITING_A_FILE, path)
+    assert path.read_bytes() == b"old"
+    assert [name for name in os.listdir(tmp_path) if not name.startswith(".")] == ["file.bin"]
+    write_text(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_a_process_killed_while_writing_makes_no_file_where_none_was(tmp_path: Path) -> None:
+    run_and_die(KILLED_WHILE_WRITING_A_FILE, tmp_path / "file.bin")
+    assert not (tmp_path / "file.bin").exists()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_file_may_be_read_by_whom_any_new_file_may(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        (tmp_path / "plain").write_text("x")
+        write_text(tmp_path / "whole", "x")
+        assert os.umask(umask) == umask  # and the mask is left as it was
+    finally:
+        os.umask(before)
+    assert (tmp_path / "whole").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_missing_folders_are_made(tmp_path: Path) -> None:
+    write_text(tmp_path / "a/b/c.txt", "text")
+    assert (tmp_path / "a/b/c.txt").read_text() == "text"
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_text_is_written_as_utf8(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "text.txt"
+    write_text(path, text)
+    assert path.read_bytes() == text.encode("utf-8")
+
+
+# --- folders -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def old_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    (folder / "file").write_bytes(b"old")
+    (folder / "only old").write_bytes(b"")
+    return folder
+
+
+def test_a_folder_takes_the_place_of_the_old_one_whole(old_folder: Path) -> None:
+    with folder_written_whole(old_folder) as unfinished:
+        (unfinished / "file").write_bytes(b"new")
+        assert (old_folder / "file").read_bytes() == b"old"
+    assert os.listdir(old_folder) == ["file"]
+    assert (old_folder / "file").read_bytes() == b"new"
+    assert os.listdir(old_folder.parent) == ["bundle"]
+
+
+def test_a_folder_is_made_where_none_was_with_the_folders_above_it(tmp_path: Path) -> None:
+    with folder_written_whole(tmp_path / "a/b") as unfinished:
+        (unfinished / "file").write_bytes(b"new")
+    assert (tmp_path / "a/b/file").read_bytes() == b"new"
+
+
+def test_a_block_that_fails_leaves_the_old_folder_and_nothing_else(old_folder: Path) -> None:
+    with pytest.raises(RuntimeError, match="parity"), folder_written_whole(old_folder) as unfinished:
+        (unfinished / "file").write_bytes(b"half")
+        raise RuntimeError("parity")
+    assert (old_folder / "file").read_bytes() == b"old"
+    assert sorted(os.listdir(old_folder)) == ["file", "only old"]
+    assert os.listdir(old_folder.parent) == ["bundle"]
+
+
+def test_a_process_killed_while_writing_leaves_the_old_folder(old_folder: Path) -> None:
+    run_and_die(KILLED_WHILE_WRITING_A_FOLDER, old_folder)
+    assert (old_folder / "file").read_bytes() == b"old"
+    assert sorted(os.listdir(old_folder)) == ["file", "only old"]
+    assert [name for name in os.listdir(old_folder.parent) if not name.startswith(".")] == ["bundle"]
+
+
+def test_removing_a_folder_takes_all_that_is_in_it_and_minds_none_that_is_not_there(old_folder: Path) -> None:
+    (old_folder / "deep/er").mkdir(parents=True)
+    remove_folder(old_folder)
+    assert not old_folder.exists()
+    remove_folder(old_folder)
+
+
+# --- fingerprints --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, (3 << 20) + 7])
+def test_the_sha256_of_a_file_is_that_of_its_content(tmp_path: Path, size: int) -> None:
+    content = bytes(i * i % 251 for i in range(1000)) * (size // 1000 + 1)
+    (tmp_path / "file").write_bytes(content[:size])
+    assert sha256_of_file(tmp_path / "file") == hashlib.sha256(content[:size]).hexdigest()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), JSON, min_size=2), st.randoms(use_true_random=False))
+def test_the_order_of_keys_does_not_count(data: dict[str, object], dice: object) -> None:
+    keys = list(data)
+    dice.shuffle(keys)  # type: ignore[attr-defined]
+    assert sha256_of_data({key: data[key] for key in keys}) == sha256_of_data(data)
+
+
+@given(JSON, JSON)
+def test_data_have_the_same_sha256_exactly_when_they_are_the_same_json(first: object, second: object) -> None:
+    same = json.dumps(first, sort_keys=True) == json.dumps(second, sort_keys=True)
+    assert (sha256_of_data(first) == sha256_of_data(second)) is same
+
+
+def test_the_sha256_of_data_is_a_fixed_number() -> None:
+    # From `printf '{"a":[1,"é"],"b":null}' | sha256sum`.
+    assert sha256_of_data({"b": None, "a": [1, "é"]}) == (
+        "1e02bc81a26af2f027329541e97eef36f3290bedc6dfe043dbe66b057ecb13ba"
+    )
+
+
+def test_names_that_are_not_utf8_have_a_sha256_of_their_own() -> None:
+    first, second = (sha256_of_data([os.fsdecode(name)]) for name in (b"\xe9.png", b"\xe8.png"))
+    assert first != second
