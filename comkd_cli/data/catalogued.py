@@ -1,0 +1,43 @@
+"""A data set of the evaluation suite as a source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from comkd_cli.catalog import Dataset
+from comkd_cli.data.folder import open_below
+from comkd_cli.data.source import ImageSet, Source
+from comkd_cli.data.splits import Entry, read_splits
+from comkd_cli.errors import DataError
+
+
+def catalogued_source(dataset: Dataset, data_root: Path, template: str | None = None) -> Source:
+    """The train images of all classes to learn from, and the test images to be scored on.
+
+    Class names are those of the split file with spaces for underscores. Raises DataError.
+    """
+    folder = data_root / dataset.folder
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: {dataset.name} is not there; `comkd datasets check {dataset.name}` says what to do, and "
+            "--data-root where to look"
+        )
+    splits = read_splits(dataset, data_root)
+    names = {entry.label: entry.class_name for entry in (*splits.train, *splits.val, *splits.test)}
+    return Source(
+        name=dataset.name,
+        class_names=tuple(names[label].replace("_", " ") for label in sorted(names)),
+        template=template or dataset.template,
+        train=_image_set(folder, splits.train),
+        test=_image_set(folder, splits.test),
+    )
+
+
+def _image_set(folder: Path, entries: Sequence[Entry]) -> ImageSet:
+    return ImageSet(
+        keys=tuple(entry.path for entry in entries),
+        labels=tuple(entry.label for entry in entries),
+        open_key=partial(open_below, folder),
+    )

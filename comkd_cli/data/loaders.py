@@ -1,0 +1,225 @@
+"""Batches of images, decoded in worker processes, in an order that depends on the seed and the epoch alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from comkd_cli.data.source import ImageSet
+from comkd_cli.data.transforms import scoring_input, stable_seed, training_inputs
+from comkd_cli.predictor import Preprocessing, UnreadableImage
+from comkd_cli.recipe.model import Augment, Data
+
+MOST_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that could be read, and the names of those that could not."""
+
+    inputs: tuple[Tensor, ...]
+    """For each model, its input (batch, 3, size, size); models with one pre-processing share the tensor."""
+    labels: Tensor | None
+    """(batch,) int64, or None where the images are unlabelled."""
+    indices: Tensor
+    """(batch,) int64, the images' positions in their set."""
+    unreadable: tuple[str, ...] = ()
+    """A line for each image that is missing from the batch, naming it and the reason."""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device; copies run beside other work where memory is pinned."""
+        moved: dict[int, Tensor] = {}
+        for tensor in self.inputs:
+            if id(tensor) not in moved:
+                moved[id(tensor)] = tensor.to(device, non_blocking=True)
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
+        return replace(self, inputs=tuple(moved[id(tensor)] for tensor in self.inputs), labels=labels)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; DataLoader calls this by name."""
+        pinned: dict[int, Tensor] = {}
+        for tensor in self.inputs:
+            if id(tensor) not in pinned:
+                pinned[id(tensor)] = tensor.pin_memory()
+        labels = None if self.labels is None else self.labels.pin_memory()
+        return replace(self, inputs=tuple(pinned[id(tensor)] for tensor in self.inputs), labels=labels)
+
+
+class TrainingLoader:
+    """Random crops of a set of images, epoch by epoch, from any step of any epoch.
+
+    preprocessings: of the models that look at each crop. An incomplete last batch is dropped, unless it
+    is the only one. Closing is left to garbage collection, as DataLoader does it.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        preprocessings: Sequence[Preprocessing],
+        augment: Augment,
+        batch_size: int,
+        seed: int,
+        workers: int,
+    ) -> None:
+        self.batch_size = min(batch_size, len(images))
+        self.image_count = len(images)
+        self._sampler = _EpochBatches(len(images), self.batch_size, seed)
+        items = _TrainingItems(images, tuple(preprocessings), augment, seed)
+        shared = _sharing(preprocessings)
+        self._loader = _data_loader(items, self._sampler, shared, workers, persistent=True)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return self._sampler.steps
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from a step on; both count from 0."""
+        self._sampler.epoch, self._sampler.first_step = epoch, first_step
+        yield from self._loader
+
+
+def scoring_batches(images: ImageSet, preprocessing: Preprocessing, batch_size: int, workers: int) -> Iterator[Batch]:
+    """Every image once, in order, as the input of one model."""
+    batches = [list(range(i, min(i + batch_size, len(images)))) for i in range(0, len(images), batch_size)]
+    items = _ScoringItems(images, preprocessing)
+    yield from _data_loader(items, batches, (0,), workers, persistent=False)
+
+
+def worker_count(data: Data) -> int:
+    """Processes to decode with: what the recipe says, or one less than the cores this process may use."""
+    if data.workers is not None:
+        return data.workers
+    if data.dataset == "digits":
+        return 0  # the digits are in memory: starting a process costs more than it saves
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(MOST_WORKERS, cores - 1))
+
+
+@dataclass(frozen=True)
+class _Item:
+    index: int
+    inputs: tuple[Tensor, ...] | None
+    label: int | None
+    problem: str = ""
+
+
+class _TrainingItems(Dataset[_Item]):
+    def __init__(
+        self, images: ImageSet, preprocessings: tuple[Preprocessing, ...], augment: Augment, seed: int
+    ) -> None:
+        self._images = images
+        self._preprocessings = preprocessings
+        self._augment = augment
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, position: tuple[int, int]) -> _Item:
+        index, view = position
+        crop_seed = stable_seed("crop", self._seed, self._images.keys[index], view)
+
+        def prepare(image: Image) -> tuple[Tensor, ...]:
+            return tuple(training_inputs(image, self._preprocessings, self._augment, crop_seed))
+
+        return _item(self._images, index, prepare)
+
+
+class _ScoringItems(Dataset[_Item]):
+    def __init__(self, images: ImageSet, preprocessing: Preprocessing) -> None:
+        self._images = images
+        self._preprocessing = preprocessing
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> _Item:
+        return _item(self._images, index, lambda image: (scoring_input(image, self._preprocessing),))
+
+
+def _item(images: ImageSet, index: int, prepare: Callable[[Image], tuple[Tensor, ...]]) -> _Item:
+    label = None if images.labels is None else images.labels[index]
+    try:
+        return _Item(index, prepare(images.open(index)), label)
+    except UnreadableImage as error:
+        return _Item(index, None, label, str(error))
+
+
+class _EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Lists of (image, view) by batch; the view of an image in epoch e is e."""
+
+    def __init__(self, images: int, batch_size: int, seed: int) -> None:
+        self._images = images
+        self._batch_size = batch_size
+        self._seed = seed
+        self.steps = images // batch_size
+        self.epoch = 0
+        self.first_step = 0
+
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(stable_seed("order", self._seed, self.epoch))
+        order = torch.randperm(self._images, generator=generator).tolist()
+        for step in range(self.first_step, self.steps):
+            chosen = order[step * self._batch_size : (step + 1) * self._batch_size]
+            yield [(index, self.epoch) for index in chosen]
+
+
+def _sharing(preprocessings: Sequence[Preprocessing]) -> tuple[int, ...]:
+    """For each model, the first model with the same pre-processing: its tensor serves both."""
+    return tuple(list(preprocessings).index(preprocessing) for preprocessing in preprocessings)
+
+
+def _collate(items: list[_Item], sharing: tuple[int, ...]) -> Batch:
+    readable = [item for item in items if item.inputs is not None]
+    stacked = {
+        model: torch.stack([item.inputs[model] for item in readable if item.inputs is not None])
+        for model in set(sharing)
+        if readable
+    }
+    return Batch(
+        inputs=tuple(stacked[model] if readable else torch.empty(0) for model in sharing),
+        labels=None if items[0].label is None else torch.tensor([item.label for item in readable], dtype=torch.int64),
+        indices=torch.tensor([item.index for item in readable], dtype=torch.int64),
+        unreadable=tuple(item.problem for item in items if item.inputs is None),
+    )
+
+
+def _data_loader(
+    items: Dataset[_Item],
+    batches: Sampler[list[tuple[int, int]]] | list[list[int]],
+    sharing: tuple[int, ...],
+    workers: int,
+    persistent: bool,
+) -> DataLoader[_Item]:
+    return DataLoader(
+        items,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=partial(_collate, sharing=sharing),
+        worker_init_fn=_ignore_interrupts,
+        persistent_workers=persistent and workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        # DataLoader draws a seed each epoch; from the global generator that draw would make a resumed
+        # run differ from an uninterrupted one.
+        generator=torch.Generator(),
+    )
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    """Ctrl-C reaches the whole process group; workers must live until the step is done and saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

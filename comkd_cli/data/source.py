@@ -1,0 +1,66 @@
+"""A source of images: what every data set looks like to the rest of the code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from PIL import Image
+
+from comkd_cli.files import sha256_of_data
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images in a fixed order, opened one at a time."""
+
+    keys: tuple[str, ...]
+    """A name for each image that stays the same from run to run: its path below the folder."""
+    labels: tuple[int, ...] | None
+    """For each image the index of its class, or None where the set is unlabelled."""
+    open_key: Callable[[str], Image.Image]
+    """The RGB image of a key; picklable, so that worker processes can open images too."""
+    sizes_bytes: tuple[int, ...] = ()
+    """For each image the size of its file, where it has one: part of the set's fingerprint."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def open(self, index: int) -> Image.Image:
+        """The image at a position, as RGB. Raises predictor.UnreadableImage."""
+        return self.open_key(self.keys[index])
+
+    def subset(self, indices: list[int]) -> ImageSet:
+        """The images at these positions, in this order."""
+        return ImageSet(
+            keys=tuple(self.keys[i] for i in indices),
+            labels=None if self.labels is None else tuple(self.labels[i] for i in indices),
+            open_key=self.open_key,
+            sizes_bytes=tuple(self.sizes_bytes[i] for i in indices) if self.sizes_bytes else (),
+        )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Classes, the prompt that names them, and the images to learn from and to be scored on."""
+
+    name: str
+    class_names: tuple[str, ...]
+    template: str
+    """`{}` stands for the class name."""
+    train: ImageSet
+    test: ImageSet | None
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of each class, in the order of the labels."""
+        return [self.template.replace("{}", name) for name in self.class_names]
+
+    def fingerprint(self) -> str:
+        """A digest of what training sees: classes, prompts, and the training images with their labels.
+
+        Files count by path and size; their content is not read, which a large set could not afford.
+        """
+        return sha256_of_data(
+            [self.prompts, list(self.train.keys), list(self.train.labels or ()), list(self.train.sizes_bytes)]
+        )

@@ -1,0 +1,45 @@
+"""From what a recipe says of its data to a source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from comkd_cli.catalog import CATALOG
+from comkd_cli.data.catalogued import catalogued_source
+from comkd_cli.data.digits import digits_source
+from comkd_cli.data.folder import check_class_names, folder_source, read_class_names
+from comkd_cli.data.source import Source
+from comkd_cli.errors import DataError
+from comkd_cli.recipe.model import DEFAULT_TEMPLATE, Data
+
+
+def open_source(data: Data, data_root: Path) -> Source:
+    """The images and classes that a recipe names.
+
+    Relative paths are taken from the current directory, then from the data root. Raises DataError.
+    """
+    if data.dataset == "digits":
+        return digits_source(data.template)
+    if data.dataset is not None:
+        return catalogued_source(CATALOG[data.dataset], data_root, data.template)
+    assert data.folder is not None  # the recipe has one of the two
+    folder = locate(data.folder, data_root, "data.folder")
+    names: list[str] | None
+    if isinstance(data.classes, str):
+        names = read_class_names(locate(data.classes, data_root, "data.classes"))
+    elif data.classes is not None:
+        names = list(data.classes)
+        check_class_names(names, "data.classes")
+    else:
+        names = None
+    return folder_source(folder, names, data.template or DEFAULT_TEMPLATE)
+
+
+def locate(path: str, data_root: Path, field: str) -> Path:
+    """An existing path, from the current directory or below the data root. Raises DataError."""
+    candidates = [Path(path).expanduser(), data_root / path]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    places = " nor ".join(dict.fromkeys(str(candidate) for candidate in candidates))
+    raise DataError(f"{field}: {places} does not exist; correct the path, or give --data-root")

@@ -1,0 +1,53 @@
+"""Crops for training, each a pure function of (seed, image, view)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as tv
+
+from comkd_cli.predictor import Preprocessing, normalise, prepare
+from comkd_cli.recipe.model import Augment
+
+ASPECT_RATIOS = (3 / 4, 4 / 3)  # of a random crop before it is resized; torchvision's and PromptKD's
+
+
+def stable_seed(*parts: int | str) -> int:
+    """A 63-bit seed from numbers and names, the same on every machine and in every process."""
+    text = "/".join(map(str, parts))
+    # surrogatepass: file names that are not UTF-8 reach Python as lone surrogates.
+    content = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
+
+
+def scoring_input(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
+    """An RGB image as a model's input for scoring: float32 (3, size, size), resized and centre-cropped."""
+    return torch.from_numpy(prepare(image, preprocessing))
+
+
+def training_inputs(
+    image: Image.Image, preprocessings: Sequence[Preprocessing], augment: Augment, seed: int
+) -> list[Tensor]:
+    """One random crop of an RGB image, as the input of each of several models.
+
+    The models may differ in input size, but see the same region of the picture, mirrored or not alike:
+    a teacher that sees another view teaches something else. Returns float32 (3, size, size) each; equal
+    pre-processings share one tensor. The global random state is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        region = RandomResizedCrop.get_params(image, [augment.min_scale, 1.0], list(ASPECT_RATIOS))
+        mirrored = augment.flip and bool(torch.rand(()) < 0.5)
+    inputs: dict[Preprocessing, Tensor] = {}
+    for preprocessing in preprocessings:
+        if preprocessing not in inputs:
+            interpolation = InterpolationMode(preprocessing.interpolation)
+            crop = tv.resized_crop(image, *region, [preprocessing.size] * 2, interpolation)
+            crop = tv.hflip(crop) if mirrored else crop
+            inputs[preprocessing] = torch.from_numpy(normalise(crop, preprocessing))
+    return [inputs[preprocessing] for preprocessing in preprocessings]

@@ -1,0 +1,90 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from comkd_cli.catalog import CATALOG
+from comkd_cli.data.catalogued import catalogued_source
+from comkd_cli.data.check import check_dataset
+from comkd_cli.errors import DataError
+
+SMALL = replace(CATALOG["eurosat"], classes=2, train=2, val=1, test=2, base_test=1, new_test=1)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    listed = {
+        "train": [["A/1.jpg", 0, "annual_crop"], ["B/1.jpg", 1, "Forest"]],
+        "val": [["A/2.jpg", 0, "annual_crop"]],
+        "test": [["A/3.jpg", 0, "annual_crop"], ["B/2.jpg", 1, "Forest"]],
+    }
+    folder = tmp_path / "eurosat"
+    for name in ("A/1.jpg", "A/2.jpg", "A/3.jpg", "B/1.jpg", "B/2.jpg"):
+        path = folder / "2750" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "green").save(path)
+    (folder / "split_zhou_EuroSAT.json").write_text(json.dumps(listed))
+    return tmp_path
+
+
+def test_a_whole_data_set_is_ready(root: Path) -> None:
+    ticks: list[tuple[int, int]] = []
+    found = check_dataset(SMALL, root, deep=True, tick=lambda done, total: ticks.append((done, total)))
+    assert (found.state, found.problems, found.remedy) == ("ready", (), "")
+    assert (found.classes, found.train, found.val, found.test) == (2, 2, 1, 2)
+    assert ticks[-1] == (5, 5)
+
+
+def test_links_are_followed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("linked")
+    (other / "eurosat").symlink_to(root / "eurosat")
+    assert check_dataset(SMALL, other).state == "ready"
+
+
+def test_a_missing_folder_is_missing_and_told_where_to_put_it(tmp_path: Path) -> None:
+    found = check_dataset(SMALL, tmp_path)
+    assert found.state == "missing"
+    assert str(tmp_path / "eurosat") in found.remedy
+
+
+def test_missing_images_and_wrong_counts_are_told(root: Path) -> None:
+    (root / "eurosat" / "2750" / "B" / "2.jpg").unlink()
+    found = check_dataset(replace(SMALL, train=3), root)
+    assert found.state == "incomplete"
+    assert found.missing_images == 1
+    assert found.problems == (
+        "2 train images, published are 3",
+        "1 of 5 images are missing: 2750/B/2.jpg",
+    )
+
+
+def test_a_damaged_image_is_found_only_by_decoding(root: Path) -> None:
+    (root / "eurosat" / "2750" / "B" / "2.jpg").write_bytes(b"no")
+    assert check_dataset(SMALL, root).state == "ready"
+    deep = check_dataset(SMALL, root, deep=True)
+    assert (deep.state, deep.unreadable_images) == ("incomplete", 1)
+    assert "2.jpg" in deep.problems[0]
+
+
+def test_a_missing_split_file_is_told(root: Path) -> None:
+    (root / "eurosat" / "split_zhou_EuroSAT.json").unlink()
+    found = check_dataset(SMALL, root)
+    assert found.state == "incomplete"
+    assert "split_zhou_EuroSAT.json" in found.problems[0]
+
+
+def test_a_data_set_is_a_source_with_spaces_in_its_class_names(root: Path) -> None:
+    source = catalogued_source(SMALL, root)
+    assert source.class_names == ("annual crop", "Forest")
+    assert source.prompts[0] == "a centered satellite photo of annual crop."
+    assert source.train.keys == ("2750/A/1.jpg", "2750/B/1.jpg")
+    assert source.test is not None
+    assert source.test.labels == (0, 1)
+    assert source.test.open(1).size == (8, 8)
+
+
+def test_a_data_set_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="comkd datasets check eurosat"):
+        catalogued_source(SMALL, tmp_path)

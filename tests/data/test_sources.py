@@ -1,0 +1,86 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from comkd_cli.data.sources import locate, open_source
+from comkd_cli.errors import DataError
+from comkd_cli.recipe.model import Data
+
+WriteImage = Callable[..., Path]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, away from the data root."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "root").mkdir()
+    return tmp_path / "root"
+
+
+def test_the_digits_need_no_folder(root: Path) -> None:
+    source = open_source(Data(dataset="digits", template="the {}"), root / "nowhere")
+    assert (source.name, len(source.train), source.prompts[9]) == ("digits", 1437, "the 9")
+
+
+def test_a_folder_is_looked_for_in_the_current_directory_then_below_the_data_root(
+    here: Path, root: Path, write_image: WriteImage
+) -> None:
+    data = Data(folder="pictures", classes=("a", "b"))
+    write_image(root / "pictures/far.png")
+    assert open_source(data, root).train.keys == ("far.png",)
+    write_image(here / "pictures/near.png")
+    assert open_source(data, root).train.keys == ("near.png",)
+
+
+def test_an_absolute_folder_and_one_from_home_are_taken_as_they_are(
+    here: Path, root: Path, write_image: WriteImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_image(root / "pictures/a.png")
+    monkeypatch.setenv("HOME", str(root))
+    for folder in (str(root / "pictures"), "~/pictures"):
+        source = open_source(Data(folder=folder, classes=("a", "b")), here / "nowhere")
+        assert (source.train.keys, source.name) == (("a.png",), "pictures")
+
+
+def test_classes_come_from_the_list_the_file_or_the_folders(
+    here: Path, root: Path, write_image: WriteImage
+) -> None:
+    for name in ("train/dog/1.png", "train/cat/2.png"):
+        write_image(root / "pets" / name)
+    (root / "names.txt").write_text("dog\ncow\ncat\n")
+    expected = {None: ("cat", "dog"), ("dog", "cat"): ("dog", "cat"), "names.txt": ("dog", "cow", "cat")}
+    for classes, found in expected.items():
+        assert open_source(Data(folder="pets", classes=classes), root).class_names == found
+
+
+def test_the_template_of_a_folder_is_clips_own_unless_given(root: Path, write_image: WriteImage) -> None:
+    write_image(root / "pets/1.png")
+    pets = str(root / "pets")
+    assert open_source(Data(folder=pets, classes=("cat", "dog")), root).prompts[0] == "a photo of a cat."
+    own = Data(folder=pets, classes=("cat", "dog"), template="one {}")
+    assert open_source(own, root).prompts == ["one cat", "one dog"]
+
+
+def test_a_path_that_is_nowhere_is_told_with_its_field_and_every_place_looked_at(here: Path, root: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        open_source(Data(folder="pets", classes=("a", "b")), root)
+    assert str(caught.value).startswith("data.folder: pets nor ")
+    assert str(root / "pets") in str(caught.value)
+    (here / "pets").mkdir()
+    with pytest.raises(DataError, match=r"^data\.classes: names\.txt nor .*names\.txt does not exist"):
+        open_source(Data(folder="pets", classes="names.txt"), root)
+    with pytest.raises(DataError, match=r"^field: /no/where does not exist"):
+        locate("/no/where", root, "field")
+
+
+def test_a_list_with_a_class_twice_is_told_as_the_recipes(root: Path, write_image: WriteImage) -> None:
+    write_image(root / "pets/1.png")
+    with pytest.raises(DataError, match=r"^data\.classes: the class list repeats 'cat' at 1 and 3"):
+        open_source(Data(folder=str(root / "pets"), classes=("cat", "dog", "CAT")), root)
