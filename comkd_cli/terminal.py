@@ -28,13 +28,14 @@ PLAIN_LINE_EVERY_SECONDS = 60  # how often long work says where it is, where the
 
 def output() -> Console:
     """The console for results: standard output, never wrapped where it is not a terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=200)
+    # emoji=False: a class or a file may be named :dog:
+    console = Console(highlight=False, emoji=False)
+    return console if console.is_terminal else Console(highlight=False, emoji=False, width=200)
 
 
 def messages() -> Console:
     """The console for everything said on the way: standard error, so that output can be piped."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
 def figures_text(figures: Mapping[str, float]) -> str:

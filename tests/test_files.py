@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,16 @@ with folder_written_whole(Path(sys.argv[1])) as unfinished:
 """
 
 
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fail_while_writing(block: AbstractContextManager[Path], error: BaseException, name: str = "") -> None:
+    with block as unfinished:
+        (unfinished / name).write_bytes(b"half")
+        raise error
+
+
 def run_and_die(script: str, path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, check=False, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -53,24 +64,22 @@ def test_a_file_is_the_old_one_until_the_block_ends_and_the_new_one_then(tmp_pat
         assert path.read_bytes() == b"old"
         assert unfinished.parent == path.parent  # a rename is whole within one file system only
     assert path.read_bytes() == b"new, and longer"
-    assert os.listdir(tmp_path) == ["file.bin"]
+    assert listing(tmp_path) == ["file.bin"]
 
 
 def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError, match="no space"), written_whole(path) as unfinished:
-        unfinished.write_bytes(b"half")
-        raise RuntimeError("no space")
+    with pytest.raises(RuntimeError, match="no space"):
+        fail_while_writing(written_whole(path), RuntimeError("no space"))
     assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file.bin"]
+    assert listing(tmp_path) == ["file.bin"]
 
 
 def test_a_block_that_fails_makes_no_file_where_none_was(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "file.bin") as unfinished:
-        unfinished.write_bytes(b"half")
-        raise KeyboardInterrupt
-    assert os.listdir(tmp_path) == []
+    with pytest.raises(KeyboardInterrupt):
+        fail_while_writing(written_whole(tmp_path / "file.bin"), KeyboardInterrupt())
+    assert listing(tmp_path) == []
 
 
 def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
@@ -78,7 +87,7 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> N
     path.write_bytes(b"old")
     run_and_die(KILLED_WHILE_WRITING_A_FILE, path)
     assert path.read_bytes() == b"old"
-    assert [name for name in os.listdir(tmp_path) if not name.startswith(".")] == ["file.bin"]
+    assert [name for name in listing(tmp_path) if not name.startswith(".")] == ["file.bin"]
     write_text(path, "new")
     assert path.read_text() == "new"
 
@@ -128,9 +137,9 @@ def test_a_folder_takes_the_place_of_the_old_one_whole(old_folder: Path) -> None
     with folder_written_whole(old_folder) as unfinished:
         (unfinished / "file").write_bytes(b"new")
         assert (old_folder / "file").read_bytes() == b"old"
-    assert os.listdir(old_folder) == ["file"]
+    assert listing(old_folder) == ["file"]
     assert (old_folder / "file").read_bytes() == b"new"
-    assert os.listdir(old_folder.parent) == ["bundle"]
+    assert listing(old_folder.parent) == ["bundle"]
 
 
 def test_a_folder_is_made_where_none_was_with_the_folders_above_it(tmp_path: Path) -> None:
@@ -140,19 +149,18 @@ def test_a_folder_is_made_where_none_was_with_the_folders_above_it(tmp_path: Pat
 
 
 def test_a_block_that_fails_leaves_the_old_folder_and_nothing_else(old_folder: Path) -> None:
-    with pytest.raises(RuntimeError, match="parity"), folder_written_whole(old_folder) as unfinished:
-        (unfinished / "file").write_bytes(b"half")
-        raise RuntimeError("parity")
+    with pytest.raises(RuntimeError, match="parity"):
+        fail_while_writing(folder_written_whole(old_folder), RuntimeError("parity"), "file")
     assert (old_folder / "file").read_bytes() == b"old"
-    assert sorted(os.listdir(old_folder)) == ["file", "only old"]
-    assert os.listdir(old_folder.parent) == ["bundle"]
+    assert listing(old_folder) == ["file", "only old"]
+    assert listing(old_folder.parent) == ["bundle"]
 
 
 def test_a_process_killed_while_writing_leaves_the_old_folder(old_folder: Path) -> None:
     run_and_die(KILLED_WHILE_WRITING_A_FOLDER, old_folder)
     assert (old_folder / "file").read_bytes() == b"old"
-    assert sorted(os.listdir(old_folder)) == ["file", "only old"]
-    assert [name for name in os.listdir(old_folder.parent) if not name.startswith(".")] == ["bundle"]
+    assert listing(old_folder) == ["file", "only old"]
+    assert [name for name in listing(old_folder.parent) if not name.startswith(".")] == ["bundle"]
 
 
 def test_removing_a_folder_takes_all_that_is_in_it_and_minds_none_that_is_not_there(old_folder: Path) -> None:

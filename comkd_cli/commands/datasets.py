@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def command() -> None:
-    """List, check and split the data sets of the evaluation suite."""
+    """List, check, split and fetch the data sets of the evaluation suite."""
 
 
 @command.command("list")
@@ -111,6 +111,38 @@ def split(name: str, shots: int | None, seed: int, half: str, data_root: Path, a
     for part, entries in plain.items():
         for path, label, class_name in entries:
             click.echo(f"{part}\t{label}\t{class_name}\t{path}")
+
+
+@command.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@data_root_option
+@json_option
+def fetch(names: tuple[str, ...], data_root: Path, as_json: bool) -> None:
+    """Download, unpack and check data sets from their mirror on the Hugging Face Hub.
+
+    An interrupted download goes on where it stopped. For ImageNet and its variants, which no mirror has, the
+    message says where they come from.
+    """
+    from comkd_cli.data.fetch import fetch_dataset
+    from comkd_cli.errors import DataError
+    from comkd_cli.progress import Progress, Stage
+    from comkd_cli.terminal import output, reporting
+
+    checks = []
+    for dataset in _chosen(names):
+        with reporting(quiet=as_json) as report:
+            report(Stage(f"Fetching {dataset.name}"))
+
+            def tick(done: int, total: int, name: str = dataset.name) -> None:
+                report(Progress(f"unpacking {name}", done, total))
+
+            checks.append(fetch_dataset(dataset, data_root, tick))
+    if as_json:
+        click.echo(json.dumps([entry.as_plain() for entry in checks], indent=2, ensure_ascii=False))
+    else:
+        output().print(_table(checks))
+    if wanting := [entry.dataset for entry in checks if entry.state != "ready"]:
+        raise DataError(f"fetched, and still not ready: {', '.join(wanting)}")
 
 
 def _chosen(names: Sequence[str]) -> list[Dataset]:

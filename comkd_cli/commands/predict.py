@@ -28,8 +28,9 @@ def command(bundle: Path, images: tuple[str, ...], top: int, as_json: bool) -> N
         console = output()
         for record in records:
             if "classes" in record:
-                console.print(record["image"], style="bold", markup=False)
+                console.print(record["image"], style="bold", markup=False, soft_wrap=True)
                 for entry in record["classes"]:
-                    console.print(f"  {entry['probability']:7.2%}  {entry['class']}", markup=False)
+                    line = f"  {entry['probability']:7.2%}  {entry['class']}"
+                    console.print(line, markup=False, soft_wrap=True)
     if unreadable := [record["error"] for record in records if "error" in record]:
         raise DataError("can't be read: " + "\n".join(unreadable))

@@ -41,7 +41,7 @@ def show(name: str, settings: tuple[str, ...]) -> None:
 @command.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 def check(files: tuple[str, ...]) -> None:
-    """Check recipes and print every fault of each; exits 1 if there is one."""
+    """Check each FILE and print every fault of it; exits 1 if there is one."""
     from comkd_cli.errors import RecipeError
     from comkd_cli.recipe import check_recipes
 

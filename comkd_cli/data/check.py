@@ -130,8 +130,9 @@ def _result(
 
 
 def _remedy(dataset: Dataset, folder: Path) -> str:
-    where = dataset.origin or "prepare it as CoOp's DATASETS.md tells"
-    return f"put it at {folder}: {where}"
+    if dataset.archive is not None:
+        return f"`comkd datasets fetch {dataset.name}`, or prepare {folder} as CoOp's DATASETS.md tells"
+    return f"put it at {folder}: {dataset.origin}"
 
 
 def _some(names: list[str]) -> str:

@@ -23,9 +23,7 @@ def names(folder: Path) -> list[str]:
 # --- finding images ------------------------------------------------------------------------------------
 
 
-def test_images_of_every_kind_are_found_at_any_depth_and_nothing_else(
-    tmp_path: Path, write_image: WriteImage
-) -> None:
+def test_images_of_every_kind_are_found_at_any_depth_and_nothing_else(tmp_path: Path, write_image: WriteImage) -> None:
     for name in ("b.png", "a.JPG", "deep/er/c.jpeg", "deep/d.webp", "deep/e.bmp"):
         write_image(tmp_path / name)
     for name in ("notes.txt", "model.pt", "png", "f.png.part", "deep/g.tiff"):
@@ -86,7 +84,9 @@ def test_a_folder_without_splits_is_unlabelled_training_data(tmp_path: Path, wri
     assert source.train.sizes_bytes == tuple((root / key).stat().st_size for key in source.train.keys)
 
 
-def test_images_open_as_they_were_written(tmp_path: Path, write_image: WriteImage, noise: Callable[..., object]) -> None:
+def test_images_open_as_they_were_written(
+    tmp_path: Path, write_image: WriteImage, noise: Callable[..., object]
+) -> None:
     write_image(tmp_path / "a/b.png", seed=7, size=(5, 4))
     images = pickle.loads(pickle.dumps(images_below(tmp_path)))
     assert np.array_equal(np.asarray(images.open(0)), np.asarray(noise(5, 4, 7)))
@@ -138,9 +138,7 @@ def test_a_class_list_gives_the_labels_their_order_and_may_hold_more(pets: Path)
     }
 
 
-def test_underscores_and_case_do_not_keep_a_folder_from_its_class(
-    tmp_path: Path, write_image: WriteImage
-) -> None:
+def test_underscores_and_case_do_not_keep_a_folder_from_its_class(tmp_path: Path, write_image: WriteImage) -> None:
     write_image(tmp_path / "train/Hot_Dog/1.png")
     write_image(tmp_path / "train/bun/2.png")
     source = folder_source(tmp_path, ["bun", "hot dog"], TEMPLATE)

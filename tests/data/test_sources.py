@@ -49,9 +49,7 @@ def test_an_absolute_folder_and_one_from_home_are_taken_as_they_are(
         assert (source.train.keys, source.name) == (("a.png",), "pictures")
 
 
-def test_classes_come_from_the_list_the_file_or_the_folders(
-    here: Path, root: Path, write_image: WriteImage
-) -> None:
+def test_classes_come_from_the_list_the_file_or_the_folders(here: Path, root: Path, write_image: WriteImage) -> None:
     for name in ("train/dog/1.png", "train/cat/2.png"):
         write_image(root / "pets" / name)
     (root / "names.txt").write_text("dog\ncow\ncat\n")

@@ -17,7 +17,13 @@ def write_json(root: Path, splits: dict[str, list[list[object]]]) -> Path:
 
 
 LISTED: dict[str, list[list[object]]] = {
-    "train": [["b/1.jpg", 1, "b_b"], ["a/1.jpg", 0, "a"], ["b/2.jpg", 1, "b_b"], ["b/3.jpg", 1, "b_b"], ["c/1.jpg", 2, "c"]],
+    "train": [
+        ["b/1.jpg", 1, "b_b"],
+        ["a/1.jpg", 0, "a"],
+        ["b/2.jpg", 1, "b_b"],
+        ["b/3.jpg", 1, "b_b"],
+        ["c/1.jpg", 2, "c"],
+    ],
     "val": [["a/2.jpg", 0, "a"]],
     "test": [["a/3.jpg", 0, "a"], ["c/2.jpg", 2, "c"], ["b/4.jpg", 1, "b_b"]],
 }
@@ -27,7 +33,11 @@ def test_a_split_file_is_read_in_its_order_with_paths_from_the_data_sets_folder(
     write_json(tmp_path, LISTED)
     splits = read_splits(CATALOG["dtd"], tmp_path)
     assert splits.train[0] == Entry("images/b/1.jpg", 1, "b_b")
-    assert splits.as_plain()["test"] == [["images/a/3.jpg", 0, "a"], ["images/c/2.jpg", 2, "c"], ["images/b/4.jpg", 1, "b_b"]]
+    assert splits.as_plain()["test"] == [
+        ["images/a/3.jpg", 0, "a"],
+        ["images/c/2.jpg", 2, "c"],
+        ["images/b/4.jpg", 1, "b_b"],
+    ]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"train": [["a"]], "val": [], "test": []}', '{"train": []}'])

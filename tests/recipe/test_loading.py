@@ -231,7 +231,8 @@ CONFIG = "config: {embed_dim: 1, vision_cfg: {}, text_cfg: {}}"
             {"student": {"arch": "B", "train": "full"}},
         ),
         (
-            "optim: {name: sgd, momentum: 0.5, learning_rate: 0.1, epochs: 7, batch_size: 4, warmup_learning_rate: 0.2}\n",
+            "optim: {name: sgd, momentum: 0.5, learning_rate: 0.1, epochs: 7, batch_size: 4, "
+            "warmup_learning_rate: 0.2}\n",
             "optim: {name: adamw}",
             {"optim": {"name": "adamw", "epochs": 7, "batch_size": 4}},
         ),

@@ -1,0 +1,192 @@
+"""Fetching from a Hub of our own on 127.0.0.1, found by HF_ENDPOINT, as a real process."""
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from comkd_cli.catalog import CATALOG
+from comkd_cli.data.fetch import REVISION, unpack
+from comkd_cli.errors import DataError
+
+
+def archive(entries: dict[str, bytes], links: dict[str, str] | None = None) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as opened:
+        for name, content in entries.items():
+            opened.writestr(name, content)
+        for name, target in (links or {}).items():
+            info = zipfile.ZipInfo(name)
+            info.external_attr = 0o120777 << 16
+            opened.writestr(info, target)
+    return buffer.getvalue()
+
+
+def eurosat(top: str, padding_bytes: int = 0) -> bytes:
+    """An archive with an image a split, its top folder called `top`."""
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8), "green").save(picture, "JPEG")
+    names = {
+        "train": ["A/1.jpg", 0, "Annual Crop"],
+        "val": ["A/2.jpg", 0, "Annual Crop"],
+        "test": ["B/1.jpg", 1, "Forest"],
+    }
+    entries = {f"{top}2750/{name}": picture.getvalue() for name, _, _ in names.values()}  # type: ignore[misc]
+    entries[f"{top}split_zhou_EuroSAT.json"] = json.dumps({split: [entry] for split, entry in names.items()}).encode()
+    if padding_bytes:
+        entries[f"{top}padding.bin"] = os.urandom(padding_bytes)
+    return archive(entries)
+
+
+class Hub(BaseHTTPRequestHandler):
+    files: dict[str, bytes]
+    announced: dict[str, bytes]
+    requests: list[tuple[str, str | None]]
+    cut_after: int | None = None
+    """Of a body, send so many bytes and hang up."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        prefix = f"/zhengli97/prompt_learning_dataset/resolve/{REVISION}/"
+        content = self.files.get(self.path.removeprefix(prefix)) if self.path.startswith(prefix) else None
+        if content is None:
+            self.send_response(404)
+            self.end_headers()
+            return
+        named = self.announced.get(self.path.removeprefix(prefix), content)
+        start = 0
+        if body:
+            asked = self.headers.get("Range")
+            self.requests.append((self.path, asked))
+            start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
+        self.send_response(206 if start else 200)
+        self.send_header("ETag", f'"{hashlib.sha256(named).hexdigest()}"')
+        self.send_header("X-Repo-Commit", REVISION)
+        self.send_header("Accept-Ranges", "bytes")
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        if body:
+            self.wfile.write(content[start : self.cut_after])
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[str, type[Hub]]]:
+    handler = type("TestHub", (Hub,), {"files": {}, "announced": {}, "requests": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", handler
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def fetch(url: str, folder: Path, *names: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "comkd_cli",
+        "datasets",
+        "fetch",
+        *names,
+        "--data-root",
+        str(folder / "data"),
+        "--json",
+    ]
+    environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(folder / "hub"), "HF_HUB_DISABLE_XET": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.mark.parametrize("top", ["eurosat/", "", "EuroSAT_full/", "outer/eurosat/"])
+def test_a_data_set_is_fetched_unpacked_and_checked_whatever_its_top_folder(
+    hub: tuple[str, type[Hub]], tmp_path: Path, top: str
+) -> None:
+    url, handler = hub
+    handler.files["eurosat.zip"] = eurosat(top)
+    done = fetch(url, tmp_path, "eurosat")
+    (found,) = json.loads(done.stdout)
+    assert (tmp_path / "data/eurosat/2750/A/1.jpg").is_file(), done.stderr
+    assert (found["train"], found["val"], found["test"], found["missing_images"]) == (1, 1, 1, 0)
+    # Three images are not EuroSAT: the check that ends a fetch says so.
+    assert done.returncode == 1
+    assert "still not ready: eurosat" in done.stderr
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["eurosat"]
+
+
+def test_a_file_that_is_not_what_the_hub_announced_is_refused(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
+    url, handler = hub
+    handler.files["eurosat.zip"], handler.announced["eurosat.zip"] = eurosat("eurosat/"), b"something else"
+    done = fetch(url, tmp_path, "eurosat")
+    assert done.returncode == 1
+    assert "sha256 differs" in done.stderr
+    assert list((tmp_path / "data").glob("*")) == []
+
+
+def test_an_interrupted_download_goes_on_where_it_stopped(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
+    url, handler = hub
+    content = eurosat("eurosat/", padding_bytes=30 * 2**20)  # the client writes 10 MiB at a time
+    handler.files["eurosat.zip"] = content
+    handler.cut_after = 25 * 2**20
+    assert fetch(url, tmp_path, "eurosat").returncode == 1
+    handler.cut_after = None
+    fetch(url, tmp_path, "eurosat")
+    assert (tmp_path / "data/eurosat/2750/A/1.jpg").is_file()
+    assert any(asked and not asked.startswith("bytes=0-") for _, asked in handler.requests)
+
+
+def test_what_the_hub_does_not_have_is_one_message(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
+    done = fetch(hub[0], tmp_path, "eurosat")
+    assert done.returncode == 1
+    assert "eurosat.zip: can't be fetched" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_imagenet_is_told_where_it_comes_from(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
+    done = fetch(hub[0], tmp_path, "imagenet")
+    assert done.returncode == 1
+    assert "image-net.org" in done.stderr
+    assert "classnames.txt" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (archive({"../outside.txt": b"x"}), "outside the data set"),
+        (archive({"/absolute.txt": b"x"}), "outside the data set"),
+        (archive({"a/../../outside.txt": b"x"}), "outside the data set"),
+        (archive({}, {"link": "/etc/passwd"}), "a link"),
+        (archive({"big": bytes(2000)}), "more than 1,000 bytes"),
+        (b"PK\x03\x04 cut off", "not a whole zip file"),
+    ],
+)
+def test_an_archive_that_can_not_be_trusted_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path, target = tmp_path / "a.zip", tmp_path / "target"
+    path.write_bytes(content)
+    target.mkdir()
+    with pytest.raises(DataError, match=message):
+        unpack(path, target, lambda done, total: None, most_bytes=1000)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.zip", "target"]
+
+
+def test_ten_data_sets_have_an_archive() -> None:
+    assert len([dataset for dataset in CATALOG.values() if dataset.archive]) == 10
