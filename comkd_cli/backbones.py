@@ -23,6 +23,8 @@ from comkd_cli.files import sha256_of_data, sha256_of_file
 from comkd_cli.predictor import RESAMPLING, Preprocessing
 from comkd_cli.recipe.model import SCHEMES, Model
 
+# The 80 prompts of openai/CLIP's ImageNet ensemble, `{}` standing for the class name.
+IMAGENET_TEMPLATES = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
 # A student has no text tower, but open_clip's CLIP wants one: the least that it accepts.
 LEAST_TEXT_TOWER = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
 

@@ -23,3 +23,14 @@ data_root_option = click.option(
     show_envvar=True,
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+def numbers(_context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """`1,2,4` as whole numbers from 1 on, for an option's callback."""
+    try:
+        found = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise click.BadParameter(f"{value!r} should be whole numbers from 1 on, such as 1,2,4", param=parameter)
+    return found

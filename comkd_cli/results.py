@@ -32,11 +32,31 @@ class Record:
     method: str = "clip"
     shots: int | None = None
     selection: str = "last"
-    """The last epoch's weights are scored, never the best on the test images."""
+    """`last` epoch, or as PromptKD's code selects it, on the test images of the base classes: `promptkd`."""
     unreadable: int = 0
     """Images left out because they could not be decoded."""
 
 
-def to_json(records: Sequence[Record]) -> str:
-    """The document of results.json: {"records": [...]}."""
-    return json.dumps({"records": [asdict(record) for record in records]}, indent=2, ensure_ascii=False) + "\n"
+@dataclass(frozen=True)
+class Missing:
+    """What could not be scored, and what to do."""
+
+    dataset: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that an evaluation found."""
+
+    records: Sequence[Record]
+    missing: Sequence[Missing] = ()
+
+
+def to_json(results: Results) -> str:
+    """The document of results.json: {"records": [...], "missing": [...]}."""
+    document = {
+        "records": [asdict(record) for record in results.records],
+        "missing": [asdict(entry) for entry in results.missing],
+    }
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"

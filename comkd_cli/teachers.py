@@ -31,7 +31,11 @@ class ReadyTeacher:
 
 def zero_shot_teacher(model: Model, prompts: Sequence[str], device: torch.device) -> ReadyTeacher:
     """A CLIP with its own weights, and the class vectors of these prompts. Raises ModelError."""
-    clip = build_clip(model)
+    return teacher_of_clip(build_clip(model), prompts, device)
+
+
+def teacher_of_clip(clip: Clip, prompts: Sequence[str], device: torch.device) -> ReadyTeacher:
+    """A CLIP that is at hand, as a teacher with the class vectors of these prompts."""
     clip.model.to(device)
     vectors = encode_prompts(clip, prompts, device)
     teacher = Teacher(clip.model.visual, vectors, clip.model.logit_scale.detach().exp())  # type: ignore[arg-type,operator]
@@ -49,6 +53,18 @@ def encode_prompts(clip: Clip, prompts: Sequence[str], device: torch.device) -> 
     """Class vectors (classes, dim) of prompts, L2-normalised, a part of them at a time."""
     tokens = clip.tokenize(list(prompts)).to(device)
     return torch.cat([encode_classes(clip.model, part) for part in torch.split(tokens, CLASSES_AT_ONCE)])
+
+
+@torch.no_grad()
+def encode_ensemble(clip: Clip, class_names: Sequence[str], templates: Sequence[str], device: torch.device) -> Tensor:
+    """Class vectors (classes, dim) of a prompt ensemble: of each class the mean of its prompts' vectors,
+    normalised again (openai/CLIP, Prompt_Engineering_for_ImageNet.ipynb).
+    """
+    vectors = [
+        encode_prompts(clip, [template.replace("{}", name) for template in templates], device).mean(0)
+        for name in class_names
+    ]
+    return torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
 
 
 def _restored(saved: SavedTeacher, path: Path) -> Teacher:

@@ -66,6 +66,8 @@ class Task:
     evaluate: Callable[[], dict[str, float]] | None = None
     """Figures at the end of an epoch."""
     evaluate_every_epochs: int = 0
+    select: Callable[[], float] | None = None
+    """A score at the end of an epoch; the weights of the best epoch are kept, not the last's."""
 
     @property
     def state_file(self) -> Path:
@@ -84,6 +86,9 @@ class _Position:
     counted_steps: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     unreadable: dict[str, None] = field(default_factory=dict)
+    best_score: float = -math.inf
+    best: dict[str, Tensor] = field(default_factory=dict)
+    """With `select`: the score and the tensors of the best epoch so far."""
     reported_at: float = 0.0
 
 
@@ -134,6 +139,8 @@ def fit(task: Task, accelerator: Accelerator, report: Report) -> list[dict[str, 
             _save_state(task, optimizer, accelerator, position)
             if (code := wish()) is not None and position.epoch < task.optim.epochs:
                 raise Interrupted(_stopped_message(task, position), code)
+    if position.best:
+        task.model.load_state_dict(position.best, strict=False)
     return position.history
 
 
@@ -198,6 +205,11 @@ def _finish_epoch(task: Task, position: _Position, images_per_second: float, rep
     last = epoch == task.optim.epochs
     if task.evaluate is not None and (last or (task.evaluate_every_epochs and epoch % task.evaluate_every_epochs == 0)):
         figures |= task.evaluate()
+    if task.select is not None:
+        figures["selection_score_percent"] = score = task.select()
+        if score > position.best_score:
+            tensors = {name: value.detach().clone() for name, value in _learned(task.model).items()}
+            position.best_score, position.best = score, tensors
     line = {"epoch": epoch, "learning_rate": rate, **figures, "images_per_second": images_per_second}
     position.history.append(line)
     write_text(task.folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in position.history))
@@ -242,13 +254,11 @@ def _stopped_message(task: Task, position: _Position) -> str:
 
 
 def _save_state(task: Task, optimizer: Any, accelerator: Accelerator, position: _Position) -> None:
-    model = task.model
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     scaler = accelerator.scaler
     state = {
         "format": STATE_FORMAT,
         "identity": task.identity,
-        "model": {name: value for name, value in model.state_dict().items() if name not in frozen},
+        "model": _learned(task.model),
         "optimizer": optimizer.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
         "random": torch.get_rng_state(),
@@ -260,6 +270,8 @@ def _save_state(task: Task, optimizer: Any, accelerator: Accelerator, position: 
         "counted_steps": position.counted_steps,
         "history": position.history,
         "unreadable": list(position.unreadable),
+        "best_score": position.best_score,
+        "best": position.best,
     }
     with written_whole(task.state_file) as unfinished:
         torch.save(state, unfinished)
@@ -295,7 +307,15 @@ def _load_state(task: Task, optimizer: Any, accelerator: Accelerator) -> _Positi
         counted_steps=state["counted_steps"],
         history=state["history"],
         unreadable=dict.fromkeys(state["unreadable"]),
+        best_score=state["best_score"],
+        best=state["best"],
     )
+
+
+def _learned(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that training can change: all but the frozen parameters."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
 @contextmanager

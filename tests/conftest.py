@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ from PIL import Image
 # The same examples at every run, and no deadline: machines differ.
 settings.register_profile("comkd", deadline=None, derandomize=True, database=None)
 settings.load_profile("comkd")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ears_for_ctrl_c() -> Iterator[None]:
+    """A shell starts its background jobs deaf to SIGINT; tests send it, to themselves and to processes of theirs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

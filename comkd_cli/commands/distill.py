@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("recipe")
 @click.option("--dataset", "datasets", metavar="NAME", multiple=True, help="Learn from this data set; may be repeated.")
+@click.option(
+    "--all", "whole_suite", is_flag=True, help="Learn from each of the suite's eleven data sets that is there."
+)
 @click.option("--seed", "seeds", type=click.IntRange(min=0), multiple=True, help="Run with this seed; may be repeated.")
 @click.option(
     "--set",
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 def command(
     recipe: str,
     datasets: tuple[str, ...],
+    whole_suite: bool,
     seeds: tuple[int, ...],
     settings: tuple[str, ...],
     runs: Path,
@@ -51,6 +55,10 @@ def command(
     from comkd_cli.recipe import find_recipe, load_recipe
     from comkd_cli.terminal import messages, reporting
 
+    if datasets and whole_suite:
+        raise click.UsageError("--dataset and --all exclude each other")
+    if whole_suite:
+        datasets = _suite_below(data_root)
     choices = product(
         [[f"data.dataset={dataset}"] for dataset in datasets] or [[]], [[f"seed={seed}"] for seed in seeds] or [[]]
     )
@@ -75,6 +83,21 @@ def command(
                 teach = partial(adapt.ready_teacher, chosen, source, runs, accelerator, report, line)
                 distill.distill(run, teach, accelerator, report, line, fresh)
             _print_next_steps(run.student_file)
+
+
+def _suite_below(data_root: Path) -> tuple[str, ...]:
+    """The suite's data sets whose folders are there; the others are told."""
+    from comkd_cli.catalog import CATALOG
+    from comkd_cli.errors import DataError
+    from comkd_cli.tables import ELEVEN
+    from comkd_cli.terminal import messages
+
+    there = tuple(name for name in ELEVEN if (data_root / CATALOG[name].folder).is_dir())
+    if absent := [name for name in ELEVEN if name not in there]:
+        messages().print(f"not below {data_root}: {', '.join(absent)} (see `comkd datasets check`)", markup=False)
+    if not there:
+        raise DataError(f"{data_root}: holds none of the suite's data sets; give --data-root, or fetch one")
+    return there
 
 
 def _resume_line() -> str:

@@ -1,23 +1,31 @@
-"""`comkd evaluate`: what a student kept of its teacher."""
+"""`comkd evaluate`: what a student kept of its teacher, and how models do on the suite."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from comkd_cli.options import data_root_option, json_option, runs_option
+from comkd_cli.options import data_root_option, json_option, numbers, runs_option
 
 if TYPE_CHECKING:
     from comkd_cli.recipe.model import Data
-    from comkd_cli.results import Record
+    from comkd_cli.results import Results
+
+PROTOCOLS = ("zero-shot", "base-to-novel", "few-shot", "cross-dataset", "domain-generalization")
 
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--dataset", metavar="NAME", help="Score on this data set: digits, or one of `comkd datasets list`.")
+@click.option(
+    "--dataset",
+    "datasets",
+    metavar="NAME",
+    multiple=True,
+    help="Score on this data set: digits, or one of `comkd datasets list`; may be repeated.",
+)
+@click.option("--all", "whole_suite", is_flag=True, help="Score on every data set of the suite, by every protocol.")
 @click.option(
     "--folder",
     type=click.Path(file_okay=False, exists=True),
@@ -25,84 +33,121 @@ if TYPE_CHECKING:
 )
 @click.option("--classes", type=click.Path(dir_okay=False, exists=True), help="Class names of --folder, one a line.")
 @click.option("--template", help="Prompt of a class of --folder, {} standing for its name.")
+@click.option(
+    "--protocol",
+    "protocols",
+    type=click.Choice(PROTOCOLS),
+    multiple=True,
+    help="How to score; may be repeated. Left out: zero-shot, with --all every one.",
+)
+@click.option("--shots", callback=numbers, default="1,2,4,8,16", show_default=True, help="Of few-shot.")
+@click.option("--seeds", callback=numbers, default="1,2,3", show_default=True, help="Of the few-shot draws.")
 @runs_option
 @data_root_option
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for results.json. Left out: the student's own, or RUNS.",
+    help="Folder for results.json, .csv, .md and .tex. Left out: the student's own, or RUNS.",
 )
 @json_option
 def command(
     model: str | None,
-    dataset: str | None,
+    datasets: tuple[str, ...],
+    whole_suite: bool,
     folder: str | None,
     classes: str | None,
     template: str | None,
+    protocols: tuple[str, ...],
+    shots: tuple[int, ...],
+    seeds: tuple[int, ...],
     runs: Path,
     data_root: Path,
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Score a student and its teacher, zero-shot, on the test images.
+    """Score students beside their teachers, or any CLIP, on test images.
 
-    MODEL is a student.pt, or ARCH:WEIGHTS for any open_clip model (then say on what, with --dataset or
-    --folder). Left out, the newest finished student of each data set under RUNS is scored.
+    MODEL is a student.pt, or ARCH:WEIGHTS for any open_clip model (then say on what, with --dataset, --all or
+    --folder). Left out, the newest finished students of each data set under RUNS are scored. Each image goes
+    through a model once: features are kept in RUNS/features, and every protocol is derived from them.
     """
-    if dataset and folder:
-        raise click.UsageError("--dataset and --folder exclude each other")
+    if bool(datasets) + whole_suite + (folder is not None) > 1:
+        raise click.UsageError("--dataset, --all and --folder exclude one another")
     if (classes or template) and not folder:
         raise click.UsageError("--classes and --template describe --folder")
+    from comkd_cli.catalog import CATALOG
     from comkd_cli.terminal import messages, output, reporting
 
-    data = _data(dataset, folder, classes, template)
+    names = tuple(CATALOG) if whole_suite else datasets
+    data = _data(names, folder, classes, template)
     with messages().status("starting"):  # importing torch takes seconds
         from comkd_cli.devices import best_device
-        from comkd_cli.files import write_text
         from comkd_cli.flows import evaluate
-        from comkd_cli.results import to_json
 
     with reporting(quiet=as_json) as report:
-        bench = evaluate.Bench(best_device(), data_root, report, data)
-        records = evaluate.evaluate(model, runs, bench)
-    written = (out or evaluate.home_of(model, runs)) / "results.json"
-    write_text(written, to_json(records))
+        bench = evaluate.Bench(
+            device=best_device(),
+            data_root=data_root,
+            report=report,
+            features=runs / "features",
+            data=None if names and model is None else data,
+            datasets=names if len(names) > 1 or (names and model is None) else (),
+            protocols=protocols or (PROTOCOLS if whole_suite else ("zero-shot",)),
+            shots=shots,
+            seeds=seeds,
+        )
+        results = evaluate.evaluate(model, runs, bench)
+    home = out or evaluate.home_of(model, runs)
+    _write(results, home)
     if as_json:
-        click.echo(to_json(records), nl=False)
+        from comkd_cli.results import to_json
+
+        click.echo(to_json(results), nl=False)
         return
-    output().print(_table(records))
-    output().print(written, style="dim", markup=False)
+    for table in _tables(results):
+        output().print(table)
+    for entry in results.missing:
+        output().print(f"not scored: {entry.problem}", style="yellow", markup=False)
+    output().print(home / "results.json", style="dim", markup=False)
 
 
-def _data(dataset: str | None, folder: str | None, classes: str | None, template: str | None) -> Data | None:
-    if dataset is None and folder is None:
-        return None
+def _data(names: tuple[str, ...], folder: str | None, classes: str | None, template: str | None) -> Data | None:
     from comkd_cli.recipe.loading import parse_data
 
-    return parse_data({"dataset": dataset, "folder": folder, "classes": classes, "template": template})
+    checked = [parse_data({"dataset": name}) for name in names]
+    if folder is not None:
+        return parse_data({"folder": folder, "classes": classes, "template": template})
+    return checked[0] if len(checked) == 1 else None
 
 
-def _table(records: Sequence[Record]) -> object:
+def _write(results: Results, home: Path) -> None:
+    from comkd_cli.files import write_text
+    from comkd_cli.results import to_json
+    from comkd_cli.tables import to_csv, to_latex, to_markdown
+
+    write_text(home / "results.json", to_json(results))
+    write_text(home / "results.csv", to_csv(results.records))
+    write_text(home / "results.md", to_markdown(results))
+    write_text(home / "results.tex", to_latex(results))
+
+
+def _tables(results: Results) -> list[object]:
+    """The tables of results.md for the terminal."""
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("data")
-    table.add_column("model", overflow="fold")
-    for title in ("images", "top-1 %", "mean per class %", "agreement %", "tower parameters"):
-        table.add_column(title, justify="right")
-    for record in records:
-        table.add_row(
-            escape(record.dataset),
-            f"{record.role} [dim]{escape(record.model)}[/dim]",
-            f"{record.images:,}",
-            _percent(record.top1_percent),
-            _percent(record.mean_per_class_percent),
-            _percent(record.agreement_percent),
-            f"{record.image_tower_parameters:,}",
-        )
-    return table
+    from comkd_cli.tables import tables
 
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+    shown: list[object] = []
+    for made in tables(results.records):
+        table = Table(title=made.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+        table.caption, table.caption_justify = made.note or None, "left"
+        for position, head in enumerate(made.heads):
+            if position:
+                table.add_column(head, justify="right")
+            else:
+                table.add_column(head, overflow="fold")
+        for row in made.rows:
+            table.add_row(*map(escape, row))
+        shown.append(table)
+    return shown

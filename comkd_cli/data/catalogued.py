@@ -32,6 +32,7 @@ def catalogued_source(dataset: Dataset, data_root: Path, template: str | None = 
         template=template or dataset.template,
         train=_image_set(folder, splits.train),
         test=_image_set(folder, splits.test),
+        val=_image_set(folder, splits.val) if splits.val else None,
     )
 
 

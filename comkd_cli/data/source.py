@@ -50,6 +50,8 @@ class Source:
     """`{}` stands for the class name."""
     train: ImageSet
     test: ImageSet | None
+    val: ImageSet | None = None
+    """Labelled images to choose few-shot settings on; only the suite's data sets have them."""
 
     @property
     def prompts(self) -> list[str]:

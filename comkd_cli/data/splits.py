@@ -57,28 +57,40 @@ def read_splits(dataset: Dataset, data_root: Path) -> Splits:
 
 
 def sample_shots(splits: Splits, shots: int, seed: int) -> Splits:
-    """`shots` training images of each class, and at most 4 validation images, as Dassl draws them.
+    """`shots` training images of each class, and at most 4 validation images; the test split stays.
 
-    One stream of Python's `random`, seeded with the run's seed: the whole train list grouped by label in
-    order of first appearance, `sample` in each group (all of a smaller one), then the val list likewise
-    (Dassl.pytorch, data/datasets/base_dataset.py). The test split stays.
+    The draw is that of `draw_shots`.
+    """
+    train, val = draw_shots([entry.label for entry in splits.train], [entry.label for entry in splits.val], shots, seed)
+    return Splits(tuple(splits.train[i] for i in train), tuple(splits.val[i] for i in val), splits.test)
+
+
+def draw_shots(train: Sequence[int], val: Sequence[int], shots: int, seed: int) -> tuple[list[int], list[int]]:
+    """The positions of `shots` training images of each class, and of at most 4 validation images.
+
+    train, val: the labels of all images. As Dassl draws them: one stream of Python's `random`, seeded with
+    the run's seed; the whole train list grouped by label in order of first appearance, `sample` in each
+    group (all of a smaller one), then the val list likewise (Dassl.pytorch, data/datasets/base_dataset.py).
     """
     stream = random.Random(seed)
-    train = _sample(splits.train, shots, stream)
-    return Splits(train, _sample(splits.val, min(shots, MOST_VAL_SHOTS), stream), splits.test)
+    return _draw(train, shots, stream), _draw(val, min(shots, MOST_VAL_SHOTS), stream)
+
+
+def halves(classes: int) -> dict[Half, range]:
+    """The labels of each half of so many classes: the first ceil(n / 2) are base (CoOp, subsample_classes)."""
+    middle = ceil(classes / 2)
+    return {"all": range(classes), "base": range(middle), "new": range(middle, classes)}
 
 
 def select_half(splits: Splits, half: Half) -> Splits:
     """The images of the first half of the classes (base) or of the rest (new), relabelled from 0.
 
-    Of n sorted labels the first ceil(n / 2) are base (CoOp, subsample_classes). Few-shot samples are drawn
-    before this, never after.
+    Few-shot samples are drawn before this, never after.
     """
     if half == "all":
         return splits
     labels = sorted({entry.label for entry in (*splits.train, *splits.val, *splits.test)})
-    middle = ceil(len(labels) / 2)
-    chosen = labels[:middle] if half == "base" else labels[middle:]
+    chosen = [labels[position] for position in halves(len(labels))[half]]
     relabelled = {label: position for position, label in enumerate(chosen)}
 
     def keep(entries: Sequence[Entry]) -> tuple[Entry, ...]:
@@ -91,14 +103,14 @@ def select_half(splits: Splits, half: Half) -> Splits:
     return Splits(keep(splits.train), keep(splits.val), keep(splits.test))
 
 
-def _sample(entries: Sequence[Entry], shots: int, stream: random.Random) -> tuple[Entry, ...]:
-    groups: dict[int, list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(entry.label, []).append(entry)
-    chosen: list[Entry] = []
+def _draw(labels: Sequence[int], shots: int, stream: random.Random) -> list[int]:
+    groups: dict[int, list[int]] = {}
+    for position, label in enumerate(labels):
+        groups.setdefault(label, []).append(position)
+    chosen: list[int] = []
     for group in groups.values():
         chosen += stream.sample(group, shots) if len(group) >= shots else group
-    return tuple(chosen)
+    return chosen
 
 
 def _from_json(dataset: Dataset, folder: Path) -> Splits:

@@ -1,67 +1,47 @@
-"""Zero-shot classification of a whole image set."""
+"""A model's top-1 on the test images while it trains."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from comkd_cli.data.loaders import scoring_batches
-from comkd_cli.data.source import ImageSet
+from comkd_cli.data.source import Source
+from comkd_cli.evaluation.features import Encoder, FeatureStore
+from comkd_cli.evaluation.metrics import top1_percent
 from comkd_cli.predictor import Preprocessing
-from comkd_cli.progress import Progress, Report
-
-BATCH_SIZE = 128
+from comkd_cli.progress import Report
 
 
-@dataclass(frozen=True)
-class Answers:
-    """A model's answer to every image of a set that could be read."""
-
-    predicted: np.ndarray
-    """(images,) class indices."""
-    indices: np.ndarray
-    """(images,) positions in the set."""
-    labels: np.ndarray | None
-    """(images,) class indices, or None where the set is unlabelled."""
-    unreadable: tuple[str, ...]
-    """A line for each image that could not be read."""
-
-
-@torch.no_grad()
-def answer(
+def score_on_test(
+    model: nn.Module,
     logits_of: Callable[[Tensor], Tensor],
-    images: ImageSet,
+    source: Source,
     preprocessing: Preprocessing,
     device: torch.device,
     workers: int,
     report: Report,
-    label: str,
-    batch_size: int = BATCH_SIZE,
-) -> Answers:
-    """Classify every image of a set once, in order.
+    classes: range | None = None,
+) -> dict[str, float]:
+    """{"test_top1_percent": ...}, or nothing where no test image has a label or can be read.
 
-    logits_of: from a batch of inputs on the device to logits (batch, classes).
+    logits_of: from prepared images (batch, 3, size, size) to logits (batch, classes). classes: score their
+    images alone, answered among them alone; None takes all. Leaves the model in inference mode.
     """
-    predicted: list[np.ndarray] = []
-    indices: list[np.ndarray] = []
-    unreadable: list[str] = []
-    done = 0
-    for batch in scoring_batches(images, preprocessing, batch_size, workers):
-        unreadable += batch.unreadable
-        done += len(batch) + len(batch.unreadable)
-        if len(batch):
-            logits = logits_of(batch.inputs[0].to(device, non_blocking=True))
-            predicted.append(logits.argmax(dim=1).cpu().numpy())
-            indices.append(batch.indices.numpy())
-        report(Progress(label, done, len(images)))
-    positions = np.concatenate(indices) if indices else np.empty(0, dtype=np.int64)
-    return Answers(
-        predicted=np.concatenate(predicted) if predicted else np.empty(0, dtype=np.int64),
-        indices=positions,
-        labels=None if images.labels is None else np.asarray(images.labels)[positions],
-        unreadable=tuple(unreadable),
-    )
+    images = source.test
+    if images is None or images.labels is None:
+        return {}
+    if classes is not None:
+        images = images.subset([position for position, label in enumerate(images.labels) if label in classes])
+    model.eval()
+    # Nothing is kept: the weights are others at the next call.
+    store = FeatureStore(None, device, workers, report)
+    found = store.features(Encoder("", preprocessing, logits_of), images, "scoring")
+    if not len(found.indices):
+        return {}
+    labels = np.asarray(images.labels)[found.indices]
+    candidates = np.asarray(classes if classes is not None else range(found.values.shape[1]))
+    predicted = candidates[found.values[:, candidates].argmax(axis=1)]
+    return {"test_top1_percent": top1_percent(predicted, labels)}

@@ -8,14 +8,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from comkd_cli.backbones import Clip, build_clip, weights_sha256
+from comkd_cli.backbones import build_clip, weights_sha256
 from comkd_cli.checkpoints import SavedTeacher, TeacherRecord, save_teacher
 from comkd_cli.data.loaders import Batch, TrainingLoader, worker_count
 from comkd_cli.data.source import Source
 from comkd_cli.data.transforms import stable_seed
 from comkd_cli.errors import DataError
-from comkd_cli.evaluation.metrics import top1_percent
-from comkd_cli.evaluation.zero_shot import answer
+from comkd_cli.evaluation.zero_shot import score_on_test
 from comkd_cli.files import sha256_of_data
 from comkd_cli.method.teacher import PromptClassifier
 from comkd_cli.progress import Notice, Report, Stage
@@ -100,7 +99,7 @@ def _train(
     classifier = PromptClassifier(clip.model, clip.tokenize(source.prompts)).to(accelerator.device)
 
     def score() -> dict[str, float]:
-        return _score(classifier, clip, source, accelerator, workers, report)
+        return score_on_test(classifier, classifier, source, clip.preprocessing, accelerator.device, workers, report)
 
     history = fit(
         Task(
@@ -143,31 +142,6 @@ def _cross_entropy(model: nn.Module, batch: Batch, label_smoothing: float) -> St
     logits: Tensor = model(batch.inputs[0])
     loss = functional.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)  # type: ignore[arg-type]
     return StepResult(loss)
-
-
-def _score(
-    classifier: PromptClassifier,
-    clip: Clip,
-    source: Source,
-    accelerator: Accelerator,
-    workers: int,
-    report: Report,
-) -> dict[str, float]:
-    if source.test is None or source.test.labels is None:
-        return {}
-    classifier.eval()
-    answers = answer(
-        classifier,
-        source.test,
-        clip.preprocessing,
-        accelerator.device,
-        workers,
-        report,
-        "scoring the teacher",
-    )
-    if answers.labels is None or not len(answers.labels):
-        return {}
-    return {"test_top1_percent": top1_percent(answers.predicted, answers.labels)}
 
 
 def _model_fields(model: Model) -> dict[str, object]:

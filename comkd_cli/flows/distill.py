@@ -15,15 +15,14 @@ from comkd_cli.backbones import ImageTower, build_clip, build_image_tower
 from comkd_cli.checkpoints import StudentRecord, load_student, save_student
 from comkd_cli.data.loaders import Batch, TrainingLoader, worker_count
 from comkd_cli.data.source import Source
+from comkd_cli.data.splits import halves
 from comkd_cli.data.transforms import stable_seed
 from comkd_cli.errors import CheckpointError, DataError
-from comkd_cli.evaluation.metrics import top1_percent
-from comkd_cli.evaluation.zero_shot import answer
+from comkd_cli.evaluation.zero_shot import score_on_test
 from comkd_cli.files import sha256_of_data, write_text
 from comkd_cli.method.objective import gradient_shares, loss_terms
 from comkd_cli.method.student import Student, image_tower_parameters
 from comkd_cli.method.teacher import Teacher
-from comkd_cli.predictor import Preprocessing
 from comkd_cli.progress import Notice, Report, Stage
 from comkd_cli.recipe import Recipe, to_yaml
 from comkd_cli.teachers import ReadyTeacher
@@ -148,6 +147,25 @@ def distill(
     report(Stage(f"Student: {_size(student)} parameters learn from {len(source.train)} images, no labels"))
     workers = worker_count(recipe.data)
     write_text(run.folder / "recipe.yaml", to_yaml(recipe))
+
+    def score(classes: range | None = None) -> dict[str, float]:
+        return score_on_test(
+            student,
+            lambda images: student(images).logits,
+            source,
+            tower.preprocessing,
+            accelerator.device,
+            workers,
+            report,
+            classes,
+        )
+
+    def select() -> float:
+        found = score(halves(len(source.class_names))["base"])
+        if not found:
+            raise DataError(f"{source.name}: selection: promptkd needs labelled test images; use selection: last")
+        return found["test_top1_percent"]
+
     history = fit(
         Task(
             model=student,
@@ -168,8 +186,9 @@ def distill(
             resume_line=resume_line,
             unreadable_limit_percent=recipe.data.unreadable_limit_percent,
             rate_factors=_rate_factors(recipe),
-            evaluate=lambda: _score(student, source, tower.preprocessing, accelerator, workers, report),
+            evaluate=score,
             evaluate_every_epochs=recipe.evaluate_every_epochs,
+            select=select if recipe.selection == "promptkd" else None,
         ),
         accelerator,
         report,
@@ -238,31 +257,6 @@ def _report_idle_gate(recipe: Recipe, student: Student, report: Report) -> None:
                 "loss.edu_attention=null, or raise loss.edu_attention.gate_learning_rate_factor"
             )
         )
-
-
-def _score(
-    student: Student,
-    source: Source,
-    preprocessing: Preprocessing,
-    accelerator: Accelerator,
-    workers: int,
-    report: Report,
-) -> dict[str, float]:
-    if source.test is None or source.test.labels is None:
-        return {}
-    student.eval()
-    answers = answer(
-        lambda images: student(images).logits,
-        source.test,
-        preprocessing,
-        accelerator.device,
-        workers,
-        report,
-        "scoring the student",
-    )
-    if answers.labels is None or not len(answers.labels):
-        return {}
-    return {"test_top1_percent": top1_percent(answers.predicted, answers.labels)}
 
 
 def _size(module: nn.Module) -> str:

@@ -1,50 +1,74 @@
-"""Scores of students, of their teachers, and of plain CLIP models, with no training images touched."""
+"""Scores of students, of their teachers, and of plain CLIP models; nothing is trained on test images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
+from comkd_cli.backbones import IMAGENET_TEMPLATES, Clip, build_clip
+from comkd_cli.catalog import CATALOG
 from comkd_cli.checkpoints import StudentRecord, load_student
 from comkd_cli.data.loaders import worker_count
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.data.sources import open_source
-from comkd_cli.errors import CheckpointError, DataError, ModelError
-from comkd_cli.evaluation.metrics import agreement_percent, mean_per_class_percent, top1_percent
-from comkd_cli.evaluation.zero_shot import Answers, answer
-from comkd_cli.method.student import image_tower_parameters
-from comkd_cli.predictor import Preprocessing
+from comkd_cli.errors import CheckpointError, ComkdError, DataError, ModelError
+from comkd_cli.evaluation.features import Features, FeatureStore
+from comkd_cli.evaluation.metrics import agreement_percent
+from comkd_cli.evaluation.protocols import STANDARD_SEEDS, STANDARD_SHOTS, base_to_novel, few_shot, zero_shot
+from comkd_cli.evaluation.subjects import Subject, student_subject, teacher_subject
+from comkd_cli.files import sha256_of_data, sha256_of_file
 from comkd_cli.progress import Notice, Report, Stage
 from comkd_cli.recipe.model import SCHEMES, Data, Model
-from comkd_cli.results import Record, Role
-from comkd_cli.teachers import ReadyTeacher, saved_teacher, zero_shot_teacher
+from comkd_cli.results import Missing, Record, Results
+from comkd_cli.teachers import encode_ensemble, saved_teacher, teacher_of_clip
+
+IMAGENET_FAMILY = tuple(name for name, dataset in CATALOG.items() if dataset.layout.startswith("imagenet"))
+VARIANTS = tuple(name for name, dataset in CATALOG.items() if dataset.layout == "imagenet-variant")
+MOST_NAMED = 10
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and on what models are scored."""
+    """Where, on what and by which protocols models are scored."""
 
     device: torch.device
     data_root: Path
     report: Report
+    features: Path | None = None
+    """Folder of kept features; None keeps none."""
     data: Data | None = None
     """Instead of the data that a student learned from."""
+    datasets: tuple[str, ...] = ()
+    """Several data sets, by name; each that can't be scored is a row of its own."""
+    protocols: tuple[str, ...] = ("zero-shot",)
+    shots: tuple[int, ...] = STANDARD_SHOTS
+    seeds: tuple[int, ...] = STANDARD_SEEDS
+    clips: dict[str, Clip] = field(default_factory=dict)
+    """Plain CLIPs that were loaded, by argument: one serves every data set."""
 
 
-def evaluate(model: str | None, runs: Path, bench: Bench) -> list[Record]:
-    """The scores of a student.pt, of ARCH:WEIGHTS, or with None of each data set's newest student."""
-    if model is None:
-        students = newest_students(runs)
-        if not students:
-            raise DataError(f"{runs}: holds no finished student; make one with `comkd distill digits`")
-        return [record for path in students.values() for record in evaluate_student(path, bench)]
-    if Path(model).exists() or (model.endswith(".pt") and ":" not in model):
-        return evaluate_student(Path(model), bench)
-    return evaluate_baseline(model, bench)
+def evaluate(model: str | None, runs: Path, bench: Bench) -> Results:
+    """The scores of a student.pt, of ARCH:WEIGHTS, or with None of each data set's newest students.
+
+    With several data sets, one that is missing is a row that says what to do. Raises the error of what was
+    asked for where nothing at all could be scored.
+    """
+    jobs = _jobs(model, runs, bench)
+    records: list[Record] = []
+    missing: list[Missing] = []
+    problems: list[ComkdError] = []
+    for dataset, job in jobs:
+        try:
+            records += job()
+        except (DataError, CheckpointError) as error:
+            problems.append(error)
+            missing.append(Missing(dataset, str(error)))
+    if not records:
+        raise problems[0] if len(problems) == 1 else DataError("\n".join(str(problem) for problem in problems))
+    return Results(records, missing)
 
 
 def home_of(model: str | None, runs: Path) -> Path:
@@ -52,65 +76,138 @@ def home_of(model: str | None, runs: Path) -> Path:
     return Path(model).parent if model is not None and Path(model).is_file() else runs
 
 
-def evaluate_student(path: Path, bench: Bench) -> list[Record]:
+def newest_students(runs: Path) -> dict[str, list[Path]]:
+    """For each data set, by name, the students of every seed of the recipe that was finished last on it."""
+    found = sorted(runs.glob("*/*/seed*/student.pt"), key=lambda path: path.stat().st_mtime)
+    newest = {path.parent.parent.name: path.parent.parent for path in found}
+    return {name: sorted(folder.glob("seed*/student.pt")) for name, folder in newest.items()}
+
+
+Job = tuple[str, Callable[[], list[Record]]]
+
+
+def _jobs(model: str | None, runs: Path, bench: Bench) -> list[Job]:
+    """What to score, a data set's name and the work each."""
+    if model is None:
+        return _student_jobs(runs, bench)
+    if Path(model).exists() or (model.endswith(".pt") and ":" not in model):
+        return [("", lambda: _score_student(Path(model), bench))]
+    if bench.datasets:
+        benches = [replace(bench, data=Data(dataset=name)) for name in bench.datasets]
+        return [(str(b.data and b.data.dataset), lambda b=b: _score_baseline(model, b)) for b in benches]  # type: ignore[misc]
+    return [("", lambda: _score_baseline(model, bench))]
+
+
+def _student_jobs(runs: Path, bench: Bench) -> list[Job]:
+    students = newest_students(runs)
+    if not bench.datasets:
+        if not students:
+            raise DataError(f"{runs}: holds no finished student; make one with `comkd distill digits`")
+        paths = [(name, path) for name, seeds in students.items() for path in seeds]
+        return [(name, lambda path=path: _score_student(path, bench)) for name, path in paths]  # type: ignore[misc]
+
+    def absent(name: str) -> list[Record]:
+        raise DataError(f"{name}: no student below {runs}; make one with `comkd distill RECIPE --dataset {name}`")
+
+    jobs: list[Job] = []
+    for name in bench.datasets:
+        for path in students.get(name, []):
+            jobs.append((name, lambda path=path: _score_student(path, bench)))  # type: ignore[misc]
+        if name not in students:
+            jobs.append((name, lambda name=name: absent(name)))  # type: ignore[misc]
+    return jobs
+
+
+def _score_student(path: Path, bench: Bench) -> list[Record]:
     """A student and its teacher on the test images of its data, or of the bench's.
 
-    Where there are no test images, or none with labels, what is left is how often the two agree. A
-    teacher that can't be found is a notice, and the student is scored alone. Raises CheckpointError,
-    DataError.
+    Where there are no test images, or none with labels, what is left is how often the two agree. A teacher
+    that can't be found is a notice, and the student is scored alone.
     """
     student, record = load_student(path)
     data = bench.data or record.recipe.data
     source = open_source(data, bench.data_root)
     _check_classes(record, source)
+    subject = student_subject(student, record, sha256_of_file(path), str(path), bench.device)
     images = _scored_images(source, bench.report)
-    workers = worker_count(data)
-    bench.report(Stage(f"Scoring {path} on {len(images)} images of {source.name}"))
-    student_answers = _answers(
-        student, lambda x: student(x).logits, record.preprocessing, images, workers, bench, "student"
-    )
-    scored = _record(student_answers, str(path), "student", source, student, record.recipe.seed)
-    ready = _teacher_of(path, record, source, bench)
-    if ready is None:
-        return [scored]
-    teacher = ready.teacher
-    teacher_answers = _answers(
-        teacher, lambda x: teacher(x).logits, ready.preprocessing, images, workers, bench, "teacher"
-    )
-    agreement = agreement_percent(student_answers.predicted, teacher_answers.predicted)
-    name = ready.checkpoint or record.recipe.teacher.weights or record.recipe.teacher.arch
-    return [
-        replace(scored, agreement_percent=agreement),
-        _record(teacher_answers, str(name), "teacher", source, teacher),
-    ]
+    store = _store(bench, data)
+    records, predicted = _score(subject, source, images, store, bench, "student")
+    teacher = _teacher_of(path, record, source, bench)
+    if teacher is None:
+        return records
+    taught, teacher_predicted = _score(teacher, source, images, store, bench, "teacher")
+    agreement = agreement_percent(*_on_common(predicted, teacher_predicted))
+    whole = [replace(entry, agreement_percent=agreement) if entry.classes == "all" else entry for entry in records]
+    return [*whole, *taught]
 
 
-def evaluate_baseline(argument: str, bench: Bench) -> list[Record]:
-    """A plain CLIP, given as ARCH:WEIGHTS, zero-shot on the test images of the bench's data."""
+def _score_baseline(argument: str, bench: Bench) -> list[Record]:
+    """A plain CLIP, given as ARCH:WEIGHTS, on the test images of the bench's data."""
     if bench.data is None:
-        raise DataError(f"{argument}: say on what to score it, with --dataset or --folder")
+        raise DataError(f"{argument}: say on what to score it, with --dataset, --folder or --all")
     model = _parse_argument(argument)
     source = open_source(bench.data, bench.data_root)
     images = _scored_images(source, bench.report)
-    bench.report(Stage(f"Scoring {argument} on {len(images)} images of {source.name}"))
-    ready = zero_shot_teacher(model, source.prompts, bench.device)
-    teacher = ready.teacher
-    answers = _answers(
-        teacher,
-        lambda x: teacher(x).logits,
-        ready.preprocessing,
-        images,
-        worker_count(bench.data),
-        bench,
-        "baseline",
-    )
-    return [_record(answers, argument, "baseline", source, teacher)]
+    if argument not in bench.clips:
+        bench.clips[argument] = build_clip(model)
+    clip = bench.clips[argument]
+    ready = teacher_of_clip(clip, source.prompts, bench.device)
+    identity = _clip_identity(model, clip)
+    subject = teacher_subject(ready.teacher, ready.preprocessing, identity, argument, "baseline", bench.device)
+    store = _store(bench, bench.data)
+    records, _ = _score(subject, source, images, store, bench, "baseline")
+    if source.name in IMAGENET_FAMILY:
+        vectors = encode_ensemble(clip, source.class_names, IMAGENET_TEMPLATES, bench.device).cpu()
+        ensemble = replace(subject, class_vectors=vectors)
+        test = store.features(subject.encoder, images, f"scoring baseline on {source.name}")
+        records.append(replace(zero_shot(ensemble, source, images, test).record, method="clip-ensemble"))
+    return records
 
 
-def newest_students(runs: Path) -> dict[str, Path]:
-    """For each data set, by name, the student that was finished last below a folder of runs."""
-    found = sorted(runs.glob("*/*/seed*/student.pt"), key=lambda path: path.stat().st_mtime)
-    return {path.parent.parent.name: path for path in found}
+def _score(
+    subject: Subject, source: Source, images: ImageSet, store: FeatureStore, bench: Bench, label: str
+) -> tuple[list[Record], dict[int, int]]:
+    """The records of each protocol, and the zero-shot answer to each image by its position."""
+    bench.report(Stage(f"Scoring {label} {subject.model} on {len(images)} images of {source.name}"))
+    test = store.features(subject.encoder, images, f"scoring {label} on {source.name}")
+    if not len(test.indices):
+        raise DataError(f"{source.name}: none of the {len(images)} images could be read")
+    if label != "teacher":  # the teacher meets the same files
+        _report_unreadable(test, bench.report)
+    scored = zero_shot(subject, source, images, test)
+    records = [replace(scored.record, protocol=name) for name in _whole_protocols(source, bench.protocols)]
+    if images.labels is not None:
+        if "base-to-novel" in bench.protocols and source.name not in VARIANTS:
+            records += base_to_novel(subject, source, images, test)
+        if "few-shot" in bench.protocols and source.train.labels:
+            records += few_shot(subject, source, images, test, store, bench.shots, bench.seeds)
+    answers = dict(zip(test.indices.tolist(), scored.predicted.tolist(), strict=True))
+    return records, answers
+
+
+def _whole_protocols(source: Source, protocols: Sequence[str]) -> list[str]:
+    """Those of the protocols that score all classes of all test images of this data set at once."""
+    applies = {
+        "zero-shot": True,
+        "cross-dataset": source.name in CATALOG and source.name not in IMAGENET_FAMILY,
+        "domain-generalization": source.name in VARIANTS,
+    }
+    return [name for name in protocols if applies.get(name, False)]
+
+
+def _on_common(first: dict[int, int], second: dict[int, int]) -> tuple[list[int], list[int]]:
+    common = sorted(first.keys() & second.keys())
+    return [first[index] for index in common], [second[index] for index in common]
+
+
+def _store(bench: Bench, data: Data) -> FeatureStore:
+    return FeatureStore(bench.features, bench.device, worker_count(data), bench.report)
+
+
+def _report_unreadable(test: Features, report: Report) -> None:
+    if test.unreadable:
+        named = "".join(f"\n  {problem}" for problem in test.unreadable[:MOST_NAMED])
+        report(Notice(f"{len(test.unreadable)} images can't be read and are left out:{named}"))
 
 
 def _parse_argument(argument: str) -> Model:
@@ -122,6 +219,10 @@ def _parse_argument(argument: str) -> Model:
     return Model(arch=arch, weights=weights)
 
 
+def _clip_identity(model: Model, clip: Clip) -> str:
+    return sha256_of_data([model.arch, model.config, model.weights, clip.origin.weights_sha256])
+
+
 def _scored_images(source: Source, report: Report) -> ImageSet:
     if source.test is not None and len(source.test):
         if source.test.labels is None:
@@ -131,50 +232,20 @@ def _scored_images(source: Source, report: Report) -> ImageSet:
     return replace(source.train, labels=None)
 
 
-def _answers(
-    model: nn.Module,
-    logits_of: Callable[[Tensor], Tensor],
-    preprocessing: Preprocessing,
-    images: ImageSet,
-    workers: int,
-    bench: Bench,
-    label: str,
-) -> Answers:
-    model.to(bench.device).eval()
-    answers = answer(logits_of, images, preprocessing, bench.device, workers, bench.report, f"scoring {label}")
-    if not len(answers.predicted):
-        raise DataError(f"none of the {len(images)} images could be read")
-    if answers.unreadable and label != "teacher":  # the teacher meets the same files
-        named = "".join(f"\n  {problem}" for problem in answers.unreadable[:10])
-        bench.report(Notice(f"{len(answers.unreadable)} images can't be read and are left out:{named}"))
-    return answers
-
-
-def _record(
-    answers: Answers, model: str, role: Role, source: Source, module: nn.Module, seed: int | None = None
-) -> Record:
-    labels = answers.labels
-    return Record(
-        model=model,
-        role=role,
-        dataset=source.name,
-        top1_percent=None if labels is None else top1_percent(answers.predicted, labels),
-        mean_per_class_percent=None if labels is None else mean_per_class_percent(answers.predicted, labels),
-        images=len(answers.predicted),
-        image_tower_parameters=image_tower_parameters(module),
-        seed=seed,
-        unreadable=len(answers.unreadable),
-    )
-
-
-def _teacher_of(path: Path, record: StudentRecord, source: Source, bench: Bench) -> ReadyTeacher | None:
+def _teacher_of(path: Path, record: StudentRecord, source: Source, bench: Bench) -> Subject | None:
     try:
-        if record.teacher is None:
-            return zero_shot_teacher(record.recipe.teacher, source.prompts, bench.device)
-        return saved_teacher(path.parent / record.teacher)
+        if record.teacher is not None:
+            ready = saved_teacher(path.parent / record.teacher)
+            name, identity = str(ready.checkpoint), sha256_of_file(path.parent / record.teacher)
+        else:
+            model = record.recipe.teacher
+            clip = build_clip(model)
+            ready = teacher_of_clip(clip, source.prompts, bench.device)
+            name, identity = str(model.weights or model.arch), _clip_identity(model, clip)
     except (CheckpointError, ModelError) as error:
         bench.report(Notice(f"the teacher can't be scored beside the student: {error}"))
         return None
+    return teacher_subject(ready.teacher, ready.preprocessing, identity, name, "teacher", bench.device)
 
 
 def _check_classes(record: StudentRecord, source: Source) -> None:

@@ -66,12 +66,21 @@ class Student(nn.Module):
         EduAttention's memory is the run's class vectors, or with `memory: candidates` the given ones.
         """
         candidates = self.class_vectors if class_vectors is None else class_vectors
-        projected = self.projector(self.backbone(images))
-        attended = projected
-        if self.edu_attention is not None:
-            attended = self.edu_attention(projected, candidates if self.uses_candidates else self.class_vectors)
-        features = _unit(attended)
+        projected = self.project(images)
+        features = self.attend(projected, candidates)
         return StudentOutput(projected, features, class_logits(features, candidates, self.logit_scale))
+
+    def project(self, images: Tensor) -> Tensor:
+        """u_s: the half of the student that looks at images, (batch, 3, size, size) to (batch, dim)."""
+        projected: Tensor = self.projector(self.backbone(images))
+        return projected
+
+    def attend(self, projected: Tensor, class_vectors: Tensor) -> Tensor:
+        """n(f_e): the half that may depend on the label set, (batch, dim) to unit-length (batch, dim)."""
+        if self.edu_attention is None:
+            return _unit(projected)
+        memory = class_vectors if self.uses_candidates else self.class_vectors
+        return _unit(self.edu_attention(projected, memory))
 
     def train(self, mode: bool = True) -> Student:
         """As nn.Module's, but a frozen backbone stays in inference mode: no dropout, no moving statistics."""

@@ -282,6 +282,9 @@ class Recipe(Closed):
     """What the student is taught."""
     optim: Optim = Sgd()
     """How the student is trained."""
+    selection: Literal["last", "promptkd"] = "last"
+    """Which epoch is kept: the `last`, or as PromptKD's released code does, the one that is best on the test
+    images of the base classes. Only for comparison with its table: results are marked `selected on test`."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the forward and backward passes; losses are always fp32, weights too."""
     evaluate_every_epochs: Annotated[int, Field(ge=0)] = 1

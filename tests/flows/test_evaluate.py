@@ -22,7 +22,7 @@ def bench(events: list[Event] | None = None, data: Data | None = None) -> Bench:
 
 
 def test_student_and_teacher_are_scored_as_scikit_learn_scores_them(tiny_student: Path) -> None:
-    student_record, teacher_record = evaluate(str(tiny_student), Path("runs"), bench())
+    student_record, teacher_record = evaluate(str(tiny_student), Path("runs"), bench()).records
     student, record = load_student(tiny_student)
     test = digits_source().test
     assert test is not None
@@ -42,7 +42,7 @@ def test_a_student_without_its_teacher_is_scored_alone(tiny_student: Path, tmp_p
     moved = tmp_path / "student.pt"
     shutil.copy(tiny_student, moved)
     events: list[Event] = []
-    (record,) = evaluate(str(moved), Path("runs"), bench(events))
+    (record,) = evaluate(str(moved), Path("runs"), bench(events)).records
     assert record.role == "student"
     assert any(isinstance(event, Notice) and "teacher can't be scored" in event.text for event in events)
 
@@ -53,7 +53,7 @@ def test_unlabelled_images_give_agreement_alone(tiny_student: Path, tmp_path: Pa
     (tmp_path / "broken.png").write_bytes(b"no")
     data = Data(folder=str(tmp_path), classes=tuple(str(digit) for digit in range(10)))
     events: list[Event] = []
-    student_record, _ = evaluate(str(tiny_student), Path("runs"), bench(events, data))
+    student_record, _ = evaluate(str(tiny_student), Path("runs"), bench(events, data)).records
     assert student_record.top1_percent is None
     assert student_record.agreement_percent is not None
     assert (student_record.images, student_record.unreadable) == (12, 1)
@@ -69,8 +69,8 @@ def test_classes_that_the_student_does_not_know_are_refused(tiny_student: Path, 
 
 def test_without_a_model_the_newest_student_of_each_data_set_is_scored(tiny_student: Path) -> None:
     runs = tiny_student.parents[3]
-    assert newest_students(runs) == {"digits": tiny_student}
-    assert next(record.model for record in evaluate(None, runs, bench())) == str(tiny_student)
+    assert newest_students(runs) == {"digits": [tiny_student]}
+    assert next(record.model for record in evaluate(None, runs, bench()).records) == str(tiny_student)
 
 
 def test_without_any_student_the_message_says_how_to_make_one(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_plain_clip_from_a_local_file_is_scored_as_open_clip_scores_it(tmp_pat
         folder.mkdir(parents=True, exist_ok=True)
         source.train.open(index).save(folder / f"{index}.png")
     data = Data(folder=str(tmp_path / "six"), classes=source.class_names, template="a {}!")
-    (record,) = evaluate(f"RN50:{weights}", Path("runs"), bench(data=data))
+    (record,) = evaluate(f"RN50:{weights}", Path("runs"), bench(data=data)).records
     model.eval()
     text = model.encode_text(open_clip.get_tokenizer("RN50")([f"a {name}!" for name in source.class_names]))
     images = torch.stack([transform(source.train.open(index)) for index in range(6)])

@@ -1,0 +1,89 @@
+"""What is scored: a student, a teacher or a plain CLIP, each as an encoder and a way to name its features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from comkd_cli.checkpoints import StudentRecord
+from comkd_cli.evaluation.features import Encoder
+from comkd_cli.method.student import Student, image_tower_parameters
+from comkd_cli.method.teacher import Teacher
+from comkd_cli.predictor import Preprocessing
+from comkd_cli.results import Role
+
+IMAGES_AT_ONCE = 8192
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that answers in classes; its image features are kept, everything after is derived from them."""
+
+    model: str
+    """Name in the results."""
+    role: Role
+    seed: int | None
+    parameters: int
+    """Of its image tower."""
+    encoder: Encoder
+    class_vectors: Tensor
+    """(classes, dim) of the data at hand, L2-normalised, on the CPU."""
+    logit_scale: float
+    attend: Callable[[Tensor, Tensor], Tensor]
+    """From kept features (images, dim) and class vectors to L2-normalised features (images, dim)."""
+    selection: str = "last"
+    """Which epoch was kept."""
+
+    def features(self, kept: np.ndarray, classes: Sequence[int]) -> Tensor:
+        """L2-normalised features of images before a label set, (images, dim).
+
+        kept: what the encoder gave, (images, dim). classes: the labels that can be answered.
+        """
+        vectors = self.class_vectors[list(classes)]
+        with torch.no_grad():
+            parts = [self.attend(part, vectors) for part in torch.from_numpy(kept).split(IMAGES_AT_ONCE)]
+        return torch.cat(parts) if parts else torch.empty(0, vectors.shape[1])
+
+    def predict(self, kept: np.ndarray, classes: Sequence[int]) -> np.ndarray:
+        """For each image the likeliest of `classes`, as a label, (images,)."""
+        similarity = self.features(kept, classes) @ self.class_vectors[list(classes)].T
+        predicted: np.ndarray = np.asarray(classes)[similarity.argmax(dim=1).numpy()]
+        return predicted
+
+
+def student_subject(
+    student: Student, record: StudentRecord, identity: str, model: str, device: torch.device
+) -> Subject:
+    """A student; its projected features are kept, since EduAttention may depend on the label set."""
+    student.to(device).eval()
+    return Subject(
+        model=model,
+        role="student",
+        seed=record.recipe.seed,
+        selection=record.recipe.selection,
+        parameters=image_tower_parameters(student),
+        encoder=Encoder(identity, record.preprocessing, student.project),
+        class_vectors=student.class_vectors.cpu().clone(),
+        logit_scale=float(student.logit_scale),
+        attend=lambda kept, vectors: student.attend(kept.to(device), vectors.to(device)).cpu(),
+    )
+
+
+def teacher_subject(
+    teacher: Teacher, preprocessing: Preprocessing, identity: str, model: str, role: Role, device: torch.device
+) -> Subject:
+    """A teacher or a plain CLIP; its features do not depend on the label set."""
+    return Subject(
+        model=model,
+        role=role,
+        seed=None,
+        parameters=image_tower_parameters(teacher),
+        encoder=Encoder(identity, preprocessing, teacher.to(device).image_tower),
+        class_vectors=teacher.class_vectors.cpu().clone(),
+        logit_scale=float(teacher.logit_scale),
+        attend=lambda kept, _vectors: nn.functional.normalize(kept, dim=-1),
+    )

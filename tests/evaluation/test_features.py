@@ -1,0 +1,89 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from comkd_cli.data.digits import digits_source
+from comkd_cli.data.source import ImageSet
+from comkd_cli.evaluation.features import Encoder, FeatureStore, store_key
+from comkd_cli.predictor import Preprocessing, UnreadableImage, prepare
+
+INPUT = Preprocessing(size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+IMAGES = digits_source().train.subset(list(range(10)))
+
+
+class Counting:
+    """An encoder that counts the images it is shown."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen += len(images)
+        return images.flatten(1)[:, :6]
+
+
+def store(folder: Path | None) -> FeatureStore:
+    return FeatureStore(folder, torch.device("cpu"), 0, lambda event: None)
+
+
+def test_features_are_those_of_each_image_in_order(tmp_path: Path) -> None:
+    found = store(tmp_path).features(Encoder("a", INPUT, Counting()), IMAGES, "it")
+    expected = np.stack([prepare(IMAGES.open(i), INPUT).reshape(-1)[:6] for i in range(10)])
+    assert np.array_equal(found.values, expected)
+    assert found.indices.tolist() == list(range(10))
+
+
+def test_a_second_call_shows_no_image_to_the_model(tmp_path: Path) -> None:
+    counting = Counting()
+    first = store(tmp_path).features(Encoder("a", INPUT, counting), IMAGES, "it")
+    second = store(tmp_path).features(Encoder("a", INPUT, counting), IMAGES, "it")
+    assert counting.seen == 10
+    assert np.array_equal(first.values, second.values)
+
+
+def test_nothing_is_kept_without_a_folder() -> None:
+    counting = Counting()
+    for _ in range(2):
+        store(None).features(Encoder("a", INPUT, counting), IMAGES, "it")
+    assert counting.seen == 20
+
+
+@pytest.mark.parametrize(
+    ("encoder", "images"),
+    [
+        (Encoder("b", INPUT, Counting()), IMAGES),
+        (Encoder("a", replace(INPUT, mean=(0.5, 0.5, 0.5)), Counting()), IMAGES),
+        (Encoder("a", INPUT, Counting()), IMAGES.subset([0, 1, 2])),
+        (Encoder("a", INPUT, Counting()), replace(IMAGES, sizes_bytes=tuple(range(10)))),
+    ],
+    ids=["weights", "pre-processing", "images", "sizes"],
+)
+def test_other_weights_preparation_or_files_are_another_key(encoder: Encoder, images: ImageSet) -> None:
+    assert store_key(encoder, images) != store_key(Encoder("a", INPUT, Counting()), IMAGES)
+
+
+def test_unreadable_images_are_remembered(tmp_path: Path) -> None:
+    def open_key(key: str):  # type: ignore[no-untyped-def]
+        if key == IMAGES.keys[3]:
+            raise UnreadableImage(f"{key}: cut\noff")
+        return IMAGES.open_key(key)
+
+    damaged = replace(IMAGES, open_key=open_key)
+    for _ in range(2):
+        found = store(tmp_path).features(Encoder("a", INPUT, Counting()), damaged, "it")
+        assert found.indices.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+        assert found.unreadable == (f"{IMAGES.keys[3]}: cut off",)
+
+
+def test_a_damaged_file_is_made_anew(tmp_path: Path) -> None:
+    counting = Counting()
+    encoder = Encoder("a", INPUT, counting)
+    store(tmp_path).features(encoder, IMAGES, "it")
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:40])
+    found = store(tmp_path).features(encoder, IMAGES, "it")
+    assert counting.seen == 20
+    assert found.values.shape == (10, 6)
