@@ -29,10 +29,10 @@ docs: install  ## write the generated pages again
 install: $(STAMP)
 
 $(STAMP):
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[dev]'
 	rm -f $(VENV)/installed-*
 	touch $@
 
-clean:  ## remove the environment and what runs left
-	rm -rf $(VENV) runs
+clean:  ## remove the environment; runs/ stays
+	rm -rf $(VENV)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import logging
 import tempfile
@@ -66,7 +67,11 @@ class ImageTower:
 
 
 def build_clip(model: Model, seed: int = 0, load_weights: bool = True) -> Clip:
-    """Both towers, with the weights of the recipe, or random ones drawn from the seed. Raises ModelError."""
+    """Both towers, with the weights of the recipe, or random ones drawn from the seed.
+
+    Raises ModelError, also for a model that can't encode an image and a prompt into one space.
+    """
+    tokenize = _tokenizer(model)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if model.config is not None:
@@ -76,7 +81,9 @@ def build_clip(model: Model, seed: int = 0, load_weights: bool = True) -> Clip:
     if model.config is not None and model.weights is not None and load_weights:
         _load_file(built, _weights_file(model), _architecture(model))
     _lay_out(built.visual)
-    return Clip(built.eval(), _tokenizer(model), _preprocessing(built.visual), _origin(model))
+    clip = Clip(built.eval(), tokenize, _preprocessing(built.visual), _origin(model))
+    _check_towers(clip)
+    return clip
 
 
 def build_image_tower(model: Model, seed: int = 0, load_weights: bool = True) -> ImageTower:
@@ -213,28 +220,57 @@ def _load_tower_file(visual: nn.Module, path: Path, architecture: str) -> None:
 
 
 def _tokenizer(model: Model) -> Callable[[Sequence[str]], Tensor]:
+    try:
+        with _quiet():
+            return _find_tokenizer(model)
+    except Exception as error:  # open_clip, the Hub's client and transformers raise their own
+        hint = "; pip install transformers" if isinstance(error, ImportError) else ""
+        raise ModelError(f"{_architecture(model)}: its tokenizer can't be had: {_first_line(error)}{hint}") from error
+
+
+def _find_tokenizer(model: Model) -> Callable[[Sequence[str]], Tensor]:
+    found: Callable[[Sequence[str]], Tensor]
     if model.arch is not None:
-        tokenizer: Callable[[Sequence[str]], Tensor] = open_clip.get_tokenizer(model.arch)
-        return tokenizer
-    assert model.config is not None
-    text = model.config["text_cfg"]
+        found = open_clip.get_tokenizer(model.arch)
+        return found
+    text = (model.config or {})["text_cfg"]
     length = int(text.get("context_length", 77))
     if text.get("hf_tokenizer_name"):
-        from_hub: Callable[[Sequence[str]], Tensor] = HFTokenizer(text["hf_tokenizer_name"], context_length=length)
-        return from_hub
-    simple: Callable[[Sequence[str]], Tensor] = open_clip.SimpleTokenizer(context_length=length)
-    return simple
+        found = HFTokenizer(text["hf_tokenizer_name"], context_length=length)
+        return found
+    found = open_clip.SimpleTokenizer(context_length=length)
+    return found
+
+
+def _check_towers(clip: Clip) -> None:
+    """Send a blank image and a prompt through both towers: what can't work should be told before hours pass."""
+    try:
+        with torch.no_grad():
+            words = clip.model.encode_text(clip.tokenize(["a photo of a thing."]))  # type: ignore[operator]
+        text_width = int(words.shape[-1])
+    except Exception as error:  # whatever a config that does not fit raises, at whatever depth
+        raise ModelError(
+            f"{clip.origin.architecture}: its text tower can't encode a prompt: {_first_line(error)}"
+        ) from error
+    image_width = _width(clip.model.visual, clip.preprocessing)  # type: ignore[arg-type]
+    if image_width != text_width:
+        raise ModelError(
+            f"{clip.origin.architecture}: image features have {image_width} dimensions and text features {text_width}"
+        )
 
 
 def _width(visual: nn.Module, preprocessing: Preprocessing) -> int:
     """Of the features, found by asking: towers do not all say it."""
-    blank = torch.zeros(1, 3, preprocessing.size, preprocessing.size)
+    side = preprocessing.size
     try:
         with torch.no_grad():
-            return int(visual(blank).shape[-1])
-    except (RuntimeError, AssertionError, ValueError, AttributeError) as error:
-        side = preprocessing.size
-        raise ModelError(f"the image tower can't take images of {side} x {side}: {_first_line(error)}") from error
+            features = visual(torch.zeros(1, 3, side, side))
+        _batch, width = features.shape
+        return int(width)
+    except Exception as error:  # as in _check_towers
+        raise ModelError(
+            f"the image tower can't turn {side} x {side} images into one feature each: {_first_line(error)}"
+        ) from error
 
 
 def _lay_out(visual: nn.Module) -> None:
@@ -247,14 +283,15 @@ def _lay_out(visual: nn.Module) -> None:
 def _preprocessing(visual: Any) -> Preprocessing:
     settings = visual.preprocess_cfg
     size = settings["size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    sides = list(size) if isinstance(size, list | tuple) else [size, size]
     mode, interpolation = settings["resize_mode"], settings["interpolation"]
-    if height != width or mode not in ("shortest", "squash") or interpolation not in RESAMPLING:
+    square = all(isinstance(side, int) and side > 0 for side in sides) and len(set(sides)) == 1
+    if not square or mode not in ("shortest", "squash") or interpolation not in RESAMPLING:
         raise ModelError(
-            f"pre-processing of {height} x {width} pixels, resize {mode}, {interpolation} is not supported; "
-            f"comkd resizes to squares by shortest or squash with {' or '.join(RESAMPLING)}"
+            f"pre-processing to image_size {size!r}, resize {mode}, {interpolation} is not supported; comkd resizes "
+            f"to squares of whole pixels, by shortest or squash, with {' or '.join(RESAMPLING)}"
         )
-    return Preprocessing(width, tuple(settings["mean"]), tuple(settings["std"]), interpolation, mode)
+    return Preprocessing(sides[0], tuple(settings["mean"]), tuple(settings["std"]), interpolation, mode)
 
 
 def _origin(model: Model) -> Origin:
@@ -270,6 +307,15 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+def state_sha256(module: nn.Module) -> str:
+    """A digest of a module's tensors, by name and content, wherever they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comkd_cli.backbones import Origin, build_image_tower
+from comkd_cli.backbones import Origin, build_image_tower, state_sha256
 from comkd_cli.errors import CheckpointError, ComkdError
 from comkd_cli.files import written_whole
 from comkd_cli.method.student import Student
@@ -33,6 +33,8 @@ class StudentRecord:
     preprocessing: Preprocessing
     backbone: Origin
     """What the student's backbone started from; a prompts-only student needs it again."""
+    backbone_sha256: str | None
+    """Of the frozen tensors that a prompts-only student stands on; None for one that holds all its weights."""
     teacher: str | None
     """teacher.pt of an adapted teacher, relative to student.pt; None for the zero-shot teacher."""
     identity: str
@@ -72,7 +74,7 @@ class SavedTeacher:
 def save_student(path: Path, student: Student, record: StudentRecord) -> None:
     """Write student.pt whole: only what was learned, so a prompts-only student stays small."""
     plain = {**asdict(record), "recipe": record.recipe.model_dump(mode="json")}
-    _save(
+    save_plain(
         path,
         {
             "format": STUDENT_FORMAT,
@@ -91,28 +93,16 @@ def load_student(path: Path) -> tuple[Student, StudentRecord]:
     Raises CheckpointError for a file that is no student, ModelError where the backbone that a
     prompts-only student needs can't be built.
     """
-    data = _load(path, STUDENT_FORMAT, "a student")
-    try:
-        record = StudentRecord(
-            recipe=parse_recipe(data["recipe"], name=f"{path}: recipe"),
-            recipe_name=data["recipe_name"],
-            source=data["source"],
-            class_names=tuple(data["class_names"]),
-            template=data["template"],
-            preprocessing=Preprocessing(**data["preprocessing"]),
-            backbone=Origin(**data["backbone"]),
-            teacher=data["teacher"],
-            identity=data["identity"],
-            metrics=data["metrics"],
+    record, data = _read_student(path)
+    settings = record.recipe.student
+    # A fully trained student holds every weight: what it started from need not be at hand.
+    tower = build_image_tower(settings, load_weights=settings.train == "prompts")
+    if settings.train == "prompts" and state_sha256(tower.module) != record.backbone_sha256:
+        raise CheckpointError(
+            f"{path}: its prompts were learned on other weights than {settings.weights or settings.arch} holds now "
+            f"(sha256 of its tensors {record.backbone_sha256}); give it those it was trained with"
         )
-        settings = record.recipe.student
-        # A fully trained student holds every weight: what it started from need not be at hand.
-        tower = build_image_tower(settings, load_weights=settings.train == "prompts")
-        if settings.train == "prompts" and tower.origin.weights_sha256 != record.backbone.weights_sha256:
-            raise CheckpointError(
-                f"{path}: its prompts were learned on other weights than {settings.weights} holds now "
-                f"(sha256 {record.backbone.weights_sha256}); give it the file it was trained with"
-            )
+    try:
         student = Student(
             tower.module,
             tower.width,
@@ -129,9 +119,35 @@ def load_student(path: Path) -> tuple[Student, StudentRecord]:
     return student.eval(), record
 
 
+def load_student_record(path: Path) -> StudentRecord:
+    """What a student.pt says of itself; nothing is built. Raises CheckpointError."""
+    return _read_student(path)[0]
+
+
+def _read_student(path: Path) -> tuple[StudentRecord, dict[str, Any]]:
+    data = _load(path, STUDENT_FORMAT, "a student")
+    try:
+        record = StudentRecord(
+            recipe=parse_recipe(data["recipe"], name=f"{path}: recipe"),
+            recipe_name=data["recipe_name"],
+            source=data["source"],
+            class_names=tuple(data["class_names"]),
+            template=data["template"],
+            preprocessing=Preprocessing(**data["preprocessing"]),
+            backbone=Origin(**data["backbone"]),
+            backbone_sha256=data["backbone_sha256"],
+            teacher=data["teacher"],
+            identity=data["identity"],
+            metrics=data["metrics"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: is a damaged student checkpoint: {error!r}") from error
+    return record, data
+
+
 def save_teacher(path: Path, saved: SavedTeacher) -> None:
     """Write teacher.pt whole."""
-    _save(
+    save_plain(
         path,
         {
             "format": TEACHER_FORMAT,
@@ -162,12 +178,18 @@ def load_teacher(path: Path) -> SavedTeacher:
         raise CheckpointError(f"{path}: is a damaged teacher checkpoint: {error!r}") from error
 
 
-def _save(path: Path, data: dict[str, Any]) -> None:
+def save_plain(path: Path, data: dict[str, Any]) -> None:
+    """Write plain data and tensors whole, to be read with weights_only=True. Raises ComkdError."""
     with written_whole(path) as unfinished:
-        torch.save(data, unfinished)
+        try:
+            torch.save(data, unfinished)
+        except RuntimeError as error:  # torch's writer hides what the system said
+            raise ComkdError(f"{path}: can't be written; is the disk full? ({str(error).splitlines()[0]})") from error
 
 
 def _load(path: Path, expected: str, what: str) -> dict[str, Any]:
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; give the student.pt in it")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:

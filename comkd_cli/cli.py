@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import pkgutil
 import sys
 from typing import Any, NoReturn
@@ -36,6 +37,9 @@ class CommandFolder(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command behind the error boundary."""
+        for stream in (sys.stdout, sys.stderr):  # a file's name need not be text that they can encode
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except ComkdError as error:
@@ -52,7 +56,9 @@ class CommandFolder(click.Group):
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+    # An interruption is what the user wished, no error.
+    label = click.style("error:", fg="red", bold=True) if exit_code < INTERRUPTED else click.style("note:", fg="yellow")
+    click.echo(f"{label} {message}", err=True)
     sys.exit(exit_code)
 
 

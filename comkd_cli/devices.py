@@ -1,12 +1,37 @@
-"""The device that accelerate would train on."""
+"""The device that accelerate would train on, and what devices and worker processes fail of."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from accelerate import PartialState
+
+from comkd_cli.errors import TrainingError
 
 
 def best_device() -> torch.device:
     """CUDA, MPS or another accelerator where there is one, else the CPU; ACCELERATE_USE_CPU=1 forces it."""
     device: torch.device = PartialState().device
     return device
+
+
+@contextmanager
+def failures_explained() -> Iterator[None]:
+    """Turn a lack of memory, or the death of a worker process, into an error with a remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error)
+        # CUDA has a class of its own; MPS and the CPU say it in words.
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "can't allocate memory" in said:
+            raise TrainingError(
+                f"out of memory; lower the batch size, or use precision bf16 or fp16 ({said.splitlines()[0]})"
+            ) from error
+        if "DataLoader worker" in said:
+            raise TrainingError(
+                f"a process that decodes images died ({said.splitlines()[0]}); it may have lacked memory or shared "
+                "memory: try data.workers=0"
+            ) from error
+        raise

@@ -7,6 +7,12 @@ class ComkdError(Exception):
     exit_code = 1
 
 
+class MisuseError(ComkdError):
+    """A command line that can't be meant."""
+
+    exit_code = 2
+
+
 class RecipeError(ComkdError):
     """A recipe that can't be read or does not say a runnable thing; the message lists every fault."""
 

@@ -12,12 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from comkd_cli.errors import ComkdError
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the place of `path` when the block ends well.
 
-    A block that fails, or a process that dies in it, leaves `path` as it was.
+    A block that fails, or a process that dies in it, leaves `path` as it was. Raises ComkdError, naming the
+    file, where it can't be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -29,6 +32,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         with unfinished.open("r+b") as written:
             os.fsync(written.fileno())
         unfinished.replace(path)
+    except OSError as error:  # a full disk has no file name of its own
+        raise ComkdError(f"{path}: can't be written: {error.strerror or error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +70,8 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     animation the first frame is taken. Raises UnreadableImage, naming the file and the reason.
     """
     try:
-        with Image.open(path) as opened:
+        with warnings.catch_warnings(), Image.open(path) as opened:
+            warnings.simplefilter("ignore")  # what is shown is shown, whatever the file's metadata lacks
             opened.load()
             turn = UPRIGHT.get(opened.getexif().get(ORIENTATION, 1))
             return as_rgb(opened if turn is None else opened.transpose(turn))
@@ -229,6 +232,9 @@ def predict_all(classifier: Classifier, images: Iterable[str], top: int) -> list
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of predict.py; returns its exit status."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name need not be text that they can encode
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(prog="predict.py", description="Name what images show.")
     parser.add_argument("images", nargs="+", metavar="IMAGE")
     parser.add_argument("--bundle", default=Path(__file__).parent, help="the bundle; this file's folder")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from comkd_cli.backbones import Clip, build_clip, build_image_tower
 from comkd_cli.checkpoints import SavedTeacher, load_teacher
-from comkd_cli.errors import CheckpointError
+from comkd_cli.errors import CheckpointError, DataError
 from comkd_cli.method.teacher import Teacher, encode_classes
 from comkd_cli.predictor import Preprocessing
 from comkd_cli.recipe.model import Model
@@ -42,17 +42,36 @@ def teacher_of_clip(clip: Clip, prompts: Sequence[str], device: torch.device) ->
     return ReadyTeacher(teacher, clip.preprocessing, None)
 
 
-def saved_teacher(path: Path) -> ReadyTeacher:
-    """The teacher of a teacher.pt, on the CPU. Raises CheckpointError."""
+def saved_teacher(path: Path, key: str | None = None) -> ReadyTeacher:
+    """The teacher of a teacher.pt, on the CPU. Raises CheckpointError, also where its key is not the given one."""
     saved = load_teacher(path)
+    if key is not None and saved.record.key != key:
+        raise CheckpointError(f"{path}: is another teacher than its folder says; remove {path.parent} to train it anew")
     return ReadyTeacher(_restored(saved, path), saved.record.preprocessing, path)
 
 
 @torch.no_grad()
 def encode_prompts(clip: Clip, prompts: Sequence[str], device: torch.device) -> Tensor:
     """Class vectors (classes, dim) of prompts, L2-normalised, a part of them at a time."""
-    tokens = clip.tokenize(list(prompts)).to(device)
+    tokens = tokenize_apart(clip, prompts).to(device)
     return torch.cat([encode_classes(clip.model, part) for part in torch.split(tokens, CLASSES_AT_ONCE)])
+
+
+def tokenize_apart(clip: Clip, prompts: Sequence[str]) -> Tensor:
+    """Token ids (prompts, context) of prompts that differ. Raises DataError where two become the same.
+
+    open_clip cuts a prompt at the context's length without a word; classes that differ only beyond it could
+    never be told apart.
+    """
+    tokens = clip.tokenize(list(prompts))
+    first: dict[tuple[int, ...], str] = {}
+    for prompt, row in zip(prompts, tokens.tolist(), strict=True):
+        if (other := first.setdefault(tuple(row), prompt)) != prompt:
+            raise DataError(
+                f"the prompts {other!r} and {prompt!r} are the same to {clip.origin.architecture} (it sees "
+                f"{tokens.shape[1]} tokens); shorten `data.template` or the class names, or raise context_length"
+            )
+    return tokens
 
 
 @torch.no_grad()
@@ -60,10 +79,10 @@ def encode_ensemble(clip: Clip, class_names: Sequence[str], templates: Sequence[
     """Class vectors (classes, dim) of a prompt ensemble: of each class the mean of its prompts' vectors,
     normalised again (openai/CLIP, Prompt_Engineering_for_ImageNet.ipynb).
     """
-    vectors = [
-        encode_prompts(clip, [template.replace("{}", name) for template in templates], device).mean(0)
-        for name in class_names
-    ]
+    vectors = []
+    for name in class_names:
+        tokens = clip.tokenize([template.replace("{}", name) for template in templates])
+        vectors.append(encode_classes(clip.model, tokens.to(device)).mean(0))
     return torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
 
 

@@ -79,7 +79,10 @@ def reporting(quiet: bool = False) -> Iterator[Report]:
         TimeRemainingColumn(),
         TextColumn("[dim]{task.fields[figures]}"),
     )
-    with Bars(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bars:
+    off = quiet or not console.is_terminal
+    # rich would put proxies in the place of the standard streams, and forked workers would write through them.
+    streams = {"redirect_stdout": False, "redirect_stderr": False}
+    with Bars(*columns, console=console, transient=True, disable=off, **streams) as bars:
         yield _Reporter(console, bars)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from comkd_cli.allocator import keep_freed_memory
+from comkd_cli.checkpoints import save_plain
 from comkd_cli.data.loaders import Batch, TrainingLoader
+from comkd_cli.devices import failures_explained
 from comkd_cli.errors import CheckpointError, DataError, Interrupted, TrainingError
-from comkd_cli.files import remove_folder, write_text, written_whole
+from comkd_cli.files import remove_folder, write_text
 from comkd_cli.interrupts import stop_wishes
 from comkd_cli.progress import Epoch, Notice, Progress, Report
 from comkd_cli.recipe.model import AdamW, Sgd
@@ -26,7 +27,7 @@ from comkd_cli.schedule import learning_rate
 
 STATE_FORMAT = "comkd-state/1"
 REPORT_EVERY_SECONDS = 0.5
-MOST_NAMED = 10  # unreadable images that are named one by one before they are only counted
+MOST_NAMED = 10  # unreadable images that are named one by one; all are counted
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Task:
     @property
     def state_file(self) -> Path:
         """Where the state is kept between steps."""
-        return self.folder / "state" / "state.pt"
+        return _state_file(self.folder)
 
 
 @dataclass
@@ -98,6 +99,9 @@ def make_accelerator(precision: str) -> Accelerator:
         accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     except (ValueError, RuntimeError) as error:
         raise TrainingError(f"precision: {precision} does not work on this machine: {error}") from error
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate would train in fp32 and not say so.
+        raise TrainingError("precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
     if accelerator.num_processes > 1:
         raise TrainingError("comkd trains in one process; start it without `accelerate launch` or torchrun")
     if accelerator.device.type == "cpu":
@@ -118,30 +122,31 @@ def fit(task: Task, accelerator: Accelerator, report: Report) -> list[dict[str, 
     if position is None:
         position = _Position()
         torch.manual_seed(task.seed)
-    else:
+    elif position.epoch < task.optim.epochs:
         report(Notice(f"going on from epoch {position.epoch + 1}, step {position.step + 1}"))
-    with stop_wishes() as wish, _out_of_memory_explained():
+    with stop_wishes() as wish, failures_explained():
         while position.epoch < task.optim.epochs:
-            started, first_step = time.monotonic(), position.step
-            model.train()
-            for batch in task.loader.epoch(position.epoch, position.step):
-                _note_unreadable(task, batch, position, report)
-                # A batch that lost its images to damage is no batch; norms need two.
-                if len(batch) > 1 or task.loader.batch_size == 1:
-                    _train_step(task, model, optimizer, accelerator, position, batch.to(accelerator.device))
-                position.step += 1
-                _report_progress(task, position, report)
-                if (code := wish()) is not None and position.step < task.loader.steps_per_epoch:
-                    _save_state(task, optimizer, accelerator, position)
-                    raise Interrupted(_stopped_message(task, position), code)
-            images = (position.step - first_step) * task.loader.batch_size
-            _finish_epoch(task, position, images / (time.monotonic() - started), report)
+            try:
+                _run_epoch(task, model, optimizer, accelerator, position, wish, report)
+            except RuntimeError:
+                # A scheduler's SIGTERM reaches the workers too, and their death is met before the wish.
+                if wish() is None:
+                    raise
             _save_state(task, optimizer, accelerator, position)
-            if (code := wish()) is not None and position.epoch < task.optim.epochs:
+            if (code := wish()) is not None:
                 raise Interrupted(_stopped_message(task, position), code)
     if position.best:
         task.model.load_state_dict(position.best, strict=False)
+    if position.unreadable:
+        count = len(position.unreadable)
+        report(Notice(f"{count} of {task.loader.image_count} images could not be read and were left out"))
+    accelerator.free_memory()  # it would hold on to every model and optimiser that it was given
     return position.history
+
+
+def check_state(folder: Path, identity: str) -> bool:
+    """Whether a task's folder holds a state to go on from. Raises CheckpointError where it is another run's."""
+    return _read_state(folder, identity) is not None
 
 
 def forget_state(task_folder: Path) -> None:
@@ -168,6 +173,30 @@ def make_optimizer(model: nn.Module, optim: Sgd | AdamW, rate_factors: Mapping[s
     if isinstance(optim, Sgd):
         return torch.optim.SGD(settings, lr=optim.learning_rate, momentum=optim.momentum)
     return torch.optim.AdamW(settings, lr=optim.learning_rate)
+
+
+def _run_epoch(
+    task: Task,
+    model: nn.Module,
+    optimizer: Any,
+    accelerator: Accelerator,
+    position: _Position,
+    wish: Callable[[], int | None],
+    report: Report,
+) -> None:
+    """From the position to the end of its epoch, or to the step after which a stop was asked for."""
+    started, first_step = time.monotonic(), position.step
+    model.train()
+    for batch in task.loader.epoch(position.epoch, position.step):
+        _note_unreadable(task, batch, position, report)
+        if len(batch) > 1:  # a batch that lost its images to damage is none
+            _train_step(task, model, optimizer, accelerator, position, batch.to(accelerator.device))
+        position.step += 1
+        _report_progress(task, position, report)
+        if wish() is not None and position.step < task.loader.steps_per_epoch:
+            return
+    images = (position.step - first_step) * task.loader.batch_size
+    _finish_epoch(task, position, images / (time.monotonic() - started), report)
 
 
 def _train_step(
@@ -210,12 +239,16 @@ def _finish_epoch(task: Task, position: _Position, images_per_second: float, rep
         if score > position.best_score:
             tensors = {name: value.detach().clone() for name, value in _learned(task.model).items()}
             position.best_score, position.best = score, tensors
-    line = {"epoch": epoch, "learning_rate": rate, **figures, "images_per_second": images_per_second}
+    line = {
+        "epoch": epoch,
+        "learning_rate": rate,
+        **figures,
+        "unreadable": len(position.unreadable),
+        "images_per_second": images_per_second,
+    }
     position.history.append(line)
     write_text(task.folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in position.history))
     report(Epoch(epoch, task.optim.epochs, images_per_second, figures))
-    if len(position.unreadable) > MOST_NAMED:
-        report(Notice(f"{len(position.unreadable)} images could not be read so far; training goes on without them"))
     position.epoch, position.step = epoch, 0
     position.sums, position.probed, position.counted_steps = {}, {}, 0
 
@@ -250,6 +283,8 @@ def _note_unreadable(task: Task, batch: Batch, position: _Position, report: Repo
 
 def _stopped_message(task: Task, position: _Position) -> str:
     where = f"epoch {position.epoch + 1} of {task.optim.epochs}, step {position.step + 1}"
+    if position.epoch == task.optim.epochs:
+        where = f"to write the result, the last of {task.optim.epochs} epochs being done"
     return f"stopped; the state is saved, next is {where}. To go on:\n  {task.resume_line}"
 
 
@@ -273,25 +308,15 @@ def _save_state(task: Task, optimizer: Any, accelerator: Accelerator, position: 
         "best_score": position.best_score,
         "best": position.best,
     }
-    with written_whole(task.state_file) as unfinished:
-        torch.save(state, unfinished)
+    save_plain(task.state_file, state)
 
 
 def _load_state(task: Task, optimizer: Any, accelerator: Accelerator) -> _Position | None:
-    path = task.state_file
-    if not path.is_file():
+    state = _read_state(task.folder, task.identity)
+    if state is None:
         return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != STATE_FORMAT:
-            raise ValueError(f"its format is {state['format']}")
-    except Exception as error:  # torch and pickle raise many kinds for a damaged file
-        raise CheckpointError(f"{path}: can't go on from this state ({error}); start anew with --fresh") from error
-    if state["identity"] != task.identity:
-        raise CheckpointError(
-            f"{path}: is the state of another run (the recipe, the images or the teacher changed since); "
-            "start anew with --fresh, or keep both with another --runs folder"
-        )
+    if set(state["model"]) != set(_learned(task.model)):
+        raise CheckpointError(f"{task.state_file}: holds other tensors than this version trains; {_anew(task.folder)}")
     task.model.load_state_dict(state["model"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
     if accelerator.scaler is not None and state["scaler"] is not None:
@@ -318,11 +343,28 @@ def _learned(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
-@contextmanager
-def _out_of_memory_explained() -> Iterator[None]:
+def _read_state(folder: Path, identity: str) -> dict[str, Any] | None:
+    """The saved state of a task, or None. Raises CheckpointError for a damaged one or another run's."""
+    path = _state_file(folder)
+    if not path.is_file():
+        return None
     try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"the device ran out of memory; lower the batch size, or use precision bf16 or fp16 ({error})"
-        ) from error
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != STATE_FORMAT:
+            raise ValueError(f"its format is {state['format']}")
+    except Exception as error:  # torch and pickle raise many kinds for a damaged file
+        raise CheckpointError(f"{path}: can't go on from this state ({error}); {_anew(folder)}") from error
+    if state["identity"] != identity:
+        raise CheckpointError(
+            f"{path}: is the state of another run (the recipe, the images or the teacher changed since); "
+            f"{_anew(folder)}, or keep both with another --runs folder"
+        )
+    return state
+
+
+def _anew(folder: Path) -> str:
+    return f"to start anew remove {folder / 'state'}, or use --fresh for a student"
+
+
+def _state_file(folder: Path) -> Path:
+    return folder / "state" / "state.pt"

@@ -28,7 +28,13 @@ def cli_page() -> str:
     """Every command with its help."""
     parts = [NOTE, "# Command line\n"]
     for path, command in _commands(comkd, ("comkd",)):
-        context = click.Context(command, info_name=" ".join(path), max_content_width=WIDTH, terminal_width=WIDTH)
+        context = click.Context(
+            command,
+            info_name=" ".join(path),
+            max_content_width=WIDTH,
+            terminal_width=WIDTH,
+            help_option_names=comkd.context_settings["help_option_names"],
+        )
         parts.append(f"## {' '.join(path)}\n\n```text\n{command.get_help(context)}\n```\n")
     parts.append(
         "Exit codes: 0 done; 1 something to mend, told in one message; 2 misuse of the command line; 130 "

@@ -24,9 +24,15 @@ PICTURES = RUNS / "demo"
 def comkd(*arguments: str) -> None:
     """Run a comkd command, its output where ours goes; a failure ends the demo with its exit code."""
     console.print(f"\n[bold cyan]$ comkd {' '.join(arguments)}[/bold cyan]")
-    finished = subprocess.run([sys.executable, "-m", "comkd_cli", *arguments], check=False)
-    if finished.returncode:
-        sys.exit(finished.returncode)
+    with subprocess.Popen([sys.executable, "-m", "comkd_cli", *arguments]) as process:
+        while True:
+            try:
+                code = process.wait()
+                break
+            except KeyboardInterrupt:
+                continue  # comkd saw Ctrl-C too, and saves its state
+    if code:
+        sys.exit(code)
 
 
 def comkd_json(*arguments: str) -> dict:

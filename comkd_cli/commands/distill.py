@@ -127,6 +127,7 @@ def _print_plan(plan: Plan) -> None:
         f"{plan.epochs * plan.steps_per_epoch:,} in all",
         "device": f"{plan.device}, {plan.precision}",
         "writes": str(plan.folder),
+        "state": plan.state,
     }
     for name, text in rows.items():
         table.add_row(name, escape(text))
@@ -140,4 +141,5 @@ def _print_next_steps(student: Path) -> None:
     output().print(
         f"student: {student}\n  comkd evaluate {path}\n  comkd export --onnx {path}",
         markup=False,
+        soft_wrap=True,
     )

@@ -97,7 +97,7 @@ def command(
             seeds=seeds,
         )
         results = evaluate.evaluate(model, runs, bench)
-    home = out or evaluate.home_of(model, runs)
+    home = out or evaluate.home_of(model, runs, own_data=data is None)
     _write(results, home)
     if as_json:
         from comkd_cli.results import to_json
@@ -108,7 +108,7 @@ def command(
         output().print(table)
     for entry in results.missing:
         output().print(f"not scored: {entry.problem}", style="yellow", markup=False)
-    output().print(home / "results.json", style="dim", markup=False)
+    output().print(str(home / "results.json"), style="dim", markup=False, soft_wrap=True)
 
 
 def _data(names: tuple[str, ...], folder: str | None, classes: str | None, template: str | None) -> Data | None:

@@ -67,4 +67,6 @@ def _print_bundle(target: Path, manifest: dict[str, Any]) -> None:
         table.add_row(name, decimal(entry["bytes"]))
     console = output()
     console.print(table)
-    console.print(f"bundle: {target}\n  comkd predict {shlex.quote(str(target))} IMAGE...", markup=False)
+    console.print(
+        f"bundle: {target}\n  comkd predict {shlex.quote(str(target))} IMAGE...", markup=False, soft_wrap=True
+    )

@@ -38,22 +38,19 @@ class Batch:
         return len(self.indices)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device; copies run beside other work where memory is pinned."""
-        moved: dict[int, Tensor] = {}
-        for tensor in self.inputs:
-            if id(tensor) not in moved:
-                moved[id(tensor)] = tensor.to(device, non_blocking=True)
-        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
-        return replace(self, inputs=tuple(moved[id(tensor)] for tensor in self.inputs), labels=labels)
+        """The same batch on a device; copies to CUDA run beside other work, from pinned memory."""
+        beside = device.type == "cuda"
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=beside))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; DataLoader calls this by name."""
-        pinned: dict[int, Tensor] = {}
-        for tensor in self.inputs:
-            if id(tensor) not in pinned:
-                pinned[id(tensor)] = tensor.pin_memory()
-        labels = None if self.labels is None else self.labels.pin_memory()
-        return replace(self, inputs=tuple(pinned[id(tensor)] for tensor in self.inputs), labels=labels)
+        return self._mapped(lambda tensor: tensor.pin_memory())
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """With inputs and labels changed; an input that models share is changed once and stays shared."""
+        changed = {id(tensor): change(tensor) for tensor in {id(t): t for t in self.inputs}.values()}
+        labels = None if self.labels is None else change(self.labels)
+        return replace(self, inputs=tuple(changed[id(tensor)] for tensor in self.inputs), labels=labels)
 
 
 class TrainingLoader:

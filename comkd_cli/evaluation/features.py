@@ -85,7 +85,7 @@ class FeatureStore:
             unreadable += [" ".join(problem.split()) for problem in batch.unreadable]
             done += len(batch) + len(batch.unreadable)
             if len(batch):
-                encoded = encoder.encode(batch.inputs[0].to(self.device, non_blocking=True))
+                encoded = encoder.encode(batch.to(self.device).inputs[0])
                 values.append(encoded.float().cpu().numpy())
                 indices.append(batch.indices.numpy())
             self.report(Progress(label, done, len(images)))

@@ -20,7 +20,7 @@ from comkd_cli.method.teacher import PromptClassifier
 from comkd_cli.progress import Notice, Report, Stage
 from comkd_cli.recipe import Recipe
 from comkd_cli.recipe.model import FullAdapt, Model
-from comkd_cli.teachers import ReadyTeacher, encode_prompts, saved_teacher, zero_shot_teacher
+from comkd_cli.teachers import ReadyTeacher, encode_prompts, saved_teacher, tokenize_apart, zero_shot_teacher
 from comkd_cli.training import StepResult, Task, fit, forget_state
 
 
@@ -30,13 +30,13 @@ def teacher_identity(recipe: Recipe, source: Source) -> str:
     parts = {
         "model": _model_fields(teacher),
         "weights_sha256": weights_sha256(teacher),
-        "adapt": teacher.adapt.model_dump(mode="json"),
+        "adapt": {"method": teacher.adapt.method, **teacher.adapt.model_dump(mode="json", exclude_defaults=True)},
         "prompts": source.prompts,
     }
     if isinstance(teacher.adapt, FullAdapt):
         parts |= {
             "images": source.fingerprint(),
-            "augment": recipe.augment.model_dump(mode="json"),
+            "augment": recipe.augment.model_dump(mode="json", exclude_defaults=True),
             "precision": recipe.precision,
         }
     return sha256_of_data(parts)
@@ -61,7 +61,7 @@ def ready_teacher(
     else:
         report(Stage(f"Teacher: training all weights on {len(source.train)} labelled images"))
         _train(recipe, adapt, source, folder, key, accelerator, report, resume_line)
-    return saved_teacher(path)
+    return saved_teacher(path, key)
 
 
 def teacher_folder(recipe: Recipe, source: Source, runs: Path) -> Path:
@@ -76,7 +76,16 @@ def describe_stage(recipe: Recipe, source: Source, runs: Path) -> str:
         return f"none: zero-shot with the weights {recipe.teacher.weights or recipe.teacher.arch}"
     if (path := teacher_folder(recipe, source, runs) / "teacher.pt").is_file():
         return f"full: reused from {path}"
+    _check_labels(source)
     return f"full: {adapt.epochs} epochs of {len(source.train) // min(adapt.batch_size, len(source.train))} steps"
+
+
+def _check_labels(source: Source) -> None:
+    if source.train.labels is None or len(source.train) < 2:
+        raise DataError(
+            f"{source.name}: teacher.adapt: full learns from labels, and the training images have none; "
+            "sort them into train/ with a sub-folder a class, or use a pretrained teacher with adapt: none"
+        )
 
 
 def _train(
@@ -89,14 +98,10 @@ def _train(
     report: Report,
     resume_line: str,
 ) -> None:
-    if source.train.labels is None:
-        raise DataError(
-            f"{source.name}: teacher.adapt: full learns from labels, and the training images have none; "
-            "sort them into train/ with a sub-folder a class, or use a pretrained teacher with adapt: none"
-        )
+    _check_labels(source)
     clip = build_clip(recipe.teacher, stable_seed("teacher", adapt.seed))
     workers = worker_count(recipe.data)
-    classifier = PromptClassifier(clip.model, clip.tokenize(source.prompts)).to(accelerator.device)
+    classifier = PromptClassifier(clip.model, tokenize_apart(clip, source.prompts)).to(accelerator.device)
 
     def score() -> dict[str, float]:
         return score_on_test(classifier, classifier, source, clip.preprocessing, accelerator.device, workers, report)

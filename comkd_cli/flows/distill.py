@@ -11,27 +11,28 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from comkd_cli.backbones import ImageTower, build_clip, build_image_tower
-from comkd_cli.checkpoints import StudentRecord, load_student, save_student
+from comkd_cli.backbones import ImageTower, build_clip, build_image_tower, state_sha256, weights_sha256
+from comkd_cli.checkpoints import StudentRecord, load_student_record, save_student
 from comkd_cli.data.loaders import Batch, TrainingLoader, worker_count
 from comkd_cli.data.source import Source
 from comkd_cli.data.splits import halves
 from comkd_cli.data.transforms import stable_seed
 from comkd_cli.errors import CheckpointError, DataError
 from comkd_cli.evaluation.zero_shot import score_on_test
-from comkd_cli.files import sha256_of_data, write_text
+from comkd_cli.files import remove_folder, sha256_of_data, write_text
 from comkd_cli.method.objective import gradient_shares, loss_terms
 from comkd_cli.method.student import Student, image_tower_parameters
 from comkd_cli.method.teacher import Teacher
 from comkd_cli.progress import Notice, Report, Stage
 from comkd_cli.recipe import Recipe, to_yaml
 from comkd_cli.teachers import ReadyTeacher
-from comkd_cli.training import StepResult, Task, fit, forget_state
+from comkd_cli.training import StepResult, Task, check_state, fit, forget_state
 
 IDLE_GATE = 0.01  # below this EduAttention adds less than a hundredth of a unit vector to a feature
 
-# What a recipe may change without changing the student that comes out.
-INDIFFERENT = {"about": True, "evaluate_every_epochs": True, "data": {"workers", "unreadable_limit_percent"}}
+# What a recipe may change without changing the student that comes out. Of the data, what counts is in the
+# source's fingerprint.
+INDIFFERENT = {"about", "evaluate_every_epochs", "data"}
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,10 @@ class Run:
     @property
     def identity(self) -> str:
         """A digest of all that decides the student."""
-        settings = self.recipe.model_dump(mode="json", exclude=INDIFFERENT)  # type: ignore[arg-type]
-        return sha256_of_data([settings, self.source.fingerprint(), self.teacher_identity])
+        # Without defaults, so that a field that comes with a later version does not make old runs other runs.
+        settings = self.recipe.model_dump(mode="json", exclude=INDIFFERENT, exclude_defaults=True)
+        weights = weights_sha256(self.recipe.student)
+        return sha256_of_data([settings, weights, self.source.fingerprint(), self.teacher_identity])
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,15 @@ class Plan:
     epochs: int
     teacher_stage: str
     """What stage 1 would do."""
+    state: str
+    """What is there of the run already."""
 
 
 def finished(run: Run) -> bool:
     """Whether the run's student is there already. Raises CheckpointError where another run's is."""
     if not run.student_file.exists():
         return False
-    _, record = load_student(run.student_file)
+    record = load_student_record(run.student_file)
     if record.identity != run.identity:
         raise CheckpointError(
             f"{run.student_file}: was made by another recipe, other images or another teacher; "
@@ -99,6 +104,7 @@ def finished(run: Run) -> bool:
 def plan(run: Run, accelerator: Accelerator, teacher_stage: str) -> Plan:
     """What the run would do; models are built with random weights, nothing is loaded or written."""
     recipe, source = run.recipe, run.source
+    _check_images(run)
     clip = build_clip(recipe.teacher, load_weights=False)
     dim = int(clip.model.encode_text(clip.tokenize(source.prompts[:1])).shape[-1])  # type: ignore[operator]
     tower = build_image_tower(recipe.student, load_weights=False)
@@ -119,7 +125,14 @@ def plan(run: Run, accelerator: Accelerator, teacher_stage: str) -> Plan:
         steps_per_epoch=len(source.train) // batch_size if batch_size else 0,
         epochs=recipe.optim.epochs,
         teacher_stage=teacher_stage,
+        state=_state_of(run),
     )
+
+
+def _state_of(run: Run) -> str:
+    if finished(run):
+        return "finished; --fresh repeats it"
+    return "goes on from a saved state" if check_state(run.folder, run.identity) else "new"
 
 
 def distill(
@@ -136,13 +149,16 @@ def distill(
     this run. Raises DataError, ModelError, TrainingError, CheckpointError or Interrupted.
     """
     recipe, source = run.recipe, run.source
+    _check_images(run)
+    if not fresh:
+        check_state(run.folder, run.identity)  # before hours go into a teacher
+    ready = make_teacher()
     if fresh:
         forget_state(run.folder)
         run.student_file.unlink(missing_ok=True)
-    _check_images(run)
-    ready = make_teacher()
     teacher = ready.teacher.to(accelerator.device)
     tower = build_image_tower(recipe.student, stable_seed("backbone", recipe.seed))
+    backbone_sha256 = state_sha256(tower.module) if recipe.student.train == "prompts" else None
     student = _build_student(recipe, tower, teacher.class_vectors, teacher.logit_scale).to(accelerator.device)
     report(Stage(f"Student: {_size(student)} parameters learn from {len(source.train)} images, no labels"))
     workers = worker_count(recipe.data)
@@ -202,13 +218,21 @@ def distill(
         template=source.template,
         preprocessing=tower.preprocessing,
         backbone=tower.origin,
+        backbone_sha256=backbone_sha256,
         teacher=os.path.relpath(ready.checkpoint, run.folder) if ready.checkpoint else None,
         identity=run.identity,
         metrics=history[-1],
     )
+    _remove_what_was_made_of_an_older_student(run.folder)
     save_student(run.student_file, student, record)
     forget_state(run.folder)
     return run.student_file
+
+
+def _remove_what_was_made_of_an_older_student(folder: Path) -> None:
+    for name in ("results.json", "results.csv", "results.md", "results.tex"):
+        (folder / name).unlink(missing_ok=True)
+    remove_folder(folder / "bundle")
 
 
 def _check_images(run: Run) -> None:
@@ -234,7 +258,7 @@ def _distillation_loss(
     if student.edu_attention is not None:
         figures["gate"] = student.edu_attention.gate
     probed = {}
-    if probe and len(terms) > 1:
+    if probe and len(terms) > 1 and recipe.precision != "fp16":  # whose unscaled gradients would vanish
         shares = gradient_shares(terms, output.projected)
         probed = {f"{name}_gradient_share": share for name, share in shares.items()}
     return StepResult(torch.stack(list(terms.values())).sum(), figures, probed)

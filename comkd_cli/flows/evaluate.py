@@ -14,7 +14,8 @@ from comkd_cli.checkpoints import StudentRecord, load_student
 from comkd_cli.data.loaders import worker_count
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.data.sources import open_source
-from comkd_cli.errors import CheckpointError, ComkdError, DataError, ModelError
+from comkd_cli.devices import failures_explained
+from comkd_cli.errors import CheckpointError, ComkdError, DataError, MisuseError, ModelError
 from comkd_cli.evaluation.features import Features, FeatureStore
 from comkd_cli.evaluation.metrics import agreement_percent
 from comkd_cli.evaluation.protocols import STANDARD_SEEDS, STANDARD_SHOTS, base_to_novel, few_shot, zero_shot
@@ -62,7 +63,8 @@ def evaluate(model: str | None, runs: Path, bench: Bench) -> Results:
     problems: list[ComkdError] = []
     for dataset, job in jobs:
         try:
-            records += job()
+            with failures_explained():
+                records += job()
         except (DataError, CheckpointError) as error:
             problems.append(error)
             missing.append(Missing(dataset, str(error)))
@@ -71,9 +73,10 @@ def evaluate(model: str | None, runs: Path, bench: Bench) -> Results:
     return Results(records, missing)
 
 
-def home_of(model: str | None, runs: Path) -> Path:
-    """Where results.json goes if nobody says: beside a student, else into the folder of runs."""
-    return Path(model).parent if model is not None and Path(model).is_file() else runs
+def home_of(model: str | None, runs: Path, own_data: bool) -> Path:
+    """Where results.json goes if nobody says: beside a student scored on its own data, else into `runs`."""
+    beside = model is not None and own_data and Path(model).is_file()
+    return Path(str(model)).parent if beside else runs
 
 
 def newest_students(runs: Path) -> dict[str, list[Path]]:
@@ -144,7 +147,7 @@ def _score_student(path: Path, bench: Bench) -> list[Record]:
 def _score_baseline(argument: str, bench: Bench) -> list[Record]:
     """A plain CLIP, given as ARCH:WEIGHTS, on the test images of the bench's data."""
     if bench.data is None:
-        raise DataError(f"{argument}: say on what to score it, with --dataset, --folder or --all")
+        raise MisuseError(f"{argument}: say on what to score it, with --dataset, --folder or --all")
     model = _parse_argument(argument)
     source = open_source(bench.data, bench.data_root)
     images = _scored_images(source, bench.report)
@@ -240,8 +243,11 @@ def _teacher_of(path: Path, record: StudentRecord, source: Source, bench: Bench)
         else:
             model = record.recipe.teacher
             clip = build_clip(model)
-            ready = teacher_of_clip(clip, source.prompts, bench.device)
-            name, identity = str(model.weights or model.arch), _clip_identity(model, clip)
+            # The prompts that the student learned from, whatever the data at hand would prompt.
+            prompts = [record.template.replace("{}", class_name) for class_name in source.class_names]
+            ready = teacher_of_clip(clip, prompts, bench.device)
+            name = f"{clip.origin.architecture}:{model.weights}" if model.weights else str(model.arch)
+            identity = _clip_identity(model, clip)
     except (CheckpointError, ModelError) as error:
         bench.report(Notice(f"the teacher can't be scored beside the student: {error}"))
         return None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from comkd_cli.checkpoints import load_student
+from comkd_cli.checkpoints import StudentRecord, load_student
 from comkd_cli.data.folder import images_below
 from comkd_cli.data.source import ImageSet
 from comkd_cli.data.sources import open_source
@@ -17,7 +17,7 @@ from comkd_cli.files import folder_written_whole
 from comkd_cli.packaging.bundle import CLASSIFIER, ENCODER, complete_bundle
 from comkd_cli.packaging.graphs import ImageClassifier, ImageEncoder, export_graph
 from comkd_cli.packaging.parity import measure_parity
-from comkd_cli.predictor import Preprocessing, UnreadableImage, prepare
+from comkd_cli.predictor import BundleProblem, Preprocessing, UnreadableImage, prepare, read_manifest
 from comkd_cli.progress import Notice, Report, Stage
 
 PARITY_IMAGES = 64
@@ -37,14 +37,14 @@ def export(
     appears whole or not at all. Raises ExportError with the figures where parity does not hold, and
     where `out` exists already unless `force`.
     """
-    if out.exists() and not force:
-        raise ExportError(f"{out}: is there already; replace it with --force, or choose another --out")
+    _check_target(out, force)
     student, record = load_student(student_file)
-    if pictures is None:
-        source = open_source(record.recipe.data, data_root)
-        image_set = source.test or source.train
-    else:
-        image_set = images_below(pictures)
+    if student.uses_candidates:
+        raise ExportError(
+            f"{student_file}: loss.edu_attention.memory is `candidates`, whose image features depend on the label set; "
+            "only students with `training` can be exported so far"
+        )
+    image_set = _own_images(record, data_root) if pictures is None else images_below(pictures)
     images = _real_images(image_set, record.preprocessing, report)
     with torch.no_grad():
         answers = [student(torch.from_numpy(part)) for part in np.array_split(images, -(-len(images) // 8))]
@@ -57,10 +57,30 @@ def export(
         report(Stage(f"Checking parity in onnxruntime on {len(images)} images"))
         parity = measure_parity(folder / ENCODER, folder / CLASSIFIER, images, features, logits)
         if not parity.holds:
-            raise ExportError(f"the graphs do not answer as the student does; no bundle is left: {parity.figures()}")
+            raise ExportError(f"the graphs do not answer as the student does; no bundle was made: {parity.figures()}")
         report(Notice(f"parity holds: {parity.figures()}"))
         vectors = student.class_vectors.numpy()
         return complete_bundle(folder, record, vectors, float(student.logit_scale), parity)
+
+
+def _own_images(record: StudentRecord, data_root: Path) -> ImageSet:
+    try:
+        source = open_source(record.recipe.data, data_root)
+    except DataError as error:
+        raise DataError(f"{error}; or give other real images for the parity check with --images") from error
+    return source.test or source.train
+
+
+def _check_target(out: Path, force: bool) -> None:
+    """Refuse to replace what is there, and with `force` what is no bundle: --force must not cost a user's files."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not force:
+        raise ExportError(f"{out}: is there already; replace it with --force, or choose another --out")
+    try:
+        read_manifest(out)
+    except BundleProblem as error:
+        raise ExportError(f"{out}: is no bundle, so --force does not replace it; choose another --out") from error
 
 
 def _real_images(images: ImageSet, preprocessing: Preprocessing, report: Report) -> np.ndarray:

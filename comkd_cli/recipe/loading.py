@@ -12,28 +12,22 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from comkd_cli.errors import RecipeError
+from comkd_cli.errors import MisuseError, RecipeError
 from comkd_cli.recipe.faults import describe_faults
 from comkd_cli.recipe.model import Data, Recipe
 
 COMMAND_LINE = "--set"
 
-# Writing one of these replaces what a base recipe said of the others: they are different kinds of the
-# same thing, and a merge of the two would be a recipe that nobody wrote.
+# Writing one of these replaces what a base recipe said of the others beside it: they are different kinds of
+# the same thing, and a merge of the two would be a recipe that nobody wrote.
 SUPERSEDES = {
-    "data.dataset": ("data.folder", "data.classes", "data.template"),
-    "data.folder": ("data.dataset", "data.classes", "data.template"),
-    "teacher.arch": ("teacher.config", "teacher.weights"),
-    "teacher.config": ("teacher.arch", "teacher.weights"),
-    "teacher.adapt.method": ("teacher.adapt",),
-    "student.arch": ("student.config", "student.weights"),
-    "student.config": ("student.arch", "student.weights"),
-    "optim.name": (
-        "optim.learning_rate",
-        "optim.momentum",
-        "optim.weight_decay",
-        "optim.warmup_learning_rate",
-    ),
+    "data.dataset": ("folder", "classes", "template"),
+    "data.folder": ("dataset", "classes", "template"),
+    "teacher.arch": ("config", "weights"),
+    "teacher.config": ("arch", "weights"),
+    "student.arch": ("config", "weights"),
+    "student.config": ("arch", "weights"),
+    "optim.name": ("learning_rate", "momentum", "weight_decay", "warmup_learning_rate"),
 }
 # A model's config is open_clip's, not ours: a changed one is written whole, never merged with another.
 WHOLE = ("teacher.config", "student.config")
@@ -66,8 +60,7 @@ def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(name)
     tree, origins = _read_extended(path, ())
-    for setting in settings:
-        _merge(tree, _parse_setting(setting), COMMAND_LINE, origins)
+    _merge(tree, _parse_settings(settings), COMMAND_LINE, origins)
     return parse_recipe(tree, origins, str(path))
 
 
@@ -118,9 +111,11 @@ def to_yaml(recipe: Recipe) -> str:
 def read_yaml(text: str, name: str) -> Any:
     """Plain data from YAML 1.2 (so 1e-3 is a number, `no` a word, a repeated key an error)."""
     try:
-        return YAML(typ="safe", pure=True).load(text)
+        return _plain(YAML(typ="safe", pure=True).load(text), name)
     except (YAMLError, ValueError) as error:  # ValueError: what looks like a date or a number and is none
         raise RecipeError(f"{name}: is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:  # an alias of itself
+        raise RecipeError(f"{name}: is nested without end, or too deep") from error
 
 
 def _read_extended(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -136,7 +131,6 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], 
     own = read_yaml(text, str(path))
     if not isinstance(own, dict):
         raise RecipeError(f"{path}: is not a recipe: its top level must be fields, such as `data:`")
-    own = _plain(own, str(path))
     base = own.pop("extends", None)
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -165,46 +159,50 @@ def _plain(tree: Any, name: str) -> Any:
     return [_plain(value, name) for value in tree] if isinstance(tree, list) else tree
 
 
-def _parse_setting(setting: str) -> dict[str, Any]:
-    """`loss.if_align.weight=0.5` as nested data; the value is read as YAML."""
-    key, equals, value = setting.partition("=")
-    if not equals or not all(key.split(".")):
-        raise RecipeError(f"{COMMAND_LINE} {setting}: should be key.path=value, such as optim.epochs=10")
-    tree: Any = _plain(read_yaml(value, f"{COMMAND_LINE} {setting}"), COMMAND_LINE)
-    for name in reversed(key.split(".")):
-        tree = {name: tree}
-    return dict(tree)
+def _parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """All `key.path=value` settings as one tree, so that their order does not matter; values are YAML."""
+    tree: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        names = key.split(".")
+        if not equals or not all(names):
+            raise MisuseError(f"{COMMAND_LINE} {setting}: should be key.path=value, such as optim.epochs=10")
+        place = tree
+        for name in names[:-1]:
+            below = place.get(name)
+            place[name] = below if isinstance(below, dict) else {}
+            place = place[name]
+        value = read_yaml(text, f"{COMMAND_LINE} {setting}")
+        if isinstance(value, dict) and isinstance(place.get(names[-1]), dict):
+            value = {**place[names[-1]], **value}
+        place[names[-1]] = value
+    return tree
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any], origin: str, origins: dict[str, str], at: str = "") -> None:
     """Lay `over` on `base` in place, mapping by mapping; lists and scalars are replaced whole."""
-    over = _with_adapt_as_mapping(over, at)
-    for key in over:
-        _drop_superseded(base, f"{at}{key}", over, at)
+    for key, value in over.items():
+        if value is not None and base.get(key) != value:
+            for other in SUPERSEDES.get(f"{at}{key}", ()):
+                if other not in over:
+                    base.pop(other, None)
     for key, value in over.items():
         path = f"{at}{key}"
         origins[path] = origin
-        if isinstance(value, Mapping) and path not in WHOLE:
-            below = base.get(key)
-            base[key] = dict(below) if isinstance(below, dict) else {}
-            _merge(base[key], value, origin, origins, f"{path}.")
-        else:
+        if path == "teacher.adapt":
+            value = _adapt_as_mapping(value)
+        if not isinstance(value, Mapping) or path in WHOLE:
             base[key] = value
+            continue
+        below = base.get(key)
+        if path == "teacher.adapt":
+            below = _adapt_as_mapping(below)
+            if isinstance(below, Mapping) and value.get("method", below.get("method")) != below.get("method"):
+                below = None  # another method has other fields
+        base[key] = dict(below) if isinstance(below, Mapping) else {}
+        _merge(base[key], value, origin, origins, f"{path}.")
 
 
-def _with_adapt_as_mapping(over: Mapping[str, Any], at: str) -> Mapping[str, Any]:
+def _adapt_as_mapping(value: Any) -> Any:
     """`adapt: full` is short for `adapt: {method: full}`; a merge needs the long form."""
-    if at == "teacher." and isinstance(over.get("adapt"), str):
-        return {**over, "adapt": {"method": over["adapt"]}}
-    return over
-
-
-def _drop_superseded(base: dict[str, Any], path: str, over: Mapping[str, Any], at: str) -> None:
-    key = path.removeprefix(at)
-    if over[key] is None or base.get(key) == over[key]:
-        return
-    for other in SUPERSEDES.get(path, ()):
-        if other == at.removesuffix("."):
-            base.clear()
-        elif (name := other.removeprefix(at)) not in over:
-            base.pop(name, None)
+    return {"method": value} if isinstance(value, str) else value

@@ -7,9 +7,10 @@ are silent.
 from __future__ import annotations
 
 import difflib
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from comkd_cli.catalog import CATALOG
 
@@ -21,6 +22,16 @@ SCHEMES = ("hf-hub:", "local-dir:")
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+BatchSize = Annotated[int, Field(ge=2)]
+"""One image has no batch statistics: neither IFAlign nor BatchNorm can train on it."""
+
+
+def _only_json(config: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(config, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"should hold numbers, words, lists and mappings alone: {error}") from error
+    return config
 
 
 class Closed(BaseModel):
@@ -44,7 +55,7 @@ class Data(Closed):
     """Class names: a text file with one a line, or a list. Left out, the sub-folder names are taken."""
     template: str | None = None
     """The prompt of a class, `{}` standing for its name. Left out: the dataset's own, or `a photo of a {}.`"""
-    unreadable_limit_percent: Annotated[float, Field(ge=0, le=100)] = 1.0
+    unreadable_limit_percent: Annotated[float, Field(ge=0, le=100)] = 10.0
     """The share of images that may be unreadable; they are named and left out. Above it a run stops."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that decode images. Left out: one less than the cores, at most 8; none for `digits`."""
@@ -91,7 +102,7 @@ class Sgd(Closed):
     """[K]"""
     weight_decay: Weight = 5e-4
     """[K]"""
-    batch_size: Count = 8
+    batch_size: BatchSize = 8
     """Images a step [K]."""
     epochs: Count = 20
     """Passes over the training images [K]."""
@@ -110,7 +121,7 @@ class AdamW(Closed):
     """At its peak [C]."""
     weight_decay: Weight = 0.05
     """Not applied to biases, norms, prompts and other vectors [C]."""
-    batch_size: Count = 128
+    batch_size: BatchSize = 128
     """Images a step [C]."""
     epochs: Count = 20
     """Passes over the training images [C]."""
@@ -130,11 +141,15 @@ class FullAdapt(AdamW):
 
 
 Adapt = Annotated[
-    Annotated[NoAdapt, Field()] | Annotated[FullAdapt, Field()],
+    NoAdapt | FullAdapt,
     Field(discriminator="method"),
     BeforeValidator(lambda value: {"method": value} if isinstance(value, str) else value),
 ]
-Optim = Annotated[Sgd | AdamW, Field(discriminator="name")]
+Optim = Annotated[
+    Sgd | AdamW,
+    Field(discriminator="name"),
+    BeforeValidator(lambda value: {"name": "sgd", **value} if isinstance(value, dict) else value),
+]
 
 
 class Model(Closed):
@@ -143,7 +158,7 @@ class Model(Closed):
     arch: str | None = None
     """An open_clip architecture, such as ViT-B-16-quickgelu; or hf-hub:ORG/NAME or local-dir:FOLDER, which
     bring their own weights."""
-    config: dict[str, Any] | None = None
+    config: Annotated[dict[str, Any], AfterValidator(_only_json)] | None = None
     """An open_clip model config: embed_dim, vision_cfg and, for a teacher, text_cfg. vision_cfg takes
     open_clip's own fields, or timm_model_name for any timm backbone; timm_model_pretrained: true starts
     that from timm's weights."""
@@ -154,8 +169,12 @@ class Model(Closed):
     def _one_architecture(self) -> Model:
         if (self.arch is None) == (self.config is None):
             raise ValueError("needs exactly one of `arch` and `config`")
-        if self.config is not None and (absent := {"embed_dim", "vision_cfg"} - set(self.config)):
-            raise ValueError(f"`config` lacks {' and '.join(sorted(absent))}")
+        if self.config is not None:
+            if absent := {"embed_dim", "vision_cfg"} - set(self.config):
+                raise ValueError(f"`config` lacks {' and '.join(sorted(absent))}")
+            for part in ("vision_cfg", "text_cfg"):
+                if not isinstance(self.config.get(part, {}), dict):
+                    raise ValueError(f"`config.{part}` should be a mapping of fields")
         if self.weights is not None and self.arch is not None and self.arch.startswith(SCHEMES):
             raise ValueError(f"{self.arch} brings its own weights: leave `weights` out")
         return self
@@ -289,9 +308,3 @@ class Recipe(Closed):
     """Of the forward and backward passes; losses are always fp32, weights too."""
     evaluate_every_epochs: Annotated[int, Field(ge=0)] = 1
     """Score the test images after every so many epochs, where they have labels; 0 scores at the end only."""
-
-    @model_validator(mode="after")
-    def _batch_has_a_variance(self) -> Recipe:
-        if self.loss.if_align is not None and self.optim.batch_size < 2:
-            raise ValueError("`loss.if_align` compares batch variances: `optim.batch_size` must be at least 2")
-        return self

@@ -116,5 +116,6 @@ def test_a_model_that_is_none_is_explained(model: str, error: type[Exception], m
 
 
 def test_results_go_beside_the_student_or_into_the_runs(tiny_student: Path) -> None:
-    assert home_of(str(tiny_student), Path("runs")) == tiny_student.parent
-    assert home_of("ViT-B-32:openai", Path("runs")) == Path("runs")
+    assert home_of(str(tiny_student), Path("runs"), own_data=True) == tiny_student.parent
+    assert home_of(str(tiny_student), Path("runs"), own_data=False) == Path("runs")
+    assert home_of("ViT-B-32:openai", Path("runs"), own_data=False) == Path("runs")

@@ -114,7 +114,7 @@ def test_a_student_that_fails_parity_leaves_no_bundle(
         return replace(measure_parity(*arguments), feature_difference_max=0.02)  # type: ignore[arg-type]
 
     monkeypatch.setattr(export_flow, "measure_parity", shifted)
-    with pytest.raises(ExportError, match=r"no bundle is left: max .difference. 2\.00e-02"):
+    with pytest.raises(ExportError, match=r"no bundle was made: max .difference. 2\.00e-02"):
         export(tiny_student, tmp_path / "bundle", Path("data"), quietly)
     assert list(tmp_path.iterdir()) == []
 
