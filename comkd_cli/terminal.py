@@ -81,8 +81,10 @@ def reporting(quiet: bool = False) -> Iterator[Report]:
     )
     off = quiet or not console.is_terminal
     # rich would put proxies in the place of the standard streams, and forked workers would write through them.
-    streams = {"redirect_stdout": False, "redirect_stderr": False}
-    with Bars(*columns, console=console, transient=True, disable=off, **streams) as bars:
+    bars = Bars(
+        *columns, console=console, transient=True, disable=off, redirect_stdout=False, redirect_stderr=False
+    )
+    with bars:
         yield _Reporter(console, bars)
 
 

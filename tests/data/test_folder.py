@@ -266,3 +266,57 @@ def test_an_accepted_class_list_survives_a_text_file_with_a_name_a_line(class_na
         assert any(not name.strip() or len(name.splitlines()) != 1 for name in class_names)
     else:
         assert "".join(f"{name}\n" for name in class_names).splitlines() == class_names
+
+
+def test_val_is_scored_where_there_is_no_test_and_chooses_settings_where_there_is(
+    tmp_path: Path, write_image: WriteImage
+) -> None:
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            write_image(tmp_path / split / name / "1.png")
+    source = folder_source(tmp_path, None, "{}")
+    assert source.test is not None
+    assert source.test.labels == (0, 1)
+    assert source.val is None
+    for name in ("cat", "dog"):
+        write_image(tmp_path / "test" / name / "1.png")
+        write_image(tmp_path / "test" / name / "2.png")
+    source = folder_source(tmp_path, None, "{}")
+    assert source.test is not None
+    assert source.val is not None
+    assert (len(source.test), len(source.val)) == (4, 2)
+
+
+@pytest.mark.parametrize("stray", ["bus/1.png", "loose.png", "train/loose.png"])
+def test_images_that_no_split_takes_are_named_not_left_out(
+    tmp_path: Path, write_image: WriteImage, stray: str
+) -> None:
+    for name in ("train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "test/dog/1.png", stray):
+        write_image(tmp_path / name)
+    with pytest.raises(DataError, match=f"1 images that belong to none: {stray}"):
+        folder_source(tmp_path, None, "{}")
+
+
+def test_a_split_under_another_spelling_is_named(tmp_path: Path, write_image: WriteImage) -> None:
+    write_image(tmp_path / "Train" / "cat" / "1.png")
+    with pytest.raises(DataError, match="should be called train"):
+        folder_source(tmp_path, ["cat", "dog"], "{}")
+
+
+def test_one_class_under_two_spellings_is_one_class(tmp_path: Path, write_image: WriteImage) -> None:
+    for split in ("train", "test"):
+        for name in ("hot_dog", "cafe\u0301"):  # decomposed, as some file systems write it
+            write_image(tmp_path / split / name / "1.png")
+    source = folder_source(tmp_path, ["hot dog", "caf\u00e9"], "{}")
+    assert sorted(source.train.labels or ()) == [0, 1]
+    with pytest.raises(DataError, match="repeats 'hot dog'"):
+        check_class_names(["hot dog", "hot_dog"], "list")
+
+
+def test_a_folder_that_can_not_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path / "closed"))
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(DataError, match="closed: can't be read: Permission denied"):
+        folder_source(tmp_path, ["cat", "dog"], "{}")

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from comkd_cli.errors import RecipeError
-from comkd_cli.recipe import load_recipe, parse_recipe
+from comkd_cli.recipe import Recipe, load_recipe, parse_recipe
+from comkd_cli.recipe.faults import describe_faults
 
 CONFIG = {"embed_dim": 8, "vision_cfg": {"width": 16}, "text_cfg": {"width": 8}}
 WHOLE = {
@@ -117,8 +119,18 @@ def test_missing_parts_are_told_by_name() -> None:
 
 
 def test_a_fault_of_the_recipe_as_a_whole_names_the_recipe_alone() -> None:
-    (line,) = faults({**WHOLE, "optim": {"name": "sgd", "batch_size": 1}})
-    assert line == "r.yaml: `loss.if_align` compares batch variances: `optim.batch_size` must be at least 2"
+    with pytest.raises(ValidationError) as caught:
+        Recipe.model_validate("not a mapping")
+    (line,) = describe_faults(caught.value, Recipe, {"": "r.yaml"})
+    assert line == "r.yaml: should be a mapping of fields, not 'not a mapping'"
+
+
+def test_every_fault_of_an_optimiser_without_a_name_is_told() -> None:
+    lines = faults({**WHOLE, "optim": {"epohcs": 3, "batch_size": "x"}})
+    assert lines == [
+        "r.yaml: optim.batch_size: should be a valid integer, not 'x'",
+        "r.yaml: optim.epohcs: unknown field; did you mean epochs?",
+    ]
 
 
 def test_each_fault_names_the_file_that_wrote_it(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comkd_cli.errors import RecipeError
+from comkd_cli.errors import MisuseError, RecipeError
 from comkd_cli.recipe import (
     Recipe,
     bundled_recipes,
@@ -299,7 +299,7 @@ def test_a_setting_can_take_the_short_form_of_adapt(write: Write) -> None:
 
 @pytest.mark.parametrize("setting", ["seed", "=3", "a..b=3", ".seed=3", "seed.=3", ""])
 def test_a_setting_without_a_path_or_a_value_is_refused(write: Write, setting: str) -> None:
-    with pytest.raises(RecipeError, match=r"--set .*should be key\.path=value"):
+    with pytest.raises(MisuseError, match=r"--set .*should be key\.path=value"):
         load_recipe(write(), [setting])
 
 
@@ -389,7 +389,7 @@ NAMES = TEXTS.filter(lambda text: text.strip())
 SHARES = st.floats(0, 1, exclude_max=True)
 ABOVE_ZERO = st.floats(0, 1e300, exclude_min=True)
 CONFIGS = st.fixed_dictionaries(
-    {"embed_dim": st.integers(1), "vision_cfg": st.dictionaries(TEXTS, st.integers() | TEXTS), "text_cfg": st.none()},
+    {"embed_dim": st.integers(1), "vision_cfg": st.dictionaries(TEXTS, st.integers() | TEXTS), "text_cfg": st.just({})},
     optional={
         "more": st.lists(st.none() | st.booleans() | st.floats(allow_nan=False) | TEXTS | st.integers()),
     },
