@@ -47,7 +47,7 @@ class CommandFolder(click.Group):
                 raise
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail("interrupted; what was finished is kept", INTERRUPTED)
+            _fail("interrupted; what was finished is kept, and the same command goes on from it", INTERRUPTED)
         except OSError as error:
             # Broken pipes are Click's; without a file name it is not the user's to mend.
             if ctx.params["debug"] or isinstance(error, BrokenPipeError) or error.filename is None:

@@ -46,9 +46,16 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
         unfinished = Path(name) / "new"
         unfinished.mkdir()
         yield unfinished
-        if path.exists():
-            path.replace(Path(name) / "old")
-        unfinished.replace(path)
+        if not path.exists():
+            unfinished.replace(path)
+            return
+        old = Path(name) / "old"
+        path.replace(old)
+        try:
+            unfinished.replace(path)
+        except OSError:
+            old.replace(path)
+            raise
 
 
 def write_text(path: Path, text: str) -> None:

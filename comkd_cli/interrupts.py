@@ -28,8 +28,11 @@ def stop_wishes() -> Iterator[Callable[[], int | None]]:
         wished.append(128 + number)
         signal.signal(number, before[signal.Signals(number)])
 
-    before = {number: signal.getsignal(number) for number in WISHES}
-    for number in WISHES:
+    # What was ignored on entry, as a shell does for its background jobs, stays ignored.
+    before = {
+        number: handler for number in WISHES if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)
+    }
+    for number in before:
         signal.signal(number, remember)
     try:
         yield lambda: wished[0] if wished else None

@@ -81,9 +81,7 @@ def reporting(quiet: bool = False) -> Iterator[Report]:
     )
     off = quiet or not console.is_terminal
     # rich would put proxies in the place of the standard streams, and forked workers would write through them.
-    bars = Bars(
-        *columns, console=console, transient=True, disable=off, redirect_stdout=False, redirect_stderr=False
-    )
+    bars = Bars(*columns, console=console, transient=True, disable=off, redirect_stdout=False, redirect_stderr=False)
     with bars:
         yield _Reporter(console, bars)
 

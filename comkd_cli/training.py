@@ -128,10 +128,13 @@ def fit(task: Task, accelerator: Accelerator, report: Report) -> list[dict[str, 
         while position.epoch < task.optim.epochs:
             try:
                 _run_epoch(task, model, optimizer, accelerator, position, wish, report)
-            except RuntimeError:
-                # A scheduler's SIGTERM reaches the workers too, and their death is met before the wish.
-                if wish() is None:
+            except RuntimeError as error:
+                # A scheduler's SIGTERM reaches the workers too. Their death may be met in the middle of a
+                # step, so what is gone on with is the state of the last epoch's end.
+                if (code := wish()) is None:
                     raise
+                message = f"stopped; the last finished epoch is saved. To go on:\n  {task.resume_line}"
+                raise Interrupted(message, code) from error
             _save_state(task, optimizer, accelerator, position)
             if (code := wish()) is not None:
                 raise Interrupted(_stopped_message(task, position), code)

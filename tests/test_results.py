@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comkd_cli.results import Record, to_json
+from comkd_cli.results import Missing, Record, Results, to_json
 
 RECORD = Record(
     model="runs/digits/digits/seed1/student.pt",
@@ -19,7 +19,7 @@ RECORD = Record(
 
 
 def test_a_record_that_says_nothing_more_is_a_zero_shot_score_of_the_last_weights_on_all_classes() -> None:
-    (written,) = json.loads(to_json([RECORD]))["records"]
+    (written,) = json.loads(to_json(Results([RECORD])))["records"]
     assert written == {
         "model": "runs/digits/digits/seed1/student.pt",
         "role": "student",
@@ -59,17 +59,19 @@ PERCENT = st.none() | st.floats(0, 100)
             unreadable=st.integers(0),
         ),
         max_size=3,
-    )
+    ),
+    st.lists(st.builds(Missing, dataset=TEXTS, problem=TEXTS), max_size=2),
 )
-def test_every_record_reads_back_whole_and_in_order(records: list[Record]) -> None:
-    document = json.loads(to_json(records))
-    assert list(document) == ["records"]
+def test_everything_reads_back_whole_and_in_order(records: list[Record], missing: list[Missing]) -> None:
+    document = json.loads(to_json(Results(records, missing)))
+    assert list(document) == ["records", "missing"]
+    assert [Missing(**entry) for entry in document["missing"]] == missing
     assert [Record(**entry) for entry in document["records"]] == records
     assert all(list(entry) == [field.name for field in fields(Record)] for entry in document["records"])
 
 
 def test_names_are_written_as_they_are_and_the_file_ends_with_a_line_break() -> None:
-    text = to_json([replace(RECORD, dataset="Vögel")])
+    text = to_json(Results([replace(RECORD, dataset="Vögel")]))
     assert '"Vögel"' in text
     assert text.endswith("}\n")
 

@@ -120,3 +120,23 @@ def test_a_users_mistake_is_one_message_and_exit_1(workshop: Path, arguments: tu
     assert failed.returncode == 1
     assert message in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+def test_half_precision_runs_on_a_cpu_as_bf16_and_fp16_is_refused(workshop: Path) -> None:
+    for name in ("bf16", "fp16"):
+        settings = ("--set", f"precision={name}", "--set", "optim.epochs=1", "--set", "teacher.adapt.epochs=1")
+        done = comkd(workshop, "distill", "tiny.yaml", "--runs", name, *settings)
+        if name == "bf16":
+            assert done.returncode == 0, done.stderr
+            state = torch.load(workshop / "bf16/tiny/digits/seed1/student.pt", weights_only=True)["state_dict"]
+            assert all(value.dtype in (torch.float32, torch.int64) for value in state.values())
+        elif not torch.cuda.is_available():
+            assert done.returncode == 1
+            assert "precision: fp16 needs a GPU" in done.stderr
+
+
+def test_classes_that_look_the_same_to_the_teacher_are_refused(workshop: Path) -> None:
+    template = "data.template=a very long photo of a small handwritten digit which is called {}"
+    refused = comkd(workshop, "distill", "tiny.yaml", "--runs", "long", "--set", template)
+    assert refused.returncode == 1
+    assert "are the same to" in refused.stderr

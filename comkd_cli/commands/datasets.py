@@ -118,7 +118,7 @@ def split(name: str, shots: int | None, seed: int, half: str, data_root: Path, a
 @data_root_option
 @json_option
 def fetch(names: tuple[str, ...], data_root: Path, as_json: bool) -> None:
-    """Download, unpack and check data sets from their mirror on the Hugging Face Hub.
+    """Download, unpack and check each data set NAME from its mirror on the Hugging Face Hub.
 
     An interrupted download goes on where it stopped. For ImageNet and its variants, which no mirror has, the
     message says where they come from.

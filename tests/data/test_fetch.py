@@ -1,23 +1,21 @@
 """Fetching from a Hub of our own on 127.0.0.1, found by HF_ENDPOINT, as a real process."""
 
-import hashlib
 import io
 import json
 import os
 import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from comkd_cli.catalog import CATALOG
-from comkd_cli.data.fetch import REVISION, unpack
+from comkd_cli.data.fetch import MIRROR, unpack
 from comkd_cli.errors import DataError
+from tests.hub import Hub, hub
 
 
 def archive(entries: dict[str, bytes], links: dict[str, str] | None = None) -> bytes:
@@ -48,57 +46,10 @@ def eurosat(top: str, padding_bytes: int = 0) -> bytes:
     return archive(entries)
 
 
-class Hub(BaseHTTPRequestHandler):
-    files: dict[str, bytes]
-    announced: dict[str, bytes]
-    requests: list[tuple[str, str | None]]
-    cut_after: int | None = None
-    """Of a body, send so many bytes and hang up."""
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        prefix = f"/zhengli97/prompt_learning_dataset/resolve/{REVISION}/"
-        content = self.files.get(self.path.removeprefix(prefix)) if self.path.startswith(prefix) else None
-        if content is None:
-            self.send_response(404)
-            self.end_headers()
-            return
-        named = self.announced.get(self.path.removeprefix(prefix), content)
-        start = 0
-        if body:
-            asked = self.headers.get("Range")
-            self.requests.append((self.path, asked))
-            start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
-        self.send_response(206 if start else 200)
-        self.send_header("ETag", f'"{hashlib.sha256(named).hexdigest()}"')
-        self.send_header("X-Repo-Commit", REVISION)
-        self.send_header("Accept-Ranges", "bytes")
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        if body:
-            self.wfile.write(content[start : self.cut_after])
-
-
-@pytest.fixture
-def hub() -> Iterator[tuple[str, type[Hub]]]:
-    handler = type("TestHub", (Hub,), {"files": {}, "announced": {}, "requests": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", handler
-    server.shutdown()
-    server.server_close()
-    thread.join()
+@pytest.fixture(name="hub")
+def hub_fixture() -> Iterator[tuple[str, type[Hub]]]:
+    with hub() as serving:
+        yield serving
 
 
 def fetch(url: str, folder: Path, *names: str) -> subprocess.CompletedProcess[str]:
@@ -122,7 +73,7 @@ def test_a_data_set_is_fetched_unpacked_and_checked_whatever_its_top_folder(
     hub: tuple[str, type[Hub]], tmp_path: Path, top: str
 ) -> None:
     url, handler = hub
-    handler.files["eurosat.zip"] = eurosat(top)
+    handler.files[f"{MIRROR}/eurosat.zip"] = eurosat(top)
     done = fetch(url, tmp_path, "eurosat")
     (found,) = json.loads(done.stdout)
     assert (tmp_path / "data/eurosat/2750/A/1.jpg").is_file(), done.stderr
@@ -135,7 +86,10 @@ def test_a_data_set_is_fetched_unpacked_and_checked_whatever_its_top_folder(
 
 def test_a_file_that_is_not_what_the_hub_announced_is_refused(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
     url, handler = hub
-    handler.files["eurosat.zip"], handler.announced["eurosat.zip"] = eurosat("eurosat/"), b"something else"
+    handler.files[f"{MIRROR}/eurosat.zip"], handler.announced[f"{MIRROR}/eurosat.zip"] = (
+        eurosat("eurosat/"),
+        b"something else",
+    )
     done = fetch(url, tmp_path, "eurosat")
     assert done.returncode == 1
     assert "sha256 differs" in done.stderr
@@ -145,7 +99,7 @@ def test_a_file_that_is_not_what_the_hub_announced_is_refused(hub: tuple[str, ty
 def test_an_interrupted_download_goes_on_where_it_stopped(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
     url, handler = hub
     content = eurosat("eurosat/", padding_bytes=30 * 2**20)  # the client writes 10 MiB at a time
-    handler.files["eurosat.zip"] = content
+    handler.files[f"{MIRROR}/eurosat.zip"] = content
     handler.cut_after = 25 * 2**20
     assert fetch(url, tmp_path, "eurosat").returncode == 1
     handler.cut_after = None

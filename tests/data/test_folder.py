@@ -288,9 +288,7 @@ def test_val_is_scored_where_there_is_no_test_and_chooses_settings_where_there_i
 
 
 @pytest.mark.parametrize("stray", ["bus/1.png", "loose.png", "train/loose.png"])
-def test_images_that_no_split_takes_are_named_not_left_out(
-    tmp_path: Path, write_image: WriteImage, stray: str
-) -> None:
+def test_images_that_no_split_takes_are_named_not_left_out(tmp_path: Path, write_image: WriteImage, stray: str) -> None:
     for name in ("train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "test/dog/1.png", stray):
         write_image(tmp_path / name)
     with pytest.raises(DataError, match=f"1 images that belong to none: {stray}"):

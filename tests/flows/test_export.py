@@ -128,3 +128,14 @@ def test_pictures_for_the_check_can_come_from_a_folder(tiny_student: Path, tmp_p
         digits_source().train.open(index).save(pictures / f"{index}.png")
     manifest = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, pictures=pictures)
     assert manifest["parity"]["images"] == 9
+
+
+def test_force_never_replaces_what_is_no_bundle(tiny_student: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "precious.bin").write_bytes(b"x")
+    with pytest.raises(ExportError, match="is no bundle"):
+        export(tiny_student, tmp_path / "models", Path("data"), quietly, force=True)
+    assert (tmp_path / "models" / "precious.bin").exists()
+    (tmp_path / "empty").mkdir()
+    export(tiny_student, tmp_path / "empty", Path("data"), quietly)
+    assert (tmp_path / "empty" / "manifest.json").exists()

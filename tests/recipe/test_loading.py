@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from comkd_cli.errors import MisuseError, RecipeError
@@ -391,7 +391,9 @@ ABOVE_ZERO = st.floats(0, 1e300, exclude_min=True)
 CONFIGS = st.fixed_dictionaries(
     {"embed_dim": st.integers(1), "vision_cfg": st.dictionaries(TEXTS, st.integers() | TEXTS), "text_cfg": st.just({})},
     optional={
-        "more": st.lists(st.none() | st.booleans() | st.floats(allow_nan=False) | TEXTS | st.integers()),
+        "more": st.lists(
+            st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS | st.integers()
+        ),
     },
 )
 COUNTS = st.integers(2, 10**9)
@@ -427,7 +429,13 @@ PLAIN_RECIPES = st.fixed_dictionaries(
 )
 
 
+def with_about(about: str) -> dict[str, Any]:
+    return {**read_yaml(MINIMAL, "minimal"), "about": about}
+
+
 @given(PLAIN_RECIPES)
+@example(with_about("\x85"))  # a line break before YAML 1.2, and none since
+@example(with_about("\u2028 \x06\x06\u0100" + 6 * "\U00010000" + "0 0"))  # escaped, and too long for a line of 80
 def test_any_recipe_reads_back_from_its_yaml_as_the_same(tree: dict[str, Any]) -> None:
     recipe = parse_recipe(tree)
     assert parse_recipe(read_yaml(to_yaml(recipe), "again")) == recipe

@@ -1,4 +1,5 @@
 import copy
+import datetime
 from contextlib import nullcontext
 from typing import Any
 
@@ -174,6 +175,13 @@ def test_a_teacher_needs_one_architecture_and_something_to_teach(
 ) -> None:
     with pytest.raises(ValidationError, match=message):
         Recipe.model_validate({**minimal_recipe, "teacher": teacher})
+
+
+@pytest.mark.parametrize("odd", [float("inf"), float("nan"), datetime.date(2024, 1, 1)])
+def test_a_model_config_holds_what_json_can_write_alone(minimal_recipe: dict[str, Any], odd: Any) -> None:
+    fields = {**minimal_recipe, "student": {"config": {**TOWER, "more": [odd]}, "train": "full"}}
+    with pytest.raises(ValidationError, match="numbers, words, lists and mappings alone"):
+        Recipe.model_validate(fields)
 
 
 def test_a_teacher_of_random_weights_is_fine_where_it_is_trained(minimal_recipe: dict[str, Any]) -> None:
