@@ -117,7 +117,7 @@ def _base_to_novel(records: Sequence[Record]) -> Table | None:
     own = [record for record in records if record.protocol == "base-to-novel"]
     if not own:
         return None
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, models in _group(own, _model_of).items():
         datasets = _group(models, lambda record: record.dataset)
         means: list[tuple[float, float]] = []

@@ -58,7 +58,7 @@ def test_from_recipe_to_prediction_through_every_interruption(workshop: Path) ->
     killed = start(workshop, "distill", "tiny.yaml", "--runs", "broken")
     wait_for_epoch(killed, run / "metrics.jsonl", 3)
     killed.kill()
-    killed.wait()
+    killed.communicate()
     assert not (run / "student.pt").exists()
 
     interrupted = start(workshop, "distill", "tiny.yaml", "--runs", "broken")

@@ -56,7 +56,7 @@ def base_to_novel(subject: Subject, source: Source, images: ImageSet, test: Feat
     labels = np.asarray(images.labels)[test.indices]
     records = []
     for half in ("base", "new"):
-        classes = halves(len(source.class_names))[half]  # type: ignore[index]
+        classes = halves(len(source.class_names))[half]
         inside = np.isin(labels, classes)
         if not inside.any():
             continue
@@ -65,7 +65,7 @@ def base_to_novel(subject: Subject, source: Source, images: ImageSet, test: Feat
             replace(
                 whole,
                 protocol="base-to-novel",
-                classes=half,  # type: ignore[arg-type]
+                classes=half,
                 top1_percent=top1_percent(predicted, labels[inside]),
                 mean_per_class_percent=mean_per_class_percent(predicted, labels[inside]),
                 images=int(inside.sum()),

@@ -45,7 +45,7 @@ class Subject:
         """
         vectors = self.class_vectors[list(classes)]
         with torch.no_grad():
-            parts = [self.attend(part, vectors) for part in torch.from_numpy(kept).split(IMAGES_AT_ONCE)]
+            parts = [self.attend(part, vectors) for part in torch.split(torch.from_numpy(kept), IMAGES_AT_ONCE)]
         return torch.cat(parts) if parts else torch.empty(0, vectors.shape[1])
 
     def predict(self, kept: np.ndarray, classes: Sequence[int]) -> np.ndarray:

@@ -73,12 +73,12 @@ def _fine_tuned(cache: Labelled, values: Tensor, class_vectors: Tensor, logit_sc
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, FINE_TUNING_EPOCHS * batches)
     order = torch.Generator().manual_seed(seed)
     for _ in range(FINE_TUNING_EPOCHS):
-        for chosen in torch.randperm(len(cache.labels), generator=order).split(BATCH_SIZE):
+        for chosen in torch.split(torch.randperm(len(cache.labels), generator=order), BATCH_SIZE):
             features, labels = cache.features[chosen], cache.labels[chosen]
             clip = logit_scale * features @ class_vectors.T
             loss = nn.functional.cross_entropy(clip + ALPHA * _cache_logits(features, keys, values, BETA), labels)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     return keys.detach()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from comkd_cli.backbones import IMAGENET_TEMPLATES, Clip, build_clip
@@ -198,9 +199,10 @@ def _whole_protocols(source: Source, protocols: Sequence[str]) -> list[str]:
     return [name for name in protocols if applies.get(name, False)]
 
 
-def _on_common(first: dict[int, int], second: dict[int, int]) -> tuple[list[int], list[int]]:
+def _on_common(first: dict[int, int], second: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Both models' answers to the images that both have answered."""
     common = sorted(first.keys() & second.keys())
-    return [first[index] for index in common], [second[index] for index in common]
+    return np.array([first[index] for index in common]), np.array([second[index] for index in common])
 
 
 def _store(bench: Bench, data: Data) -> FeatureStore:

@@ -18,7 +18,7 @@ from comkd_cli.recipe.model import Data
 
 def bench(events: list[Event] | None = None, data: Data | None = None) -> Bench:
     report = (events if events is not None else []).append
-    return Bench(torch.device("cpu"), Path("data"), report, data)
+    return Bench(torch.device("cpu"), Path("data"), report, data=data)
 
 
 def test_student_and_teacher_are_scored_as_scikit_learn_scores_them(tiny_student: Path) -> None:
