@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -240,8 +241,9 @@ def _scored_images(source: Source, report: Report) -> ImageSet:
 def _teacher_of(path: Path, record: StudentRecord, source: Source, bench: Bench) -> Subject | None:
     try:
         if record.teacher is not None:
-            ready = saved_teacher(path.parent / record.teacher)
-            name, identity = str(ready.checkpoint), sha256_of_file(path.parent / record.teacher)
+            checkpoint = Path(os.path.normpath(path.parent / record.teacher))
+            ready = saved_teacher(checkpoint)
+            name, identity = str(checkpoint), sha256_of_file(checkpoint)
         else:
             model = record.recipe.teacher
             clip = build_clip(model)
