@@ -64,7 +64,7 @@ def _fail(message: str, exit_code: int) -> NoReturn:
 
 @click.group(
     cls=CommandFolder,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
 )
 @click.version_option(package_name="comkd")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")

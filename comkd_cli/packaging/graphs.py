@@ -59,7 +59,7 @@ def export_graph(module: nn.Module, preprocessing: Preprocessing, output: str, p
                 path,
                 input_names=["image"],
                 output_names=[output],
-                dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
+                dynamic_shapes={"image": {0: "batch"}},
                 dynamo=True,
                 external_data=False,
                 verbose=False,
