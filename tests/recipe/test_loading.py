@@ -106,8 +106,8 @@ def test_a_chain_is_merged_field_by_field_with_the_nearest_file_winning(write: W
 def test_a_base_is_looked_for_beside_the_file_that_names_it(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write("about: shared", "shared/base.yaml")
-    write("extends: ../shared/base.yaml\nseed: 5", "mine/middle.yaml")
+    write("about: shared", "common/base.yaml")
+    write("extends: ../common/base.yaml\nseed: 5", "mine/middle.yaml")
     near = write("extends: mine/middle.yaml", "near.yaml")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
