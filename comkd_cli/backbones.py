@@ -320,4 +320,6 @@ def state_sha256(module: nn.Module) -> str:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
+    if lines and lines[0].startswith("Weights only load failed"):
+        return "it is no checkpoint of plain tensors"  # torch would go on to advise loading it unsafely
     return lines[0] if lines else type(error).__name__

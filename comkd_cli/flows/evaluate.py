@@ -213,7 +213,8 @@ def _store(bench: Bench, data: Data) -> FeatureStore:
 def _report_unreadable(test: Features, report: Report) -> None:
     if test.unreadable:
         named = "".join(f"\n  {problem}" for problem in test.unreadable[:MOST_NAMED])
-        report(Notice(f"{len(test.unreadable)} images can't be read and are left out:{named}"))
+        count = len(test.unreadable)
+        report(Notice(f"{count} {'image' if count == 1 else 'images'} can't be read, left out:{named}"))
 
 
 def _parse_argument(argument: str) -> Model:
