@@ -54,7 +54,7 @@ def ready_teacher(
         report(Stage(f"Teacher: {recipe.teacher.arch or 'inline model'}, zero-shot"))
         return zero_shot_teacher(recipe.teacher, source.prompts, accelerator.device)
     key = teacher_identity(recipe, source)
-    folder = teacher_folder(recipe, source, runs)
+    folder = _folder_of(key, source, runs)
     path = folder / "teacher.pt"
     if path.is_file():
         report(Stage(f"Teacher: reused from {path}"))
@@ -66,7 +66,11 @@ def ready_teacher(
 
 def teacher_folder(recipe: Recipe, source: Source, runs: Path) -> Path:
     """Where an adapted teacher is kept; teachers that differ in anything have different folders."""
-    return runs / "teachers" / f"{source.name}-{teacher_identity(recipe, source)[:12]}"
+    return _folder_of(teacher_identity(recipe, source), source, runs)
+
+
+def _folder_of(key: str, source: Source, runs: Path) -> Path:
+    return runs / "teachers" / f"{source.name}-{key[:12]}"
 
 
 def describe_stage(recipe: Recipe, source: Source, runs: Path) -> str:

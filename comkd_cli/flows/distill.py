@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ class Run:
         """Where the finished student is."""
         return self.folder / "student.pt"
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """A digest of all that decides the student."""
         # Without defaults, so that a field that comes with a later version does not make old runs other runs.
@@ -122,7 +123,7 @@ def plan(run: Run, accelerator: Accelerator, teacher_stage: str) -> Plan:
         teacher_image_tower_parameters=image_tower_parameters(clip.model.visual),  # type: ignore[arg-type]
         student_image_tower_parameters=image_tower_parameters(student),
         student_trainable_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
-        steps_per_epoch=len(source.train) // batch_size if batch_size else 0,
+        steps_per_epoch=len(source.train) // batch_size,
         epochs=recipe.optim.epochs,
         teacher_stage=teacher_stage,
         state=_state_of(run),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -96,11 +97,11 @@ def _jobs(model: str | None, runs: Path, bench: Bench) -> list[Job]:
     if model is None:
         return _student_jobs(runs, bench)
     if Path(model).exists() or (model.endswith(".pt") and ":" not in model):
-        return [("", lambda: _score_student(Path(model), bench))]
+        return [("", partial(_score_student, Path(model), bench))]
     if bench.datasets:
-        benches = [replace(bench, data=Data(dataset=name)) for name in bench.datasets]
-        return [(str(b.data and b.data.dataset), lambda b=b: _score_baseline(model, b)) for b in benches]  # type: ignore[misc]
-    return [("", lambda: _score_baseline(model, bench))]
+        own = {name: replace(bench, data=Data(dataset=name)) for name in bench.datasets}
+        return [(name, partial(_score_baseline, model, own_bench)) for name, own_bench in own.items()]
+    return [("", partial(_score_baseline, model, bench))]
 
 
 def _student_jobs(runs: Path, bench: Bench) -> list[Job]:
@@ -108,18 +109,16 @@ def _student_jobs(runs: Path, bench: Bench) -> list[Job]:
     if not bench.datasets:
         if not students:
             raise DataError(f"{runs}: holds no finished student; make one with `comkd distill digits`")
-        paths = [(name, path) for name, seeds in students.items() for path in seeds]
-        return [(name, lambda path=path: _score_student(path, bench)) for name, path in paths]  # type: ignore[misc]
+        return [(name, partial(_score_student, path, bench)) for name, seeds in students.items() for path in seeds]
 
     def absent(name: str) -> list[Record]:
         raise DataError(f"{name}: no student below {runs}; make one with `comkd distill RECIPE --dataset {name}`")
 
     jobs: list[Job] = []
     for name in bench.datasets:
-        for path in students.get(name, []):
-            jobs.append((name, lambda path=path: _score_student(path, bench)))  # type: ignore[misc]
+        jobs += [(name, partial(_score_student, path, bench)) for path in students.get(name, [])]
         if name not in students:
-            jobs.append((name, lambda name=name: absent(name)))  # type: ignore[misc]
+            jobs.append((name, partial(absent, name)))
     return jobs
 
 
