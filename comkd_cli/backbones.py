@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,18 @@ from comkd_cli.recipe.model import SCHEMES, Model
 
 # The 80 prompts of openai/CLIP's ImageNet ensemble, `{}` standing for the class name.
 IMAGENET_TEMPLATES = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
+# PromptSRC holds its text prompts close to the 60 others (PromptSRC, trainers/imagenet_templates.py).
+_NOT_IN_PROMPTSRC = """
+a jpeg corrupted photo of the {}. / a good photo of a {}. / a plushie {}. / a photo of the nice {}.
+a photo of the small {}. / a photo of the weird {}. / the cartoon {}. / art of the {}. / a drawing of the {}.
+a photo of the large {}. / a black and white photo of a {}. / the plushie {}. / a dark photo of a {}. / itap of a {}.
+graffiti of the {}. / a toy {}. / itap of my {}. / a photo of a cool {}. / a photo of a small {}. / a tattoo of the {}.
+"""
+PROMPTSRC_TEMPLATES = tuple(
+    template
+    for template in IMAGENET_TEMPLATES
+    if template not in {left_out.strip() for left_out in _NOT_IN_PROMPTSRC.replace("\n", "/").split("/")}
+)
 # A student has no text tower, but open_clip's CLIP wants one: the least that it accepts.
 LEAST_TEXT_TOWER = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
 
@@ -66,10 +78,23 @@ class ImageTower:
     origin: Origin
 
 
+def outline_clip(model: Model) -> Clip:
+    """Both towers on the meta device: shapes without weights, of any size, at no cost. Raises ModelError."""
+    with torch.device("meta"):
+        return build_clip(model, load_weights=False)
+
+
+def outline_image_tower(model: Model) -> ImageTower:
+    """The image tower on the meta device, as `outline_clip`. Raises ModelError."""
+    with torch.device("meta"):
+        return build_image_tower(model, load_weights=False)
+
+
 def build_clip(model: Model, seed: int = 0, load_weights: bool = True) -> Clip:
     """Both towers, with the weights of the recipe, or random ones drawn from the seed.
 
-    Raises ModelError, also for a model that can't encode an image and a prompt into one space.
+    Built on torch's default device. Raises ModelError, also for a model that can't encode an image and a
+    prompt into one space.
     """
     tokenize = _tokenizer(model)
     with torch.random.fork_rng(devices=[]):
@@ -103,6 +128,22 @@ def build_image_tower(model: Model, seed: int = 0, load_weights: bool = True) ->
     _lay_out(visual.eval())
     preprocessing = _preprocessing(visual)
     return ImageTower(visual, _width(visual, preprocessing), preprocessing, _origin(model))
+
+
+def load_clip_state(clip: Clip, state: Mapping[str, Tensor], path: Path) -> None:
+    """Replace a CLIP's weights by those of a file, given under the names of open_clip's CLIP.
+
+    The table of word embeddings may be missing from them, nothing else. Raises ModelError.
+    """
+    held = set(clip.model.state_dict())
+    renamed = {f"text.{name}" if f"text.{name}" in held else name: value for name, value in state.items()}
+    try:
+        absent, strange = clip.model.load_state_dict(renamed, strict=False)
+    except RuntimeError as error:  # of shapes
+        raise ModelError(f"{path}: does not hold weights of {clip.origin.architecture}: {_shapes(error)}") from error
+    odd = strange + [name for name in absent if not name.endswith("token_embedding.weight")]
+    if odd:
+        raise ModelError(f"{path}: does not hold weights of {clip.origin.architecture}: {', '.join(odd[:5])} differ")
 
 
 def weights_sha256(model: Model) -> str | None:
@@ -139,7 +180,7 @@ def _from_name(model: Model, load_weights: bool) -> Any:
         raise ModelError(f"{arch}: open_clip has no such architecture{hint}")
     _check_activation(model)
     weights = model.weights
-    if weights is not None and not open_clip.get_pretrained_cfg(arch, weights):
+    if load_weights and weights is not None and not open_clip.get_pretrained_cfg(arch, weights):
         weights = str(_weights_file(model))
     try:
         with _quiet():
@@ -150,6 +191,7 @@ def _from_name(model: Model, load_weights: bool) -> Any:
                 # A folder or repository without weights would pass for a model with random ones.
                 require_pretrained=load_weights and model.has_weights,
                 weights_only=True,
+                device=torch.get_default_device(),
             )
     except Exception as error:  # open_clip, torch, pickle and the Hub's client each raise their own
         raise ModelError(f"{arch}: can't load {weights or 'its weights'}: {_first_line(error)}") from error
@@ -187,7 +229,11 @@ def _from_config(config: dict[str, Any], load_weights: bool) -> Any:
             file.write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
             with _quiet():
                 return open_clip.create_model(
-                    f"local-dir:{folder}", load_weights=False, pretrained_image=from_timm, pretrained_text=False
+                    f"local-dir:{folder}",
+                    load_weights=False,
+                    pretrained_image=from_timm,
+                    pretrained_text=False,
+                    device=torch.get_default_device(),
                 )
         except Exception as error:  # open_clip checks a config by using it
             raise ModelError(f"config: open_clip can't build this model: {_first_line(error)}") from error
@@ -246,7 +292,8 @@ def _check_towers(clip: Clip) -> None:
     """Send a blank image and a prompt through both towers: what can't work should be told before hours pass."""
     try:
         with torch.no_grad():
-            words = clip.model.encode_text(clip.tokenize(["a photo of a thing."]))  # type: ignore[operator]
+            tokens = clip.tokenize(["a photo of a thing."]).to(torch.get_default_device())
+            words = clip.model.encode_text(tokens)  # type: ignore[operator]
         text_width = int(words.shape[-1])
     except Exception as error:  # whatever a config that does not fit raises, at whatever depth
         raise ModelError(
@@ -316,6 +363,12 @@ def state_sha256(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _shapes(error: Exception) -> str:
+    """The first of the tensors that do not fit; torch's message starts with a line that names none."""
+    lines = [line.strip() for line in str(error).splitlines() if "shape" in line]
+    return lines[0] if lines else _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -56,6 +56,8 @@ class TeacherRecord:
     preprocessing: Preprocessing
     origin: Origin
     metrics: dict[str, float]
+    backbone_sha256: str | None = None
+    """Of the tensors that learned prompts stand on; None for a teacher that holds all its weights."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,14 @@ class SavedTeacher:
     logit_scale: Tensor
     """Scalar."""
     state_dict: dict[str, Tensor]
-    """Of the whole CLIP."""
+    """Of the whole CLIP, or of a prompted one `prompts.vision` and `prompts.text`, (depth, tokens, width) each."""
+
+    @property
+    def prompts(self) -> dict[str, Tensor] | None:
+        """The learned prompts of the `vision` and the `text` encoder; None for a teacher trained in full."""
+        if self.record.backbone_sha256 is None:
+            return None
+        return {name: self.state_dict[f"prompts.{name}"] for name in ("vision", "text")}
 
 
 def save_student(path: Path, student: Student, record: StudentRecord) -> None:
@@ -172,6 +181,7 @@ def load_teacher(path: Path) -> SavedTeacher:
             preprocessing=Preprocessing(**data["preprocessing"]),
             origin=Origin(**data["origin"]),
             metrics=data["metrics"],
+            backbone_sha256=data.get("backbone_sha256"),
         )
         return SavedTeacher(record, data["class_vectors"], data["logit_scale"], data["state_dict"])
     except (KeyError, TypeError) as error:

@@ -8,12 +8,18 @@ from contextlib import contextmanager
 import torch
 from accelerate import PartialState
 
+from comkd_cli.allocator import keep_freed_memory
 from comkd_cli.errors import TrainingError
 
 
 def best_device() -> torch.device:
-    """CUDA, MPS or another accelerator where there is one, else the CPU; ACCELERATE_USE_CPU=1 forces it."""
+    """CUDA, MPS or another accelerator where there is one, else the CPU; ACCELERATE_USE_CPU=1 forces it.
+
+    On a CPU the memory allocator is set up for work on large blocks.
+    """
     device: torch.device = PartialState().device
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from comkd_cli.progress import Epoch, Notice, Progress, Report
 from comkd_cli.recipe.model import AdamW, Sgd
 from comkd_cli.schedule import learning_rate
 
-STATE_FORMAT = "comkd-state/1"
+STATE_FORMAT = "comkd-state/2"
 REPORT_EVERY_SECONDS = 0.5
 MOST_NAMED = 10  # unreadable images that are named one by one; all are counted
 
@@ -69,6 +69,8 @@ class Task:
     evaluate_every_epochs: int = 0
     select: Callable[[], float] | None = None
     """A score at the end of an epoch; the weights of the best epoch are kept, not the last's."""
+    average: Sequence[float] | None = None
+    """A weight for each epoch, summing to 1: what is kept is the average of the epochs' weights."""
 
     @property
     def state_file(self) -> Path:
@@ -88,8 +90,9 @@ class _Position:
     history: list[dict[str, float]] = field(default_factory=list)
     unreadable: dict[str, None] = field(default_factory=dict)
     best_score: float = -math.inf
-    best: dict[str, Tensor] = field(default_factory=dict)
-    """With `select`: the score and the tensors of the best epoch so far."""
+    """With `select`: of the best epoch so far."""
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    """With `select` the tensors of the best epoch so far, with `average` their weighted sum."""
     reported_at: float = 0.0
 
 
@@ -138,8 +141,8 @@ def fit(task: Task, accelerator: Accelerator, report: Report) -> list[dict[str, 
             _save_state(task, optimizer, accelerator, position)
             if (code := wish()) is not None:
                 raise Interrupted(_stopped_message(task, position), code)
-    if position.best:
-        task.model.load_state_dict(position.best, strict=False)
+    if position.kept:
+        task.model.load_state_dict(position.kept, strict=False)
     if position.unreadable:
         count = len(position.unreadable)
         report(Notice(f"{count} of {task.loader.image_count} images could not be read and were left out"))
@@ -166,7 +169,7 @@ def make_optimizer(model: nn.Module, optim: Sgd | AdamW, rate_factors: Mapping[s
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            plain = parameter.ndim < 2 or name.endswith("backbone.tokens")
+            plain = parameter.ndim < 2 or name.endswith(".tokens")
             decay = 0.0 if plain and isinstance(optim, AdamW) else optim.weight_decay
             groups.setdefault((decay, rate_factors.get(name, 1.0)), []).append(parameter)
     settings = [
@@ -235,13 +238,17 @@ def _finish_epoch(task: Task, position: _Position, images_per_second: float, rep
     figures = {**averages, **position.probed}
     epoch = position.epoch + 1
     last = epoch == task.optim.epochs
+    if task.average is not None:
+        _add_to_average(task.model, task.average[position.epoch], position)
+        if last:  # what is scored is what is kept
+            task.model.load_state_dict(position.kept, strict=False)
     if task.evaluate is not None and (last or (task.evaluate_every_epochs and epoch % task.evaluate_every_epochs == 0)):
         figures |= task.evaluate()
     if task.select is not None:
         figures["selection_score_percent"] = score = task.select()
         if score > position.best_score:
             tensors = {name: value.detach().clone() for name, value in _learned(task.model).items()}
-            position.best_score, position.best = score, tensors
+            position.best_score, position.kept = score, tensors
     line = {
         "epoch": epoch,
         "learning_rate": rate,
@@ -254,6 +261,13 @@ def _finish_epoch(task: Task, position: _Position, images_per_second: float, rep
     report(Epoch(epoch, task.optim.epochs, images_per_second, figures))
     position.epoch, position.step = epoch, 0
     position.sums, position.probed, position.counted_steps = {}, {}, 0
+
+
+def _add_to_average(model: nn.Module, weight: float, position: _Position) -> None:
+    for name, value in _learned(model).items():
+        part = value.detach() * weight if value.is_floating_point() else value.detach().clone()
+        before = position.kept.get(name)
+        position.kept[name] = part if before is None or not value.is_floating_point() else before + part
 
 
 def _report_progress(task: Task, position: _Position, report: Report) -> None:
@@ -309,7 +323,7 @@ def _save_state(task: Task, optimizer: Any, accelerator: Accelerator, position: 
         "history": position.history,
         "unreadable": list(position.unreadable),
         "best_score": position.best_score,
-        "best": position.best,
+        "kept": position.kept,
     }
     save_plain(task.state_file, state)
 
@@ -336,7 +350,7 @@ def _load_state(task: Task, optimizer: Any, accelerator: Accelerator) -> _Positi
         history=state["history"],
         unreadable=dict.fromkeys(state["unreadable"]),
         best_score=state["best_score"],
-        best=state["best"],
+        kept={name: value.to(accelerator.device) for name, value in state["kept"].items()},
     )
 
 

@@ -14,7 +14,7 @@ import click
 from comkd_cli.options import data_root_option, runs_option
 
 if TYPE_CHECKING:
-    from comkd_cli.flows.distill import Plan
+    from comkd_cli.recipe import Recipe
 
 
 @click.command()
@@ -66,23 +66,36 @@ def command(
     name = find_recipe(recipe).stem
     with messages().status("starting"):  # importing torch takes seconds
         from comkd_cli.data.sources import open_source
+        from comkd_cli.errors import CheckpointError, ComkdError, DataError, ModelError
         from comkd_cli.flows import adapt, distill
         from comkd_cli.training import make_accelerator
 
         accelerator = make_accelerator(loaded[0].precision)
+    problems: list[ComkdError] = []
     for chosen in loaded:
-        source = open_source(chosen.data, data_root)
-        run = distill.Run(chosen, name, source, runs, adapt.teacher_identity(chosen, source))
         if dry_run:
-            _print_plan(distill.plan(run, accelerator, adapt.describe_stage(chosen, source, runs)))
-        elif not fresh and distill.finished(run):
-            messages().print(f"already finished: {run.student_file} (--fresh repeats it)", markup=False)
-        else:
+            _print_plan(chosen, name, runs, data_root, str(accelerator.device))
+            continue
+        try:
+            source = open_source(chosen.data, data_root)
+            stage = adapt.stage_1(chosen, source, data_root, runs)
+            run = distill.Run(chosen, name, source, runs, stage.identity)
+            if not fresh and distill.finished(run):
+                messages().print(f"already finished: {run.student_file} (--fresh repeats it)", markup=False)
+                continue
             line = _resume_line()
             with reporting() as report:
-                teach = partial(adapt.ready_teacher, chosen, source, runs, accelerator, report, line)
+                teach = partial(adapt.ready_teacher, stage, accelerator, report, line)
                 distill.distill(run, teach, accelerator, report, line, fresh)
-            _print_next_steps(run.student_file)
+        except (DataError, CheckpointError, ModelError) as error:
+            if len(loaded) == 1:
+                raise
+            messages().print(f"left out: {error}", style="yellow", markup=False)  # the others go on
+            problems.append(error)
+            continue
+        _print_next_steps(run.student_file)
+    if problems:
+        raise DataError(f"{len(problems)} of {len(loaded)} runs could not be made; the reasons stand above")
 
 
 def _suite_below(data_root: Path) -> tuple[str, ...]:
@@ -105,32 +118,57 @@ def _resume_line() -> str:
     return shlex.join(["comkd", *(word for word in sys.argv[1:] if word != "--fresh")])
 
 
-def _print_plan(plan: Plan) -> None:
+def _print_plan(recipe: Recipe, name: str, runs: Path, data_root: Path, device: str) -> None:
+    """A table of what would run. Images that are not there are a row of it: the models are told all the same."""
     from rich.markup import escape
     from rich.table import Table
 
+    from comkd_cli.catalog import CATALOG
+    from comkd_cli.data.sources import open_source
+    from comkd_cli.errors import DataError
+    from comkd_cli.flows import adapt, distill
     from comkd_cli.terminal import output
 
-    share = plan.student_trainable_parameters / plan.student_image_tower_parameters
-    ratio = plan.teacher_image_tower_parameters / plan.student_image_tower_parameters
+    rows: dict[str, str] = {}
+    try:
+        source = open_source(recipe.data, data_root)
+    except DataError as error:
+        if recipe.data.dataset is None:
+            raise
+        outline = distill.outline(recipe, CATALOG[recipe.data.dataset].classes)
+        rows["images"] = f"{error}; {outline.classes} classes"
+    else:
+        outline = distill.outline(recipe, len(source.class_names))
+        stage = adapt.stage_1(recipe, source, data_root, runs)
+        run = distill.Run(recipe, name, source, runs, stage.identity)
+        plan = distill.plan(run)
+        steps = recipe.optim.epochs * plan.steps_per_epoch
+        rows["images"] = (
+            f"{source.name}: {plan.training_images:,} to learn from, {plan.test_images:,} to test on, "
+            f"{outline.classes} classes"
+        )
+        rows["stage 1"] = adapt.describe_stage(stage)
+        rows["stage 2"] = f"{recipe.optim.epochs} epochs of {plan.steps_per_epoch:,} steps, {steps:,} in all"
+        rows["writes"] = str(plan.folder)
+        rows["state"] = plan.state
+    ratio = outline.teacher_image_tower_parameters / outline.student_image_tower_parameters
+    less = outline.teacher_multiply_adds / outline.student_multiply_adds
+    share = outline.student_trainable_parameters / outline.student_image_tower_parameters
+    rows["teacher"] = (
+        f"{outline.teacher_parameters:,} parameters; its image tower {outline.teacher_image_tower_parameters:,}, "
+        f"{outline.teacher_multiply_adds / 1e9:.3g} G multiply-adds an image"
+    )
+    rows["student"] = (
+        f"image tower {outline.student_image_tower_parameters:,} parameters, 1/{ratio:.1f} of the teacher's; "
+        f"{outline.student_multiply_adds / 1e9:.3g} G multiply-adds an image, 1/{less:.1f}; "
+        f"{outline.student_trainable_parameters:,} trainable ({share:.1%})"
+    )
+    rows["device"] = f"{device}, {recipe.precision}"
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
-    rows = {
-        "images": f"{plan.source}: {plan.training_images:,} to learn from, {plan.test_images:,} to test on, "
-        f"{plan.classes} classes",
-        "teacher": f"{plan.teacher_parameters:,} parameters, "
-        f"{plan.teacher_image_tower_parameters:,} of them in its image tower",
-        "stage 1": plan.teacher_stage,
-        "student": f"{plan.student_image_tower_parameters:,} parameters in its image tower, 1/{ratio:.1f} of the "
-        f"teacher's; {plan.student_trainable_parameters:,} trainable ({share:.1%})",
-        "stage 2": f"{plan.epochs} epochs of {plan.steps_per_epoch:,} steps, "
-        f"{plan.epochs * plan.steps_per_epoch:,} in all",
-        "device": f"{plan.device}, {plan.precision}",
-        "writes": str(plan.folder),
-        "state": plan.state,
-    }
-    for name, text in rows.items():
-        table.add_row(name, escape(text))
+    for row in ("images", "teacher", "stage 1", "student", "stage 2", "device", "writes", "state"):
+        if row in rows:
+            table.add_row(row, escape(rows[row]))
     output().print(table)
 
 

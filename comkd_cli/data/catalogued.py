@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from comkd_cli.errors import DataError
 def catalogued_source(dataset: Dataset, data_root: Path, template: str | None = None) -> Source:
     """The train images of all classes to learn from, and the test images to be scored on.
 
-    Class names are those of the split file with spaces for underscores. Raises DataError.
+    ImageNet's variants have test images alone; a student of one learns from those, without their labels, as
+    PromptKD's do. Class names are those of the split file with spaces for underscores. Raises DataError.
     """
     folder = data_root / dataset.folder
     if not folder.is_dir():
@@ -25,13 +27,15 @@ def catalogued_source(dataset: Dataset, data_root: Path, template: str | None = 
             "--data-root where to look"
         )
     splits = read_splits(dataset, data_root)
+    test = _image_set(folder, splits.test)
+    unlabelled = replace(test, labels=None)
     names = {entry.label: entry.class_name for entry in (*splits.train, *splits.val, *splits.test)}
     return Source(
         name=dataset.name,
         class_names=tuple(names[label].replace("_", " ") for label in sorted(names)),
         template=template or dataset.template,
-        train=_image_set(folder, splits.train),
-        test=_image_set(folder, splits.test),
+        train=unlabelled if dataset.layout == "imagenet-variant" else _image_set(folder, splits.train),
+        test=test,
         val=_image_set(folder, splits.val) if splits.val else None,
     )
 

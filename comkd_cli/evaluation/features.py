@@ -18,7 +18,7 @@ from comkd_cli.files import sha256_of_data, written_whole
 from comkd_cli.predictor import Preprocessing
 from comkd_cli.progress import Progress, Report
 
-BATCH_SIZE = 128
+BATCH_SIZE = 64  # on CPUs the activations of larger batches of 224 pixels fall out of the caches
 STORE_FORMAT = "comkd-features/1"
 
 
@@ -64,9 +64,11 @@ class FeatureStore:
             return self._compute(encoder, images, label)
         path = self.folder / f"{store_key(encoder, images)}.safetensors"
         kept = _read(path)
-        if kept is not None:
+        if kept is not None and len(kept.indices) == len(images):
             return kept
-        made = self._compute(encoder, images, label)
+        made = self._compute(encoder, images, label) if kept is None else self._mended(kept, encoder, images, label)
+        if made is kept:
+            return kept
         with written_whole(path) as unfinished:
             save_file(
                 {"values": made.values, "indices": made.indices},
@@ -75,25 +77,35 @@ class FeatureStore:
             )
         return made
 
-    @torch.no_grad()
+    def _mended(self, kept: Features, encoder: Encoder, images: ImageSet, label: str) -> Features:
+        """Kept features with those of images that could not be read then, and can now."""
+        absent = sorted(set(range(len(images))) - set(kept.indices.tolist()))
+        found = self._compute(encoder, images.subset(absent), label)
+        if not len(found.indices):
+            return kept
+        indices = np.concatenate([kept.indices, np.asarray(absent)[found.indices]])
+        values = np.concatenate([kept.values.reshape(-1, found.values.shape[1]), found.values])
+        order = np.argsort(indices)
+        return Features(values[order], indices[order], found.unreadable)
+
+    @torch.inference_mode()
     def _compute(self, encoder: Encoder, images: ImageSet, label: str) -> Features:
-        values: list[np.ndarray] = []
-        indices: list[np.ndarray] = []
+        values = np.empty((0, 0), np.float32)
+        indices = np.empty(len(images), np.int64)
         unreadable: list[str] = []
-        done = 0
+        done = read = 0
         for batch in scoring_batches(images, encoder.preprocessing, BATCH_SIZE, self.workers):
             unreadable += [" ".join(problem.split()) for problem in batch.unreadable]
             done += len(batch) + len(batch.unreadable)
             if len(batch):
-                encoded = encoder.encode(batch.to(self.device).inputs[0])
-                values.append(encoded.float().cpu().numpy())
-                indices.append(batch.indices.numpy())
+                encoded = encoder.encode(batch.to(self.device).inputs[0]).float().cpu().numpy()
+                if not read:  # in one piece: joining parts at the end would take the memory twice
+                    values = np.empty((len(images), encoded.shape[1]), np.float32)
+                values[read : read + len(batch)] = encoded
+                indices[read : read + len(batch)] = batch.indices.numpy()
+                read += len(batch)
             self.report(Progress(label, done, len(images)))
-        return Features(
-            np.concatenate(values) if values else np.empty((0, 0), np.float32),
-            np.concatenate(indices) if indices else np.empty(0, np.int64),
-            tuple(unreadable),
-        )
+        return Features(values[:read], indices[:read], tuple(unreadable))
 
 
 def store_key(encoder: Encoder, images: ImageSet) -> str:

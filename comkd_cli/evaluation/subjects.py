@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from comkd_cli.checkpoints import StudentRecord
+from comkd_cli.costs import parameters
 from comkd_cli.evaluation.features import Encoder
-from comkd_cli.method.student import Student, image_tower_parameters
+from comkd_cli.method.student import Student
 from comkd_cli.method.teacher import Teacher
 from comkd_cli.predictor import Preprocessing
 from comkd_cli.results import Role
@@ -65,7 +66,7 @@ def student_subject(
         role="student",
         seed=record.recipe.seed,
         selection=record.recipe.selection,
-        parameters=image_tower_parameters(student),
+        parameters=parameters(student),
         encoder=Encoder(identity, record.preprocessing, student.project),
         class_vectors=student.class_vectors.cpu().clone(),
         logit_scale=float(student.logit_scale),
@@ -81,7 +82,7 @@ def teacher_subject(
         model=model,
         role=role,
         seed=None,
-        parameters=image_tower_parameters(teacher),
+        parameters=parameters(teacher),
         encoder=Encoder(identity, preprocessing, teacher.to(device).image_tower),
         class_vectors=teacher.class_vectors.cpu().clone(),
         logit_scale=float(teacher.logit_scale),

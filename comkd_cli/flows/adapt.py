@@ -2,107 +2,184 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from comkd_cli.backbones import build_clip, weights_sha256
+from comkd_cli.backbones import PROMPTSRC_TEMPLATES, Clip, build_clip, state_sha256, weights_sha256
 from comkd_cli.checkpoints import SavedTeacher, TeacherRecord, save_teacher
 from comkd_cli.data.loaders import Batch, TrainingLoader, worker_count
 from comkd_cli.data.source import Source
+from comkd_cli.data.sources import open_source
+from comkd_cli.data.splits import draw_shots, halves
 from comkd_cli.data.transforms import stable_seed
 from comkd_cli.errors import DataError
 from comkd_cli.evaluation.zero_shot import score_on_test
 from comkd_cli.files import sha256_of_data
+from comkd_cli.method.prompt_src import epoch_weights, frozen_class_vectors, prompt_src_terms
+from comkd_cli.method.refinement import class_logits
 from comkd_cli.method.teacher import PromptClassifier
 from comkd_cli.progress import Notice, Report, Stage
 from comkd_cli.recipe import Recipe
-from comkd_cli.recipe.model import FullAdapt, Model
-from comkd_cli.teachers import ReadyTeacher, encode_prompts, saved_teacher, tokenize_apart, zero_shot_teacher
+from comkd_cli.recipe.model import FullAdapt, Model, NoAdapt, PromptSrcAdapt, Teacher
+from comkd_cli.teachers import ReadyTeacher, encode_prompts, made_teacher, prompted_clip, saved_teacher, tokenize_apart
 from comkd_cli.training import StepResult, Task, fit, forget_state
 
 
-def teacher_identity(recipe: Recipe, source: Source) -> str:
-    """A digest of all that decides the teacher: its weights, how it is adapted, and on what."""
-    teacher = recipe.teacher
-    parts = {
-        "model": _model_fields(teacher),
-        "weights_sha256": weights_sha256(teacher),
-        "adapt": {"method": teacher.adapt.method, **teacher.adapt.model_dump(mode="json", exclude_defaults=True)},
-        "prompts": source.prompts,
-    }
-    if isinstance(teacher.adapt, FullAdapt):
-        parts |= {
-            "images": source.fingerprint(),
-            "augment": recipe.augment.model_dump(mode="json", exclude_defaults=True),
-            "precision": recipe.precision,
+@dataclass(frozen=True)
+class Stage1:
+    """The teacher of a recipe: what it is made from, and where it is kept."""
+
+    recipe: Recipe
+    source: Source
+    """What the student learns from; the teacher names its classes."""
+    lessons: Source
+    """What the teacher is adapted on: the same, unless `teacher.adapt.data` says otherwise."""
+    runs: Path
+
+    @property
+    def settings(self) -> Teacher:
+        """The recipe's teacher."""
+        return self.recipe.teacher
+
+    @property
+    def adapts(self) -> bool:
+        """Whether anything is trained."""
+        return self.settings.adapt.method != "none"
+
+    @cached_property
+    def key(self) -> str:
+        """A digest of all that decides the trained teacher; students of other data can share it."""
+        teacher, adapt = self.settings, self.settings.adapt
+        settings = adapt.model_dump(mode="json", exclude_defaults=True, exclude={"data", "classes_at_once"})
+        parts: dict[str, object] = {
+            "model": _model_fields(teacher),
+            "weights_sha256": weights_sha256(teacher),
+            "adapt": {"method": adapt.method, **settings},
         }
-    return sha256_of_data(parts)
+        if isinstance(adapt, FullAdapt):
+            parts["prompts"] = self.lessons.prompts
+        if self.adapts:
+            parts |= {
+                "images": self.lessons.fingerprint(),
+                "augment": self.recipe.augment.model_dump(mode="json", exclude_defaults=True),
+                "precision": self.recipe.precision,
+            }
+        return sha256_of_data(parts)
+
+    @property
+    def identity(self) -> str:
+        """A digest of all that decides what the student is taught."""
+        if self.settings.format == "promptsrc":
+            names: object = [self.settings.format, list(self.source.class_names), self.settings.backbone_weights]
+        else:
+            names = list(self.source.class_names) if self.adapts else self.source.prompts
+        return sha256_of_data([self.key, names])
+
+    @property
+    def folder(self) -> Path:
+        """Where an adapted teacher is kept; teachers that differ in anything have different folders."""
+        return self.runs / "teachers" / f"{self.lessons.name}-{self.key[:12]}"
+
+    @property
+    def file(self) -> Path:
+        """teacher.pt of an adapted teacher."""
+        return self.folder / "teacher.pt"
 
 
-def ready_teacher(
-    recipe: Recipe, source: Source, runs: Path, accelerator: Accelerator, report: Report, resume_line: str
-) -> ReadyTeacher:
-    """The recipe's teacher: zero-shot, or adapted, trained now unless `runs` has it already.
+def stage_1(recipe: Recipe, source: Source, data_root: Path, runs: Path) -> Stage1:
+    """The recipe's teacher. Raises DataError where the data that it is adapted on can't be read."""
+    adapt = recipe.teacher.adapt
+    own = isinstance(adapt, PromptSrcAdapt) and adapt.data is not None
+    lessons = open_source(adapt.data, data_root) if own else source  # type: ignore[union-attr,arg-type]
+    return Stage1(recipe, source, lessons, runs)
+
+
+def ready_teacher(stage: Stage1, accelerator: Accelerator, report: Report, resume_line: str) -> ReadyTeacher:
+    """The recipe's teacher: as its weights are, or adapted, trained now unless its file is there already.
 
     Raises DataError where it would need labels that are not there, and what `training.fit` raises.
     """
-    adapt = recipe.teacher.adapt
-    if not isinstance(adapt, FullAdapt):
-        report(Stage(f"Teacher: {recipe.teacher.arch or 'inline model'}, zero-shot"))
-        return zero_shot_teacher(recipe.teacher, source.prompts, accelerator.device)
-    key = teacher_identity(recipe, source)
-    folder = _folder_of(key, source, runs)
-    path = folder / "teacher.pt"
-    if path.is_file():
-        report(Stage(f"Teacher: reused from {path}"))
+    settings, adapt, names = stage.settings, stage.settings.adapt, stage.source.class_names
+    if isinstance(adapt, NoAdapt):
+        report(Stage(f"Teacher: {_name(settings)}, {_as_it_is(settings)}"))
+        return made_teacher(settings, names, stage.source.template, accelerator.device)
+    if stage.file.is_file():
+        report(Stage(f"Teacher: reused from {stage.file}"))
+    elif isinstance(adapt, FullAdapt):
+        report(Stage(f"Teacher: training all weights on {len(stage.lessons.train)} labelled images"))
+        _train_fully(stage, adapt, accelerator, report, resume_line)
     else:
-        report(Stage(f"Teacher: training all weights on {len(source.train)} labelled images"))
-        _train(recipe, adapt, source, folder, key, accelerator, report, resume_line)
-    return saved_teacher(path, key)
+        lessons = _lessons(stage, adapt)
+        report(
+            Stage(
+                f"Teacher: learning prompts from {len(lessons.train)} labelled images of {len(lessons.class_names)} "
+                f"classes of {lessons.name}"
+            )
+        )
+        _learn_prompts(stage, adapt, lessons, accelerator, report, resume_line)
+    return saved_teacher(stage.file, names, accelerator.device, stage.key)
 
 
-def teacher_folder(recipe: Recipe, source: Source, runs: Path) -> Path:
-    """Where an adapted teacher is kept; teachers that differ in anything have different folders."""
-    return _folder_of(teacher_identity(recipe, source), source, runs)
+def describe_stage(stage: Stage1) -> str:
+    """One line on what stage 1 would do. Raises DataError where it lacks labels."""
+    settings, adapt = stage.settings, stage.settings.adapt
+    if isinstance(adapt, NoAdapt):
+        return f"none: {_as_it_is(settings)} with the weights {settings.weights or settings.arch}"
+    if stage.file.is_file():
+        return f"{adapt.method}: reused from {stage.file}"
+    _check_labels(stage.lessons, adapt.method)
+    lessons = stage.lessons if isinstance(adapt, FullAdapt) else _lessons(stage, adapt)
+    images = len(lessons.train)
+    return (
+        f"{adapt.method}: {adapt.epochs} epochs of {images // min(adapt.batch_size, images):,} steps on {lessons.name}"
+    )
 
 
-def _folder_of(key: str, source: Source, runs: Path) -> Path:
-    return runs / "teachers" / f"{source.name}-{key[:12]}"
+def _name(settings: Teacher) -> str:
+    return settings.arch or "inline model"
 
 
-def describe_stage(recipe: Recipe, source: Source, runs: Path) -> str:
-    """One line on what stage 1 would do."""
-    adapt = recipe.teacher.adapt
-    if not isinstance(adapt, FullAdapt):
-        return f"none: zero-shot with the weights {recipe.teacher.weights or recipe.teacher.arch}"
-    if (path := teacher_folder(recipe, source, runs) / "teacher.pt").is_file():
-        return f"full: reused from {path}"
-    _check_labels(source)
-    return f"full: {adapt.epochs} epochs of {len(source.train) // min(adapt.batch_size, len(source.train))} steps"
+def _as_it_is(settings: Teacher) -> str:
+    return "with the prompts of its checkpoint" if settings.format == "promptsrc" else "zero-shot"
 
 
-def _check_labels(source: Source) -> None:
+def _check_labels(source: Source, method: str) -> None:
     if source.train.labels is None or len(source.train) < 2:
         raise DataError(
-            f"{source.name}: teacher.adapt: full learns from labels, and the training images have none; "
+            f"{source.name}: teacher.adapt: {method} learns from labels, and the training images have none; "
             "sort them into train/ with a sub-folder a class, or use a pretrained teacher with adapt: none"
         )
 
 
-def _train(
-    recipe: Recipe,
-    adapt: FullAdapt,
-    source: Source,
-    folder: Path,
-    key: str,
-    accelerator: Accelerator,
-    report: Report,
-    resume_line: str,
-) -> None:
-    _check_labels(source)
+def _lessons(stage: Stage1, adapt: PromptSrcAdapt) -> Source:
+    """The labelled images that prompts learn from: the shots, then the half of the classes.
+
+    In this order, as CoOp has it: base-class shots are those that a draw of all classes has.
+    """
+    source = stage.lessons
+    _check_labels(source, adapt.method)
+    labels = source.train.labels or ()
+    chosen = list(range(len(labels)))
+    if adapt.shots is not None:
+        chosen, _ = draw_shots(labels, source.val.labels or () if source.val else (), adapt.shots, adapt.seed)
+    classes = halves(len(source.class_names))[adapt.classes]
+    train = source.train.subset([position for position in chosen if labels[position] in classes])
+    test = source.test
+    if test is not None and test.labels is not None:
+        test = test.subset([position for position, label in enumerate(test.labels) if label in classes])
+    return replace(source, class_names=source.class_names[: len(classes)], train=train, test=test)
+
+
+def _train_fully(stage: Stage1, adapt: FullAdapt, accelerator: Accelerator, report: Report, resume_line: str) -> None:
+    recipe, source = stage.recipe, stage.lessons
+    _check_labels(source, adapt.method)
     clip = build_clip(recipe.teacher, stable_seed("teacher", adapt.seed))
     workers = worker_count(recipe.data)
     classifier = PromptClassifier(clip.model, tokenize_apart(clip, source.prompts)).to(accelerator.device)
@@ -110,41 +187,121 @@ def _train(
     def score() -> dict[str, float]:
         return score_on_test(classifier, classifier, source, clip.preprocessing, accelerator.device, workers, report)
 
-    history = fit(
-        Task(
-            model=classifier,
-            loss=lambda model, batch, _probe: _cross_entropy(model, batch, adapt.label_smoothing),
-            loader=TrainingLoader(
-                source.train, [clip.preprocessing], recipe.augment, adapt.batch_size, adapt.seed, workers
-            ),
-            optim=adapt,
-            folder=folder,
-            identity=key,
-            seed=stable_seed("teacher training", adapt.seed),
-            label="teacher",
-            resume_line=resume_line,
-            unreadable_limit_percent=recipe.data.unreadable_limit_percent,
-            evaluate=score,
-            evaluate_every_epochs=recipe.evaluate_every_epochs,
-        ),
-        accelerator,
-        report,
-    )
+    def loss(model: nn.Module, batch: Batch, _probe: bool) -> StepResult:
+        return _cross_entropy(model, batch, adapt.label_smoothing)
+
+    task = _task(stage, adapt, source, clip, classifier, loss, score, resume_line)
+    history = fit(task, accelerator, report)
     classifier.eval()
-    record = TeacherRecord(
-        key=key,
-        model=_model_fields(recipe.teacher),
+    vectors = encode_prompts(clip, source.prompts, accelerator.device)
+    record = _record(stage, source, clip, history)
+    _save(stage, SavedTeacher(record, vectors, classifier.logit_scale.detach(), clip.model.state_dict()), report)
+
+
+def _learn_prompts(
+    stage: Stage1,
+    adapt: PromptSrcAdapt,
+    source: Source,
+    accelerator: Accelerator,
+    report: Report,
+    resume_line: str,
+) -> None:
+    recipe, device = stage.recipe, accelerator.device
+    clip = build_clip(recipe.teacher)
+    clip.model.to(device)
+    backbone_sha256 = state_sha256(clip.model)
+    templates = [
+        clip.tokenize([template.replace("{}", name) for name in source.class_names]).to(device)
+        for template in PROMPTSRC_TEMPLATES
+    ]
+    frozen_classes = frozen_class_vectors(clip.model, templates)
+    seed = stable_seed("teacher prompts", adapt.seed)
+    prompted = prompted_clip(clip, adapt.vision_depth, adapt.text_depth, adapt.tokens, seed)
+    module = prompted.module.to(device)
+    tokens = prompted.tokens(source.class_names).to(device)
+    workers = worker_count(recipe.data)
+
+    def loss(model: nn.Module, batch: Batch, _probe: bool) -> StepResult:
+        output = model(batch.inputs[0], tokens, frozen_classes, adapt.classes_at_once)
+        assert batch.labels is not None  # as _check_labels made sure
+        terms = prompt_src_terms(
+            output, batch.labels, frozen_classes, adapt.text_weight, adapt.image_weight, adapt.logits_weight
+        )
+        return StepResult(torch.stack(list(terms.values())).sum(), dict(terms))
+
+    def score() -> dict[str, float]:
+        module.eval()
+        with torch.no_grad():
+            vectors = module.encode_classes(tokens)
+
+        def logits(images: Tensor) -> Tensor:
+            return class_logits(module.encode_images(images), vectors, module.logit_scale)
+
+        return score_on_test(module, logits, source, clip.preprocessing, device, workers, report)
+
+    task = _task(stage, adapt, source, clip, module, loss, score, resume_line)
+    history = fit(replace(task, average=_epoch_weights(adapt)), accelerator, report)
+    module.eval()
+    with torch.no_grad():
+        vectors = module.encode_classes(tokens)
+    record = replace(_record(stage, source, clip, history), backbone_sha256=backbone_sha256)
+    state = {f"prompts.{name}": value for name, value in module.prompts().items()}
+    _save(stage, SavedTeacher(record, vectors, module.logit_scale, state), report)
+
+
+def _task(
+    stage: Stage1,
+    adapt: FullAdapt | PromptSrcAdapt,
+    source: Source,
+    clip: Clip,
+    model: nn.Module,
+    loss: Callable[[nn.Module, Batch, bool], StepResult],
+    score: Callable[[], dict[str, float]],
+    resume_line: str,
+) -> Task:
+    """What both ways of training have in common."""
+    recipe = stage.recipe
+    workers = worker_count(recipe.data)
+    loader = TrainingLoader(source.train, [clip.preprocessing], recipe.augment, adapt.batch_size, adapt.seed, workers)
+    return Task(
+        model=model,
+        loss=loss,
+        loader=loader,
+        optim=adapt,
+        folder=stage.folder,
+        identity=stage.key,
+        seed=stable_seed("teacher training", adapt.seed),
+        label="teacher",
+        resume_line=resume_line,
+        unreadable_limit_percent=recipe.data.unreadable_limit_percent,
+        evaluate=score,
+        evaluate_every_epochs=recipe.evaluate_every_epochs,
+    )
+
+
+def _epoch_weights(adapt: PromptSrcAdapt) -> Sequence[float] | None:
+    if adapt.gaussian is None:
+        return None
+    mean = adapt.gaussian.mean or 0.75 * adapt.epochs
+    return epoch_weights(adapt.epochs, mean, adapt.gaussian.deviation or adapt.epochs / 20)
+
+
+def _record(stage: Stage1, source: Source, clip: Clip, history: list[dict[str, float]]) -> TeacherRecord:
+    return TeacherRecord(
+        key=stage.key,
+        model=_model_fields(stage.settings),
         class_names=source.class_names,
         template=source.template,
         preprocessing=clip.preprocessing,
         origin=clip.origin,
         metrics=history[-1],
     )
-    vectors = encode_prompts(clip, source.prompts, accelerator.device)
-    scale = classifier.logit_scale.detach()
-    save_teacher(folder / "teacher.pt", SavedTeacher(record, vectors, scale, clip.model.state_dict()))
-    forget_state(folder)
-    report(Notice(f"teacher saved in {folder}; later runs reuse it"))
+
+
+def _save(stage: Stage1, saved: SavedTeacher, report: Report) -> None:
+    save_teacher(stage.file, saved)
+    forget_state(stage.folder)
+    report(Notice(f"teacher saved in {stage.folder}; later runs reuse it"))
 
 
 def _cross_entropy(model: nn.Module, batch: Batch, label_smoothing: float) -> StepResult:

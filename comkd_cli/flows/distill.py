@@ -12,8 +12,16 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from comkd_cli.backbones import ImageTower, build_clip, build_image_tower, state_sha256, weights_sha256
+from comkd_cli.backbones import (
+    ImageTower,
+    build_image_tower,
+    outline_clip,
+    outline_image_tower,
+    state_sha256,
+    weights_sha256,
+)
 from comkd_cli.checkpoints import StudentRecord, load_student_record, save_student
+from comkd_cli.costs import multiply_adds, parameters
 from comkd_cli.data.loaders import Batch, TrainingLoader, worker_count
 from comkd_cli.data.source import Source
 from comkd_cli.data.splits import halves
@@ -22,11 +30,12 @@ from comkd_cli.errors import CheckpointError, DataError
 from comkd_cli.evaluation.zero_shot import score_on_test
 from comkd_cli.files import remove_folder, sha256_of_data, write_text
 from comkd_cli.method.objective import gradient_shares, loss_terms
-from comkd_cli.method.student import Student, image_tower_parameters
+from comkd_cli.method.student import Student
 from comkd_cli.method.teacher import Teacher
 from comkd_cli.progress import Notice, Report, Stage
 from comkd_cli.recipe import Recipe, to_yaml
-from comkd_cli.teachers import ReadyTeacher
+from comkd_cli.recipe.model import PromptSrcAdapt
+from comkd_cli.teachers import ReadyTeacher, prompted_clip
 from comkd_cli.training import StepResult, Task, check_state, fit, forget_state
 
 IDLE_GATE = 0.01  # below this EduAttention adds less than a hundredth of a unit vector to a feature
@@ -67,24 +76,27 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run would do, for --dry-run. Counts are of parameters and steps."""
+class Outline:
+    """What the models of a recipe cost, whether or not their weights and the images are at hand."""
 
-    folder: Path
-    device: str
-    precision: str
-    source: str
     classes: int
-    training_images: int
-    test_images: int
     teacher_parameters: int
     teacher_image_tower_parameters: int
+    teacher_multiply_adds: int
+    """Of its image tower for one image."""
     student_image_tower_parameters: int
     student_trainable_parameters: int
+    student_multiply_adds: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do, for --dry-run."""
+
+    folder: Path
+    training_images: int
+    test_images: int
     steps_per_epoch: int
-    epochs: int
-    teacher_stage: str
-    """What stage 1 would do."""
     state: str
     """What is there of the run already."""
 
@@ -102,30 +114,38 @@ def finished(run: Run) -> bool:
     return True
 
 
-def plan(run: Run, accelerator: Accelerator, teacher_stage: str) -> Plan:
-    """What the run would do; models are built with random weights, nothing is loaded or written."""
-    recipe, source = run.recipe, run.source
+def outline(recipe: Recipe, classes: int) -> Outline:
+    """What the recipe's models cost; they are built without weights, so nothing is fetched. Raises ModelError."""
+    clip = outline_clip(recipe.teacher)
+    adapt = recipe.teacher.adapt
+    tokens = clip.tokenize(["a photo of a thing."]).to("meta")
+    dim = int(clip.model.encode_text(tokens).shape[-1])  # type: ignore[operator]
+    with torch.device("meta"):
+        if isinstance(adapt, PromptSrcAdapt):
+            prompted_clip(clip, adapt.vision_depth, adapt.text_depth, adapt.tokens)
+        tower = outline_image_tower(recipe.student)
+        student = _build_student(recipe, tower, torch.zeros(classes, dim), torch.ones(()))
+    teacher_tower: nn.Module = clip.model.visual  # type: ignore[assignment]
+    return Outline(
+        classes=classes,
+        teacher_parameters=parameters(clip.model),
+        teacher_image_tower_parameters=parameters(teacher_tower),
+        teacher_multiply_adds=multiply_adds(teacher_tower, clip.preprocessing.size),
+        student_image_tower_parameters=parameters(student),
+        student_trainable_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
+        student_multiply_adds=multiply_adds(student, tower.preprocessing.size),
+    )
+
+
+def plan(run: Run) -> Plan:
+    """What the run would do; nothing is loaded or written. Raises DataError or CheckpointError."""
     _check_images(run)
-    clip = build_clip(recipe.teacher, load_weights=False)
-    dim = int(clip.model.encode_text(clip.tokenize(source.prompts[:1])).shape[-1])  # type: ignore[operator]
-    tower = build_image_tower(recipe.student, load_weights=False)
-    student = _build_student(recipe, tower, torch.zeros(len(source.class_names), dim), torch.tensor(1.0))
-    batch_size = min(recipe.optim.batch_size, len(source.train))
+    batch_size = min(run.recipe.optim.batch_size, len(run.source.train))
     return Plan(
         folder=run.folder,
-        device=str(accelerator.device),
-        precision=recipe.precision,
-        source=source.name,
-        classes=len(source.class_names),
-        training_images=len(source.train),
-        test_images=len(source.test) if source.test else 0,
-        teacher_parameters=image_tower_parameters(clip.model),
-        teacher_image_tower_parameters=image_tower_parameters(clip.model.visual),  # type: ignore[arg-type]
-        student_image_tower_parameters=image_tower_parameters(student),
-        student_trainable_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
-        steps_per_epoch=len(source.train) // batch_size,
-        epochs=recipe.optim.epochs,
-        teacher_stage=teacher_stage,
+        training_images=len(run.source.train),
+        test_images=len(run.source.test) if run.source.test else 0,
+        steps_per_epoch=len(run.source.train) // batch_size,
         state=_state_of(run),
     )
 
@@ -285,4 +305,4 @@ def _report_idle_gate(recipe: Recipe, student: Student, report: Report) -> None:
 
 
 def _size(module: nn.Module) -> str:
-    return f"{image_tower_parameters(module):,}"
+    return f"{parameters(module):,}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from comkd_cli.backbones import IMAGENET_TEMPLATES, Clip, build_clip
+from comkd_cli.backbones import IMAGENET_TEMPLATES, Clip, build_clip, weights_sha256
 from comkd_cli.catalog import CATALOG
 from comkd_cli.checkpoints import StudentRecord, load_student
 from comkd_cli.data.loaders import worker_count
@@ -25,9 +25,9 @@ from comkd_cli.evaluation.protocols import STANDARD_SEEDS, STANDARD_SHOTS, base_
 from comkd_cli.evaluation.subjects import Subject, student_subject, teacher_subject
 from comkd_cli.files import sha256_of_data, sha256_of_file
 from comkd_cli.progress import Notice, Report, Stage
-from comkd_cli.recipe.model import SCHEMES, Data, Model
+from comkd_cli.recipe.model import SCHEMES, Data, Model, Teacher
 from comkd_cli.results import Missing, Record, Results
-from comkd_cli.teachers import encode_ensemble, saved_teacher, teacher_of_clip
+from comkd_cli.teachers import encode_ensemble, made_teacher, saved_teacher, teacher_of_clip
 
 IMAGENET_FAMILY = tuple(name for name, dataset in CATALOG.items() if dataset.layout.startswith("imagenet"))
 VARIANTS = tuple(name for name, dataset in CATALOG.items() if dataset.layout == "imagenet-variant")
@@ -156,7 +156,7 @@ def _score_baseline(argument: str, bench: Bench) -> list[Record]:
         bench.clips[argument] = build_clip(model)
     clip = bench.clips[argument]
     ready = teacher_of_clip(clip, source.prompts, bench.device)
-    identity = _clip_identity(model, clip)
+    identity = _identity(model)
     subject = teacher_subject(ready.teacher, ready.preprocessing, identity, argument, "baseline", bench.device)
     store = _store(bench, bench.data)
     records, _ = _score(subject, source, images, store, bench, "baseline")
@@ -225,8 +225,12 @@ def _parse_argument(argument: str) -> Model:
     return Model(arch=arch, weights=weights)
 
 
-def _clip_identity(model: Model, clip: Clip) -> str:
-    return sha256_of_data([model.arch, model.config, model.weights, clip.origin.weights_sha256])
+def _identity(model: Model) -> str:
+    """A digest of the weights that a model loads."""
+    parts = [model.arch, model.config, model.weights, weights_sha256(model)]
+    if isinstance(model, Teacher) and model.format != "clip":
+        parts.append(model.format)
+    return sha256_of_data(parts)
 
 
 def _scored_images(source: Source, report: Report) -> ImageSet:
@@ -242,16 +246,14 @@ def _teacher_of(path: Path, record: StudentRecord, source: Source, bench: Bench)
     try:
         if record.teacher is not None:
             checkpoint = Path(os.path.normpath(path.parent / record.teacher))
-            ready = saved_teacher(checkpoint)
+            ready = saved_teacher(checkpoint, source.class_names, bench.device)
             name, identity = str(checkpoint), sha256_of_file(checkpoint)
         else:
-            model = record.recipe.teacher
-            clip = build_clip(model)
+            settings = record.recipe.teacher
             # The prompts that the student learned from, whatever the data at hand would prompt.
-            prompts = [record.template.replace("{}", class_name) for class_name in source.class_names]
-            ready = teacher_of_clip(clip, prompts, bench.device)
-            name = f"{clip.origin.architecture}:{model.weights}" if model.weights else str(model.arch)
-            identity = _clip_identity(model, clip)
+            ready = made_teacher(settings, source.class_names, record.template, bench.device)
+            name = ":".join(part for part in (settings.arch or "inline model", settings.weights) if part)
+            identity = _identity(settings)
     except (CheckpointError, ModelError) as error:
         bench.report(Notice(f"the teacher can't be scored beside the student: {error}"))
         return None

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, operations keep the dtype of what they are given; the meta device knows no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def class_logits(features: Tensor, class_vectors: Tensor, logit_scale: Tensor) -> Tensor:
@@ -13,7 +20,7 @@ def class_logits(features: Tensor, class_vectors: Tensor, logit_scale: Tensor) -
     features: (batch, dim); class_vectors: (classes, dim); both L2-normalised. Computed in float32 under
     autocast too: at a scale of 100, half precision would round logits to steps of 0.06 and more.
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device):
         return logit_scale.float() * features.float() @ class_vectors.float().T
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from comkd_cli.method.edu_attention import EduAttention
 from comkd_cli.method.projector import projector
 from comkd_cli.method.prompts import VisionPrompts
-from comkd_cli.method.refinement import class_logits
+from comkd_cli.method.refinement import class_logits, without_autocast
 from comkd_cli.recipe import model as recipe
 
 
@@ -111,12 +110,7 @@ class Student(nn.Module):
         return None if self.edu_attention is None else float(self.edu_attention.gate.detach())
 
 
-def image_tower_parameters(module: nn.Module) -> int:
-    """Parameters of everything between an image and its feature, trainable or not."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def _unit(features: Tensor) -> Tensor:
     """L2-normalised in float32: half precision would leave norms that are off by 1e-3."""
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device):
         return nn.functional.normalize(features.float(), dim=-1)

@@ -14,7 +14,7 @@ from ruamel.yaml.error import YAMLError
 
 from comkd_cli.errors import MisuseError, RecipeError
 from comkd_cli.recipe.faults import describe_faults
-from comkd_cli.recipe.model import Data, Recipe
+from comkd_cli.recipe.model import DATASETS, Data, Recipe
 
 COMMAND_LINE = "--set"
 
@@ -23,8 +23,8 @@ COMMAND_LINE = "--set"
 SUPERSEDES = {
     "data.dataset": ("folder", "classes", "template"),
     "data.folder": ("dataset", "classes", "template"),
-    "teacher.arch": ("config", "weights"),
-    "teacher.config": ("arch", "weights"),
+    "teacher.arch": ("config", "weights", "format", "backbone_weights"),
+    "teacher.config": ("arch", "weights", "format", "backbone_weights"),
     "student.arch": ("config", "weights"),
     "student.config": ("arch", "weights"),
     "optim.name": ("learning_rate", "momentum", "weight_decay", "warmup_learning_rate"),
@@ -60,7 +60,12 @@ def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(name)
     tree, origins = _read_extended(path, ())
-    _merge(tree, _parse_settings(settings), COMMAND_LINE, origins)
+    own = _own_of_datasets(tree, str(path))
+    changes = _parse_settings(settings)
+    dataset = _dataset_of(changes) or _dataset_of(tree)
+    if dataset in own:
+        _merge(tree, own[dataset], f"{path}: for_dataset.{dataset}", origins)
+    _merge(tree, changes, COMMAND_LINE, origins)
     return parse_recipe(tree, origins, str(path))
 
 
@@ -69,7 +74,10 @@ def check_recipes(names: Sequence[str]) -> dict[str, str]:
     faults = {}
     for name in names:
         try:
+            tree, _ = _read_extended(find_recipe(name), ())
             load_recipe(name)
+            for dataset in _own_of_datasets(tree, name):
+                load_recipe(name, [f"data.dataset={dataset}"])
         except RecipeError as error:
             faults[name] = str(error)
     return faults
@@ -141,6 +149,22 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], 
         tree, origins = _read_extended(beside if beside.is_file() else _find_base(base, path), (*seen, resolved))
     _merge(tree, own, str(path), origins)
     return tree, origins
+
+
+def _own_of_datasets(tree: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    """Take `for_dataset` out of a recipe: by data set, the fields that it has differently."""
+    own = tree.pop("for_dataset", None) or {}
+    if not isinstance(own, dict) or not all(isinstance(fields, dict) for fields in own.values()):
+        raise RecipeError(f"{name}: for_dataset: should be a mapping of data sets to fields")
+    if strange := [dataset for dataset in own if dataset not in DATASETS]:
+        raise RecipeError(f"{name}: for_dataset: {strange[0]!r} is no data set that comkd knows")
+    return own
+
+
+def _dataset_of(tree: Mapping[str, Any]) -> str | None:
+    data = tree.get("data")
+    dataset = data.get("dataset") if isinstance(data, Mapping) else None
+    return dataset if isinstance(dataset, str) else None
 
 
 def _find_base(base: str, path: Path) -> Path:

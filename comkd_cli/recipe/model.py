@@ -1,7 +1,7 @@
 """What a recipe may say. Every field's docstring is its documentation: docs/recipes.md is made from them.
 
-Defaults marked [K] are PromptKD's, [P] the ComKD-CLIP paper's, [C] this project's choice where those
-are silent.
+Defaults marked [K] are PromptKD's, [S] PromptSRC's, [P] the ComKD-CLIP paper's, [C] this project's choice
+where those are silent.
 """
 
 from __future__ import annotations
@@ -140,8 +140,49 @@ class FullAdapt(AdamW):
     """Share of the target spread over all classes [C]."""
 
 
+class Gaussian(Closed):
+    """Which epochs' prompts are kept: their average, weighted by a normal density over the epoch's number."""
+
+    mean: Positive | None = None
+    """The epoch that counts most. Left out: three quarters of the epochs, 15 of 20 [S]."""
+    deviation: Positive | None = None
+    """In epochs. Left out: a twentieth of the epochs, 1 of 20 [S]."""
+
+
+class PromptSrcAdapt(Sgd):
+    """PromptSRC: learned tokens in both frozen encoders, from a few labelled images of each class."""
+
+    method: Literal["promptsrc"] = "promptsrc"
+    """`promptsrc`"""
+    data: Data | None = None
+    """Labelled images to adapt on, where they are others than the student's: cross-dataset and domain
+    generalisation adapt on `{dataset: imagenet}`. Left out: the recipe's own data."""
+    classes: Literal["all", "base"] = "all"
+    """`base` adapts on the first half of the classes alone, for base-to-novel."""
+    shots: Count | None = 16
+    """Labelled images of each class, drawn with `seed`; null takes all [S]."""
+    seed: Annotated[int, Field(ge=0)] = 1
+    """Of the draw, the prompts and the order; students of several seeds share one teacher."""
+    tokens: Count = 4
+    """Learned tokens at each prompted layer of either encoder [P]."""
+    vision_depth: Count = 9
+    """Prompted layers of the image encoder [P]."""
+    text_depth: Count = 9
+    """Prompted layers of the text encoder [P]."""
+    text_weight: Weight = 25.0
+    """Of the L1 distance between prompted and frozen text features [S]."""
+    image_weight: Weight = 10.0
+    """Of the L1 distance between prompted and frozen image features [S]."""
+    logits_weight: Weight = 1.0
+    """Of the KL divergence between frozen and prompted logits [S]."""
+    gaussian: Gaussian | None = Gaussian()
+    """The prompts that are kept; null keeps the last epoch's [S]."""
+    classes_at_once: Count = 64
+    """Classes whose prompts are encoded at once; memory grows with this, not with the classes [C]."""
+
+
 Adapt = Annotated[
-    NoAdapt | FullAdapt,
+    NoAdapt | FullAdapt | PromptSrcAdapt,
     Field(discriminator="method"),
     BeforeValidator(lambda value: {"method": value} if isinstance(value, str) else value),
 ]
@@ -189,10 +230,29 @@ class Teacher(Model):
     """The large CLIP that is learned from."""
 
     adapt: Adapt = NoAdapt()
-    """Stage 1: `none` keeps the zero-shot teacher, `full` trains every weight on the labelled images."""
+    """Stage 1: `none` keeps the zero-shot teacher, `promptsrc` learns prompts from a few labelled images,
+    `full` trains every weight on all of them."""
+    format: Literal["clip", "promptsrc"] = "clip"
+    """Of the file in `weights`: `clip` is what open_clip reads; `promptsrc` a checkpoint as PromptSRC and
+    PromptKD publish their teachers, with its prompts. It is read without running anything from it."""
+    backbone_weights: str | None = None
+    """With `format: promptsrc`: the CLIP that the prompts were learned on, an open_clip tag or a file, for the
+    table of word embeddings that such checkpoints lack. Left out: `openai`."""
+
+    @model_validator(mode="after")
+    def _released(self) -> Teacher:
+        if self.format == "promptsrc" and self.weights is None:
+            raise ValueError("`format: promptsrc` needs `weights`: the checkpoint's file")
+        if self.format == "promptsrc" and self.adapt.method != "none":
+            raise ValueError("`format: promptsrc` is a teacher that is adapted already: use `adapt: none`")
+        if self.format == "clip" and self.backbone_weights is not None:
+            raise ValueError("`backbone_weights` belongs to `format: promptsrc`")
+        return self
 
     @model_validator(mode="after")
     def _knows_something(self) -> Teacher:
+        if not self.has_weights and self.adapt.method == "promptsrc":
+            raise ValueError("has random weights, and promptsrc trains prompts alone: give `weights`")
         if not self.has_weights and self.adapt.method == "none":
             raise ValueError("has random weights: give `weights`, or train it with `adapt: full`")
         if self.config is not None and "text_cfg" not in self.config:

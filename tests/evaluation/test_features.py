@@ -87,3 +87,24 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path) -> None:
     found = store(tmp_path).features(encoder, IMAGES, "it")
     assert counting.seen == 20
     assert found.values.shape == (10, 6)
+
+
+def test_an_image_that_can_be_read_by_now_is_added_and_the_others_are_not_read_again(tmp_path: Path) -> None:
+    damaged = {IMAGES.keys[3], IMAGES.keys[7]}
+
+    def open_key(key: str):  # type: ignore[no-untyped-def]
+        if key in damaged:
+            raise UnreadableImage(f"{key}: missing")
+        return IMAGES.open_key(key)
+
+    counting = Counting()
+    half_unpacked = replace(IMAGES, open_key=open_key)
+    store(tmp_path).features(Encoder("a", INPUT, counting), half_unpacked, "it")
+    damaged.discard(IMAGES.keys[3])
+    found = store(tmp_path).features(Encoder("a", INPUT, counting), half_unpacked, "it")
+    assert counting.seen == 8 + 1
+    assert found.indices.tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9]
+    assert found.unreadable == (f"{IMAGES.keys[7]}: missing",)
+    damaged.clear()
+    whole = store(tmp_path).features(Encoder("a", INPUT, counting), half_unpacked, "it")
+    assert np.array_equal(whole.values, store(None).features(Encoder("a", INPUT, Counting()), IMAGES, "it").values)

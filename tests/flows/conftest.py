@@ -17,11 +17,12 @@ def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = parse_recipe(tiny.recipe())
     source = open_source(recipe.data, Path("data"))
     runs = tmp_path_factory.mktemp("shared runs")
-    run = distill.Run(recipe, "tiny", source, runs, adapt.teacher_identity(recipe, source))
+    stage = adapt.stage_1(recipe, source, Path("data"), runs)
+    run = distill.Run(recipe, "tiny", source, runs, stage.identity)
     accelerator = make_accelerator("fp32")
     return distill.distill(
         run,
-        lambda: adapt.ready_teacher(recipe, source, runs, accelerator, lambda event: None, "again"),
+        lambda: adapt.ready_teacher(stage, accelerator, lambda event: None, "again"),
         accelerator,
         lambda event: None,
         "again",

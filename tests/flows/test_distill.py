@@ -5,12 +5,15 @@ from typing import Any
 import pytest
 import torch
 
+from comkd_cli.backbones import build_clip
 from comkd_cli.checkpoints import load_student
+from comkd_cli.costs import multiply_adds
+from comkd_cli.data.source import Source
 from comkd_cli.data.sources import open_source
 from comkd_cli.errors import CheckpointError, DataError
 from comkd_cli.flows import adapt, distill
 from comkd_cli.progress import Event, Notice, Stage
-from comkd_cli.recipe import parse_recipe, read_yaml
+from comkd_cli.recipe import Recipe, parse_recipe, read_yaml
 from comkd_cli.training import make_accelerator
 from tests import tiny
 
@@ -18,7 +21,11 @@ from tests import tiny
 def make_run(runs: Path, **changes: Any) -> distill.Run:
     chosen = parse_recipe(tiny.recipe(**changes))
     source = open_source(chosen.data, Path("data"))
-    return distill.Run(chosen, "tiny", source, runs, adapt.teacher_identity(chosen, source))
+    return distill.Run(chosen, "tiny", source, runs, stage(chosen, source, runs).identity)
+
+
+def stage(recipe: Recipe, source: Source, runs: Path) -> adapt.Stage1:
+    return adapt.stage_1(recipe, source, Path("data"), runs)
 
 
 def do(run: distill.Run, events: list[Event] | None = None, fresh: bool = False) -> Path:
@@ -26,7 +33,7 @@ def do(run: distill.Run, events: list[Event] | None = None, fresh: bool = False)
     accelerator = make_accelerator("fp32")
     return distill.distill(
         run,
-        lambda: adapt.ready_teacher(run.recipe, run.source, run.runs, accelerator, report, "again"),
+        lambda: adapt.ready_teacher(stage(run.recipe, run.source, run.runs), accelerator, report, "again"),
         accelerator,
         report,
         "again",
@@ -96,9 +103,8 @@ def test_the_teacher_is_trained_once_for_students_of_several_seeds(done: distill
 )
 def test_another_teacher_gets_another_folder(done: distill.Run, change: dict[str, Any]) -> None:
     changed = make_run(done.runs, **change)
-    assert adapt.teacher_folder(changed.recipe, changed.source, done.runs) != adapt.teacher_folder(
-        done.recipe, done.source, done.runs
-    )
+    folders = {stage(run.recipe, run.source, done.runs).folder for run in (changed, done)}
+    assert len(folders) == 2
 
 
 def test_a_finished_run_is_known_and_another_recipe_in_its_place_refused(done: distill.Run) -> None:
@@ -195,12 +201,21 @@ def test_unreadable_images_are_named_and_training_goes_on_within_the_limit(done:
 
 def test_a_plan_counts_without_training_anything(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    plan = distill.plan(run, make_accelerator("fp32"), adapt.describe_stage(run.recipe, run.source, tmp_path))
-    assert plan.steps_per_epoch == 1437 // 128
-    assert plan.student_trainable_parameters == plan.student_image_tower_parameters
-    assert plan.teacher_image_tower_parameters < plan.teacher_parameters
-    assert "2 epochs of 11 steps" in plan.teacher_stage
+    plan = distill.plan(run)
+    assert (plan.steps_per_epoch, plan.training_images, plan.test_images) == (1437 // 128, 1437, 360)
+    assert "2 epochs of 11 steps" in adapt.describe_stage(stage(run.recipe, run.source, tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_outline_counts_what_the_built_models_have(done: distill.Run) -> None:
+    outline = distill.outline(done.recipe, 10)
+    student, _ = load_student(done.student_file)
+    clip = build_clip(done.recipe.teacher, load_weights=False).model
+    assert outline.student_image_tower_parameters == sum(p.numel() for p in student.parameters())
+    assert outline.student_trainable_parameters == outline.student_image_tower_parameters
+    assert outline.teacher_parameters == sum(p.numel() for p in clip.parameters())
+    assert outline.teacher_image_tower_parameters == sum(p.numel() for p in clip.visual.parameters())
+    assert outline.student_multiply_adds == multiply_adds(student, 16)
 
 
 @pytest.mark.parametrize(

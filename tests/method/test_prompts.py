@@ -123,7 +123,7 @@ def test_prompts_start_small_and_normal() -> None:
 
 
 def test_more_depth_than_blocks_is_refused() -> None:
-    with pytest.raises(ModelError, match="more than the backbone's 3 blocks"):
+    with pytest.raises(ModelError, match="more than the 3 blocks"):
         VisionPrompts(tower(), tokens=4, depth=4)
 
 

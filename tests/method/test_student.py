@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from comkd_cli.costs import parameters
 from comkd_cli.method.prompts import VisionPrompts
-from comkd_cli.method.student import Student, image_tower_parameters
+from comkd_cli.method.student import Student
 from comkd_cli.recipe import model as recipe
 
 DIM, WIDTH, CLASSES = 6, 5, 3
@@ -132,4 +133,4 @@ def test_a_state_with_other_names_is_refused() -> None:
 
 def test_the_tower_counts_everything_between_image_and_feature() -> None:
     by_hand = (12 * WIDTH + WIDTH) + (WIDTH * DIM + DIM + 2 * DIM + DIM * DIM + DIM) + (3 * (DIM * DIM + DIM) + 1)
-    assert image_tower_parameters(student()) == by_hand
+    assert parameters(student()) == by_hand

@@ -1,0 +1,29 @@
+"""What a model costs: its parameters, and its multiply-adds for one image."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def parameters(module: nn.Module) -> int:
+    """All parameters, trainable or not, each once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def multiply_adds(module: nn.Module, size: int) -> int:
+    """Multiply-adds of the matrix products, convolutions and attention for one image of `size` by `size` pixels.
+
+    Half of what torch counts as floating point operations. Counted on the meta device, without computing
+    anything: there attention is counted whatever kernel the module's own device would run it with.
+    """
+    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    outline = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    was_training = module.training
+    module.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
+        functional_call(module, outline, (torch.zeros(1, 3, size, size),))
+    module.train(was_training)
+    return int(counter.get_total_flops()) // 2

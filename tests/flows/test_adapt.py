@@ -1,0 +1,165 @@
+"""Stage 1 with prompts: what is learned, what is kept, and who shares it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from comkd_cli.backbones import build_clip
+from comkd_cli.checkpoints import load_student, load_teacher
+from comkd_cli.data.sources import open_source
+from comkd_cli.errors import CheckpointError, DataError, RecipeError
+from comkd_cli.flows import adapt, distill
+from comkd_cli.flows.evaluate import Bench, evaluate
+from comkd_cli.progress import Event, Stage
+from comkd_cli.recipe import parse_recipe
+from comkd_cli.recipe.model import Model
+from comkd_cli.training import make_accelerator
+from tests import tiny
+
+PROMPTS = {"method": "promptsrc", "shots": 4, "epochs": 3, "tokens": 2, "vision_depth": 2, "text_depth": 1}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "clip.pt"
+    torch.save(build_clip(Model(config=tiny.CLIP), seed=3).model.state_dict(), path)
+    return path
+
+
+def make_stage(runs: Path, weights: Path, root: Path = Path("data"), **changes: Any) -> adapt.Stage1:
+    teacher = {"config": tiny.CLIP, "weights": str(weights), "adapt": {**PROMPTS, **changes.pop("adapt", {})}}
+    recipe = parse_recipe(tiny.recipe(teacher=teacher, optim={**tiny.OPTIM, "epochs": 1}, **changes))
+    return adapt.stage_1(recipe, open_source(recipe.data, root), root, runs)
+
+
+def teach(stage: adapt.Stage1, events: list[Event] | None = None):  # type: ignore[no-untyped-def]
+    report = (events if events is not None else []).append
+    return adapt.ready_teacher(stage, make_accelerator("fp32"), report, "again")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> adapt.Stage1:
+    stage = make_stage(tmp_path_factory.mktemp("runs"), weights)
+    teach(stage)
+    return stage
+
+
+def test_only_prompts_are_saved_with_the_hash_of_what_they_stand_on(done: adapt.Stage1, weights: Path) -> None:
+    saved = load_teacher(done.file)
+    assert {name: tuple(value.shape) for name, value in saved.state_dict.items()} == {
+        "prompts.vision": (2, 2, 32),
+        "prompts.text": (1, 2, 16),
+    }
+    assert saved.record.backbone_sha256 is not None
+    assert saved.record.origin.weights == str(weights)
+    assert saved.record.metrics["test_top1_percent"] > 0
+    assert not (done.folder / "state").exists()
+
+
+def test_four_shots_of_each_class_are_learned_from(done: adapt.Stage1) -> None:
+    first = json.loads((done.folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"cross_entropy", "text", "image", "logits"} <= set(first)
+    lessons = adapt._lessons(done, done.settings.adapt)  # type: ignore[arg-type]
+    counts = [list(lessons.train.labels or ()).count(label) for label in range(10)]
+    assert counts == [4] * 10
+    assert first["learning_rate"] == 1e-5  # the constant warm-up epoch
+
+
+def test_base_classes_have_the_shots_that_they_have_among_all(done: adapt.Stage1, weights: Path) -> None:
+    whole = adapt._lessons(done, done.settings.adapt)  # type: ignore[arg-type]
+    stage = make_stage(done.runs, weights, adapt={"classes": "base"})
+    base = adapt._lessons(stage, stage.settings.adapt)  # type: ignore[arg-type]
+    assert base.class_names == whole.class_names[:5]
+    kept = [k for k, label in zip(whole.train.keys, whole.train.labels or (), strict=True) if label < 5]
+    assert list(base.train.keys) == kept
+    assert base.test is not None
+    assert set(base.test.labels or ()) == set(range(5))
+
+
+def test_the_kept_prompts_are_the_weighted_average_of_the_epochs(tmp_path: Path, weights: Path) -> None:
+    """Of runs that stop after each epoch, since what an epoch does depends on those before it alone."""
+    # Without its own cosine: SGD's rate depends on how many epochs there are.
+    steady = {"warmup_epochs": 3, "warmup_learning_rate": 0.01}
+    kept = []
+    for epochs in (1, 2, 3):
+        stage = make_stage(tmp_path / str(epochs), weights, adapt={**steady, "epochs": epochs, "gaussian": None})
+        teach(stage)
+        kept.append(load_teacher(stage.file).state_dict)
+    averaged = make_stage(tmp_path / "average", weights, adapt={**steady, "gaussian": {"mean": 2, "deviation": 1}})
+    teach(averaged)
+    density = torch.exp(-0.5 * torch.tensor([1.0, 0.0, 1.0]))
+    share = density / density.sum()
+    for name, value in load_teacher(averaged.file).state_dict.items():
+        expected = sum(w * state[name] for w, state in zip(share, kept, strict=True))
+        torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
+        assert not torch.allclose(value, kept[-1][name], atol=1e-6)
+
+
+def test_students_and_seeds_share_a_teacher(done: adapt.Stage1, weights: Path) -> None:
+    written = done.file.stat().st_mtime_ns
+    for changes in ({"seed": 7}, {"loss": {"refinement": {"weight": 5.0}, "if_align": None}}):
+        events: list[Event] = []
+        teach(make_stage(done.runs, weights, **changes), events)
+        assert [e.title for e in events if isinstance(e, Stage)] == [f"Teacher: reused from {done.file}"]
+    assert done.file.stat().st_mtime_ns == written
+    assert make_stage(done.runs, weights, adapt={"shots": 2}).folder != done.folder
+    assert make_stage(done.runs, weights, adapt={"classes_at_once": 3}).folder == done.folder
+
+
+def test_a_teacher_of_one_data_set_teaches_the_classes_of_another(
+    done: adapt.Stage1, weights: Path, tmp_path: Path
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    images = open_source(done.recipe.data, tmp_path).train
+    for index in range(12):
+        images.open(index).save(pictures / f"{index}.png")
+    data = {"folder": str(pictures), "classes": ("cat", "dog")}
+    events: list[Event] = []
+    stage = make_stage(done.runs, weights, data=data, adapt={"data": {"dataset": "digits"}})
+    ready = teach(stage, events)
+    assert stage.file == done.file
+    assert ready.teacher.class_vectors.shape == (2, 16)
+    other = make_stage(done.runs, weights, data={**data, "classes": ("cat", "wolf")}, adapt=stage_data())
+    assert other.identity != stage.identity
+
+
+def stage_data() -> dict[str, Any]:
+    return {"data": {"dataset": "digits"}}
+
+
+def test_a_changed_backbone_is_refused(done: adapt.Stage1, weights: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "clip.pt"
+    moved.write_bytes(weights.read_bytes())
+    stage = make_stage(tmp_path / "runs", moved)
+    teach(stage)
+    torch.save(build_clip(Model(config=tiny.CLIP), seed=4).model.state_dict(), moved)
+    from comkd_cli.teachers import saved_teacher
+
+    with pytest.raises(CheckpointError, match="other weights"):
+        saved_teacher(stage.file, stage.source.class_names, torch.device("cpu"))
+
+
+def test_a_student_of_a_prompted_teacher_is_scored_beside_it(done: adapt.Stage1, tmp_path: Path) -> None:
+    run = distill.Run(done.recipe, "tiny", done.source, done.runs, done.identity)
+    accelerator = make_accelerator("fp32")
+    path = distill.distill(run, lambda: teach(done), accelerator, lambda event: None, "again")
+    _, record = load_student(path)
+    assert record.teacher is not None
+    bench = Bench(torch.device("cpu"), Path("data"), lambda event: None)
+    student, teacher = evaluate(str(path), tmp_path, bench).records
+    assert (student.role, teacher.role) == ("student", "teacher")
+    assert teacher.top1_percent == pytest.approx(load_teacher(done.file).record.metrics["test_top1_percent"])
+
+
+def test_what_cannot_be_learned_is_told(weights: Path, tmp_path: Path, write_image: Any) -> None:
+    for name in range(3):
+        write_image(tmp_path / "pictures" / f"{name}.png")
+    data = {"folder": str(tmp_path / "pictures"), "classes": ("a", "b")}
+    with pytest.raises(DataError, match="promptsrc learns from labels"):
+        teach(make_stage(tmp_path / "runs", weights, data=data))
+    with pytest.raises(RecipeError, match="give `weights`"):
+        parse_recipe(tiny.recipe(teacher={"config": tiny.CLIP, "adapt": "promptsrc"}))

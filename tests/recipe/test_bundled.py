@@ -1,0 +1,163 @@
+"""Every recipe that comes with comkd: valid, outlined without a download, and trained for two steps, reduced."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from comkd_cli.backbones import build_clip, known_architectures
+from comkd_cli.catalog import CATALOG
+from comkd_cli.data.digits import digits_source
+from comkd_cli.data.sources import open_source
+from comkd_cli.flows import adapt, distill
+from comkd_cli.recipe import check_recipes, load_recipe, parse_recipe
+from comkd_cli.recipe.loading import bundled_recipes
+from comkd_cli.recipe.model import Model
+from comkd_cli.training import make_accelerator
+from tests import tiny
+from tests.flows.test_suite import fill
+
+NAMES = sorted(bundled_recipes())
+PAPER = [name for name in NAMES if name not in ("digits", "cifar10")]
+
+
+def test_all_are_valid_for_every_data_set_that_they_name() -> None:
+    assert check_recipes(NAMES) == {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_says_what_it_is_and_knows_its_architectures(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.about
+    for model in (recipe.teacher, recipe.student):
+        assert model.arch is None or model.arch in known_architectures()
+
+
+@pytest.mark.parametrize("dataset", [*CATALOG])
+def test_the_weight_of_the_refinement_is_promptkds_for_each_data_set(dataset: str) -> None:
+    recipe = load_recipe("vitl_to_vitb", [f"data.dataset={dataset}"])
+    expected = 200 if dataset in ("fgvc_aircraft", "oxford_flowers", "dtd") else 1000
+    assert recipe.loss.refinement is not None
+    assert recipe.loss.refinement.weight == expected
+
+
+def differences(first: Any, second: Any, at: str = "") -> set[str]:
+    if isinstance(first, dict) and isinstance(second, dict):
+        return {
+            d
+            for key in first.keys() | second.keys()
+            for d in differences(first.get(key), second.get(key), f"{at}.{key}")
+        }
+    return set() if first == second else {at.lstrip(".")}
+
+
+@pytest.mark.parametrize(
+    ("name", "differing"),
+    [
+        ("promptkd", {"loss.if_align", "loss.edu_attention"}),
+        ("ablation_no_if_align", {"loss.if_align"}),
+        ("ablation_no_edu_attention", {"loss.edu_attention"}),
+        ("ablation_candidates", {"loss.edu_attention.memory"}),
+    ],
+)
+def test_an_ablation_differs_from_the_papers_recipe_in_what_it_is_named_for(name: str, differing: set[str]) -> None:
+    paper, other = (load_recipe(which).model_dump(mode="json") for which in ("vitl_to_vitb", name))
+    assert differences(paper, other) - {"about"} == differing
+
+
+def test_the_papers_settings() -> None:
+    recipe = load_recipe("vitl_to_vitb")
+    adapted = recipe.teacher.adapt
+    assert (adapted.shots, adapted.tokens, adapted.vision_depth, adapted.text_depth) == (16, 4, 9, 9)  # type: ignore[union-attr]
+    assert (adapted.learning_rate, adapted.batch_size, adapted.epochs) == (0.005, 8, 20)  # type: ignore[union-attr]
+    optim = recipe.optim
+    assert (optim.name, optim.learning_rate, optim.batch_size, optim.epochs) == ("sgd", 0.005, 8, 20)
+    cross = load_recipe("vitl_to_vitb_cross")
+    assert (cross.teacher.adapt.vision_depth, cross.student.prompts.depth) == (3, 3)  # type: ignore[union-attr]
+    assert cross.teacher.adapt.data.dataset == "imagenet"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_its_models_are_outlined_without_weights_or_images(name: str) -> None:
+    outline = distill.outline(load_recipe(name), 10)
+    # OpenAI's ViT-L/14 at 224 pixels: 428 M parameters, 304 M of them in the image tower, 81 G multiply-adds.
+    assert 427e6 < outline.teacher_parameters < 429e6
+    assert 303e6 < outline.teacher_image_tower_parameters < 305e6
+    assert 80e9 < outline.teacher_multiply_adds < 84e9
+    assert outline.student_image_tower_parameters < outline.teacher_image_tower_parameters / 3
+    assert outline.student_multiply_adds < outline.teacher_multiply_adds / 4
+    full = load_recipe(name).student.train == "full"
+    assert (outline.student_trainable_parameters == outline.student_image_tower_parameters) == full
+
+
+def test_the_command_prints_them_with_no_network_and_no_data(
+    tmp_path: Path, run_comkd: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    env = {"HF_HUB_OFFLINE": "1", "COMKD_DATA": str(tmp_path / "nothing")}
+    planned = run_comkd("distill", "vitl_to_vitb", "--dry-run", cwd=tmp_path, env=env)
+    assert planned.returncode == 0, planned.stderr
+    for word in ("427,", "G multiply-adds", "trainable", "is not there"):
+        assert word in " ".join(planned.stdout.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A CLIP of the least size that every recipe's kind of teacher and student can be had from."""
+    folder = tmp_path_factory.mktemp("small")
+    torch.save(build_clip(Model(config=tiny.CLIP), seed=1).model.state_dict(), folder / "clip.pt")
+    return {"config": tiny.CLIP, "weights": str(folder / "clip.pt")}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """EuroSAT, ImageNet and ImageNetV2 with a few real pictures each."""
+    folder = tmp_path_factory.mktemp("root")
+    for name in ("eurosat", "imagenet", "imagenetv2"):
+        fill(CATALOG[name], folder)
+    pictures = digits_source()
+    for split, images in (("train", pictures.train), ("test", pictures.test)):
+        for index in range(12):
+            assert images is not None
+            path = folder / "cifar10" / split / str(index % 2) / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            images.open(index).save(path)
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_steps_at_reduced_size(name: str, tmp_path: Path, root: Path, small: dict[str, Any]) -> None:
+    plain = load_recipe(name).model_dump(mode="json")
+    reduced = {"epochs": 1, "batch_size": 6}
+    plain["optim"] |= reduced
+    if plain["teacher"]["adapt"]["method"] != "none":
+        plain["teacher"]["adapt"] |= reduced
+    for depth in ("vision_depth", "text_depth"):
+        if depth in plain["teacher"]["adapt"]:
+            plain["teacher"]["adapt"][depth] = 1
+    student = plain["student"]
+    if student["train"] == "prompts":
+        student["prompts"] = {"tokens": 4, "depth": 2}
+    if name not in ("digits", "cifar10"):
+        plain["teacher"] |= {"arch": None, **small}
+        convolutional = "MobileCLIP" in str(student["arch"]) or "mobilenet" in json.dumps(student["config"])
+        tower = {"image_size": 32, "timm_model_name": "test_efficientnet", "timm_pool": "avg", "timm_proj": "linear"}
+        config = {"embed_dim": 16, "vision_cfg": tower} if convolutional else tiny.CLIP
+        weights = None if student["train"] == "full" else small["weights"]
+        plain["student"] |= {"arch": None, "config": config, "weights": weights}
+    recipe = parse_recipe(plain)
+    source = open_source(recipe.data, root)
+    stage = adapt.stage_1(recipe, source, root, tmp_path)
+    run = distill.Run(recipe, name, source, tmp_path, stage.identity)
+    accelerator = make_accelerator("fp32")
+    path = distill.distill(
+        run, lambda: adapt.ready_teacher(stage, accelerator, lambda e: None, ""), accelerator, lambda e: None, ""
+    )
+    assert path.is_file()
+    (line,) = (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert distill.plan(run).steps_per_epoch >= 2
+    assert json.loads(line)["loss"] > 0
