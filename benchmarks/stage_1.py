@@ -58,8 +58,8 @@ def teacher_of(teacher: dict[str, Any], data: dict[str, Any], runs: Path) -> tup
 
 def tell(event: Event) -> None:
     """Epochs go to standard error."""
-    if isinstance(event, Epoch) and event.epoch % 10 == 0:
-        print(f"epoch {event.epoch}/{event.epochs} {event.figures}", file=sys.stderr)
+    if isinstance(event, Epoch) and event.number % 10 == 0:
+        print(f"epoch {event.number}/{event.total} {event.figures}", file=sys.stderr)
 
 
 def score(ready: ReadyTeacher, source: Source, known: int) -> dict[str, float]:

@@ -146,6 +146,16 @@ def load_clip_state(clip: Clip, state: Mapping[str, Tensor], path: Path) -> None
         raise ModelError(f"{path}: does not hold weights of {clip.origin.architecture}: {', '.join(odd[:5])} differ")
 
 
+def bpe_merges(clip: Clip) -> str:
+    """The merges of a CLIP's byte-pair tokenizer, a pair of symbols a line, in order. Raises ModelError."""
+    if not isinstance(clip.tokenize, open_clip.SimpleTokenizer):
+        raise ModelError(
+            f"{clip.origin.architecture}: its tokenizer is not CLIP's own, the only one that bundles can hold; export "
+            "without --text"
+        )
+    return "".join(f"{first} {second}\n" for first, second in clip.tokenize.bpe_ranks)
+
+
 def weights_sha256(model: Model) -> str | None:
     """A digest of the local file or folder that a model's weights come from; None for tags and random ones."""
     path = Path(model.weights).expanduser() if model.weights else None

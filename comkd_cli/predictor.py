@@ -1,10 +1,10 @@
 """Classify images with an exported bundle. Needs numpy, Pillow and onnxruntime; no torch.
 
-This file is copied into every bundle as predict.py, so it imports nothing of the package around it. The
-package reads and prepares its own images through it too: what a model is trained on and what a device
-sees come from the same lines.
+This file becomes the predict.py of every bundle, so it imports nothing of the package around it but the
+tokenizer, which is written into predict.py with it. The package reads and prepares its own images through it
+too: what a model is trained on and what a device sees come from the same lines.
 
-    python predict.py IMAGE... [--top 5] [--json]
+    python predict.py IMAGE... [--top 5] [--precision int8] [--add-class "red fox"] [--json]
 
 or, from Python, `Classifier(bundle_folder).predict("image.jpg")`.
 """
@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from comkd_cli.clip_tokenizer import Tokenizer
 
 BUNDLE_FORMAT = "comkd-bundle/1"
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -134,34 +136,79 @@ class Prediction:
     probability: float
 
 
+def start_session(graph: bytes, threads: int | None, optimization: str = "all") -> Any:
+    """An onnxruntime session of a graph on the CPU.
+
+    threads: within an operator; None takes every core. optimization: `all`, or `basic` for graphs that
+    onnxruntime's own fusions do not bear.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if optimization == "basic":
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
 class Classifier:
     """The student of a bundle, ready to name what images show.
 
     bundle: the folder that holds manifest.json. Every file that is used is checked against the
-    manifest's sha256 first. threads: onnxruntime's threads within an operator; None takes every core.
-    Raises BundleProblem, naming the file.
+    manifest's sha256 first. precision: `fp32`, `fp16` or `int8`; None takes the first that the bundle has.
+    threads: onnxruntime's threads within an operator; None takes every core. Raises BundleProblem, naming
+    the file.
     """
 
-    def __init__(self, bundle: str | os.PathLike[str], threads: int | None = None) -> None:
-        import onnxruntime
-
-        folder = Path(bundle)
-        manifest = read_manifest(folder)
-        self.preprocessing = read_preprocessing(folder, manifest)
-        self.class_names = verified_bytes(folder, manifest, "classes.txt").decode("utf-8").splitlines()
-        options = onnxruntime.SessionOptions()
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        graph = verified_bytes(folder, manifest, "classifier.onnx")
-        try:
-            self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises types of its own that share no other base
-            raise BundleProblem(f"{folder / 'classifier.onnx'}: onnxruntime can't load it: {error}") from error
+    def __init__(
+        self, bundle: str | os.PathLike[str], threads: int | None = None, precision: str | None = None
+    ) -> None:
+        self._folder = Path(bundle)
+        self._manifest = read_manifest(self._folder)
+        self._threads = threads
+        self.preprocessing = read_preprocessing(self._folder, self._manifest)
+        names = verified_bytes(self._folder, self._manifest, "classes.txt").decode("utf-8").splitlines()
+        self.class_names: list[str] = names
+        self._graphs = self._chosen_graphs(precision)
+        self._optimization = str(self._graphs.get("optimization", "all"))
+        self._class_vectors: np.ndarray | None = None
+        self._takes_vectors = self._manifest.get("memory") == "candidates"
+        if self._takes_vectors:
+            self._class_vectors = self._own_class_vectors()
+        self._session = self._start(self._graphs["classifier"])
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Logits (batch, classes) of prepared images, float32 (batch, 3, size, size)."""
-        (logits,) = self._session.run(["logits"], {"image": images})
-        return np.asarray(logits)
+        inputs = {"image": images}
+        if self._takes_vectors:
+            inputs["class_vectors"] = self._class_vectors  # type: ignore[assignment]
+        (answer,) = self._session.run(None, inputs)
+        if self._takes_vectors or self._class_vectors is None:
+            return np.asarray(answer)
+        # With classes that were added, the session gives features.
+        scale = np.float32(self._manifest["logit_scale"])
+        return np.asarray(scale * answer @ self._class_vectors.T)
+
+    def add_classes(self, names: Sequence[str]) -> None:
+        """Let images be named by these classes too, which the student was not taught.
+
+        Needs a bundle with its text encoder (`comkd export --text`). Raises BundleProblem.
+        """
+        manifest = self._folder / "manifest.json"
+        text = self._manifest.get("text")
+        if not text:
+            raise BundleProblem(f"{manifest}: the bundle has no text encoder; export it with --text to add classes")
+        if known := [name for name in names if name in self.class_names]:
+            raise BundleProblem(f"{manifest}: {known[0]!r} is one of the bundle's classes already")
+        merges = verified_bytes(self._folder, self._manifest, text["merges"]).decode("utf-8")
+        tokens = Tokenizer(merges, int(text["context_length"]))([text["prompt"].replace("{}", n) for n in names])
+        (vectors,) = self._start(text["file"], "all").run(["text_features"], {"tokens": tokens})
+        if self._class_vectors is None:
+            self._class_vectors = self._own_class_vectors()
+            self._session = self._start(self._graphs["image_encoder"])
+        self._class_vectors = np.concatenate([self._class_vectors, vectors])
+        self.class_names = [*self.class_names, *names]
 
     def predict(self, image: str | os.PathLike[str] | Image.Image, top: int = 5) -> list[Prediction]:
         """The `top` likeliest classes of an image, likeliest first. Raises UnreadableImage."""
@@ -171,6 +218,30 @@ class Classifier:
         probabilities = weights / weights.sum()
         order = np.argsort(-probabilities, kind="stable")[:top]
         return [Prediction(self.class_names[i], float(probabilities[i])) for i in order]
+
+    def _chosen_graphs(self, precision: str | None) -> dict[str, Any]:
+        """The graphs of a precision, by what they are."""
+        there = self._manifest["precisions"]
+        chosen = precision or next(iter(there))
+        if chosen not in there:
+            raise BundleProblem(
+                f"{self._folder / 'manifest.json'}: the bundle has no {chosen}; it has {', '.join(there)}"
+            )
+        graphs: dict[str, Any] = there[chosen]
+        if absent := {"classifier", "image_encoder"} - set(graphs):
+            raise BundleProblem(f"{self._folder / 'manifest.json'}: {chosen} lacks {', '.join(sorted(absent))}")
+        return graphs
+
+    def _own_class_vectors(self) -> np.ndarray:
+        content = verified_bytes(self._folder, self._manifest, "class_vectors.npy")
+        return np.asarray(np.load(io.BytesIO(content), allow_pickle=False), dtype=np.float32)
+
+    def _start(self, name: str, optimization: str | None = None) -> Any:
+        graph = verified_bytes(self._folder, self._manifest, name)
+        try:
+            return start_session(graph, self._threads, optimization or self._optimization)
+        except Exception as error:  # onnxruntime raises types of its own that share no other base
+            raise BundleProblem(f"{self._folder / name}: onnxruntime can't load it: {error}") from error
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -184,8 +255,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise BundleProblem(f"{path}: can't be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != BUNDLE_FORMAT:
         raise BundleProblem(f"{path}: is not a manifest of format {BUNDLE_FORMAT}")
-    if missing := {"preprocessing", "files"} - set(manifest):
+    if missing := {"preprocessing", "files", "precisions"} - set(manifest):
         raise BundleProblem(f"{path}: lacks {', '.join(sorted(missing))}")
+    precisions = manifest["precisions"]
+    if not isinstance(precisions, dict) or not precisions or not all(isinstance(p, dict) for p in precisions.values()):
+        raise BundleProblem(f"{path}: precisions: should name the graphs of at least one precision")
     return manifest
 
 
@@ -241,12 +315,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("images", nargs="+", metavar="IMAGE")
     parser.add_argument("--bundle", default=Path(__file__).parent, help="the bundle; this file's folder")
     parser.add_argument("--top", type=int, default=5, help="classes to print for an image")
+    parser.add_argument("--precision", help="fp32, fp16 or int8; the first that the bundle has")
+    parser.add_argument("--add-class", action="append", default=[], metavar="NAME", help="another class to look for")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args(arguments)
     if options.top < 1:
         parser.error("--top must be at least 1")
     try:
-        records = predict_all(Classifier(options.bundle), options.images, options.top)
+        classifier = Classifier(options.bundle, precision=options.precision)
+        if options.add_class:
+            classifier.add_classes(options.add_class)
+        records = predict_all(classifier, options.images, options.top)
     except BundleProblem as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

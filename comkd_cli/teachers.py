@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from comkd_cli.backbones import Clip, build_clip, build_image_tower, load_clip_state, state_sha256
-from comkd_cli.checkpoints import SavedTeacher, load_teacher
+from comkd_cli.checkpoints import SavedTeacher, StudentRecord, load_teacher
 from comkd_cli.errors import CheckpointError, DataError, ModelError
 from comkd_cli.method import teacher as method
 from comkd_cli.method.prompt_src import INITIAL_CONTEXT, PromptedClip, class_prompt
@@ -146,6 +147,40 @@ def _saved_prompted(saved: SavedTeacher, path: Path) -> Prompted:
     prompted = prompted_clip(clip, tokens["vision"].shape[0], tokens["text"].shape[0], tokens["text"].shape[1])
     _set_prompts(prompted.module, tokens, path)
     return prompted
+
+
+@dataclass(frozen=True)
+class ClassEncoder:
+    """The text half of a teacher: what makes class vectors of class names."""
+
+    clip: Clip
+    """Its text encoder holds the learned prompts, where there are some."""
+    prompt: str
+    """`{}` stands for the name; learned prompts replace the words before it."""
+
+    def tokens(self, class_names: Sequence[str]) -> Tensor:
+        """Token ids (classes, context) of the class prompts."""
+        return tokenize_apart(self.clip, [self.prompt.replace("{}", name) for name in class_names])
+
+
+def class_encoder(record: StudentRecord, student_file: Path) -> ClassEncoder:
+    """The text half of a student's teacher, on the CPU. Raises CheckpointError or ModelError."""
+    settings = record.recipe.teacher
+    if record.teacher is None:
+        if settings.format == "promptsrc":
+            return _prompted_encoder(released_clip(settings))
+        return ClassEncoder(build_clip(settings), record.template)
+    path = Path(os.path.normpath(student_file.parent / record.teacher))
+    saved = load_teacher(path)
+    if saved.prompts is not None:
+        return _prompted_encoder(_saved_prompted(saved, path))
+    clip = build_clip(Model(**saved.record.model), load_weights=False)
+    load_clip_state(clip, saved.state_dict, path)
+    return ClassEncoder(clip, saved.record.template)
+
+
+def _prompted_encoder(prompted: Prompted) -> ClassEncoder:
+    return ClassEncoder(prompted.clip, class_prompt("{}", prompted.module.text.count))
 
 
 @torch.no_grad()

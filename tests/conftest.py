@@ -118,7 +118,13 @@ def write_bundle() -> Callable[..., Path]:
             name: {"sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()}
             for name in ("classifier.onnx", "classes.txt")
         }
-        manifest = {"format": "comkd-bundle/1", "preprocessing": PIXELS, "files": files}
+        graphs = {"classifier": "classifier.onnx", "image_encoder": "classifier.onnx"}
+        manifest = {
+            "format": "comkd-bundle/1",
+            "preprocessing": PIXELS,
+            "files": files,
+            "precisions": {"fp32": graphs},
+        }
         (folder / "manifest.json").write_text(json.dumps(manifest))
         return folder
 

@@ -14,14 +14,25 @@ from comkd_cli.options import json_option
 @click.argument("bundle", type=click.Path(file_okay=False, path_type=Path))
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes to print for an image.")
+@click.option("--precision", help="fp32, fp16 or int8. Left out: the first that BUNDLE has.")
+@click.option(
+    "--add-class", "add_classes", metavar="NAME", multiple=True, help="Look for this class too; may be repeated."
+)
 @json_option
-def command(bundle: Path, images: tuple[str, ...], top: int, as_json: bool) -> None:
+def command(
+    bundle: Path,
+    images: tuple[str, ...],
+    top: int,
+    precision: str | None,
+    add_classes: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Print the likeliest classes of each IMAGE, by the exported BUNDLE. Needs no torch."""
     from comkd_cli.errors import DataError
     from comkd_cli.flows.predict import predict
     from comkd_cli.terminal import output
 
-    records = predict(bundle, images, top)
+    records = predict(bundle, images, top, precision, add_classes)
     if as_json:
         click.echo(json.dumps({"predictions": records}, indent=2, ensure_ascii=False))
     else:

@@ -10,12 +10,18 @@ from comkd_cli.errors import BundleError
 from comkd_cli.predictor import BundleProblem, Classifier, predict_all
 
 
-def predict(bundle: Path, images: Sequence[str], top: int) -> list[dict[str, Any]]:
+def predict(
+    bundle: Path, images: Sequence[str], top: int, precision: str | None = None, add_classes: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """A plain record for each image: its likeliest classes, or the reason that it can't be read.
 
-    Raises BundleError, naming the file of the bundle.
+    precision: None takes the first that the bundle has. add_classes: names to look for beside the bundle's
+    own. Raises BundleError, naming the file of the bundle.
     """
     try:
-        return predict_all(Classifier(bundle), images, top)
+        classifier = Classifier(bundle, precision=precision)
+        if add_classes:
+            classifier.add_classes(add_classes)
+        return predict_all(classifier, images, top)
     except BundleProblem as error:
         raise BundleError(str(error)) from error

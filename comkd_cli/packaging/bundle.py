@@ -2,90 +2,129 @@
 
 from __future__ import annotations
 
+import ast
 import json
-import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from comkd_cli import predictor
+from comkd_cli import clip_tokenizer, predictor
 from comkd_cli.checkpoints import StudentRecord
 from comkd_cli.files import sha256_of_file, write_text
+from comkd_cli.packaging.card import model_card
+from comkd_cli.packaging.latency import Measured
 from comkd_cli.packaging.parity import Parity
+from comkd_cli.packaging.precisions import OPTIMIZATION, Quantisation
 
-ENCODER = "image_encoder.onnx"
-CLASSIFIER = "classifier.onnx"
+TEXT_ENCODER, MERGES = "text_encoder.onnx", "bpe_merges.txt"
 
 
-def complete_bundle(
-    folder: Path, record: StudentRecord, class_vectors: np.ndarray, logit_scale: float, parity: Parity
-) -> dict[str, Any]:
-    """Add to a folder with the two graphs all that makes it a bundle, and return its manifest.
+@dataclass(frozen=True)
+class Text:
+    """How a device turns a class name into tokens for the text encoder."""
 
-    class_vectors: float32 (classes, dim), L2-normalised.
-    """
-    np.save(folder / "class_vectors.npy", class_vectors)
+    prompt: str
+    """`{}` stands for the name."""
+    context_length: int
+    difference_max: float
+    """Of a text feature from PyTorch's, over the run's own class prompts."""
+
+
+@dataclass
+class Contents:
+    """All that a bundle says, beside the files that are in its folder already."""
+
+    record: StudentRecord
+    class_vectors: np.ndarray
+    """float32 (classes, dim), L2-normalised."""
+    logit_scale: float
+    candidates: bool
+    """Whether the class vectors are an input of the graphs."""
+    opset: int
+    parameters: int
+    """Of everything between an image and its feature."""
+    multiply_adds: int
+    """For one image."""
+    license: str = "unknown"
+    parities: dict[str, Parity] = field(default_factory=dict)
+    """By precision; those of the bundle."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """By precision: why it is not in the bundle."""
+    quantisation: list[Quantisation] = field(default_factory=list)
+    """The ways to int8 that were tried, the one that was taken first."""
+    text: Text | None = None
+    latency: list[Measured] = field(default_factory=list)
+
+
+def graph_name(what: str, precision: str) -> str:
+    """The file of `image_encoder` or `classifier` in a precision."""
+    return f"{what}.onnx" if precision == "fp32" else f"{what}.{precision}.onnx"
+
+
+def complete_bundle(folder: Path, contents: Contents) -> dict[str, Any]:
+    """Add to a folder with the graphs all that makes it a bundle, and return its manifest."""
+    record = contents.record
+    np.save(folder / "class_vectors.npy", contents.class_vectors)
     write_text(folder / "classes.txt", "".join(f"{name}\n" for name in record.class_names))
-    shutil.copyfile(predictor.__file__, folder / "predict.py")
+    write_text(folder / "predict.py", standalone_predictor())
     manifest: dict[str, Any] = {
         "format": predictor.BUNDLE_FORMAT,
         "made_by": f"comkd {version('comkd')}",
         "recipe": record.recipe_name,
         "data": record.source,
+        "teacher": _model_name(record.recipe.teacher),
+        "student": _model_name(record.recipe.student),
         "classes": len(record.class_names),
         "template": record.template,
         "preprocessing": asdict(record.preprocessing),
-        "logit_scale": logit_scale,
-        "feature_dim": class_vectors.shape[1],
-        "opset": opset_of(folder / CLASSIFIER),
-        "parity": asdict(parity),
+        "logit_scale": contents.logit_scale,
+        "feature_dim": contents.class_vectors.shape[1],
+        "memory": "candidates" if contents.candidates else "training",
+        "opset": contents.opset,
+        "parameters": contents.parameters,
+        "multiply_adds": contents.multiply_adds,
+        "precisions": {precision: _precision(precision, contents) for precision in contents.parities},
+        "failed": contents.failed,
+        "text": None,
+        "latency": [asdict(measured) for measured in contents.latency],
         "test_top1_percent": record.metrics.get("test_top1_percent"),
+        "license": contents.license,
     }
-    write_text(folder / "README.md", _readme(manifest, record))
+    if contents.text is not None:
+        manifest["text"] = {"file": TEXT_ENCODER, "merges": MERGES, **asdict(contents.text)}
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    write_text(folder / "README.md", model_card(manifest, record, sizes))
     manifest["files"] = {
-        path.name: {"sha256": sha256_of_file(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())
+        path.relative_to(folder).as_posix(): {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }
     write_text(folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return manifest
 
 
-def opset_of(graph: Path) -> int:
-    """The version of the standard ONNX operators that a graph uses."""
-    import onnx
+def standalone_predictor() -> str:
+    """predict.py: the predictor as one file, the tokenizer in the place of its import."""
+    source = Path(predictor.__file__).read_text(encoding="utf-8")
+    tokenizer = Path(clip_tokenizer.__file__).read_text(encoding="utf-8")
+    future = next(node for node in ast.parse(tokenizer).body if isinstance(node, ast.ImportFrom))
+    body = "\n".join(tokenizer.splitlines()[future.lineno :]).strip()
+    head, found, tail = source.partition("from comkd_cli.clip_tokenizer import Tokenizer\n")
+    assert found, "the predictor imports its tokenizer otherwise"
+    return f"{head}{body}\n{tail}"
 
-    model = onnx.load(graph, load_external_data=False)
-    return int(next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")))
+
+def _precision(precision: str, contents: Contents) -> dict[str, Any]:
+    entry: dict[str, Any] = {what: graph_name(what, precision) for what in ("image_encoder", "classifier")}
+    entry |= {"optimization": OPTIMIZATION[precision], "parity": asdict(contents.parities[precision])}
+    if precision == "int8":
+        entry["quantisation"] = [asdict(way) for way in contents.quantisation]
+    return entry
 
 
-def _readme(manifest: dict[str, Any], record: StudentRecord) -> str:
-    parity, preprocessing = manifest["parity"], manifest["preprocessing"]
-    score = manifest["test_top1_percent"]
-    lines = [
-        f"# {manifest['recipe']}: an image classifier for {manifest['classes']} classes",
-        "",
-        f"Distilled by {manifest['made_by']} (ComKD-CLIP, arXiv 2408.04145) on {manifest['data']}.",
-        *([f"Top-1 on the test images, in PyTorch: {score:.2f} %.", ""] if score is not None else [""]),
-        "    pip install numpy pillow onnxruntime",
-        "    python predict.py IMAGE...",
-        "",
-        "| file | what it is |",
-        "|---|---|",
-        f"| {CLASSIFIER} | `image` (batch, 3, {preprocessing['size']}, {preprocessing['size']}) float32 -> "
-        f"`logits` (batch, {manifest['classes']}) |",
-        f"| {ENCODER} | the same input -> `image_features` (batch, {manifest['feature_dim']}), L2-normalised |",
-        "| class_vectors.npy | one L2-normalised vector a class; logits = logit_scale * features @ vectors.T |",
-        "| classes.txt | class names in the order of the logits |",
-        "| manifest.json | pre-processing, logit scale, parity, sha256 and size of every file |",
-        "| predict.py | command line and `Classifier`, without torch |",
-        "",
-        f"The graphs were compared with the PyTorch student on {parity['images']} real images at batch sizes "
-        f"{', '.join(map(str, parity['batch_sizes']))}: largest difference of a feature "
-        f"{parity['feature_difference_max']:.2e}, least cosine {parity['feature_cosine_min']:.7f}, "
-        f"{parity['top1_differing']} answers differ.",
-        "",
-        f"The classes: {', '.join(record.class_names[:20])}{' ...' if len(record.class_names) > 20 else ''}",
-    ]
-    return "\n".join(lines) + "\n"
+def _model_name(model: Any) -> str:
+    parts = (model.arch or (model.config or {}).get("vision_cfg", {}).get("timm_model_name"), model.weights)
+    return ":".join(part for part in parts if part) or "inline model"

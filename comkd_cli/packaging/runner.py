@@ -1,9 +1,9 @@
 """Run an ONNX graph in a process of its own: onnxruntime can crash the process that it runs in.
 
-    python -m comkd_cli.packaging.runner GRAPH INPUTS.npz OUTPUTS.npz
+    python -m comkd_cli.packaging.runner GRAPH INPUTS.npz OUTPUTS.npz OPTIMIZATION
 
-INPUTS holds arrays by any name, each a batch for the graph's one input; OUTPUTS gets the answers under
-the same names.
+INPUTS holds arrays `batch/NAME`, each a batch for the graph's first input, and `input/NAME` for its other
+inputs, the same for every batch; OUTPUTS gets the answers under the batches' names.
 """
 
 from __future__ import annotations
@@ -17,17 +17,29 @@ from pathlib import Path
 import numpy as np
 
 from comkd_cli.errors import ExportError
+from comkd_cli.predictor import start_session
+
+BATCH, OTHER_INPUT = "batch/", "input/"
 
 
-def run_graph(graph: Path, batches: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The graph's answers to batches of images, by the same names.
+def run_graph(
+    graph: Path,
+    batches: Mapping[str, np.ndarray],
+    extra: Mapping[str, np.ndarray] | None = None,
+    optimization: str = "all",
+) -> dict[str, np.ndarray]:
+    """The graph's answers to batches for its first input, by the same names.
 
-    Raises ExportError where onnxruntime refuses the graph or dies of it.
+    extra: arrays for its other inputs. optimization: onnxruntime's, `all` or `basic`. Raises ExportError where
+    onnxruntime refuses the graph or dies of it.
     """
+    arrays = {f"{BATCH}{name}": array for name, array in batches.items()}
+    arrays |= {f"{OTHER_INPUT}{name}": array for name, array in (extra or {}).items()}
     with tempfile.TemporaryDirectory() as folder:
         inputs, outputs = Path(folder, "inputs.npz"), Path(folder, "outputs.npz")
-        np.savez(inputs, **batches)  # type: ignore[arg-type] # numpy types its own keywords only
-        command = [sys.executable, "-m", "comkd_cli.packaging.runner", str(graph), str(inputs), str(outputs)]
+        np.savez(inputs, **arrays)  # type: ignore[arg-type] # numpy types its own keywords only
+        module = "comkd_cli.packaging.runner"
+        command = [sys.executable, "-m", module, str(graph), str(inputs), str(outputs), optimization]
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         if finished.returncode:
             said = finished.stderr.strip().splitlines()
@@ -37,14 +49,18 @@ def run_graph(graph: Path, batches: Mapping[str, np.ndarray]) -> dict[str, np.nd
             return {name: answers[name] for name in answers.files}
 
 
-def main(graph: str, inputs: str, outputs: str) -> None:
+def main(graph: str, inputs: str, outputs: str, optimization: str) -> None:
     """The child's side."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    with np.load(inputs) as batches:
-        np.savez(outputs, **{key: session.run(None, {name: batches[key]})[0] for key in batches.files})
+    session = start_session(Path(graph).read_bytes(), threads=None, optimization=optimization)
+    first = session.get_inputs()[0].name
+    with np.load(inputs) as arrays:
+        others = {name.removeprefix(OTHER_INPUT): arrays[name] for name in arrays.files if name.startswith(OTHER_INPUT)}
+        answers = {
+            name.removeprefix(BATCH): session.run(None, {first: arrays[name], **others})[0]
+            for name in arrays.files
+            if name.startswith(BATCH)
+        }
+    np.savez(outputs, **answers)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ruamel.yaml import YAML
 
 from comkd_cli.checkpoints import load_student
 from comkd_cli.data.digits import digits_source
 from comkd_cli.errors import BundleError, DataError, ExportError
 from comkd_cli.flows import export as export_flow
-from comkd_cli.flows.export import export
+from comkd_cli.flows.export import Wishes, export
 from comkd_cli.flows.predict import predict
-from comkd_cli.packaging.parity import measure_parity
-from comkd_cli.predictor import Classifier, prepare
+from comkd_cli.method.teacher import encode_classes
+from comkd_cli.packaging.parity import GATES, Gate, measure_parity
+from comkd_cli.predictor import BundleProblem, Classifier, prepare
+from comkd_cli.teachers import class_encoder
 
 
 def quietly(event: object) -> None:
@@ -45,8 +48,11 @@ def test_a_bundle_holds_every_file_and_its_sha256(bundle: Path) -> None:
     for name, entry in manifest["files"].items():
         content = (bundle / name).read_bytes()
         assert (hashlib.sha256(content).hexdigest(), len(content)) == (entry["sha256"], entry["bytes"])
-    assert manifest["parity"]["images"] == 64
-    assert manifest["parity"]["feature_cosine_min"] >= 0.99999
+    parity = manifest["precisions"]["fp32"]["parity"]
+    assert parity["images"] == 360
+    assert parity["feature_cosine_min"] >= 0.99999
+    assert parity["top1_percent"] == parity["student_top1_percent"]
+    assert (manifest["opset"], manifest["memory"], manifest["text"], manifest["failed"]) == (20, "training", None, {})
 
 
 def test_logits_are_the_features_times_the_class_vectors(bundle: Path) -> None:
@@ -107,27 +113,169 @@ def test_a_bundle_that_is_there_stays_unless_forced(bundle: Path, tiny_student: 
     assert (bundle / "manifest.json").stat().st_ino != written
 
 
+def failing(*precisions: str):  # type: ignore[no-untyped-def]
+    """measure_parity, with the features of these precisions 0.02 off."""
+
+    def measured(encoder: Path, *arguments: object):  # type: ignore[no-untyped-def]
+        parity = measure_parity(encoder, *arguments)  # type: ignore[arg-type]
+        missed = any(name in encoder.name for name in precisions) or ("fp32" in precisions and "." not in encoder.stem)
+        return replace(parity, feature_difference_max=0.02, feature_cosine_min=0.5) if missed else parity
+
+    return measured
+
+
 def test_a_student_that_fails_parity_leaves_no_bundle(
     tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def shifted(*arguments: np.ndarray):  # type: ignore[no-untyped-def]
-        return replace(measure_parity(*arguments), feature_difference_max=0.02)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(export_flow, "measure_parity", shifted)
-    with pytest.raises(ExportError, match=r"no bundle was made: max .difference. 2\.00e-02"):
+    monkeypatch.setattr(export_flow, "measure_parity", failing("fp32"))
+    with pytest.raises(ExportError, match=r"no bundle was made: fp32: max .difference. 2\.00e-02"):
         export(tiny_student, tmp_path / "bundle", Path("data"), quietly)
     assert list(tmp_path.iterdir()) == []
+
+
+ALL = ("fp32", "fp16", "int8")
+WIDE = {name: Gate(0.9, 90.0, 10.0, gate.difference_max) for name, gate in GATES.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with all that one can have, but for the page."""
+    out = tmp_path_factory.mktemp("out") / "whole"
+    # So small a student is worse in eight bits than one of use: the gates are tested elsewhere.
+    wishes = Wishes(precisions=ALL, text=True, gates=WIDE, license="apache-2.0")
+    exported = export(tiny_student, out, Path("data"), quietly, wishes=wishes)
+    assert exported.failed == {}
+    return out
+
+
+def test_every_precision_has_its_graphs_and_figures(whole: Path) -> None:
+    manifest = json.loads((whole / "manifest.json").read_text())
+    assert list(manifest["precisions"]) == list(ALL)
+    sizes = {name: (whole / entry["classifier"]).stat().st_size for name, entry in manifest["precisions"].items()}
+    assert sizes["fp16"] < sizes["fp32"]
+    ways = manifest["precisions"]["int8"]["quantisation"]
+    assert len(ways) >= 4
+    assert all(way["cosine_mean"] > 0.9 and way["milliseconds"] > 0 for way in ways)
+    images = np.stack([prepare(digits_source().train.open(i), Classifier(whole).preprocessing) for i in range(32)])
+    exact = Classifier(whole, precision="fp32").logits(images)
+    for precision, least in (("fp16", 0.999), ("int8", 0.9)):
+        found = Classifier(whole, precision=precision).logits(images)
+        assert not np.array_equal(found, exact)
+        assert np.corrcoef(found.ravel(), exact.ravel())[0, 1] > least
+
+
+def test_the_first_precision_is_the_one_that_is_taken(whole: Path) -> None:
+    images = np.zeros((1, 3, 16, 16), np.float32)
+    assert np.array_equal(Classifier(whole).logits(images), Classifier(whole, precision="fp32").logits(images))
+    with pytest.raises(BundleProblem, match=r"manifest\.json: the bundle has no int4; it has fp32, fp16, int8"):
+        Classifier(whole, precision="int4")
+
+
+def test_a_class_that_is_added_on_the_device_has_pytorchs_logits(whole: Path, tiny_student: Path) -> None:
+    student, record = load_student(tiny_student)
+    encoder = class_encoder(record, tiny_student)
+    names = ("red fox", "Ünïcode, 3½ “wolves”")
+    with torch.no_grad():
+        added = encode_classes(encoder.clip.model, encoder.tokens(names))
+        images = np.stack([prepare(digits_source().train.open(i), record.preprocessing) for i in range(6)])
+        answered = student(torch.from_numpy(images))
+        expected = student.logit_scale * answered.features @ torch.cat([student.class_vectors, added]).T
+    classifier = Classifier(whole)
+    classifier.add_classes(names[:1])
+    classifier.add_classes(names[1:])
+    assert classifier.class_names[-2:] == list(names)
+    assert np.allclose(classifier.logits(images), expected.numpy(), atol=1e-3)
+    with pytest.raises(BundleProblem, match="'red fox' is one of the bundle's classes already"):
+        classifier.add_classes(["red fox"])
+
+
+def test_predict_py_is_one_file_with_its_tokenizer(whole: Path, tmp_path: Path) -> None:
+    image = tmp_path / "it.png"
+    digits_source().train.open(3).save(image)
+    arguments = [str(image), "--json", "--precision", "int8", "--add-class", "red fox", "--top", "11"]
+    command = [sys.executable, "-I", str(whole / "predict.py"), *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    expected = predict(whole, [str(image)], 11, precision="int8", add_classes=["red fox"])
+    assert json.loads(finished.stdout)["predictions"] == expected
+    assert "red fox" in {entry["class"] for entry in expected[0]["classes"]}
+    assert "comkd_cli" not in (whole / "predict.py").read_text().replace("comkd_cli/", "")
+
+
+def test_classes_can_be_added_to_a_bundle_with_text_alone(bundle: Path) -> None:
+    with pytest.raises(BundleProblem, match="export it with --text"):
+        Classifier(bundle).add_classes(["red fox"])
+
+
+def test_the_model_card_has_the_hubs_metadata_and_the_numbers(whole: Path) -> None:
+    card = (whole / "README.md").read_text()
+    _, metadata, text = card.split("---\n", 2)
+    fields = YAML(typ="safe").load(metadata)
+    assert (fields["license"], fields["pipeline_tag"]) == ("apache-2.0", "zero-shot-image-classification")
+    manifest = json.loads((whole / "manifest.json").read_text())
+    (result,) = fields["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == pytest.approx(manifest["test_top1_percent"], abs=0.01)
+    for words in ("## Limits", "## Citation", "2408.04145", f"{manifest['parameters']:,} parameters", "int8"):
+        assert words in text
+    for name in manifest["files"]:
+        if name.endswith(".onnx"):
+            assert name in text
+
+
+def test_a_precision_that_misses_its_gate_is_left_out_and_told(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_flow, "measure_parity", failing("fp16"))
+    exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=Wishes(precisions=ALL[:2]))
+    assert list(exported.manifest["precisions"]) == ["fp32"]
+    assert "least cosine 0.500000 (limit 0.9995)" in exported.failed["fp16"]
+    assert exported.manifest["failed"] == exported.failed
+    assert not list((tmp_path / "bundle").glob("*fp16*"))
+
+
+def test_a_crash_of_onnxruntime_is_a_failed_gate(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crashing(encoder: Path, *arguments: object):  # type: ignore[no-untyped-def]
+        if "fp16" in encoder.name:
+            raise ExportError(f"{encoder.name}: onnxruntime can't run it (signal 11): no message")
+        return measure_parity(encoder, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(export_flow, "measure_parity", crashing)
+    exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=Wishes(precisions=ALL[:2]))
+    assert "signal 11" in exported.failed["fp16"]
+    assert list(exported.manifest["precisions"]) == ["fp32"]
+
+
+def test_a_precision_can_be_had_without_fp32(tiny_student: Path, tmp_path: Path) -> None:
+    export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=Wishes(precisions=("fp16",)))
+    names = {path.name for path in (tmp_path / "bundle").glob("*.onnx")}
+    assert names == {"image_encoder.fp16.onnx", "classifier.fp16.onnx"}
+    assert Classifier(tmp_path / "bundle").class_names == [str(digit) for digit in range(10)]
+
+
+def test_latency_and_memory_stand_beside_pytorchs(tiny_student: Path, tmp_path: Path) -> None:
+    wishes = Wishes(benchmark=True)
+    manifest = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=wishes).manifest
+    entries = {(entry["name"], entry["threads"]): entry for entry in manifest["latency"]}
+    assert {name for name, _ in entries} == {"pytorch", "fp32"}
+    assert entries["pytorch", 1]["speed_up"] == 1
+    fp32 = entries["fp32", 1]
+    assert fp32["speed_up"] == pytest.approx(entries["pytorch", 1]["seconds"] / fp32["seconds"])
+    assert fp32["memory_share"] < 0.7  # no torch in that process
 
 
 def test_pictures_for_the_check_can_come_from_a_folder(tiny_student: Path, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     with pytest.raises(DataError, match="--images"):
-        export(tiny_student, tmp_path / "bundle", Path("data"), quietly, pictures=pictures)
+        export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=Wishes(pictures=pictures))
     for index in range(9):
         digits_source().train.open(index).save(pictures / f"{index}.png")
-    manifest = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, pictures=pictures)
-    assert manifest["parity"]["images"] == 9
+    manifest = export(
+        tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=Wishes(pictures=pictures)
+    ).manifest
+    assert manifest["precisions"]["fp32"]["parity"]["images"] == 9
+    assert manifest["precisions"]["fp32"]["parity"]["top1_percent"] is None
 
 
 def test_force_never_replaces_what_is_no_bundle(tiny_student: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Parity of graphs made by hand with onnx.helper, whose answers are known."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from comkd_cli.errors import ExportError
-from comkd_cli.packaging.parity import Parity, measure_parity
+from comkd_cli.packaging.parity import GATES, Gate, Parity, Reference, measure_parity
 from comkd_cli.packaging.runner import run_graph
 
 DIM, SIZE = 4, 2
@@ -36,57 +37,75 @@ def write_graph(path: Path, matrix: np.ndarray, *, unit: bool, batch: int | str 
 
 
 @pytest.fixture
-def case(tmp_path: Path) -> dict[str, object]:
+def graphs(tmp_path: Path) -> tuple[Path, Path]:
     random = np.random.default_rng(0)
-    images = random.normal(size=(10, 3, SIZE, SIZE)).astype(np.float32)
+    encoder = write_graph(tmp_path / "encoder.onnx", random.normal(size=(12, DIM)), unit=True)
+    return encoder, write_graph(tmp_path / "classifier.onnx", random.normal(size=(12, 3)), unit=False)
+
+
+def reference(images: int = 10, labelled: bool = False) -> Reference:
+    """What the graphs of the fixture should answer, computed here."""
+    random = np.random.default_rng(0)
     encoding, classes = random.normal(size=(12, DIM)), random.normal(size=(12, 3))
-    features = images.reshape(10, -1) @ encoding
+    pictures = random.normal(size=(images, 3, SIZE, SIZE)).astype(np.float32)
+    features = pictures.reshape(images, -1) @ encoding
     features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
-    return {
-        "encoder": write_graph(tmp_path / "encoder.onnx", encoding, unit=True),
-        "classifier": write_graph(tmp_path / "classifier.onnx", classes, unit=False),
-        "images": images,
-        "features": features,
-        "logits": images.reshape(10, -1) @ classes,
-    }
+    logits = (pictures.reshape(images, -1) @ classes).astype(np.float32)
+    return Reference(pictures, features, logits, logits.argmax(axis=1) if labelled else None)
 
 
-def test_graphs_that_answer_alike_hold(case: dict[str, object]) -> None:
-    parity = measure_parity(**case)  # type: ignore[arg-type]
-    assert parity.holds
+def test_graphs_that_answer_alike_hold(graphs: tuple[Path, Path]) -> None:
+    parity = measure_parity(*graphs, reference(labelled=True))
+    assert parity.failures(GATES["fp32"]) == []
     assert parity.feature_difference_max < 1e-5
     assert parity.batch_sizes == (1, 2, 7)
+    assert (parity.student_top1_percent, parity.top1_percent, parity.top1_agreement_percent) == (100, 100, 100)
 
 
-def test_a_feature_that_differs_is_measured_and_fails(case: dict[str, object]) -> None:
-    case["features"] = case["features"].copy()  # type: ignore[attr-defined]
-    case["features"][3, 2] += 0.01  # type: ignore[index]
-    parity = measure_parity(**case)  # type: ignore[arg-type]
+def test_images_beyond_the_first_64_are_compared_too(graphs: tuple[Path, Path]) -> None:
+    whole = reference(150)
+    assert measure_parity(*graphs, whole).failures(GATES["fp32"]) == []
+    features, logits = whole.features.copy(), whole.logits.copy()
+    features[140, 2] += 0.01
+    logits[149] = -logits[149]
+    parity = measure_parity(*graphs, replace(whole, features=features, logits=logits))
     assert parity.feature_difference_max == pytest.approx(0.01, rel=1e-3)
-    assert not parity.holds
-    assert "limit 1e-04" in parity.figures()
+    assert parity.top1_agreement_percent == pytest.approx(100 * 149 / 150)
 
 
-def test_another_top_class_is_counted_at_every_batch_size(case: dict[str, object]) -> None:
-    logits = case["logits"].copy()  # type: ignore[attr-defined]
-    logits[5] = -logits[5]
-    parity = measure_parity(**{**case, "logits": logits})  # type: ignore[arg-type]
-    assert parity.top1_differing == 3
-    assert not parity.holds
+def test_a_feature_that_differs_is_measured_and_fails(graphs: tuple[Path, Path]) -> None:
+    whole = reference()
+    features = whole.features.copy()
+    features[3, 2] += 0.01
+    parity = measure_parity(*graphs, replace(whole, features=features))
+    assert parity.feature_difference_max == pytest.approx(0.01, rel=1e-3)
+    assert any("limit 1e-04" in failure for failure in parity.failures(GATES["fp32"]))
 
 
-def test_figures_that_are_no_numbers_fail(case: dict[str, object]) -> None:
-    broken = np.full((12, DIM), np.nan)
-    write_graph(case["encoder"], broken, unit=True)  # type: ignore[arg-type]
-    parity = measure_parity(**case)  # type: ignore[arg-type]
+def test_top1_that_is_lost_is_told_in_points(graphs: tuple[Path, Path]) -> None:
+    whole = reference(100, labelled=True)
+    logits = whole.logits.copy()
+    logits[:3] = -logits[:3]  # the graph answers the other way on three images, which it then gets wrong
+    parity = measure_parity(*graphs, replace(whole, logits=logits, labels=logits.argmax(axis=1)))
+    assert parity.top1_loss_points == pytest.approx(3)
+    assert parity.top1_agreement_percent == pytest.approx(97)
+    (agreement, loss) = parity.failures(Gate(0.9, 98.0, 1.0))
+    assert "97.00 % (limit 98 %)" in agreement
+    assert "3.00 points (limit 1)" in loss
+
+
+def test_figures_that_are_no_numbers_fail(graphs: tuple[Path, Path]) -> None:
+    write_graph(graphs[0], np.full((12, DIM), np.nan), unit=True)
+    parity = measure_parity(*graphs, reference())
     assert parity.feature_difference_max == float("inf")
-    assert not parity.holds
+    assert parity.feature_cosine_min == -1
+    assert parity.failures(GATES["int8"])
 
 
-def test_a_graph_fixed_to_one_batch_size_is_an_error(case: dict[str, object], tmp_path: Path) -> None:
+def test_a_graph_fixed_to_one_batch_size_is_an_error(graphs: tuple[Path, Path], tmp_path: Path) -> None:
     fixed = write_graph(tmp_path / "fixed.onnx", np.ones((12, DIM)), unit=True, batch=2)
     with pytest.raises(ExportError, match=r"fixed\.onnx: onnxruntime can't run it"):
-        measure_parity(**{**case, "encoder": fixed})  # type: ignore[arg-type]
+        measure_parity(fixed, graphs[1], reference())
 
 
 def test_a_child_that_dies_is_an_error_with_its_signal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -101,8 +120,16 @@ def test_a_child_that_dies_is_an_error_with_its_signal(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("difference", "cosine", "differing", "holds"),
-    [(1e-4, 0.99999, 0, True), (1.1e-4, 1.0, 0, False), (0.0, 0.99998, 0, False), (0.0, 1.0, 1, False)],
+    ("precision", "difference", "cosine", "agreement", "loss", "missed"),
+    [
+        ("fp32", 1e-4, 0.99999, 100.0, 0.1, 0),
+        ("fp32", 1.1e-4, 0.99998, 99.9, 0.11, 4),
+        ("fp16", 0.5, 0.9995, 99.5, 0.2, 0),
+        ("fp16", 0.5, 0.9994, 99.4, 0.21, 3),
+        ("int8", 0.5, 0.98, 98.0, 1.0, 0),
+        ("int8", 0.5, 0.979, 97.9, 1.01, 3),
+    ],
 )
-def test_limits(difference: float, cosine: float, differing: int, holds: bool) -> None:
-    assert Parity(4, (1, 2, 7), difference, cosine, differing).holds is holds
+def test_gates(precision: str, difference: float, cosine: float, agreement: float, loss: float, missed: int) -> None:
+    parity = Parity(4, (1, 2, 7), difference, cosine, 1.0, agreement, loss, 0.0)
+    assert len(parity.failures(GATES[precision])) == missed

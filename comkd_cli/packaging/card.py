@@ -1,0 +1,174 @@
+"""The bundle's README: a model card in the Hub's format, from the manifest alone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from comkd_cli.checkpoints import StudentRecord
+
+WHAT_FILES_ARE = {
+    "class_vectors.npy": "one L2-normalised vector a class; logits = logit_scale * features @ vectors.T",
+    "classes.txt": "class names in the order of the logits",
+    "predict.py": "command line and `Classifier`, without torch",
+    "text_encoder.onnx": "`tokens` (texts, context) int64 -> `text_features`: the class vectors of new classes",
+    "bpe_merges.txt": "the merges of CLIP's tokenizer",
+    "index.html": "classifies in a browser; serve this folder with `python -m http.server`",
+}
+MOST_CLASSES = 20
+
+
+def model_card(manifest: Mapping[str, Any], record: StudentRecord, sizes: Mapping[str, int]) -> str:
+    """Markdown with the Hub's metadata at its head. sizes: bytes of each file of the bundle."""
+    sections = [
+        f"---\n{_metadata(manifest)}---",
+        f"# {manifest['recipe']}: an image classifier for {manifest['classes']} classes",
+        _summary(manifest),
+        _use(manifest),
+        _files(manifest, sizes),
+        _numbers(manifest, sizes),
+        _limits(manifest, record),
+        _citation(),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _metadata(manifest: Mapping[str, Any]) -> str:
+    fields: dict[str, Any] = {
+        "license": manifest["license"],
+        "library_name": "onnx",
+        "pipeline_tag": "zero-shot-image-classification" if manifest["text"] else "image-classification",
+        "tags": ["clip", "knowledge-distillation", "onnx"],
+    }
+    if manifest["test_top1_percent"] is not None:
+        metric = {"type": "accuracy", "value": round(manifest["test_top1_percent"], 2), "name": "top-1, percent"}
+        result = {
+            "task": {"type": "image-classification"},
+            "dataset": {"name": manifest["data"], "type": manifest["data"]},
+            "metrics": [metric],
+        }
+        fields["model-index"] = [{"name": manifest["recipe"], "results": [result]}]
+    stream = io.StringIO()
+    writer = YAML(typ="safe", pure=True)
+    writer.default_flow_style = False
+    writer.dump(fields, stream)
+    return stream.getvalue()
+
+
+def _summary(manifest: Mapping[str, Any]) -> str:
+    score = manifest["test_top1_percent"]
+    scored = f" Top-1 on the test images, in PyTorch: {score:.2f} %." if score is not None else ""
+    return (
+        f"Distilled by {manifest['made_by']} (ComKD-CLIP, arXiv 2408.04145) on the images of {manifest['data']}, "
+        f"without labels, from the teacher {manifest['teacher']} into {manifest['student']}.{scored}"
+    )
+
+
+def _use(manifest: Mapping[str, Any]) -> str:
+    lines = ["    pip install numpy pillow onnxruntime", "    python predict.py IMAGE..."]
+    if len(manifest["precisions"]) > 1:
+        lines.append(f"    python predict.py IMAGE... --precision {list(manifest['precisions'])[-1]}")
+    if manifest["text"]:
+        lines.append('    python predict.py IMAGE... --add-class "red fox"')
+    return "\n".join(lines)
+
+
+def _files(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
+    size, dim, classes = manifest["preprocessing"]["size"], manifest["feature_dim"], manifest["classes"]
+    also = " and `class_vectors` (classes, dim)" if manifest["memory"] == "candidates" else ""
+    rows = []
+    for precision, entry in manifest["precisions"].items():
+        rows += [
+            f"| {entry['classifier']} | {precision}: `image` (batch, 3, {size}, {size}) float32{also} -> `logits` "
+            f"(batch, {'classes' if also else classes}) |",
+            f"| {entry['image_encoder']} | {precision}: the same input -> `image_features` (batch, {dim}), "
+            "L2-normalised |",
+        ]
+    rows += [f"| {name} | {what} |" for name, what in WHAT_FILES_ARE.items() if name in sizes]
+    rows.append("| manifest.json | pre-processing, logit scale, parity, latency, sha256 and size of every file |")
+    return "\n".join(["## Files", "", "| file | what it is |", "|---|---|", *rows])
+
+
+def _numbers(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
+    lines = [
+        "## In numbers",
+        "",
+        f"{manifest['parameters']:,} parameters between image and feature, "
+        f"{manifest['multiply_adds'] / 1e6:,.1f} million multiply-adds an image. ONNX opset {manifest['opset']}.",
+        "",
+        "| precision | classifier, MB | least cosine to PyTorch | answers as PyTorch's | top-1 (PyTorch's) |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for precision, entry in manifest["precisions"].items():
+        parity = entry["parity"]
+        top1 = (
+            f"{parity['top1_percent']:.2f} % ({parity['student_top1_percent']:.2f} %)"
+            if parity["top1_percent"] is not None
+            else "no labels"
+        )
+        lines.append(
+            f"| {precision} | {sizes[entry['classifier']] / 1e6:.2f} | {parity['feature_cosine_min']:.6f} | "
+            f"{parity['top1_agreement_percent']:.2f} % of {parity['images']} | {top1} |"
+        )
+    if ways := manifest["precisions"].get("int8", {}).get("quantisation"):
+        tried = ", ".join(
+            f"{way['method']} {way['cosine_mean']:.5f} at {way['bytes'] / 1e6:.2f} MB and {way['milliseconds']:.2f} ms"
+            for way in ways
+        )
+        lines += ["", f"Ways to int8 with their mean cosine on held-out images, the first taken: {tried}."]
+    if manifest["latency"]:
+        lines += [
+            "",
+            "Batch 1, on the machine that made the bundle; speed-up and memory against eager PyTorch fp32, side by "
+            "side in one run:",
+            "",
+            "| what | threads | milliseconds | speed-up | peak memory, MiB | share |",
+            "|---|---:|---:|---:|---:|---:|",
+            *(
+                f"| {entry['name']} | {entry['threads']} | {1e3 * entry['seconds']:.2f} | {entry['speed_up']:.2f} | "
+                f"{entry['peak_bytes'] / 2**20:.0f} | {entry['memory_share']:.2f} |"
+                for entry in manifest["latency"]
+            ),
+        ]
+    return "\n".join(lines)
+
+
+def _limits(manifest: Mapping[str, Any], record: StudentRecord) -> str:
+    names = ", ".join(record.class_names[:MOST_CLASSES])
+    more = f" and {len(record.class_names) - MOST_CLASSES} more" if len(record.class_names) > MOST_CLASSES else ""
+    lines = [
+        "## Limits",
+        "",
+        f"It answers with one of its classes whatever it is shown: {names}{more}.",
+        f"It learned from the images of {manifest['data']} and from its teacher, with whatever both of them lack or "
+        "prefer; on other images measure it first.",
+    ]
+    if record.recipe.selection == "promptkd":
+        lines.append("Its epoch was selected on test images, as PromptKD's released code does: its score is too good.")
+    for precision, why in manifest["failed"].items():
+        lines.append(f"{precision} is not in the bundle: {why}.")
+    license_note = (
+        "No licence was given for this model; those of its data, its teacher and its backbone apply."
+        if manifest["license"] == "unknown"
+        else f"Licence: {manifest['license']}. Those of its data, its teacher and its backbone apply too."
+    )
+    return "\n".join([*lines, "", license_note])
+
+
+def _citation() -> str:
+    return "\n".join(
+        [
+            "## Citation",
+            "",
+            "    @article{chen2024comkd,",
+            "      title={ComKD-CLIP: Comprehensive Knowledge Distillation for Contrastive Language-Image "
+            "Pre-training Model},",
+            "      author={Chen, Yifan and Qiao, Xiaozhen and Sun, Zhe and Li, Xuelong},",
+            "      journal={arXiv preprint arXiv:2408.04145},",
+            "      year={2024}",
+            "    }",
+        ]
+    )
