@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 @runs_option
 @data_root_option
 @click.option("--fresh", is_flag=True, help="Start anew, also where a finished or a stopped run is there.")
+@click.option(
+    "--precompute",
+    is_flag=True,
+    help="Fill the teacher cache, and train no student: a big machine teaches, others learn.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would run, and run nothing.")
 def command(
     recipe: str,
@@ -44,6 +49,7 @@ def command(
     runs: Path,
     data_root: Path,
     fresh: bool,
+    precompute: bool,
     dry_run: bool,
 ) -> None:
     """Distil a teacher into a student as RECIPE says.
@@ -79,13 +85,16 @@ def command(
         try:
             source = open_source(chosen.data, data_root)
             stage = adapt.stage_1(chosen, source, data_root, runs)
-            run = distill.Run(chosen, name, source, runs, stage.identity)
-            if not fresh and distill.finished(run):
+            run = distill.Run(chosen, name, source, runs, stage.identity, stage.key)
+            if not precompute and not fresh and distill.finished(run):
                 messages().print(f"already finished: {run.student_file} (--fresh repeats it)", markup=False)
                 continue
             line = _resume_line()
             with reporting() as report:
                 teach = partial(adapt.ready_teacher, stage, accelerator, report, line)
+                if precompute:
+                    distill.precompute(run, teach, accelerator, report)
+                    continue
                 distill.distill(run, teach, accelerator, report, line, fresh)
         except (DataError, CheckpointError, ModelError) as error:
             if len(loaded) == 1:
@@ -127,6 +136,7 @@ def _print_plan(recipe: Recipe, name: str, runs: Path, data_root: Path, device: 
     from comkd_cli.data.sources import open_source
     from comkd_cli.errors import DataError
     from comkd_cli.flows import adapt, distill
+    from comkd_cli.teacher_cache import CacheKey
     from comkd_cli.terminal import output
 
     rows: dict[str, str] = {}
@@ -140,7 +150,7 @@ def _print_plan(recipe: Recipe, name: str, runs: Path, data_root: Path, device: 
     else:
         outline = distill.outline(recipe, len(source.class_names))
         stage = adapt.stage_1(recipe, source, data_root, runs)
-        run = distill.Run(recipe, name, source, runs, stage.identity)
+        run = distill.Run(recipe, name, source, runs, stage.identity, stage.key)
         plan = distill.plan(run)
         steps = recipe.optim.epochs * plan.steps_per_epoch
         rows["images"] = (
@@ -149,6 +159,9 @@ def _print_plan(recipe: Recipe, name: str, runs: Path, data_root: Path, device: 
         )
         rows["stage 1"] = adapt.describe_stage(stage)
         rows["stage 2"] = f"{recipe.optim.epochs} epochs of {plan.steps_per_epoch:,} steps, {steps:,} in all"
+        if cache := recipe.teacher_cache:
+            key = CacheKey("", plan.training_images, outline.teacher_dim, cache.views, cache.dtype)
+            rows["cache"] = f"{cache.views} crops of each image, {key.size_bytes / 1e6:,.1f} MB when full"
         rows["writes"] = str(plan.folder)
         rows["state"] = plan.state
     ratio = outline.teacher_image_tower_parameters / outline.student_image_tower_parameters
@@ -166,7 +179,7 @@ def _print_plan(recipe: Recipe, name: str, runs: Path, data_root: Path, device: 
     rows["device"] = f"{device}, {recipe.precision}"
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
-    for row in ("images", "teacher", "stage 1", "student", "stage 2", "device", "writes", "state"):
+    for row in ("images", "teacher", "stage 1", "student", "stage 2", "cache", "device", "writes", "state"):
         if row in rows:
             table.add_row(row, escape(rows[row]))
     output().print(table)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
@@ -33,6 +34,10 @@ class Batch:
     """(batch,) int64, the images' positions in their set."""
     unreadable: tuple[str, ...] = ()
     """A line for each image that is missing from the batch, naming it and the reason."""
+    view: int = 0
+    """Which crop of its images this is."""
+    asked: Tensor | None = None
+    """(batch,) bool: the images that stand in the first model's input, where it is not asked about all."""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -57,7 +62,10 @@ class TrainingLoader:
     """Random crops of a set of images, epoch by epoch, from any step of any epoch.
 
     preprocessings: of the models that look at each crop. An incomplete last batch is dropped, unless it
-    is the only one. Closing is left to garbage collection, as DataLoader does it.
+    is the only one. views: crops of an image that there are, epoch e seeing crop e mod views; None: a new one
+    every epoch. crop_seed: of the crops; None takes the seed, which the order depends on. known: whether the
+    first model's answer to crops of a view is known already, (indices,) to bool; its input is then not made.
+    Closing is left to garbage collection, as DataLoader does it.
     """
 
     def __init__(
@@ -68,12 +76,16 @@ class TrainingLoader:
         batch_size: int,
         seed: int,
         workers: int,
+        views: int | None = None,
+        crop_seed: int | None = None,
+        known: Callable[[int, np.ndarray], np.ndarray] | None = None,
     ) -> None:
         self.batch_size = min(batch_size, len(images))
         self.image_count = len(images)
-        self._sampler = _EpochBatches(len(images), self.batch_size, seed)
-        items = _TrainingItems(images, tuple(preprocessings), augment, seed)
-        shared = _sharing(preprocessings)
+        self._sampler = _EpochBatches(len(images), self.batch_size, seed, views, known)
+        items = _TrainingItems(images, tuple(preprocessings), augment, seed if crop_seed is None else crop_seed)
+        # Where the first model is not asked about every image, its input is a tensor of its own.
+        shared = _sharing(preprocessings) if known is None else tuple(range(len(preprocessings)))
         self._loader = _data_loader(items, self._sampler, shared, workers, persistent=True)
 
     @property
@@ -94,6 +106,23 @@ def scoring_batches(images: ImageSet, preprocessing: Preprocessing, batch_size: 
     yield from _data_loader(items, batches, (0,), workers, persistent=False)
 
 
+def view_batches(
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    augment: Augment,
+    crop_seed: int,
+    view: int,
+    indices: Sequence[int],
+    batch_size: int,
+    workers: int,
+) -> Iterator[Batch]:
+    """One crop of each of these images, the `view`-th, in order, as the input of one model."""
+    items = _TrainingItems(images, (preprocessing,), augment, crop_seed)
+    positions = [(int(index), view, True) for index in indices]
+    batches = [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]
+    yield from _data_loader(items, batches, (0,), workers, persistent=False)
+
+
 def worker_count(data: Data) -> int:
     """Processes to decode with: what the recipe says, or one less than the cores this process may use."""
     if data.workers is not None:
@@ -107,9 +136,11 @@ def worker_count(data: Data) -> int:
 @dataclass(frozen=True)
 class _Item:
     index: int
-    inputs: tuple[Tensor, ...] | None
+    inputs: tuple[Tensor | None, ...] | None
+    """None for an image that can't be read; within, for a model that is not asked."""
     label: int | None
     problem: str = ""
+    view: int = 0
 
 
 class _TrainingItems(Dataset[_Item]):
@@ -124,14 +155,16 @@ class _TrainingItems(Dataset[_Item]):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, position: tuple[int, int]) -> _Item:
-        index, view = position
+    def __getitem__(self, position: tuple[int, int, bool]) -> _Item:
+        index, view, ask = position
         crop_seed = stable_seed("crop", self._seed, self._images.keys[index], view)
+        asked = self._preprocessings if ask else self._preprocessings[1:]
 
-        def prepare(image: Image) -> tuple[Tensor, ...]:
-            return tuple(training_inputs(image, self._preprocessings, self._augment, crop_seed))
+        def prepare(image: Image) -> tuple[Tensor | None, ...]:
+            inputs = training_inputs(image, asked, self._augment, crop_seed)
+            return tuple(inputs) if ask else (None, *inputs)
 
-        return _item(self._images, index, prepare)
+        return replace(_item(self._images, index, prepare), view=view)
 
 
 class _ScoringItems(Dataset[_Item]):
@@ -146,7 +179,7 @@ class _ScoringItems(Dataset[_Item]):
         return _item(self._images, index, lambda image: (scoring_input(image, self._preprocessing),))
 
 
-def _item(images: ImageSet, index: int, prepare: Callable[[Image], tuple[Tensor, ...]]) -> _Item:
+def _item(images: ImageSet, index: int, prepare: Callable[[Image], tuple[Tensor | None, ...]]) -> _Item:
     label = None if images.labels is None else images.labels[index]
     try:
         return _Item(index, prepare(images.open(index)), label)
@@ -154,13 +187,22 @@ def _item(images: ImageSet, index: int, prepare: Callable[[Image], tuple[Tensor,
         return _Item(index, None, label, str(error))
 
 
-class _EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Lists of (image, view) by batch; the view of an image in epoch e is e."""
+class _EpochBatches(Sampler[list[tuple[int, int, bool]]]):
+    """Lists of (image, view, whether to ask the first model) by batch."""
 
-    def __init__(self, images: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        images: int,
+        batch_size: int,
+        seed: int,
+        views: int | None,
+        known: Callable[[int, np.ndarray], np.ndarray] | None,
+    ) -> None:
         self._images = images
         self._batch_size = batch_size
         self._seed = seed
+        self._views = views
+        self._known = known
         self.steps = images // batch_size
         self.epoch = 0
         self.first_step = 0
@@ -168,12 +210,14 @@ class _EpochBatches(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return self.steps - self.first_step
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, bool]]]:
         generator = torch.Generator().manual_seed(stable_seed("order", self._seed, self.epoch))
-        order = torch.randperm(self._images, generator=generator).tolist()
+        order = torch.randperm(self._images, generator=generator).numpy()
+        view = self.epoch if self._views is None else self.epoch % self._views
         for step in range(self.first_step, self.steps):
             chosen = order[step * self._batch_size : (step + 1) * self._batch_size]
-            yield [(index, self.epoch) for index in chosen]
+            known = np.zeros(len(chosen), dtype=bool) if self._known is None else self._known(view, chosen)
+            yield [(int(index), view, not is_known) for index, is_known in zip(chosen, known, strict=True)]
 
 
 def _sharing(preprocessings: Sequence[Preprocessing]) -> tuple[int, ...]:
@@ -182,23 +226,28 @@ def _sharing(preprocessings: Sequence[Preprocessing]) -> tuple[int, ...]:
 
 
 def _collate(items: list[_Item], sharing: tuple[int, ...]) -> Batch:
-    readable = [item for item in items if item.inputs is not None]
-    stacked = {
-        model: torch.stack([item.inputs[model] for item in readable if item.inputs is not None])
-        for model in set(sharing)
-        if readable
-    }
+    readable = [item.inputs for item in items if item.inputs is not None]
+
+    def stacked(model: int) -> Tensor:
+        given = [tensor for inputs in readable if (tensor := inputs[model]) is not None]
+        return torch.stack(given) if given else torch.empty(0)
+
+    made = {model: stacked(model) for model in set(sharing)}
+    asked = torch.tensor([inputs[0] is not None for inputs in readable], dtype=torch.bool)
+    labels = [item.label for item in items if item.inputs is not None]
     return Batch(
-        inputs=tuple(stacked[model] if readable else torch.empty(0) for model in sharing),
-        labels=None if items[0].label is None else torch.tensor([item.label for item in readable], dtype=torch.int64),
-        indices=torch.tensor([item.index for item in readable], dtype=torch.int64),
+        inputs=tuple(made[model] for model in sharing),
+        labels=None if items[0].label is None else torch.tensor(labels, dtype=torch.int64),
+        indices=torch.tensor([item.index for item in items if item.inputs is not None], dtype=torch.int64),
         unreadable=tuple(item.problem for item in items if item.inputs is None),
+        view=items[0].view,
+        asked=None if bool(asked.all()) else asked,
     )
 
 
 def _data_loader(
     items: Dataset[_Item],
-    batches: Sampler[list[tuple[int, int]]] | list[list[int]],
+    batches: Sampler[list[tuple[int, int, bool]]] | list[list[tuple[int, int, bool]]] | list[list[int]],
     sharing: tuple[int, ...],
     workers: int,
     persistent: bool,

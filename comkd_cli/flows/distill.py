@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from comkd_cli.asked_teacher import AskedTeacher, fill_cache
 from comkd_cli.backbones import (
     ImageTower,
     build_image_tower,
@@ -26,15 +27,15 @@ from comkd_cli.data.loaders import Batch, TrainingLoader, worker_count
 from comkd_cli.data.source import Source
 from comkd_cli.data.splits import halves
 from comkd_cli.data.transforms import stable_seed
-from comkd_cli.errors import CheckpointError, DataError
+from comkd_cli.errors import CheckpointError, DataError, MisuseError
 from comkd_cli.evaluation.zero_shot import score_on_test
 from comkd_cli.files import remove_folder, sha256_of_data, write_text
 from comkd_cli.method.objective import gradient_shares, loss_terms
 from comkd_cli.method.student import Student
-from comkd_cli.method.teacher import Teacher
 from comkd_cli.progress import Notice, Report, Stage
 from comkd_cli.recipe import Recipe, to_yaml
 from comkd_cli.recipe.model import PromptSrcAdapt
+from comkd_cli.teacher_cache import CacheKey, TeacherCache
 from comkd_cli.teachers import ReadyTeacher, prompted_clip
 from comkd_cli.training import StepResult, Task, check_state, fit, forget_state
 
@@ -55,6 +56,9 @@ class Run:
     source: Source
     runs: Path
     teacher_identity: str
+    """Of all that the student is taught by: the teacher and the classes."""
+    teacher_key: str = ""
+    """Of the teacher alone; students of other classes can share what is kept of its image features."""
 
     @property
     def folder(self) -> Path:
@@ -84,6 +88,8 @@ class Outline:
     teacher_image_tower_parameters: int
     teacher_multiply_adds: int
     """Of its image tower for one image."""
+    teacher_dim: int
+    """Of its features."""
     student_image_tower_parameters: int
     student_trainable_parameters: int
     student_multiply_adds: int
@@ -131,6 +137,7 @@ def outline(recipe: Recipe, classes: int) -> Outline:
         teacher_parameters=parameters(clip.model),
         teacher_image_tower_parameters=parameters(teacher_tower),
         teacher_multiply_adds=multiply_adds(teacher_tower, clip.preprocessing.size),
+        teacher_dim=dim,
         student_image_tower_parameters=parameters(student),
         student_trainable_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
         student_multiply_adds=multiply_adds(student, tower.preprocessing.size),
@@ -203,10 +210,12 @@ def distill(
             raise DataError(f"{source.name}: selection: promptkd needs labelled test images; use selection: last")
         return found["test_top1_percent"]
 
+    asked = AskedTeacher(teacher, _open_cache(run, ready, report))
+    settings = recipe.teacher_cache
     history = fit(
         Task(
             model=student,
-            loss=lambda model, batch, probe: _distillation_loss(model, batch, probe, teacher, recipe, student),
+            loss=lambda model, batch, probe: _distillation_loss(model, batch, probe, asked, recipe, student),
             loader=TrainingLoader(
                 source.train,
                 [ready.preprocessing, tower.preprocessing],
@@ -214,6 +223,9 @@ def distill(
                 recipe.optim.batch_size,
                 recipe.seed,
                 workers,
+                views=settings.views if settings else None,
+                crop_seed=settings.seed if settings else None,
+                known=asked.known if asked.cache else None,
             ),
             optim=recipe.optim,
             folder=run.folder,
@@ -230,6 +242,7 @@ def distill(
         accelerator,
         report,
     )
+    asked.tell(report)
     _report_idle_gate(recipe, student, report)
     record = StudentRecord(
         recipe=recipe,
@@ -269,12 +282,55 @@ def _build_student(
         return Student(tower.module, tower.width, class_vectors, logit_scale, recipe.student, recipe.loss.edu_attention)
 
 
+def precompute(run: Run, make_teacher: Callable[[], ReadyTeacher], accelerator: Accelerator, report: Report) -> None:
+    """Fill the run's teacher cache with every crop that is not there yet; a student is not trained.
+
+    Raises MisuseError for a recipe without a cache, and what `distill` raises of teachers and images.
+    """
+    recipe = run.recipe
+    if recipe.teacher_cache is None:
+        raise MisuseError("--precompute fills the teacher cache, and the recipe has none; set teacher_cache.views")
+    _check_images(run)
+    ready = make_teacher()
+    cache = _open_cache(run, ready, report)
+    assert cache is not None  # since the recipe has settings for it
+    ready.teacher.to(accelerator.device)
+    fill_cache(cache, ready, run.source.train, recipe, accelerator, report)
+
+
+def _open_cache(run: Run, ready: ReadyTeacher, report: Report) -> TeacherCache | None:
+    settings = run.recipe.teacher_cache
+    if settings is None:
+        return None
+    images = run.source.train
+    identity = sha256_of_data(
+        [
+            run.teacher_key or run.teacher_identity,
+            asdict(ready.preprocessing),
+            list(images.keys),
+            list(images.sizes_bytes),
+            run.recipe.augment.model_dump(mode="json", exclude_defaults=True),
+            run.recipe.precision,
+            settings.model_dump(mode="json"),
+        ]
+    )
+    dim = ready.teacher.class_vectors.shape[1]
+    key = CacheKey(identity, len(images), dim, settings.views, settings.dtype)
+    cache = TeacherCache(run.runs / "cache", key)
+    report(
+        Notice(
+            f"teacher cache: {cache.count():,} of {settings.views * len(images):,} crops are there; all take "
+            f"{key.size_bytes / 1e6:,.1f} MB in {cache.folder}"
+        )
+    )
+    return cache
+
+
 def _distillation_loss(
-    model: nn.Module, batch: Batch, probe: bool, teacher: Teacher, recipe: Recipe, student: Student
+    model: nn.Module, batch: Batch, probe: bool, asked: AskedTeacher, recipe: Recipe, student: Student
 ) -> StepResult:
-    teacher_input, student_input = batch.inputs
-    output = model(student_input)
-    terms = loss_terms(output, teacher(teacher_input), recipe.loss)
+    output = model(batch.inputs[1])
+    terms = loss_terms(output, asked(batch), recipe.loss)
     figures = dict(terms)
     if student.edu_attention is not None:
         figures["gate"] = student.edu_attention.gate

@@ -42,7 +42,15 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> TeacherOutput:
         """images: (batch, 3, size, size)."""
-        features = nn.functional.normalize(self.image_tower(images).float(), dim=-1)
+        return self.answer(self.encode(images))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """u_t: the L2-normalised image features, (batch, dim) float32."""
+        return nn.functional.normalize(self.image_tower(images).float(), dim=-1)
+
+    def answer(self, features: Tensor) -> TeacherOutput:
+        """What the teacher says of images with these features, (batch, dim)."""
         return TeacherOutput(features, class_logits(features, self.class_vectors, self.logit_scale))
 
 

@@ -340,6 +340,17 @@ class Loss(Closed):
         return self
 
 
+class TeacherCacheSettings(Closed):
+    """The teacher's image features of each crop, kept under RUNS/cache and shared by students, seeds and ablations."""
+
+    views: Count = 20
+    """Crops of an image that there are: epoch e sees crop e mod views. With as many as epochs, nothing repeats [C]."""
+    seed: Annotated[int, Field(ge=0)] = 1
+    """Of the crops, instead of the recipe's, so that students of several seeds share them [C]."""
+    dtype: Literal["fp16", "fp32"] = "fp16"
+    """Of the kept features. With fp32 and as many views as epochs, a run is the one without a cache [C]."""
+
+
 class Recipe(Closed):
     """One distillation: the images, the teacher, the student, and how the one learns from the other."""
 
@@ -361,6 +372,8 @@ class Recipe(Closed):
     """What the student is taught."""
     optim: Optim = Sgd()
     """How the student is trained."""
+    teacher_cache: TeacherCacheSettings | None = None
+    """Ask the teacher once for each crop; null asks it at every step."""
     selection: Literal["last", "promptkd"] = "last"
     """Which epoch is kept: the `last`, or as PromptKD's released code does, the one that is best on the test
     images of the base classes. Only for comparison with its table: results are marked `selected on test`."""

@@ -1,0 +1,99 @@
+"""What a frozen teacher says of each crop, kept on disk: asked once, read by every student that sees the crop."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from comkd_cli.errors import CheckpointError
+from comkd_cli.files import write_text
+
+CACHE_FORMAT = "comkd-teacher-cache/1"
+DTYPES: dict[str, type[np.generic]] = {"fp16": np.float16, "fp32": np.float32}
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """All that decides what is kept; each key has a folder of its own."""
+
+    identity: str
+    """A digest of the teacher's weights and pre-processing, the images, how they are cropped and the seed of that."""
+    images: int
+    dim: int
+    """Of a feature."""
+    views: int
+    dtype: str
+    """`fp16` or `fp32`."""
+
+    @property
+    def size_bytes(self) -> int:
+        """On disk, once every view is there."""
+        return self.views * self.images * (self.dim * np.dtype(DTYPES[self.dtype]).itemsize + 1)
+
+
+class TeacherCache:
+    """The teacher's image features of (image, view), in two files that are mapped into memory.
+
+    A feature is written before it is marked as there, so what a killed run leaves is whole. Runs may share a
+    cache at the same time: what they write to a place is the same. Raises CheckpointError for a folder that
+    holds another cache.
+    """
+
+    def __init__(self, folder: Path, key: CacheKey) -> None:
+        self.key = key
+        self.folder = folder / key.identity[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_or_write_meta()
+        shape = (key.views, key.images)
+        self._features = self._mapped("features.bin", DTYPES[key.dtype], (*shape, key.dim))
+        self._there = self._mapped("there.bin", np.uint8, shape)
+
+    def missing(self, view: int, indices: np.ndarray) -> np.ndarray:
+        """Which of these images have no feature of this view yet, bool (len(indices),)."""
+        return np.asarray(self._there[view, indices] == 0)
+
+    def read(self, view: int, indices: np.ndarray) -> np.ndarray:
+        """Features of images that are there, float32 (len(indices), dim)."""
+        return np.asarray(self._features[view, indices], dtype=np.float32)
+
+    def write(self, view: int, indices: np.ndarray, features: np.ndarray) -> None:
+        """Keep features, (len(indices), dim)."""
+        self._features[view, indices] = features
+        self._there[view, indices] = 1
+
+    def count(self) -> int:
+        """Crops whose features are there."""
+        return int(np.count_nonzero(self._there))
+
+    def flush(self) -> None:
+        """Bring to disk what the system still holds in memory."""
+        self._features.flush()
+        self._there.flush()
+
+    def _check_or_write_meta(self) -> None:
+        path = self.folder / "cache.json"
+        meta = {"format": CACHE_FORMAT, **self.key.__dict__}
+        if not path.is_file():
+            write_text(path, json.dumps(meta, indent=2) + "\n")
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: can't be read: {error}; remove {self.folder} to fill it anew") from error
+        if found != meta:
+            raise CheckpointError(
+                f"{path}: is another cache than its folder says; remove {self.folder} to fill it anew"
+            )
+
+    def _mapped(self, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> np.memmap:
+        path = self.folder / name
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        # Sparse where the file system can: a view takes room once it is filled.
+        with path.open("ab") as file:
+            if file.tell() not in (0, size):
+                raise CheckpointError(f"{path}: has {file.tell()} bytes and not {size}; remove {self.folder}")
+            file.truncate(size)
+        return np.memmap(path, dtype=dtype, mode="r+", shape=shape)

@@ -1,0 +1,126 @@
+"""Runs with a teacher cache against runs without one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from comkd_cli.backbones import build_clip
+from comkd_cli.data.sources import open_source
+from comkd_cli.errors import MisuseError
+from comkd_cli.flows import adapt, distill
+from comkd_cli.method.teacher import Teacher
+from comkd_cli.progress import Event, Notice
+from comkd_cli.recipe import parse_recipe
+from comkd_cli.recipe.model import Model
+from comkd_cli.training import make_accelerator
+from tests import tiny
+
+EPOCHS = 3
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "clip.pt"
+    torch.save(build_clip(Model(config=tiny.CLIP), seed=3).model.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many crops the teacher looked at, call by call."""
+    counts: list[int] = []
+    encode = Teacher.encode
+
+    def counted(self: Teacher, images: torch.Tensor) -> torch.Tensor:
+        counts.append(len(images))
+        return encode(self, images)
+
+    monkeypatch.setattr(Teacher, "encode", counted)
+    return counts
+
+
+def make(runs: Path, weights: Path, name: str, cache: dict[str, Any] | None, **changes: Any):  # type: ignore[no-untyped-def]
+    teacher = {"config": tiny.CLIP, "weights": str(weights)}
+    optim = {**tiny.OPTIM, "epochs": EPOCHS}
+    fields = {"teacher": teacher, "optim": optim, "teacher_cache": cache, "evaluate_every_epochs": 0, **changes}
+    recipe = parse_recipe(tiny.recipe(**fields))
+    source = open_source(recipe.data, Path("data"))
+    stage = adapt.stage_1(recipe, source, Path("data"), runs)
+    return distill.Run(recipe, name, source, runs, stage.identity, stage.key), stage
+
+
+def do(pair, events: list[Event] | None = None) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
+    run, stage = pair
+    report = (events if events is not None else []).append
+    accelerator = make_accelerator("fp32")
+    path = distill.distill(run, lambda: adapt.ready_teacher(stage, accelerator, report, ""), accelerator, report, "")
+    state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
+    return state
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+FULL = {"views": EPOCHS, "dtype": "fp32"}
+
+
+def test_with_a_view_an_epoch_in_fp32_a_run_is_the_one_without_a_cache(
+    tmp_path: Path, weights: Path, seen: list[int]
+) -> None:
+    plain = do(make(tmp_path, weights, "plain", None))
+    asked = sum(seen)
+    cold = do(make(tmp_path, weights, "cold", FULL))
+    assert sum(seen) == 2 * asked
+    warm = do(make(tmp_path, weights, "warm", FULL))
+    assert sum(seen) == 2 * asked  # the teacher was not asked again
+    assert same(plain, cold)
+    assert same(plain, warm)
+
+
+def test_other_students_and_seeds_read_what_one_has_filled(tmp_path: Path, weights: Path, seen: list[int]) -> None:
+    do(make(tmp_path, weights, "first", FULL))
+    asked = sum(seen)
+    events: list[Event] = []
+    do(make(tmp_path, weights, "other loss", FULL, loss={"refinement": {"weight": 3.0}, "if_align": None}), events)
+    assert sum(seen) == asked
+    do(make(tmp_path, weights, "first", FULL, seed=2), events)
+    # Another order leaves out other images at the end of an epoch: those alone are new.
+    assert 0 < sum(seen) - asked <= EPOCHS * (1437 % 128)
+    told = [event.text for event in events if isinstance(event, Notice) and "came from it" in event.text]
+    assert len(told) == 2
+
+
+def test_fewer_views_than_epochs_repeat_them(tmp_path: Path, weights: Path, seen: list[int]) -> None:
+    do(make(tmp_path, weights, "one", {"views": 1}))
+    assert sum(seen) <= 1437
+
+
+def test_precomputing_leaves_nothing_to_ask(tmp_path: Path, weights: Path, seen: list[int]) -> None:
+    run, stage = make(tmp_path, weights, "later", {"views": 2})
+    accelerator = make_accelerator("fp32")
+    for _ in range(2):  # the second time there is nothing left to do
+        distill.precompute(run, lambda: adapt.ready_teacher(stage, accelerator, print, ""), accelerator, lambda e: None)
+        assert sum(seen) == 2 * 1437
+    do((run, stage))
+    assert sum(seen) == 2 * 1437
+
+
+def test_another_teacher_crop_or_seed_has_another_cache(tmp_path: Path, weights: Path, seen: list[int]) -> None:
+    do(make(tmp_path, weights, "first", FULL))
+    for number, changes in enumerate(({"augment": {"min_scale": 0.5}}, {"precision": "bf16"})):
+        before = sum(seen)
+        do(make(tmp_path, weights, f"other{number}", FULL, **changes))
+        assert sum(seen) > before
+    before = sum(seen)
+    do(make(tmp_path, weights, "other seed", {**FULL, "seed": 9}))
+    assert sum(seen) > before
+
+
+def test_a_recipe_without_a_cache_cannot_be_precomputed(tmp_path: Path, weights: Path) -> None:
+    run, stage = make(tmp_path, weights, "none", None)
+    accelerator = make_accelerator("fp32")
+    with pytest.raises(MisuseError, match=r"teacher_cache\.views"):
+        distill.precompute(run, lambda: adapt.ready_teacher(stage, accelerator, print, ""), accelerator, print)
