@@ -1,7 +1,6 @@
 import hashlib
 import json
 import random
-import shutil
 import struct
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from PIL import Image
 from torchvision import transforms
 
 from comkd_cli import predictor
+from comkd_cli.packaging.bundle import standalone_predictor
 from comkd_cli.predictor import (
     BundleProblem,
     Classifier,
@@ -412,8 +412,9 @@ def test_a_folder_without_a_manifest_is_no_bundle(colour_bundle: Path, tmp_path:
         (b"[]", "is not a manifest of format comkd-bundle/1"),
         (b"{}", "is not a manifest of format comkd-bundle/1"),
         (b'{"format": "comkd-bundle/2", "preprocessing": {}, "files": {}}', "of format comkd-bundle/1"),
-        (b'{"format": "comkd-bundle/1"}', "lacks files, preprocessing"),
-        (b'{"format": "comkd-bundle/1", "preprocessing": {}}', "lacks files"),
+        (b'{"format": "comkd-bundle/1"}', "lacks files, precisions, preprocessing"),
+        (b'{"format": "comkd-bundle/1", "preprocessing": {}}', "lacks files, precisions"),
+        (b'{"format": "comkd-bundle/1", "preprocessing": {}, "files": {}, "precisions": {}}', "at least one precision"),
     ],
 )
 def test_a_manifest_that_is_none_is_named_with_the_reason(colour_bundle: Path, content: bytes, message: str) -> None:
@@ -491,7 +492,7 @@ print(json.dumps([answer.class_name, sorted(loaded & {"torch", "torchvision", "c
 @pytest.fixture
 def delivered(colour_bundle: Path, tmp_path: Path) -> Path:
     """The bundle as export leaves it, with predict.py in it, and beside it a red picture and no picture."""
-    shutil.copyfile(predictor.__file__, colour_bundle / "predict.py")
+    (colour_bundle / "predict.py").write_text(standalone_predictor(), encoding="utf-8")
     Image.new("RGB", (8, 8), COLOURS["red"]).save(tmp_path / "red.png")
     (tmp_path / "odd.png").write_text("no picture")
     return colour_bundle

@@ -71,6 +71,9 @@ def evaluate(model: str | None, runs: Path, bench: Bench) -> Results:
         except (DataError, CheckpointError) as error:
             problems.append(error)
             missing.append(Missing(dataset, str(error)))
+    if not records and not problems:
+        asked = ", ".join(bench.protocols)
+        raise DataError(f"nothing to score: {asked} does not apply to the models and data sets that were given")
     if not records:
         raise problems[0] if len(problems) == 1 else DataError("\n".join(str(problem) for problem in problems))
     return Results(records, missing)
@@ -132,6 +135,7 @@ def _score_student(path: Path, bench: Bench) -> list[Record]:
     data = bench.data or record.recipe.data
     source = open_source(data, bench.data_root)
     _check_classes(record, source)
+    bench = _fitting_protocols(record, bench)
     subject = student_subject(student, record, sha256_of_file(path), str(path), bench.device)
     images = _scored_images(source, bench.report)
     store = _store(bench, data)
@@ -187,6 +191,19 @@ def _score(
             records += few_shot(subject, source, images, test, store, bench.shots, bench.seeds)
     answers = dict(zip(test.indices.tolist(), scored.predicted.tolist(), strict=True))
     return records, answers
+
+
+def _fitting_protocols(record: StudentRecord, bench: Bench) -> Bench:
+    """Without the protocols that a student does not fit: where its teacher learned from labels of the very data."""
+    adapt = record.recipe.teacher.adapt
+    if adapt.method == "none" or getattr(adapt, "data", None) is not None:
+        return bench
+    if "base-to-novel" in bench.protocols and getattr(adapt, "classes", "all") == "all":
+        bench.report(
+            Notice(f"{record.source}: the teacher learned from labels of all classes, so its `new` ones are not novel")
+        )
+    elsewhere = ("cross-dataset", "domain-generalization")
+    return replace(bench, protocols=tuple(name for name in bench.protocols if name not in elsewhere))
 
 
 def _whole_protocols(source: Source, protocols: Sequence[str]) -> list[str]:

@@ -159,3 +159,18 @@ def test_data_sets_without_a_student_are_rows_that_say_how_to_make_one(tiny_stud
     results = evaluate(None, runs, bench(root, None, ("zero-shot",), ("digits", "eurosat")))
     assert {record.dataset for record in results.records} == {"digits"}
     assert "comkd distill RECIPE --dataset eurosat" in results.missing[0].problem
+
+
+def test_a_student_whose_teacher_saw_labels_of_its_data_is_no_cross_dataset_student(
+    tiny_student: Path, tmp_path: Path
+) -> None:
+    own = bench(tmp_path, None, EVERY, ("digits",))
+    heard: list[Event] = []
+    results = evaluate(str(tiny_student), tmp_path, Bench(**{**vars(own), "report": heard.append, "datasets": ()}))
+    assert {record.protocol for record in results.records} == {"zero-shot", "base-to-novel", "few-shot"}
+    assert any("not novel" in str(event) for event in heard)
+
+
+def test_a_protocol_that_applies_to_nothing_is_an_error_that_says_so(root: Path, clip: str) -> None:
+    with pytest.raises(DataError, match="domain-generalization does not apply"):
+        evaluate(clip, Path("runs"), bench(root, None, ("domain-generalization",), ("dtd", "eurosat")))

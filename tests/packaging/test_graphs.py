@@ -150,7 +150,7 @@ def test_what_torch_cannot_follow_is_an_error(tmp_path: Path) -> None:
 
     class Untraceable(nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return torch.zeros(len(images), 12) * float(images.sum().item())
+            return torch.zeros(len(images), 12) if images.sum().item() > 0 else images.flatten(1)[:, :12]
 
     student.backbone = Untraceable()
     with pytest.raises(ExportError, match="can't export"):
