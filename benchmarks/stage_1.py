@@ -1,6 +1,6 @@
 """What 16 labelled images a class add to a zero-shot teacher: PromptSRC on digits.
 
-    python -m benchmarks.stage_1 [--known 7] [--seeds 1 2 3] [--epochs 20]
+    python -m benchmarks.stage_1 [--known 7] [--seeds 1 2 3] [--epochs 20] [--learning-rate 0.005]
 
 A small CLIP of two transformers is first trained on the digits 0 to known - 1 of scikit-learn's training images.
 Frozen, it is then scored on the test images of all ten digits, zero-shot and after stage 1 with 16 images of each
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--known", type=int, default=7)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--learning-rate", type=float, default=0.005)
     parser.add_argument("--pretrain-epochs", type=int, default=60)
     options = parser.parse_args()
     digits = digits_source(TEMPLATE)
@@ -98,6 +99,7 @@ def main() -> None:
                 "method": "promptsrc",
                 "seed": seed,
                 "epochs": options.epochs,
+                "learning_rate": options.learning_rate,
                 "vision_depth": 4,
                 "text_depth": 4,
             }
@@ -105,6 +107,7 @@ def main() -> None:
             adapted.append(score(ready, digits, options.known))
         document = {
             "known_classes": options.known,
+            "learning_rate": options.learning_rate,
             "zero_shot_top1_percent": score(plain, digits, options.known),
             "adapted_top1_percent": adapted,
             "adapted_mean_percent": statistics.mean(found["all"] for found in adapted),

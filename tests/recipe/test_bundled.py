@@ -3,6 +3,7 @@
 import json
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from comkd_cli.catalog import CATALOG
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.sources import open_source
 from comkd_cli.flows import adapt, distill
+from comkd_cli.flows.evaluate import Bench, evaluate
 from comkd_cli.recipe import check_recipes, load_recipe, parse_recipe
 from comkd_cli.recipe.loading import bundled_recipes
 from comkd_cli.recipe.model import Model
@@ -129,8 +131,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_two_steps_at_reduced_size(name: str, tmp_path: Path, root: Path, small: dict[str, Any]) -> None:
+def reduced_run(name: str, runs: Path, root: Path, small: dict[str, Any]) -> distill.Run:
+    """A recipe with small models and one epoch of small batches, trained."""
     plain = load_recipe(name).model_dump(mode="json")
     reduced = {"epochs": 1, "batch_size": 6}
     plain["optim"] |= reduced
@@ -142,7 +144,7 @@ def test_two_steps_at_reduced_size(name: str, tmp_path: Path, root: Path, small:
     student = plain["student"]
     if student["train"] == "prompts":
         student["prompts"] = {"tokens": 4, "depth": 2}
-    if name not in ("digits", "cifar10"):
+    if name in PAPER:
         plain["teacher"] |= {"arch": None, **small}
         convolutional = "MobileCLIP" in str(student["arch"]) or "mobilenet" in json.dumps(student["config"])
         tower = {"image_size": 32, "timm_model_name": "test_efficientnet", "timm_pool": "avg", "timm_proj": "linear"}
@@ -151,13 +153,42 @@ def test_two_steps_at_reduced_size(name: str, tmp_path: Path, root: Path, small:
         plain["student"] |= {"arch": None, "config": config, "weights": weights}
     recipe = parse_recipe(plain)
     source = open_source(recipe.data, root)
-    stage = adapt.stage_1(recipe, source, root, tmp_path)
-    run = distill.Run(recipe, name, source, tmp_path, stage.identity)
+    stage = adapt.stage_1(recipe, source, root, runs)
+    run = distill.Run(recipe, name, source, runs, stage.identity)
     accelerator = make_accelerator("fp32")
-    path = distill.distill(
-        run, lambda: adapt.ready_teacher(stage, accelerator, lambda e: None, ""), accelerator, lambda e: None, ""
-    )
-    assert path.is_file()
+    teach = partial(adapt.ready_teacher, stage, accelerator, lambda event: None, "")
+    distill.distill(run, teach, accelerator, lambda event: None, "")
+    return run
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_steps_at_reduced_size(name: str, tmp_path: Path, root: Path, small: dict[str, Any]) -> None:
+    run = reduced_run(name, tmp_path, root, small)
     (line,) = (run.folder / "metrics.jsonl").read_text().splitlines()
     assert distill.plan(run).steps_per_epoch >= 2
     assert json.loads(line)["loss"] > 0
+
+
+def test_a_student_of_imagenets_teacher_is_scored_as_cross_dataset_and_another_as_base_to_novel(
+    tmp_path: Path, root: Path, small: dict[str, Any]
+) -> None:
+    protocols = ("cross-dataset", "base-to-novel")
+    found = {}
+    for name in ("vitl_to_vitb", "vitl_to_vitb_cross"):
+        run = reduced_run(name, tmp_path, root, small)
+        bench = Bench(torch.device("cpu"), root, lambda event: None, protocols=protocols)
+        records = evaluate(str(run.student_file), tmp_path, bench).records
+        found[name] = {record.protocol for record in records if record.role == "student"}
+    assert found == {"vitl_to_vitb": {"base-to-novel"}, "vitl_to_vitb_cross": set(protocols)}
+
+
+def test_a_student_of_a_variant_learns_from_its_unlabelled_test_images(
+    tmp_path: Path, root: Path, small: dict[str, Any]
+) -> None:
+    run = reduced_run("vitl_to_vitb_dg", tmp_path, root, small)
+    assert run.source.train.labels is None
+    assert run.source.test is not None
+    assert run.source.train.keys == run.source.test.keys
+    bench = Bench(torch.device("cpu"), root, lambda event: None, protocols=("domain-generalization",))
+    records = evaluate(str(run.student_file), tmp_path, bench).records
+    assert {(record.dataset, record.protocol) for record in records} == {("imagenetv2", "domain-generalization")}
