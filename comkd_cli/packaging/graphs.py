@@ -6,9 +6,8 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -154,7 +153,7 @@ def _export(module: nn.Module, inputs: Mapping[str, tuple[Tensor, str]], output:
     if held > MOST_BYTES:
         raise ExportError(f"{path.name}: {held / 2**30:.1f} GiB of weights do not fit into one ONNX file of 2 GiB")
     try:
-        with _quiet():
+        with quiet():
             torch.onnx.export(
                 module.eval(),
                 tuple(example for example, _ in inputs.values()),
@@ -179,8 +178,8 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
-    """Without the exporter's own progress, which it prints and logs."""
+def quiet() -> Iterator[None]:
+    """Without what exporters and quantisers print, log, and warn of their own dependencies."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 from comkd_cli.errors import ExportError
-from comkd_cli.packaging.graphs import IMAGE, save_graph
+from comkd_cli.packaging.graphs import IMAGE, quiet, save_graph
 from comkd_cli.packaging.latency import Contender, single_thread_seconds
 from comkd_cli.packaging.runner import run_graph
 
@@ -50,7 +46,7 @@ def to_fp16(source: Path, target: Path) -> None:
     from onnxruntime.transformers.onnx_model import OnnxModel
 
     try:
-        with _quiet():
+        with quiet():
             converted = OnnxModel(convert_float_to_float16(onnx.load(source), keep_io_types=True))
             converted.topological_sort()  # the casts of inputs and outputs come last
     except Exception as error:  # the converter meets graphs that it was not written for
@@ -83,7 +79,7 @@ def to_int8(source: Path, images: np.ndarray, extra: dict[str, np.ndarray]) -> l
     for method, quantise in ways.items():
         out = source.with_suffix(f".{method}.onnx")
         try:
-            with _quiet():
+            with quiet():
                 quantise(out)
         except Exception as error:  # onnxruntime's quantiser raises whatever a graph makes it fail of
             problems.append(f"{method}: {error}")
@@ -124,7 +120,7 @@ def _prepare(source: Path, target: Path) -> None:
     """Shapes inferred and constants folded, as quantisation needs them."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with _quiet():
+    with quiet():
         quant_pre_process(str(source), str(target), skip_symbolic_shape=True)
     model = onnx.load(target)
     for index, node in enumerate(model.graph.node):
@@ -224,19 +220,6 @@ class _Reader:
     def get_next(self) -> dict[str, np.ndarray] | None:
         """The next batch, or None after the last."""
         return next(self._waiting, None)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the quantiser prints, logs, and warns of its own dependencies."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def in_order(precisions: Sequence[str]) -> tuple[str, ...]:
