@@ -16,6 +16,7 @@ from comkd_cli.progress import Notice, Progress, Report
 from comkd_cli.recipe import Recipe
 from comkd_cli.teacher_cache import TeacherCache
 from comkd_cli.teachers import ReadyTeacher
+from comkd_cli.training import MOST_NAMED, check_unreadable
 
 BATCH_SIZE = 64
 
@@ -81,6 +82,7 @@ def fill_cache(
     settings = recipe.teacher_cache
     assert settings is not None  # a recipe with a cache has settings for it
     every = np.arange(len(images))
+    unreadable: dict[str, None] = {}
     workers = worker_count(recipe.data)
     with failures_explained():
         for view in range(settings.views):
@@ -95,6 +97,10 @@ def fill_cache(
                         features = ready.teacher.encode(batch.to(accelerator.device).inputs[0])
                     cache.write(view, batch.indices.numpy(), features.cpu().numpy())
                 done += len(batch) + len(batch.unreadable)
+                unreadable |= dict.fromkeys(batch.unreadable)
                 report(Progress(f"teacher, crop {view + 1}/{settings.views}", done, len(wanted)))
             cache.flush()
+            check_unreadable(list(unreadable), len(images), recipe.data.unreadable_limit_percent)
+    for problem in list(unreadable)[:MOST_NAMED]:
+        report(Notice(f"unreadable, left out: {problem}"))
     report(Notice(f"teacher cache: {cache.count():,} of {settings.views * len(images):,} crops are there"))

@@ -171,6 +171,7 @@ class Classifier:
         names = verified_bytes(self._folder, self._manifest, "classes.txt").decode("utf-8").splitlines()
         self.class_names: list[str] = names
         self._graphs = self._chosen_graphs(precision)
+        self._scale = self._manifest.get("logit_scale")
         self._optimization = str(self._graphs.get("optimization", "all"))
         self._class_vectors: np.ndarray | None = None
         self._takes_vectors = self._manifest.get("memory") == "candidates"
@@ -183,12 +184,14 @@ class Classifier:
         inputs = {"image": images}
         if self._takes_vectors:
             inputs["class_vectors"] = self._class_vectors  # type: ignore[assignment]
-        (answer,) = self._session.run(None, inputs)
+        try:
+            (answer,) = self._session.run(None, inputs)
+        except Exception as error:  # onnxruntime's own, for inputs that are not the graph's
+            raise BundleProblem(f"{self._folder}: the graph does not take what manifest.json says: {error}") from error
         if self._takes_vectors or self._class_vectors is None:
             return np.asarray(answer)
         # With classes that were added, the session gives features.
-        scale = np.float32(self._manifest["logit_scale"])
-        return np.asarray(scale * answer @ self._class_vectors.T)
+        return np.asarray(np.float32(self._scale) * answer @ self._class_vectors.T)
 
     def add_classes(self, names: Sequence[str]) -> None:
         """Let images be named by these classes too, which the student was not taught.
@@ -199,12 +202,28 @@ class Classifier:
         text = self._manifest.get("text")
         if not text:
             raise BundleProblem(f"{manifest}: the bundle has no text encoder; export it with --text to add classes")
-        if known := [name for name in names if name in self.class_names]:
-            raise BundleProblem(f"{manifest}: {known[0]!r} is one of the bundle's classes already")
-        merges = verified_bytes(self._folder, self._manifest, text["merges"]).decode("utf-8")
-        tokens = Tokenizer(merges, int(text["context_length"]))([text["prompt"].replace("{}", n) for n in names])
-        (vectors,) = self._start(text["file"], "all").run(["text_features"], {"tokens": tokens})
+        names = [" ".join(name.split()) for name in ([names] if isinstance(names, str) else names)]
+        for position, name in enumerate(names):
+            if not name:
+                raise BundleProblem("a class to add has no name")
+            if name in [*self.class_names, *names[:position]]:
+                raise BundleProblem(f"{name!r} is one of the classes already")
+        try:
+            merges = verified_bytes(self._folder, self._manifest, text["merges"]).decode("utf-8")
+            tokenizer = Tokenizer(merges, int(text["context_length"]))
+            tokens = tokenizer([text["prompt"].replace("{}", name) for name in (*self.class_names, *names)])
+            graph = self._start(text["file"], "all")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleProblem(f"{manifest}: text: is damaged: {error!r}") from error
+        if len(np.unique(tokens, axis=0)) < len(tokens):
+            raise BundleProblem(
+                f"{', '.join(names)}: the text encoder can't tell them apart, from one another or from the "
+                f"classes that there are: it sees {tokens.shape[1]} tokens; shorten the names"
+            )
+        (vectors,) = graph.run(["text_features"], {"tokens": tokens[len(self.class_names) :]})
         if self._class_vectors is None:
+            if not isinstance(self._scale, int | float):
+                raise BundleProblem(f"{manifest}: logit_scale should be a number, not {self._scale!r}")
             self._class_vectors = self._own_class_vectors()
             self._session = self._start(self._graphs["image_encoder"])
         self._class_vectors = np.concatenate([self._class_vectors, vectors])
@@ -228,7 +247,7 @@ class Classifier:
                 f"{self._folder / 'manifest.json'}: the bundle has no {chosen}; it has {', '.join(there)}"
             )
         graphs: dict[str, Any] = there[chosen]
-        if absent := {"classifier", "image_encoder"} - set(graphs):
+        if absent := {"classifier", "image_encoder"} - {key for key, file in graphs.items() if isinstance(file, str)}:
             raise BundleProblem(f"{self._folder / 'manifest.json'}: {chosen} lacks {', '.join(sorted(absent))}")
         return graphs
 
@@ -265,15 +284,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def read_preprocessing(folder: Path, manifest: dict[str, Any]) -> Preprocessing:
     """The pre-processing that a manifest asks for. Raises BundleProblem."""
+    path = folder / "manifest.json"
     try:
         preprocessing = Preprocessing(**manifest["preprocessing"])
     except TypeError as error:
-        raise BundleProblem(f"{folder / 'manifest.json'}: preprocessing: {error}") from error
-    if preprocessing.interpolation not in RESAMPLING:
-        raise BundleProblem(
-            f"{folder / 'manifest.json'}: preprocessing: interpolation {preprocessing.interpolation} is not known"
-        )
+        raise BundleProblem(f"{path}: preprocessing: {error}") from error
+    size, known = preprocessing.size, ("shortest", "squash")
+    if not isinstance(size, int) or size < 1:
+        raise BundleProblem(f"{path}: preprocessing: size should be a number of pixels, not {size!r}")
+    for field in ("mean", "std"):
+        values = getattr(preprocessing, field)
+        if not isinstance(values, list | tuple) or len(values) != 3 or not all(map(_is_number, values)):
+            raise BundleProblem(f"{path}: preprocessing: {field} should be three numbers, not {values!r}")
+    if preprocessing.interpolation not in list(RESAMPLING):
+        raise BundleProblem(f"{path}: preprocessing: interpolation {preprocessing.interpolation} is not known")
+    if preprocessing.resize_mode not in known:
+        raise BundleProblem(f"{path}: preprocessing: resize_mode {preprocessing.resize_mode} is not known")
     return preprocessing
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def verified_bytes(folder: Path, manifest: dict[str, Any], name: str) -> bytes:

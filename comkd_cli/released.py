@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import pickle
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +63,7 @@ PLAIN_TYPES = {
     "tuple": tuple,
     "set": set,
 }
+ZIP_START = b"PK\x03\x04"  # by which torch.load, too, takes a file for an archive
 DEEP_PROMPT = re.compile(r"transformer\.resblocks\.(\d+)\.VPT_shallow")
 IGNORED = ("prompt_learner.token_prefix", "prompt_learner.token_suffix", "prompt_learner.ZS_image_encoder.")
 
@@ -144,10 +144,14 @@ def read_released(path: Path) -> ReleasedTeacher:
     How deep the prompts go is read from the file. Raises CheckpointError, naming the file and what it lacks.
     """
     checkpoint = _read_inert(path)
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    # dict's own methods: a file may have set attributes of the same names.
+    found = dict.get(checkpoint, "state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in dict.values(found)):
         raise CheckpointError(f"{path}: is no PromptSRC checkpoint: it has no `state_dict` of tensors")
-    state = {str(name): value.float() for name, value in state.items() if not str(name).startswith(IGNORED)}
+    try:
+        state = {str(name): value.float() for name, value in dict.items(found) if not str(name).startswith(IGNORED)}
+    except RuntimeError as error:  # a tensor that claims more than there is
+        raise CheckpointError(f"{path}: holds a tensor that can't be used: {str(error).splitlines()[0]}") from error
     vision = _deep(state, path, "image_encoder.VPT", "image_encoder.")
     text = _deep(state, path, "prompt_learner.ctx", "text_encoder.")
     clip_state = {}
@@ -172,16 +176,23 @@ def _deep(state: dict[str, Tensor], path: Path, first: str, prefix: str) -> Tens
             f"{path}: the prompts of {prefix.rstrip('.')} are not those of the first layers in a row, all of one "
             f"shape: layers {', '.join(map(str, sorted(layers)))}"
         )
-    return torch.stack([layers[layer] for layer in sorted(layers)])
+    stacked = torch.stack([layers[layer] for layer in sorted(layers)])
+    if stacked.ndim != 3 or not bool(stacked.isfinite().all()):
+        raise CheckpointError(
+            f"{path}: {first} should be (tokens, width) in numbers, the same for every class; it is "
+            f"{tuple(layers[0].shape)}{'' if stacked.ndim != 3 else ' and holds values that are none'}"
+        )
+    return stacked
 
 
 def _read_inert(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
-        if zipfile.is_zipfile(path) and any(
-            name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()
-        ):
+        # Asked of torch's own reader, which sees archives that Python's does not.
+        with path.open("rb") as file:
+            zipped = file.read(len(ZIP_START)) == ZIP_START
+        if zipped and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
             raise _Refused("it is a TorchScript program")
         return torch.load(path, map_location="cpu", pickle_module=INERT_PICKLE, weights_only=False)
     except _Refused as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +46,12 @@ class TeacherCache:
     def __init__(self, folder: Path, key: CacheKey) -> None:
         self.key = key
         self.folder = folder / key.identity[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: can't be made: {error.strerror or error}") from error
+        # The features come first and the marks last: a folder with marks has features.
+        self._is_new = not (self.folder / "there.bin").exists()
         self._check_or_write_meta()
         shape = (key.views, key.images)
         self._features = self._mapped("features.bin", DTYPES[key.dtype], (*shape, key.dim))
@@ -60,7 +66,7 @@ class TeacherCache:
         return np.asarray(self._features[view, indices], dtype=np.float32)
 
     def write(self, view: int, indices: np.ndarray, features: np.ndarray) -> None:
-        """Keep features, (len(indices), dim)."""
+        """Keep features, (len(indices), dim); what an earlier run wrote to the place counts no more."""
         self._features[view, indices] = features
         self._there[view, indices] = 1
 
@@ -91,9 +97,18 @@ class TeacherCache:
     def _mapped(self, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> np.memmap:
         path = self.folder / name
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        # Sparse where the file system can: a view takes room once it is filled.
-        with path.open("ab") as file:
-            if file.tell() not in (0, size):
-                raise CheckpointError(f"{path}: has {file.tell()} bytes and not {size}; remove {self.folder}")
-            file.truncate(size)
-        return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
+        try:
+            with path.open("ab") as file:
+                if (found := file.tell()) not in ((0, size) if self._is_new else (size,)):
+                    raise CheckpointError(f"{path}: has {found} bytes and not {size}; remove {self.folder}")
+                # Taken from the disk now: a full one would kill the process where the map is written.
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:
+                    file.truncate(size)
+            return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: can't be made {size / 1e6:,.1f} MB large: {error.strerror or error}; make room, or lower "
+                "teacher_cache.views"
+            ) from error

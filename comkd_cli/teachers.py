@@ -89,8 +89,16 @@ def released_clip(settings: Teacher) -> Prompted:
             f"lose accuracy silently without it; use {better}"
         )
     load_clip_state(clip, released.clip_state, path)
-    depths = released.vision_tokens.shape[0], released.text_tokens.shape[0]
-    prompted = prompted_clip(clip, *depths, tokens=released.text_tokens.shape[1])
+    depths, count = (released.vision_tokens.shape[0], released.text_tokens.shape[0]), released.text_tokens.shape[1]
+    if count + 2 > clip.tokenize([""]).shape[1]:
+        raise CheckpointError(f"{path}: its {count} text tokens do not fit into the architecture's context")
+    try:
+        prompted = prompted_clip(clip, *depths, tokens=count)
+    except ModelError as error:
+        raise CheckpointError(
+            f"{path}: its prompts are {depths[0]} layers deep in the image and {depths[1]} in the text encoder, more "
+            f"than {clip.origin.architecture} has; teacher.arch is another than its own"
+        ) from error
     _set_prompts(prompted.module, {"vision": released.vision_tokens, "text": released.text_tokens}, path)
     return prompted
 

@@ -288,13 +288,18 @@ def _note_unreadable(task: Task, batch: Batch, position: _Position, report: Repo
             position.unreadable[problem] = None
             if len(position.unreadable) <= MOST_NAMED:
                 report(Notice(f"unreadable, left out: {problem}"))
-    share = 100 * len(position.unreadable) / task.loader.image_count
-    if batch.unreadable and share > task.unreadable_limit_percent:
-        named = "\n".join(f"  {problem}" for problem in list(position.unreadable)[:MOST_NAMED])
+    if batch.unreadable:
+        check_unreadable(list(position.unreadable), task.loader.image_count, task.unreadable_limit_percent)
+
+
+def check_unreadable(problems: Sequence[str], images: int, limit_percent: float) -> None:
+    """Raise DataError, naming them, where more than the limit of so many images can't be read."""
+    share = 100 * len(problems) / images
+    if share > limit_percent:
+        named = "\n".join(f"  {problem}" for problem in problems[:MOST_NAMED])
         raise DataError(
-            f"{len(position.unreadable)} of {task.loader.image_count} images ({share:.3g} %) can't be read, more "
-            f"than data.unreadable_limit_percent ({task.unreadable_limit_percent:g} %); mend or remove them, or "
-            f"raise the limit:\n{named}"
+            f"{len(problems)} of {images} images ({share:.3g} %) can't be read, more than "
+            f"data.unreadable_limit_percent ({limit_percent:g} %); mend or remove them, or raise the limit:\n{named}"
         )
 
 

@@ -363,3 +363,20 @@ def test_predict_on_a_damaged_bundle_names_the_file(colour_bundle: Path, picture
     result = invoke("predict", colour_bundle, pictures / "red.png")
     assert result.exit_code == 1
     assert result.stderr.startswith(f"error: {colour_bundle / 'classes.txt'}: is not the file")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("distill", "digits", "--fresh", "--precompute"), "--fresh and --precompute exclude each other"),
+        (("export", "student.pt", "--gate", "int8.cosine=0.9"), "should be PRECISION.LIMIT=VALUE"),
+        (("export", "student.pt", "--gate", "int4.cosine_min=0.9"), "should be PRECISION.LIMIT=VALUE"),
+        (("export", "student.pt", "--gate", "int8.cosine_min=much"), "'much' is no number"),
+        (("export", "student.pt", "--opset", "13"), "13 is not in the range x>=18"),
+        (("export", "student.pt", "--precision", "int4"), "'int4' is not one of"),
+    ],
+)
+def test_misuse_of_newer_options_is_exit_2(arguments: tuple[str, ...], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())

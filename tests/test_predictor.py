@@ -533,3 +533,34 @@ def test_the_command_prints_lines_and_says_what_is_wrong_by_its_status(
     assert "is not a bundle" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         predictor.main([red, "--bundle", bundle, "--top", "0"])
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("size", "16", "size should be a number of pixels"),
+        ("size", 0, "size should be a number of pixels"),
+        ("mean", [0.5, 0.5], "mean should be three numbers"),
+        ("std", [0.5, 0.5, "x"], "std should be three numbers"),
+        ("interpolation", ["bicubic"], "is not known"),
+        ("resize_mode", "wide", "is not known"),
+    ],
+)
+def test_preprocessing_that_makes_no_sense_is_told(
+    colour_bundle: Path, place: str, value: object, message: str
+) -> None:
+    path = colour_bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["preprocessing"][place] = value
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(BundleProblem, match=rf"manifest\.json: preprocessing: .*{message}"):
+        Classifier(colour_bundle)
+
+
+def test_a_size_that_is_not_the_graphs_is_told(colour_bundle: Path, tmp_path: Path) -> None:
+    path = colour_bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["preprocessing"]["size"] = 12
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(BundleProblem, match=r"does not take what manifest\.json says"):
+        Classifier(colour_bundle).predict(Image.new("RGB", (20, 20)))

@@ -171,6 +171,41 @@ def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
         read_released(tmp_path / "program.pt")
 
 
+def test_a_program_whose_archive_looks_damaged_to_python_is_refused_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "program.pt"))
+    with (tmp_path / "program.pt").open("ab") as file:
+        file.write(b"PK\x05\x06")
+    assert not zipfile.is_zipfile(tmp_path / "program.pt")
+    monkeypatch.setattr(torch.jit, "load", lambda *a, **k: pytest.fail("the program was loaded"))
+    with pytest.raises(CheckpointError, match=r"program\.pt: is refused: it is a TorchScript program"):
+        read_released(tmp_path / "program.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_encoder.VPT": torch.zeros(4)}, r"image_encoder\.VPT should be \(tokens, width\).*\(4,\)"),
+        ({"prompt_learner.ctx": torch.zeros(10, 4, 16)}, r"the same for every class.*\(10, 4, 16\)"),
+        ({"prompt_learner.ctx": torch.full((4, 16), torch.nan)}, "values that are none"),
+    ],
+)
+def test_prompts_that_are_none_are_told(
+    base: Path, tmp_path: Path, changes: dict[str, torch.Tensor], message: str
+) -> None:
+    path = write(tmp_path / "odd.pt", released_state(base, 1) | changes)
+    with pytest.raises(CheckpointError, match=message):
+        read_released(path)
+
+
+def test_prompts_deeper_than_the_architecture_are_told_with_the_file(base: Path, tmp_path: Path) -> None:
+    state = released_state(base, 3)
+    state["image_encoder.transformer.resblocks.3.VPT_shallow"] = torch.zeros(4, 32).half()
+    with pytest.raises(CheckpointError, match=r"deep\.pt: its prompts are 4 layers deep in the image"):
+        released_clip(settings(base, write(tmp_path / "deep.pt", state)))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -1,5 +1,7 @@
+import errno
 import json
 import multiprocessing
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +56,24 @@ def test_a_folder_of_another_cache_or_a_damaged_one_is_told(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="to fill it anew"):
         TeacherCache(tmp_path, KEY)
     assert json.loads(json.dumps(KEY.__dict__)) == KEY.__dict__
+
+
+def test_marks_without_features_are_no_cache(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path, KEY)
+    cache.write(0, np.arange(10), np.ones((10, 3)))
+    cache.flush()
+    (cache.folder / "features.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"features\.bin: has 0 bytes and not 480; remove"):
+        TeacherCache(tmp_path, KEY)
+
+
+def test_a_full_disk_is_an_error_before_anything_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CheckpointError, match=r"can't be made 0\.0 MB large: No space left.*teacher_cache\.views"):
+        TeacherCache(tmp_path, KEY)
 
 
 def _fill(folder: Path, start: int) -> None:

@@ -14,6 +14,8 @@ import click
 from comkd_cli.options import data_root_option, runs_option
 
 if TYPE_CHECKING:
+    from comkd_cli.data.source import Source
+    from comkd_cli.flows.distill import Outline
     from comkd_cli.recipe import Recipe
 
 
@@ -63,12 +65,18 @@ def command(
 
     if datasets and whole_suite:
         raise click.UsageError("--dataset and --all exclude each other")
+    if fresh and precompute:
+        raise click.UsageError(
+            "--fresh and --precompute exclude each other: crops that are there are not asked for again"
+        )
     if whole_suite:
         datasets = _suite_below(data_root)
     choices = product(
         [[f"data.dataset={dataset}"] for dataset in datasets] or [[]], [[f"seed={seed}"] for seed in seeds] or [[]]
     )
     loaded = [load_recipe(recipe, [*settings, *dataset, *seed]) for dataset, seed in choices]
+    if len(precisions := sorted({chosen.precision for chosen in loaded})) > 1:
+        raise click.UsageError(f"the data sets differ in precision ({', '.join(precisions)}); run them one at a time")
     name = find_recipe(recipe).stem
     with messages().status("starting"):  # importing torch takes seconds
         from comkd_cli.data.sources import open_source
@@ -135,35 +143,19 @@ def _print_plan(recipe: Recipe, name: str, runs: Path, data_root: Path, device: 
     from comkd_cli.catalog import CATALOG
     from comkd_cli.data.sources import open_source
     from comkd_cli.errors import DataError
-    from comkd_cli.flows import adapt, distill
-    from comkd_cli.teacher_cache import CacheKey
+    from comkd_cli.flows import distill
     from comkd_cli.terminal import output
 
     rows: dict[str, str] = {}
     try:
         source = open_source(recipe.data, data_root)
     except DataError as error:
-        if recipe.data.dataset is None:
-            raise
-        outline = distill.outline(recipe, CATALOG[recipe.data.dataset].classes)
-        rows["images"] = f"{error}; {outline.classes} classes"
+        known = CATALOG.get(recipe.data.dataset or "")
+        outline = distill.outline(recipe, known.classes if known else 1)  # classes add no parameters
+        rows["images"] = f"{error}; {known.classes} classes" if known else str(error)
     else:
         outline = distill.outline(recipe, len(source.class_names))
-        stage = adapt.stage_1(recipe, source, data_root, runs)
-        run = distill.Run(recipe, name, source, runs, stage.identity, stage.key)
-        plan = distill.plan(run)
-        steps = recipe.optim.epochs * plan.steps_per_epoch
-        rows["images"] = (
-            f"{source.name}: {plan.training_images:,} to learn from, {plan.test_images:,} to test on, "
-            f"{outline.classes} classes"
-        )
-        rows["stage 1"] = adapt.describe_stage(stage)
-        rows["stage 2"] = f"{recipe.optim.epochs} epochs of {plan.steps_per_epoch:,} steps, {steps:,} in all"
-        if cache := recipe.teacher_cache:
-            key = CacheKey("", plan.training_images, outline.teacher_dim, cache.views, cache.dtype)
-            rows["cache"] = f"{cache.views} crops of each image, {key.size_bytes / 1e6:,.1f} MB when full"
-        rows["writes"] = str(plan.folder)
-        rows["state"] = plan.state
+        rows |= _data_rows(recipe, name, runs, data_root, source, outline)
     ratio = outline.teacher_image_tower_parameters / outline.student_image_tower_parameters
     less = outline.teacher_multiply_adds / outline.student_multiply_adds
     share = outline.student_trainable_parameters / outline.student_image_tower_parameters
@@ -183,6 +175,31 @@ def _print_plan(recipe: Recipe, name: str, runs: Path, data_root: Path, device: 
         if row in rows:
             table.add_row(row, escape(rows[row]))
     output().print(table)
+
+
+def _data_rows(
+    recipe: Recipe, name: str, runs: Path, data_root: Path, source: Source, outline: Outline
+) -> dict[str, str]:
+    """What the images that are there decide."""
+    from comkd_cli.errors import DataError
+    from comkd_cli.flows import adapt, distill
+    from comkd_cli.teacher_cache import CacheKey
+
+    train, test = len(source.train), len(source.test) if source.test else 0
+    told = f"{source.name}: {train:,} to learn from, {test:,} to test on, {outline.classes} classes"
+    rows = {"images": told}
+    if cache := recipe.teacher_cache:
+        key = CacheKey("", train, outline.teacher_dim, cache.views, cache.dtype)
+        rows["cache"] = f"{cache.views} crops of each image, {key.size_bytes / 1e6:,.1f} MB when full"
+    try:
+        stage = adapt.stage_1(recipe, source, data_root, runs)
+    except DataError as error:  # of the data that the teacher is adapted on
+        return {**rows, "stage 1": str(error)}
+    rows["stage 1"] = adapt.describe_stage(stage)
+    plan = distill.plan(distill.Run(recipe, name, source, runs, stage.identity, stage.key))
+    steps = recipe.optim.epochs * plan.steps_per_epoch
+    rows["stage 2"] = f"{recipe.optim.epochs} epochs of {plan.steps_per_epoch:,} steps, {steps:,} in all"
+    return {**rows, "writes": str(plan.folder), "state": plan.state}
 
 
 def _print_next_steps(student: Path) -> None:

@@ -62,7 +62,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
     metavar="PRECISION.LIMIT=VALUE",
     help="Change what a precision must keep, such as int8.cosine_min=0.97; may be repeated.",
 )
-@click.option("--opset", type=click.IntRange(min=13), default=20, show_default=True, help="ONNX operators' version.")
+@click.option("--opset", type=click.IntRange(min=18), default=20, show_default=True, help="ONNX operators' version.")
 @click.option("--license", "license_", default="unknown", show_default=True, help="Licence in the model card.")
 @data_root_option
 @click.option("--force", is_flag=True, help="Replace a bundle that is there already.")

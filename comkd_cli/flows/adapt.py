@@ -171,6 +171,11 @@ def _lessons(stage: Stage1, adapt: PromptSrcAdapt) -> Source:
         chosen, _ = draw_shots(labels, source.val.labels or () if source.val else (), adapt.shots, adapt.seed)
     classes = halves(len(source.class_names))[adapt.classes]
     train = source.train.subset([position for position in chosen if labels[position] in classes])
+    if len(train) < 2:
+        raise DataError(
+            f"{source.name}: teacher.adapt has {len(train)} labelled images of the {adapt.classes} classes to learn "
+            "from; give more of them, or use classes: all"
+        )
     test = source.test
     if test is not None and test.labels is not None:
         test = test.subset([position for position, label in enumerate(test.labels) if label in classes])

@@ -24,7 +24,7 @@ from comkd_cli.backbones import (
 from comkd_cli.checkpoints import StudentRecord, load_student_record, save_student
 from comkd_cli.costs import multiply_adds, parameters
 from comkd_cli.data.loaders import Batch, TrainingLoader, worker_count
-from comkd_cli.data.source import Source
+from comkd_cli.data.source import Source, sampled_content
 from comkd_cli.data.splits import halves
 from comkd_cli.data.transforms import stable_seed
 from comkd_cli.errors import CheckpointError, DataError, MisuseError
@@ -309,6 +309,7 @@ def _open_cache(run: Run, ready: ReadyTeacher, report: Report) -> TeacherCache |
             asdict(ready.preprocessing),
             list(images.keys),
             list(images.sizes_bytes),
+            sampled_content(images),
             run.recipe.augment.model_dump(mode="json", exclude_defaults=True),
             run.recipe.precision,
             settings.model_dump(mode="json"),

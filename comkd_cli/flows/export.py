@@ -16,7 +16,7 @@ from comkd_cli.costs import multiply_adds, parameters
 from comkd_cli.data.folder import images_below
 from comkd_cli.data.source import ImageSet
 from comkd_cli.data.sources import open_source
-from comkd_cli.errors import DataError, ExportError
+from comkd_cli.errors import CheckpointError, DataError, ExportError, ModelError
 from comkd_cli.files import folder_written_whole, write_text
 from comkd_cli.method.student import Student
 from comkd_cli.packaging.bundle import MERGES, TEXT_ENCODER, Contents, Text, complete_bundle, graph_name
@@ -35,7 +35,7 @@ from comkd_cli.packaging.runner import run_graph
 from comkd_cli.packaging.web import add_web_page
 from comkd_cli.predictor import BundleProblem, Preprocessing, UnreadableImage, prepare, read_manifest
 from comkd_cli.progress import Notice, Progress, Report, Stage
-from comkd_cli.teachers import class_encoder
+from comkd_cli.teachers import ClassEncoder, class_encoder
 
 CHECK_IMAGES = 512
 CALIBRATION_IMAGES = 192
@@ -84,6 +84,7 @@ def export(
     wishes = wishes or Wishes()
     _check_target(out, force)
     student, record = load_student(student_file)
+    teacher = _text_teacher(student_file, record) if wishes.text else None
     checked, calibration = _image_sets(record, data_root, wishes.pictures)
     reference = _reference(student, checked, record.preprocessing, wishes.check_images, report)
     contents = Contents(
@@ -117,8 +118,8 @@ def export(
         if not contents.parities:
             reasons = "; ".join(f"{precision}: {why}" for precision, why in contents.failed.items())
             raise ExportError(f"the graphs do not answer as the student does; no bundle was made: {reasons}")
-        if wishes.text:
-            contents.text = _add_text(student_file, record, student, folder, wishes.opset, report)
+        if teacher is not None:
+            contents.text = _add_text(teacher, record, student, folder, wishes.opset, report)
         if wishes.benchmark:
             contents.latency = _measure(student_file, folder, contents, extra, report)
         if "fp32" not in contents.parities:
@@ -190,12 +191,24 @@ def _remove_graphs(folder: Path, precision: str, keep_source: bool) -> None:
             (folder / graph_name(what, precision)).unlink(missing_ok=True)
 
 
+def _text_teacher(student_file: Path, record: StudentRecord) -> ClassEncoder:
+    """Whose text encoder --text exports, before work goes into the rest."""
+    try:
+        teacher = class_encoder(record, student_file)
+        bpe_merges(teacher.clip)
+        return teacher
+    except (CheckpointError, ModelError) as error:
+        raise ExportError(
+            f"{student_file}: --text needs the student's teacher: {error}; keep the runs folder as it was, or export "
+            "without --text"
+        ) from error
+
+
 def _add_text(
-    student_file: Path, record: StudentRecord, student: Student, folder: Path, opset: int, report: Report
+    teacher: ClassEncoder, record: StudentRecord, student: Student, folder: Path, opset: int, report: Report
 ) -> Text:
     """The teacher's text encoder, with the class vectors of the run's own names as the check."""
     report(Stage("Exporting the teacher's text encoder"))
-    teacher = class_encoder(record, student_file)
     tokens = teacher.tokens(record.class_names)
     write_text(folder / MERGES, bpe_merges(teacher.clip))
     export_text_encoder(teacher.clip.model, tokens.shape[1], folder / TEXT_ENCODER, opset)

@@ -66,7 +66,11 @@ def to_int8(source: Path, images: np.ndarray, extra: dict[str, np.ndarray]) -> l
     if not len(calibration):
         raise ExportError(f"{source.name}: int8 needs at least 2 real images to calibrate on; give more with --images")
     prepared = source.with_suffix(".prepared.onnx")
-    _prepare(source, prepared)
+    try:
+        _prepare(source, prepared)
+    except Exception as error:  # whatever onnxruntime's shape inference and optimiser meet
+        prepared.unlink(missing_ok=True)
+        raise ExportError(f"{source.name}: onnxruntime can't prepare the graph for int8: {error}") from error
     made: dict[str, Path] = {}
     problems = []
     ways: dict[str, Callable[[Path], None]] = {
@@ -95,16 +99,29 @@ def to_int8(source: Path, images: np.ndarray, extra: dict[str, np.ndarray]) -> l
 def _ranked(
     source: Path, made: dict[str, Path], held_out: np.ndarray, extra: dict[str, np.ndarray]
 ) -> list[tuple[Quantisation, Path]]:
+    """Those that onnxruntime can run, best first; the files of the others are removed."""
     batches = {str(i): held_out[i : i + CALIBRATION_BATCH] for i in range(0, len(held_out), CALIBRATION_BATCH)}
     reference = np.concatenate(list(run_graph(source, batches, extra).values()))
+    cosines: dict[str, float] = {}
+    problems = []
+    for method, path in list(made.items()):
+        try:
+            features = np.concatenate(list(run_graph(path, batches, extra).values()))
+        except ExportError as error:
+            problems.append(f"{method}: {error}")
+            path.unlink()
+            del made[method]
+            continue
+        cosine = float(np.mean(np.sum(features * reference, axis=1) / np.linalg.norm(features, axis=1)))
+        cosines[method] = cosine if np.isfinite(cosine) else -1.0
+    if not made:
+        raise ExportError(f"{source.name}: onnxruntime can run no quantised graph: {'; '.join(problems)}")
     contenders = [Contender(method, path) for method, path in made.items()]
     seconds = single_thread_seconds(contenders, held_out.shape[2], extra)
-    found = []
-    for method, path in made.items():
-        features = np.concatenate(list(run_graph(path, batches, extra).values()))
-        cosine = float(np.mean(np.sum(features * reference, axis=1) / np.linalg.norm(features, axis=1)))
-        cosine = cosine if np.isfinite(cosine) else -1.0
-        found.append((Quantisation(method, cosine, path.stat().st_size, 1e3 * seconds[method]), path))
+    found = [
+        (Quantisation(method, cosines[method], path.stat().st_size, 1e3 * seconds[method]), path)
+        for method, path in made.items()
+    ]
     most = MOST_OF_FP32 * source.stat().st_size
     fastest = min(seconds.values())
 

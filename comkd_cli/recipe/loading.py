@@ -63,6 +63,8 @@ def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
     own = _own_of_datasets(tree, str(path))
     changes = _parse_settings(settings)
     dataset = _dataset_of(changes) or _dataset_of(tree)
+    if isinstance(changes.get("data"), dict) and changes["data"].get("folder") is not None:
+        dataset = None  # the folder takes its place
     if dataset in own:
         _merge(tree, own[dataset], f"{path}: for_dataset.{dataset}", origins)
     _merge(tree, changes, COMMAND_LINE, origins)
@@ -153,11 +155,14 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], 
 
 def _own_of_datasets(tree: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
     """Take `for_dataset` out of a recipe: by data set, the fields that it has differently."""
-    own = tree.pop("for_dataset", None) or {}
+    own = tree.pop("for_dataset", None)
+    own = {} if own is None else own
     if not isinstance(own, dict) or not all(isinstance(fields, dict) for fields in own.values()):
         raise RecipeError(f"{name}: for_dataset: should be a mapping of data sets to fields")
     if strange := [dataset for dataset in own if dataset not in DATASETS]:
         raise RecipeError(f"{name}: for_dataset: {strange[0]!r} is no data set that comkd knows")
+    if data := [dataset for dataset, fields in own.items() if "data" in fields]:
+        raise RecipeError(f"{name}: for_dataset.{data[0]}: can't change `data`, by which it is chosen")
     return own
 
 

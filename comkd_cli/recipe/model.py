@@ -348,7 +348,8 @@ class TeacherCacheSettings(Closed):
     seed: Annotated[int, Field(ge=0)] = 1
     """Of the crops, instead of the recipe's, so that students of several seeds share them [C]."""
     dtype: Literal["fp16", "fp32"] = "fp16"
-    """Of the kept features. With fp32 and as many views as epochs, a run is the one without a cache [C]."""
+    """Of the kept features. With fp32, as many views as epochs and the recipe's seed, a run is the one without a
+    cache [C]."""
 
 
 class Recipe(Closed):

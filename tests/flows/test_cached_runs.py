@@ -8,7 +8,7 @@ import torch
 
 from comkd_cli.backbones import build_clip
 from comkd_cli.data.sources import open_source
-from comkd_cli.errors import MisuseError
+from comkd_cli.errors import DataError, MisuseError
 from comkd_cli.flows import adapt, distill
 from comkd_cli.method.teacher import Teacher
 from comkd_cli.progress import Event, Notice
@@ -124,3 +124,39 @@ def test_a_recipe_without_a_cache_cannot_be_precomputed(tmp_path: Path, weights:
     accelerator = make_accelerator("fp32")
     with pytest.raises(MisuseError, match=r"teacher_cache\.views"):
         distill.precompute(run, lambda: adapt.ready_teacher(stage, accelerator, print, ""), accelerator, print)
+
+
+def folder_of(path: Path, first: int) -> dict[str, Any]:
+    """Twelve digits as bitmaps, all of one size and called alike wherever they are from."""
+    images = open_source(parse_recipe(tiny.recipe()).data, Path("data")).train
+    path.mkdir()
+    for index in range(12):
+        images.open(first + index).save(path / f"{index}.bmp")
+    return {"folder": str(path), "classes": ("a", "b")}
+
+
+def test_folders_whose_files_are_only_called_alike_do_not_share(tmp_path: Path, weights: Path, seen: list[int]) -> None:
+    optim = {**tiny.OPTIM, "epochs": EPOCHS, "batch_size": 6}
+    for name, first in (("one", 0), ("other", 100)):
+        before = sum(seen)
+        do(make(tmp_path / "runs", weights, name, FULL, data=folder_of(tmp_path / name, first), optim=optim))
+        assert sum(seen) - before == EPOCHS * 12
+
+
+def test_precomputing_names_what_it_cannot_read_and_keeps_to_the_limit(tmp_path: Path, weights: Path) -> None:
+    data = folder_of(tmp_path / "pictures", 0)
+    (tmp_path / "pictures/3.bmp").write_bytes(b"no picture")
+    events: list[Event] = []
+
+    def fill(limit: float) -> None:
+        limited = {**data, "unreadable_limit_percent": limit}
+        run, stage = make(tmp_path / "runs", weights, "it", {"views": 1}, data=limited)
+        accelerator = make_accelerator("fp32")
+        distill.precompute(
+            run, lambda: adapt.ready_teacher(stage, accelerator, events.append, ""), accelerator, events.append
+        )
+
+    fill(10.0)
+    assert any("3.bmp" in event.text for event in events if isinstance(event, Notice))
+    with pytest.raises(DataError, match=r"1 of 12 images(.|\n)*3\.bmp"):
+        fill(5.0)

@@ -17,7 +17,9 @@ from comkd_cli.flows import export as export_flow
 from comkd_cli.flows.export import Wishes, export
 from comkd_cli.flows.predict import predict
 from comkd_cli.method.teacher import encode_classes
+from comkd_cli.packaging import precisions
 from comkd_cli.packaging.parity import GATES, Gate, measure_parity
+from comkd_cli.packaging.runner import run_graph
 from comkd_cli.predictor import BundleProblem, Classifier, prepare
 from comkd_cli.teachers import class_encoder
 
@@ -185,7 +187,7 @@ def test_a_class_that_is_added_on_the_device_has_pytorchs_logits(whole: Path, ti
     classifier.add_classes(names[1:])
     assert classifier.class_names[-2:] == list(names)
     assert np.allclose(classifier.logits(images), expected.numpy(), atol=1e-3)
-    with pytest.raises(BundleProblem, match="'red fox' is one of the bundle's classes already"):
+    with pytest.raises(BundleProblem, match="'red fox' is one of the classes already"):
         classifier.add_classes(["red fox"])
 
 
@@ -244,6 +246,45 @@ def test_a_crash_of_onnxruntime_is_a_failed_gate(
     exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=Wishes(precisions=ALL[:2]))
     assert "signal 11" in exported.failed["fp16"]
     assert list(exported.manifest["precisions"]) == ["fp32"]
+
+
+def test_a_way_to_int8_that_onnxruntime_cannot_run_leaves_the_others(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crashing(graph: Path, *arguments: object):  # type: ignore[no-untyped-def]
+        if "static-channel" in graph.name:
+            raise ExportError(f"{graph.name}: onnxruntime can't run it (signal 11): no message")
+        return run_graph(graph, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(precisions, "run_graph", crashing)
+    wishes = Wishes(precisions=("fp32", "int8"), gates=WIDE)
+    exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=wishes)
+    ways = [way["method"] for way in exported.manifest["precisions"]["int8"]["quantisation"]]
+    assert sorted(ways) == ["dynamic-signed", "dynamic-unsigned", "static-tensor-percentile"]
+    assert len(list((tmp_path / "bundle").glob("*.onnx"))) == 4
+
+
+def test_text_without_the_teacher_is_told_before_anything_is_made(tiny_student: Path, tmp_path: Path) -> None:
+    (tmp_path / "student.pt").write_bytes(tiny_student.read_bytes())
+    with pytest.raises(ExportError, match=r"student\.pt: --text needs the student's teacher(.|\n)*without --text"):
+        export(tmp_path / "student.pt", tmp_path / "bundle", Path("data"), quietly, wishes=Wishes(text=True))
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["red fox", "red  fox "], "'red fox' is one of the classes already"),
+        ([" 3"], "'3' is one of the classes already"),
+        (["  "], "has no name"),
+        ([f"{'very ' * 20}long name {end}" for end in ("alpha", "beta")], "can't tell them apart"),
+    ],
+)
+def test_class_names_that_cannot_be_added_are_told(whole: Path, names: list[str], message: str) -> None:
+    classifier = Classifier(whole)
+    with pytest.raises(BundleProblem, match=message):
+        classifier.add_classes(names)
+    assert len(classifier.class_names) == 10
 
 
 def test_a_precision_can_be_had_without_fp32(tiny_student: Path, tmp_path: Path) -> None:

@@ -107,6 +107,21 @@ def test_the_command_prints_them_with_no_network_and_no_data(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_tells_of_each_kind_of_images_that_are_not_there(
+    tmp_path: Path, run_comkd: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    nothing = run_comkd("distill", "cifar10", "--dry-run", cwd=tmp_path)
+    assert nothing.returncode == 0, nothing.stderr
+    assert "cifar10 does not exist" in " ".join(nothing.stdout.split())
+    only_target = tmp_path / "data"
+    fill(CATALOG["eurosat"], only_target)
+    cross = run_comkd("distill", "vitl_to_vitb_cross", "--dry-run", "--data-root", only_target, cwd=tmp_path)
+    assert cross.returncode == 0, cross.stderr
+    told = " ".join(cross.stdout.split())
+    assert "12 to learn from" in told
+    assert "imagenet is not there" in told
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A CLIP of the least size that every recipe's kind of teacher and student can be had from."""

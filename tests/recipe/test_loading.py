@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -479,3 +480,48 @@ def test_a_recipe_that_may_not_be_read_is_named(write: Write) -> None:
     path.chmod(0)
     with pytest.raises(RecipeError, match="can't be read"):
         load_recipe(path)
+
+
+OWN = """
+data: {dataset: dtd}
+teacher: {arch: A, weights: w}
+student: {arch: B, weights: w}
+optim: {epochs: 7}
+for_dataset:
+  dtd: {optim: {epochs: 3}}
+  digits: {optim: {epochs: 5}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs"),
+    [
+        ((), 3),
+        (("data.dataset=digits",), 5),
+        (("data.dataset=eurosat",), 7),
+        (("data.dataset=digits", "optim.epochs=9"), 9),
+        (("data.folder=photos",), 7),
+    ],
+)
+def test_a_data_set_has_fields_of_its_own_below_the_command_lines(
+    tmp_path: Path, settings: tuple[str, ...], epochs: int
+) -> None:
+    (tmp_path / "own.yaml").write_text(OWN)
+    assert load_recipe(tmp_path / "own.yaml", settings).optim.epochs == epochs
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ("for_dataset: 0", "for_dataset: should be a mapping"),
+        ("for_dataset: {dtd: 3}", "for_dataset: should be a mapping"),
+        ("for_dataset: {dtdd: {seed: 2}}", "'dtdd' is no data set"),
+        ("for_dataset: {dtd: {data: {dataset: eurosat}}}", r"for_dataset\.dtd: can't change `data`"),
+        ("for_dataset: {ucf101: {optim: {epoch: 2}}}", r"for_dataset\.ucf101: optim\.epoch: unknown field"),
+    ],
+)
+def test_mistakes_in_the_fields_of_a_data_set_are_told(tmp_path: Path, own: str, message: str) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(OWN[: OWN.index("for_dataset")] + own)
+    faults = check_recipes([str(path)])
+    assert re.search(message, faults[str(path)])
