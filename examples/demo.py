@@ -74,7 +74,8 @@ def summary(truth: dict[str, str], seconds: float) -> Table:
     )
     table.add_row("both put an image in the same class", "", f"{student['agreement_percent']:.2f} %")
     table.add_row("classifier.onnx", "", f"{manifest['files']['classifier.onnx']['bytes']:,} bytes")
-    table.add_row("largest feature difference to PyTorch", "", f"{manifest['parity']['feature_difference_max']:.1e}")
+    parity = manifest["precisions"]["fp32"]["parity"]
+    table.add_row("largest feature difference to PyTorch", "", f"{parity['feature_difference_max']:.1e}")
     table.add_row("demo pictures named right", "", f"{right} of {len(truth)}")
     table.caption = f"{seconds:.0f} s; everything is in {RUN}/"
     table.caption_justify = "left"
