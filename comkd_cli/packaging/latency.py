@@ -72,15 +72,7 @@ def measure_latency(
     contenders = [Contender("pytorch", student), *graphs]
     every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     counts = sorted({1, every})
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    turns = [(r, threads, c) for r in range(ROUNDS) for threads in counts for c in contenders]
-    with tempfile.TemporaryDirectory() as folder:
-        inputs = Path(folder, "inputs.npz")
-        np.savez(inputs, **extra)  # type: ignore[arg-type] # numpy types its own keywords only
-        for turn, (_, threads, contender) in enumerate(turns):
-            measured = _measure(contender, threads, size, inputs)
-            found.setdefault((contender.name, threads), []).append(measured)
-            on_step(turn + 1, len(turns))
+    found = _in_turns(contenders, counts, size, extra, MOST_SECONDS, on_step)
     medians = {key: statistics.median(s for entry in runs for s in entry["seconds"]) for key, runs in found.items()}
     peaks = {key: max(int(entry["peak_bytes"]) for entry in runs) for key, runs in found.items()}
     return [
@@ -98,19 +90,32 @@ def measure_latency(
 
 def single_thread_seconds(graphs: list[Contender], size: int, extra: Mapping[str, np.ndarray]) -> dict[str, float]:
     """The median seconds of one image on one thread, by name, measured in turns. Raises ExportError."""
-    found: dict[str, list[float]] = {graph.name: [] for graph in graphs}
+    found = _in_turns(graphs, [1], size, extra, most_seconds=1.0)
+    return {name: statistics.median(s for entry in runs for s in entry["seconds"]) for (name, _), runs in found.items()}
+
+
+def _in_turns(
+    contenders: list[Contender],
+    thread_counts: list[int],
+    size: int,
+    extra: Mapping[str, np.ndarray],
+    most_seconds: float,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """What each round measured, by a contender's name and the number of threads."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    turns = [(threads, contender) for _ in range(ROUNDS) for threads in thread_counts for contender in contenders]
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder, "inputs.npz")
         np.savez(inputs, **extra)  # type: ignore[arg-type] # numpy types its own keywords only
-        for _ in range(ROUNDS):
-            for graph in graphs:
-                found[graph.name] += _measure(graph, 1, size, inputs, most_seconds=1.0)["seconds"]
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+        for turn, (threads, contender) in enumerate(turns):
+            measured = _measure(contender, threads, size, inputs, most_seconds)
+            found.setdefault((contender.name, threads), []).append(measured)
+            on_step(turn + 1, len(turns))
+    return found
 
 
-def _measure(
-    contender: Contender, threads: int, size: int, inputs: Path, most_seconds: float = MOST_SECONDS
-) -> dict[str, Any]:
+def _measure(contender: Contender, threads: int, size: int, inputs: Path, most_seconds: float) -> dict[str, Any]:
     what = "pytorch" if contender.name == "pytorch" else "onnxruntime"
     arguments = [
         what,
