@@ -1,0 +1,34 @@
+"""That the benchmarks still run against the code; what they measure is not tested."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_each_benchmark_loads_and_says_its_own_command(name: str) -> None:
+    module = importlib.import_module(f"benchmarks.{name}")
+    assert callable(module.main)
+    assert f"python -m benchmarks.{name}" in module.__doc__
+
+
+@pytest.mark.slow
+def test_the_loaders_ratios_are_quotients_of_the_rates_beside_them() -> None:
+    sizes = ["--images", "8", "--side", "48", "--batch", "4", "--workers", "0", "--rounds", "1"]
+    command = [sys.executable, "-m", "benchmarks.loader", *sizes]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    rates, ratios = document["images_per_second"], document["over_torchvision"]
+    assert set(rates) == set(ratios) > {"torchvision", "comkd"}
+    assert all(rate > 0 for rate in rates.values())
+    assert ratios == pytest.approx({name: rate / rates["torchvision"] for name, rate in rates.items()})
+    assert document["images"] == 8
+    assert document["mean_file_bytes"] > 0
