@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
+from comkd_cli import launch, processes
 from comkd_cli.data.loaders import Batch, view_batches, worker_count
 from comkd_cli.data.source import ImageSet
-from comkd_cli.devices import failures_explained
+from comkd_cli.devices import failures_explained, to_device
 from comkd_cli.method.teacher import Teacher, TeacherOutput
 from comkd_cli.progress import Notice, Progress, Report
 from comkd_cli.recipe import Recipe
@@ -19,6 +22,7 @@ from comkd_cli.teachers import ReadyTeacher
 from comkd_cli.training import MOST_NAMED, check_unreadable
 
 BATCH_SIZE = 64
+TORCH_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 class AskedTeacher:
@@ -28,46 +32,70 @@ class AskedTeacher:
         self.cache = cache
         self._teacher = teacher
         self._computed = self._read = 0
-        self._seconds = 0.0
+        self._clock = _Clock(teacher.class_vectors.device)
+        self._unkept: list[tuple[int, np.ndarray, Tensor]] = []
+        self._marks: tuple[int, np.ndarray] | None = None
 
     def known(self, view: int, indices: np.ndarray) -> np.ndarray:
         """Which crops it need not see, (len(indices),) bool; for the loader."""
         assert self.cache is not None  # it is asked only where there is one
-        return ~self.cache.missing(view, indices)
+        if not launch.on_several_machines():
+            return ~self.cache.missing(view, indices)
+        # A shared folder may show this machine a mark that another has set before it shows the feature. So what
+        # counts is what was there when the view's turn came, read anew then: in its turn each crop comes up once.
+        if self._marks is None or self._marks[0] != view:
+            self.cache.reopen()
+            self._marks = view, ~self.cache.missing(view, np.arange(self.cache.key.images))
+        return np.asarray(self._marks[1][indices])
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherOutput:
         """What the teacher says of a batch.
 
-        With a cache always by the features that are kept, so that a run is the same whether the cache was full
-        or empty.
+        With a cache always by features as they are kept, so that a run is the same whether the cache was full
+        or empty. New ones stay on the device until `keep` is called.
         """
         if self.cache is None:
             output: TeacherOutput = self._teacher(batch.inputs[0])
             return output
+        device = self._teacher.class_vectors.device
         indices = batch.indices.numpy()
-        fresh = indices if batch.asked is None else indices[batch.asked.numpy()]
-        if len(fresh):
-            started = time.monotonic()
-            features = self._teacher.encode(batch.inputs[0]).cpu().numpy()
-            self._seconds += time.monotonic() - started
-            self.cache.write(batch.view, fresh, features)
-        self._computed += len(fresh)
-        self._read += len(indices) - len(fresh)
-        kept = torch.from_numpy(self.cache.read(batch.view, indices))
-        return self._teacher.answer(kept.to(self._teacher.class_vectors.device, non_blocking=True))
+        asked = np.ones(len(indices), bool) if batch.asked is None else batch.asked.numpy()
+        features = torch.empty(len(indices), self.cache.key.dim, device=device)
+        if asked.any():
+            with self._clock:
+                fresh = self._teacher.encode(batch.inputs[0]).to(TORCH_DTYPES[self.cache.key.dtype])
+            self._unkept.append((batch.view, indices[asked], fresh))
+            features[_places(asked, device)] = fresh.float()
+        if not asked.all():
+            kept = torch.from_numpy(self.cache.read(batch.view, indices[~asked]))
+            features[_places(~asked, device)] = to_device(kept, device)
+        self._computed += int(asked.sum())
+        self._read += int((~asked).sum())
+        return self._teacher.answer(features)
+
+    def keep(self) -> None:
+        """Bring new features to the cache. Each process must call it; the main one writes."""
+        if self.cache is None:
+            return
+        mine = [(view, indices, features.cpu().numpy()) for view, indices, features in self._unkept]
+        self._unkept.clear()
+        for share in processes.gathered_on_main(mine):
+            for view, indices, features in share:
+                self.cache.write(view, indices, features)
 
     def tell(self, report: Report) -> None:
-        """What the cache saved, from the teacher's time on the crops that it had to see."""
-        if self.cache is None or not self._computed + self._read:
+        """What the cache saved, from the teacher's time on the crops that it had to see, over all processes."""
+        if self.cache is None:
             return
+        self.keep()
         self.cache.flush()
-        saved = ""
-        if self._computed and self._read:
-            saved = f", about {self._read * self._seconds / self._computed:,.0f} s of the teacher's time"
-        report(
-            Notice(f"teacher cache: {self._read:,} crops came from it{saved}; {self._computed:,} went to the teacher")
-        )
+        everywhere = processes.gathered((self._computed, self._read, self._clock.seconds()))
+        computed, read, seconds = (sum(column) for column in zip(*everywhere, strict=True))
+        if not computed + read:
+            return
+        saved = f", about {read * seconds / computed:,.0f} s of the teacher's time" if computed and read else ""
+        report(Notice(f"teacher cache: {read:,.0f} crops came from it{saved}; {computed:,.0f} went to the teacher"))
 
 
 def fill_cache(
@@ -78,29 +106,80 @@ def fill_cache(
     accelerator: Accelerator,
     report: Report,
 ) -> None:
-    """Ask the teacher for every crop that the cache lacks; what is there already is not asked again."""
+    """Ask the teacher for every crop that the cache lacks; what is there already is not asked again.
+
+    Several processes share the crops out; the main one writes.
+    """
     settings = recipe.teacher_cache
     assert settings is not None  # a recipe with a cache has settings for it
-    every = np.arange(len(images))
     unreadable: dict[str, None] = {}
     workers = worker_count(recipe.data)
     with failures_explained():
         for view in range(settings.views):
-            wanted = every[cache.missing(view, every)].tolist()
+            wanted = processes.as_main_sees(np.flatnonzero(cache.missing(view, np.arange(len(images)))).tolist())
+            mine = launch.share(wanted)
             batches = view_batches(
-                images, ready.preprocessing, recipe.augment, settings.seed, view, wanted, BATCH_SIZE, workers
+                images, ready.preprocessing, recipe.augment, settings.seed, view, mine, BATCH_SIZE, workers
             )
+            rounds = math.ceil(math.ceil(len(wanted) / launch.world_size()) / BATCH_SIZE)  # the same for all
             done = 0
-            for batch in batches:
-                if len(batch):
+            for _ in range(rounds):
+                batch = next(batches, None)
+                answered = (np.empty(0, np.int64), np.empty((0, cache.key.dim), np.float32))
+                if batch is not None and len(batch):
                     with accelerator.autocast():
                         features = ready.teacher.encode(batch.to(accelerator.device).inputs[0])
-                    cache.write(view, batch.indices.numpy(), features.cpu().numpy())
-                done += len(batch) + len(batch.unreadable)
-                unreadable |= dict.fromkeys(batch.unreadable)
-                report(Progress(f"teacher, crop {view + 1}/{settings.views}", done, len(wanted)))
+                    answered = (batch.indices.numpy(), features.cpu().numpy())
+                for indices, values in processes.gathered_on_main(answered):
+                    cache.write(view, indices, values)
+                if batch is not None:
+                    done += len(batch) + len(batch.unreadable)
+                    unreadable |= dict.fromkeys(batch.unreadable)
+                done_by_all = min(done * launch.world_size(), len(wanted))
+                report(Progress(f"teacher, crop {view + 1}/{settings.views}", done_by_all, len(wanted)))
             cache.flush()
+            unreadable = dict.fromkeys(problem for share in processes.gathered(list(unreadable)) for problem in share)
             check_unreadable(list(unreadable), len(images), recipe.data.unreadable_limit_percent)
     for problem in list(unreadable)[:MOST_NAMED]:
         report(Notice(f"unreadable, left out: {problem}"))
     report(Notice(f"teacher cache: {cache.count():,} of {settings.views * len(images):,} crops are there"))
+
+
+class _Clock:
+    """Adds up the time that blocks take, on a GPU without making it wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._started = 0.0
+
+    def __enter__(self) -> None:
+        if self._on_gpu:
+            self._events.append((_gpu_event(), _gpu_event()))
+            self._events[-1][0].record()
+        else:
+            self._started = time.monotonic()
+
+    def __exit__(self, *_error: object) -> None:
+        if self._on_gpu:
+            self._events[-1][1].record()
+        else:
+            self._seconds += time.monotonic() - self._started
+
+    def seconds(self) -> float:
+        """The time so far; it waits for the device."""
+        for start, end in self._events:
+            end.synchronize()
+            self._seconds += start.elapsed_time(end) / 1000
+        self._events.clear()
+        return self._seconds
+
+
+def _gpu_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _places(chosen: np.ndarray, device: torch.device) -> Tensor:
+    """The positions of what is chosen; a mask on a GPU would have to be counted there, and waited for."""
+    return to_device(torch.from_numpy(np.flatnonzero(chosen)), device)

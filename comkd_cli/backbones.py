@@ -16,7 +16,9 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.factory import load_state_dict
+from open_clip.hf_model import HFTextEncoder
 from open_clip.tokenizer import HFTokenizer
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from comkd_cli.errors import ModelError
@@ -128,6 +130,30 @@ def build_image_tower(model: Model, seed: int = 0, load_weights: bool = True) ->
     _lay_out(visual.eval())
     preprocessing = _preprocessing(visual)
     return ImageTower(visual, _width(visual, preprocessing), preprocessing, _origin(model))
+
+
+def recompute_activations(tower: nn.Module) -> None:
+    """Make an image tower keep only what goes into its blocks, and compute the rest again for the backward pass.
+
+    Raises ModelError for a tower that can't, and for one with batch norms, whose statistics would count twice.
+    """
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in tower.modules()):
+        raise ModelError(
+            "checkpointing: the image tower has batch norms, which would count each image twice; leave it off"
+        )
+    if isinstance(tower, VisionTransformer):
+        tower.set_grad_checkpointing(True)
+        return
+    try:
+        tower.trunk.set_grad_checkpointing(True)  # type: ignore[operator,union-attr]
+    except (AttributeError, AssertionError) as error:  # what is no timm model, and timm's own refusals
+        raise ModelError("checkpointing: the image tower has no support for it; leave it off") from error
+
+
+def uses_all_parameters(clip: nn.Module) -> bool:
+    """Whether every parameter of an open_clip model acts on its features; of others some may be for captions."""
+    own = isinstance(clip, open_clip.CLIP | open_clip.CustomTextCLIP)
+    return own and not any(isinstance(module, HFTextEncoder) for module in clip.modules())
 
 
 def load_clip_state(clip: Clip, state: Mapping[str, Tensor], path: Path) -> None:

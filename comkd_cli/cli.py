@@ -6,14 +6,16 @@ import importlib
 import io
 import pkgutil
 import sys
+import time
 from typing import Any, NoReturn
 
 import click
 
-from comkd_cli import commands
+from comkd_cli import commands, launch
 from comkd_cli.errors import ComkdError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+OTHERS_WAIT_SECONDS = 3
 
 
 class CommandFolder(click.Group):
@@ -56,6 +58,10 @@ class CommandFolder(click.Group):
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
+    if not launch.is_main():
+        # What the main process meets too is said by it, and its launcher ends this one while it waits.
+        time.sleep(OTHERS_WAIT_SECONDS)
+        message = f"process {launch.rank()}: {message}"
     # An interruption is what the user wished, no error.
     label = click.style("error:", fg="red", bold=True) if exit_code < INTERRUPTED else click.style("note:", fg="yellow")
     click.echo(f"{label} {message}", err=True)

@@ -8,8 +8,14 @@ from contextlib import contextmanager
 import torch
 from accelerate import PartialState
 
+from comkd_cli import launch
 from comkd_cli.allocator import keep_freed_memory
 from comkd_cli.errors import TrainingError
+
+
+def needs_cpu() -> bool:
+    """Whether accelerate must be told to use the CPU: with several processes it does not see for itself."""
+    return launch.world_size() > 1 and not torch.accelerator.is_available()
 
 
 def best_device() -> torch.device:
@@ -17,10 +23,15 @@ def best_device() -> torch.device:
 
     On a CPU the memory allocator is set up for work on large blocks.
     """
-    device: torch.device = PartialState().device
+    device: torch.device = PartialState(cpu=needs_cpu()).device
     if device.type == "cpu":
         keep_freed_memory()
     return device
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on a device; to a GPU it is copied from page-locked memory, while other work goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @contextmanager
@@ -35,6 +46,13 @@ def failures_explained() -> Iterator[None]:
             raise TrainingError(
                 f"out of memory; lower the batch size, or use precision bf16 or fp16 ({said.splitlines()[0]})"
             ) from error
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise TrainingError(
+                f"compile: torch.compile failed ({said.strip().splitlines()[0]}); leave `compile` off, or install what "
+                "it needs, a C++ compiler on a CPU"
+            ) from error
+        if "closed by peer" in said or "remote process exited" in said:  # gloo's words, and NCCL's
+            raise TrainingError("another process of this run ended; what it says tells why") from error
         if "DataLoader worker" in said:
             raise TrainingError(
                 f"a process that decodes images died ({said.splitlines()[0]}); it may have lacked memory or shared "

@@ -53,9 +53,14 @@ class TeacherCache:
         # The features come first and the marks last: a folder with marks has features.
         self._is_new = not (self.folder / "there.bin").exists()
         self._check_or_write_meta()
-        shape = (key.views, key.images)
-        self._features = self._mapped("features.bin", DTYPES[key.dtype], (*shape, key.dim))
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Map the files anew: a folder on the network shows what other machines wrote when a file is opened."""
+        shape = (self.key.views, self.key.images)
+        self._features = self._mapped("features.bin", DTYPES[self.key.dtype], (*shape, self.key.dim))
         self._there = self._mapped("there.bin", np.uint8, shape)
+        self._is_new = False
 
     def missing(self, view: int, indices: np.ndarray) -> np.ndarray:
         """Which of these images have no feature of this view yet, bool (len(indices),)."""

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from comkd_cli import launch
 from comkd_cli.progress import Epoch, Event, Notice, Progress, Report, Stage
 
 PLAIN_LINE_EVERY_SECONDS = 60  # how often long work says where it is, where there is no terminal for a bar
@@ -29,13 +30,18 @@ PLAIN_LINE_EVERY_SECONDS = 60  # how often long work says where it is, where the
 def output() -> Console:
     """The console for results: standard output, never wrapped where it is not a terminal."""
     # emoji=False: a class or a file may be named :dog:
-    console = Console(highlight=False, emoji=False)
-    return console if console.is_terminal else Console(highlight=False, emoji=False, width=200)
+    console = Console(highlight=False, emoji=False, quiet=not launch.is_main())
+    if not console.is_terminal:
+        console.width = 200
+    return console
 
 
 def messages() -> Console:
-    """The console for everything said on the way: standard error, so that output can be piped."""
-    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+    """The console for everything said on the way: standard error, so that output can be piped.
+
+    Of several processes the main one speaks; those that raise an error say so themselves.
+    """
+    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True, quiet=not launch.is_main())
 
 
 def figures_text(figures: Mapping[str, float]) -> str:
@@ -70,7 +76,7 @@ def reporting(quiet: bool = False) -> Iterator[Report]:
     On a terminal: one live bar for the work at hand, and a line for each epoch. Elsewhere lines alone.
     """
     console = messages()
-    console.quiet = quiet
+    quiet = console.quiet = quiet or console.quiet
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

@@ -5,29 +5,35 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from comkd_cli import launch, processes
 from comkd_cli.allocator import keep_freed_memory
 from comkd_cli.checkpoints import save_plain
 from comkd_cli.data.loaders import Batch, TrainingLoader
-from comkd_cli.devices import failures_explained
+from comkd_cli.data.transforms import stable_seed
+from comkd_cli.devices import failures_explained, needs_cpu
 from comkd_cli.errors import CheckpointError, DataError, Interrupted, TrainingError
 from comkd_cli.files import remove_folder, write_text
 from comkd_cli.interrupts import stop_wishes
+from comkd_cli.method.global_batch import share_batch_norms
 from comkd_cli.progress import Epoch, Notice, Progress, Report
 from comkd_cli.recipe.model import AdamW, Sgd
 from comkd_cli.schedule import learning_rate
 
-STATE_FORMAT = "comkd-state/2"
+STATE_FORMAT = "comkd-state/3"
 REPORT_EVERY_SECONDS = 0.5
 MOST_NAMED = 10  # unreadable images that are named one by one; all are counted
+KEEP_EVERY_STEPS = 50
 
 
 @dataclass
@@ -71,6 +77,11 @@ class Task:
     """A score at the end of an epoch; the weights of the best epoch are kept, not the last's."""
     average: Sequence[float] | None = None
     """A weight for each epoch, summing to 1: what is kept is the average of the epochs' weights."""
+    keep: Callable[[], None] | None = None
+    """Called every KEEP_EVERY_STEPS steps and before the state is saved, by all processes together: puts away what
+    the steps left behind."""
+    uses_all_parameters: bool = False
+    """Whether each step gives every parameter that trains a gradient, which spares data-parallel training a search."""
 
     @property
     def state_file(self) -> Path:
@@ -98,15 +109,25 @@ class _Position:
 
 def make_accelerator(precision: str) -> Accelerator:
     """accelerate's view of the machine: device, autocast, gradient scaling. Raises TrainingError."""
+    handlers = [
+        InitProcessGroupKwargs(timeout=processes.PATIENCE),
+        # Batch norms share their statistics, so that their buffers are equal without being sent around.
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+    ]
     try:
-        accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+        accelerator = Accelerator(
+            mixed_precision="no" if precision == "fp32" else precision, cpu=needs_cpu(), kwargs_handlers=handlers
+        )
     except (ValueError, RuntimeError) as error:
         raise TrainingError(f"precision: {precision} does not work on this machine: {error}") from error
     if precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate would train in fp32 and not say so.
         raise TrainingError("precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
-    if accelerator.num_processes > 1:
-        raise TrainingError("comkd trains in one process; start it without `accelerate launch` or torchrun")
+    if accelerator.num_processes != launch.world_size():
+        raise TrainingError(
+            f"the launcher says {launch.world_size()} processes and accelerate {accelerator.num_processes}; start "
+            "comkd by torchrun or `accelerate launch`"
+        )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
@@ -119,18 +140,23 @@ def fit(task: Task, accelerator: Accelerator, report: Report) -> list[dict[str, 
     on how often that happened. Returns the figures of every epoch. Raises Interrupted, TrainingError,
     DataError (too many unreadable images) or CheckpointError (a state of something else).
     """
+    if launch.world_size() > 1:
+        share_batch_norms(task.model, accelerator.device)
+        accelerator.ddp_handler.find_unused_parameters = not task.uses_all_parameters
     optimizer = accelerator.prepare(make_optimizer(task.model, task.optim, task.rate_factors))
-    model = accelerator.prepare(task.model)
+    with warnings.catch_warnings():  # PyTorch 2.14 has a new name for this setting, which older ones do not know
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        model = accelerator.prepare(task.model)
     position = _load_state(task, optimizer, accelerator)
     if position is None:
         position = _Position()
-        torch.manual_seed(task.seed)
+        _seed(task.seed)
     elif position.epoch < task.optim.epochs:
         report(Notice(f"going on from epoch {position.epoch + 1}, step {position.step + 1}"))
     with stop_wishes() as wish, failures_explained():
         while position.epoch < task.optim.epochs:
             try:
-                _run_epoch(task, model, optimizer, accelerator, position, wish, report)
+                code = _run_epoch(task, model, optimizer, accelerator, position, wish, report)
             except RuntimeError as error:
                 # A scheduler's SIGTERM reaches the workers too. Their death may be met in the middle of a
                 # step, so what is gone on with is the state of the last epoch's end.
@@ -139,7 +165,7 @@ def fit(task: Task, accelerator: Accelerator, report: Report) -> list[dict[str, 
                 message = f"stopped; the last finished epoch is saved. To go on:\n  {task.resume_line}"
                 raise Interrupted(message, code) from error
             _save_state(task, optimizer, accelerator, position)
-            if (code := wish()) is not None:
+            if code is not None:
                 raise Interrupted(_stopped_message(task, position), code)
     if position.kept:
         task.model.load_state_dict(position.kept, strict=False)
@@ -150,14 +176,20 @@ def fit(task: Task, accelerator: Accelerator, report: Report) -> list[dict[str, 
     return position.history
 
 
+def _seed(seed: int) -> None:
+    """Seed what the model draws: each process its own, the main one by the seed itself."""
+    torch.manual_seed(seed if launch.is_main() else stable_seed("process", launch.rank(), seed))
+
+
 def check_state(folder: Path, identity: str) -> bool:
     """Whether a task's folder holds a state to go on from. Raises CheckpointError where it is another run's."""
     return _read_state(folder, identity) is not None
 
 
 def forget_state(task_folder: Path) -> None:
-    """Remove what a task keeps for going on."""
-    remove_folder(task_folder / "state")
+    """Remove what a task keeps for going on; of several processes the main one does."""
+    if launch.is_main():
+        remove_folder(task_folder / "state")
 
 
 def make_optimizer(model: nn.Module, optim: Sgd | AdamW, rate_factors: Mapping[str, float]) -> torch.optim.Optimizer:
@@ -189,43 +221,97 @@ def _run_epoch(
     position: _Position,
     wish: Callable[[], int | None],
     report: Report,
-) -> None:
-    """From the position to the end of its epoch, or to the step after which a stop was asked for."""
+) -> int | None:
+    """From the position to the end of its epoch, or to the step after which a stop was asked for.
+
+    Returns the exit code of that stop, or None.
+    """
     started, first_step = time.monotonic(), position.step
     model.train()
-    for batch in task.loader.epoch(position.epoch, position.step):
-        _note_unreadable(task, batch, position, report)
-        if len(batch) > 1:  # a batch that lost its images to damage is none
-            _train_step(task, model, optimizer, accelerator, position, batch.to(accelerator.device))
+    for parts in task.loader.epoch(position.epoch, position.step):
+        sizes, unreadable, code = _agree(parts, wish)
+        _note_unreadable(task, unreadable, position, report)
+        if any(sizes):
+            _train_step(task, model, optimizer, accelerator, position, parts, sizes)
         position.step += 1
         _report_progress(task, position, report)
-        if wish() is not None and position.step < task.loader.steps_per_epoch:
-            return
+        if task.keep is not None and position.step % KEEP_EVERY_STEPS == 0:
+            task.keep()
+        code = wish() if launch.world_size() == 1 else code
+        if code is not None and position.step < task.loader.steps_per_epoch:
+            return code
     images = (position.step - first_step) * task.loader.batch_size
-    _finish_epoch(task, position, images / (time.monotonic() - started), report)
+    _finish_epoch(task, position, accelerator, images / (time.monotonic() - started), report)
+    return max(row[0] for row in processes.table([wish() or 0])) or None
+
+
+def _agree(parts: Sequence[Batch], wish: Callable[[], int | None]) -> tuple[list[int], list[str], int | None]:
+    """What all processes must know of a step: each part's images, what can't be read, and whether one is to stop.
+
+    A part counts as empty where it has no two images, or a process none of them: who has no images could not take
+    part in what is computed together.
+    """
+    problems = [problem for part in parts for problem in part.unreadable]
+    rows = processes.table([wish() or 0, len(problems), *map(len, parts)])
+    codes, troubles, *shares = [list(column) for column in zip(*rows, strict=True)]
+    if any(troubles):
+        problems = [problem for share in processes.gathered(problems) for problem in share]
+    sizes = [sum(share) if min(share) and sum(share) > 1 else 0 for share in shares]
+    return sizes, problems, max(codes) or None
 
 
 def _train_step(
-    task: Task, model: nn.Module, optimizer: Any, accelerator: Accelerator, position: _Position, batch: Batch
+    task: Task,
+    model: nn.Module,
+    optimizer: Any,
+    accelerator: Accelerator,
+    position: _Position,
+    parts: Sequence[Batch],
+    sizes: Sequence[int],
 ) -> None:
+    """One step of the optimiser on a batch, which goes through the model part by part.
+
+    Losses are means over a part's images here; each counts by its share in the batch of all processes, whose
+    average data-parallel training takes. sizes: of the parts over all processes, 0 of those to leave out.
+    """
     rate = learning_rate(task.optim, position.epoch, position.step, task.loader.steps_per_epoch)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_factor"]
-    with accelerator.autocast():
-        result = task.loss(model, batch, position.counted_steps == 0)
-    accelerator.backward(result.loss)
+    whole = [(part, size) for part, size in zip(parts, sizes, strict=True) if size]
+    images = sum(size for _, size in whole)
+    for number, (part, _size) in enumerate(whole, start=1):
+        probe = position.counted_steps == 0 and number == 1
+        waiting = accelerator.no_sync(model) if number < len(whole) else nullcontext()
+        with waiting:
+            with accelerator.autocast():
+                result = task.loss(model, part.to(accelerator.device), probe)
+            share = len(part) * launch.world_size() / images
+            accelerator.backward(result.loss * share if share != 1 else result.loss)
+        if result.probed:
+            position.probed = result.probed
+        # Summed on the device: reading a figure at every step would make the device wait for Python.
+        for name, value in {"loss": result.loss, **result.figures}.items():
+            value = value.detach().double() if accelerator.device.type != "mps" else value.detach()
+            value = value * share
+            position.sums[name] = position.sums[name] + value if name in position.sums else value
     optimizer.step()
     optimizer.zero_grad()
-    if result.probed:
-        position.probed = result.probed
-    # Summed on the device: reading a figure at every step would make the device wait for Python.
-    for name, value in {"loss": result.loss, **result.figures}.items():
-        value = value.detach().double() if accelerator.device.type != "mps" else value.detach()
-        position.sums[name] = position.sums[name] + value if name in position.sums else value
     position.counted_steps += 1
 
 
-def _finish_epoch(task: Task, position: _Position, images_per_second: float, report: Report) -> None:
+def _share_sums(position: _Position) -> None:
+    """Make the sums of every process those of all: their average, since each counts by its share."""
+    if launch.world_size() == 1 or not position.sums:
+        return
+    values = torch.stack(list(position.sums.values()))
+    means = torch.tensor(processes.gathered(values.tolist()), dtype=values.dtype).mean(0).to(values.device)
+    position.sums = dict(zip(position.sums, means, strict=True))
+
+
+def _finish_epoch(
+    task: Task, position: _Position, accelerator: Accelerator, images_per_second: float, report: Report
+) -> None:
+    _share_sums(position)
     averages = {name: float(total) / position.counted_steps for name, total in position.sums.items()}
     if not position.counted_steps:
         raise DataError(f"{task.label}: no batch of this epoch had two readable images")
@@ -257,7 +343,8 @@ def _finish_epoch(task: Task, position: _Position, images_per_second: float, rep
         "images_per_second": images_per_second,
     }
     position.history.append(line)
-    write_text(task.folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in position.history))
+    if launch.is_main():
+        write_text(task.folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in position.history))
     report(Epoch(epoch, task.optim.epochs, images_per_second, figures))
     position.epoch, position.step = epoch, 0
     position.sums, position.probed, position.counted_steps = {}, {}, 0
@@ -282,13 +369,13 @@ def _report_progress(task: Task, position: _Position, report: Report) -> None:
     report(Progress(f"{task.label} {position.epoch + 1}/{task.optim.epochs}", done, total, figures))
 
 
-def _note_unreadable(task: Task, batch: Batch, position: _Position, report: Report) -> None:
-    for problem in batch.unreadable:
+def _note_unreadable(task: Task, problems: Sequence[str], position: _Position, report: Report) -> None:
+    for problem in problems:
         if problem not in position.unreadable:
             position.unreadable[problem] = None
             if len(position.unreadable) <= MOST_NAMED:
                 report(Notice(f"unreadable, left out: {problem}"))
-    if batch.unreadable:
+    if problems:
         check_unreadable(list(position.unreadable), task.loader.image_count, task.unreadable_limit_percent)
 
 
@@ -311,15 +398,23 @@ def _stopped_message(task: Task, position: _Position) -> str:
 
 
 def _save_state(task: Task, optimizer: Any, accelerator: Accelerator, position: _Position) -> None:
+    """Save where the run is: by the main process, and once it returns the file is there for all."""
+    if task.keep is not None:
+        task.keep()
+    _share_sums(position)
     scaler = accelerator.scaler
+    random = processes.gathered((torch.get_rng_state(), _cuda_random()))
+    if not launch.is_main():
+        processes.wait_for_all()
+        return
     state = {
         "format": STATE_FORMAT,
         "identity": task.identity,
         "model": _learned(task.model),
         "optimizer": optimizer.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "random": [on_cpu for on_cpu, _ in random],
+        "random_cuda": [on_cuda for _, on_cuda in random],
         "epoch": position.epoch,
         "step": position.step,
         "sums": position.sums,
@@ -331,10 +426,19 @@ def _save_state(task: Task, optimizer: Any, accelerator: Accelerator, position: 
         "kept": position.kept,
     }
     save_plain(task.state_file, state)
+    processes.wait_for_all()
+
+
+def _cuda_random() -> Tensor | None:
+    """The state of this process's GPU's generator."""
+    return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
 
 def _load_state(task: Task, optimizer: Any, accelerator: Accelerator) -> _Position | None:
     state = _read_state(task.folder, task.identity)
+    found = [bool(row[0]) for row in processes.table([state is not None])]
+    if any(found) != all(found):
+        raise CheckpointError(f"{task.folder}: not every process finds the saved state; --runs must be a shared folder")
     if state is None:
         return None
     if set(state["model"]) != set(_learned(task.model)):
@@ -343,9 +447,12 @@ def _load_state(task: Task, optimizer: Any, accelerator: Accelerator) -> _Positi
     optimizer.load_state_dict(state["optimizer"])
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["random"])
-    if state["random_cuda"] and len(state["random_cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["random_cuda"])
+    if len(state["random"]) == launch.world_size():
+        torch.set_rng_state(state["random"][launch.rank()])
+        if (on_cuda := state["random_cuda"][launch.rank()]) is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(on_cuda)
+    else:  # others draw from here on; the images and their order stay the same
+        _seed(stable_seed(task.seed, state["epoch"], state["step"]))
     return _Position(
         epoch=state["epoch"],
         step=state["step"],

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from comkd_cli import launch
 from comkd_cli.options import data_root_option, runs_option
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def command(
     name = find_recipe(recipe).stem
     with messages().status("starting"):  # importing torch takes seconds
         from comkd_cli.data.sources import open_source
+        from comkd_cli.devices import failures_explained
         from comkd_cli.errors import CheckpointError, ComkdError, DataError, ModelError
         from comkd_cli.flows import adapt, distill
         from comkd_cli.training import make_accelerator
@@ -98,7 +100,7 @@ def command(
                 messages().print(f"already finished: {run.student_file} (--fresh repeats it)", markup=False)
                 continue
             line = _resume_line()
-            with reporting() as report:
+            with reporting() as report, failures_explained():
                 teach = partial(adapt.ready_teacher, stage, accelerator, report, line)
                 if precompute:
                     distill.precompute(run, teach, accelerator, report)
@@ -132,7 +134,11 @@ def _suite_below(data_root: Path) -> tuple[str, ...]:
 
 def _resume_line() -> str:
     """The command as it was typed, less --fresh, which would throw away what is to be gone on with."""
-    return shlex.join(["comkd", *(word for word in sys.argv[1:] if word != "--fresh")])
+    words = [word for word in sys.argv[1:] if word != "--fresh"]
+    if launch.world_size() == 1:
+        return shlex.join(["comkd", *words])
+    launcher = "torchrun ..." if launch.on_several_machines() else f"torchrun --nproc-per-node {launch.per_machine()}"
+    return f"{launcher} -m comkd_cli {shlex.join(words)}"
 
 
 def _print_plan(recipe: Recipe, name: str, runs: Path, data_root: Path, device: str) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from comkd_cli import launch
 from comkd_cli.options import data_root_option, json_option, numbers, runs_option
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ def command(
             seeds=seeds,
         )
         results = evaluate.evaluate(model, runs, bench)
+    if not launch.is_main():
+        return
     home = out or evaluate.home_of(model, runs, own_data=data is None)
     _write(results, home)
     if as_json:

@@ -7,15 +7,18 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from comkd_cli import launch
 from comkd_cli.data.source import ImageSet
 from comkd_cli.data.transforms import scoring_input, stable_seed, training_inputs
+from comkd_cli.errors import TrainingError
 from comkd_cli.predictor import Preprocessing, UnreadableImage
 from comkd_cli.recipe.model import Augment, Data
 
@@ -61,11 +64,13 @@ class Batch:
 class TrainingLoader:
     """Random crops of a set of images, epoch by epoch, from any step of any epoch.
 
-    preprocessings: of the models that look at each crop. An incomplete last batch is dropped, unless it
-    is the only one. views: crops of an image that there are, epoch e seeing crop e mod views; None: a new one
-    every epoch. crop_seed: of the crops; None takes the seed, which the order depends on. known: whether the
-    first model's answer to crops of a view is known already, (indices,) to bool; its input is then not made.
-    Closing is left to garbage collection, as DataLoader does it.
+    preprocessings: of the models that look at each crop. batch_size: images of a step, over all processes and
+    parts; each process decodes its share. parts: batches that a step is made of. An incomplete last step is
+    dropped, unless it is the only one. Which images a step has depends on none of these but batch_size. views:
+    crops of an image that there are, epoch e seeing crop e mod views; None: a new one every epoch. crop_seed: of
+    the crops; None takes the seed, which the order depends on. known: whether the first model's answer to crops of
+    a view is known already, (indices,) to bool; its input is then not made. Closing is left to garbage collection,
+    as DataLoader does it. Raises TrainingError where a step has fewer images than processes and parts to give them to.
     """
 
     def __init__(
@@ -79,10 +84,18 @@ class TrainingLoader:
         views: int | None = None,
         crop_seed: int | None = None,
         known: Callable[[int, np.ndarray], np.ndarray] | None = None,
+        parts: int = 1,
     ) -> None:
         self.batch_size = min(batch_size, len(images))
         self.image_count = len(images)
-        self._sampler = _EpochBatches(len(images), self.batch_size, seed, views, known)
+        self._parts = parts
+        least = parts * max(2, launch.world_size()) if parts * launch.world_size() > 1 else 1
+        if self.batch_size < least:
+            raise TrainingError(
+                f"a step of {self.batch_size} images can't be shared by {launch.world_size()} processes in {parts} "
+                f"parts; with these, batch_size must be {least} at least, and so must the images be"
+            )
+        self._sampler = _EpochBatches(len(images), self.batch_size, parts, seed, views, known)
         items = _TrainingItems(images, tuple(preprocessings), augment, seed if crop_seed is None else crop_seed)
         # Where the first model is not asked about every image, its input is a tensor of its own.
         shared = _sharing(preprocessings) if known is None else tuple(range(len(preprocessings)))
@@ -93,10 +106,12 @@ class TrainingLoader:
         """Batches in an epoch."""
         return self._sampler.steps
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from a step on; both count from 0."""
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Batch, ...]]:
+        """The parts of each step of an epoch from a step on; both count from 0."""
         self._sampler.epoch, self._sampler.first_step = epoch, first_step
-        yield from self._loader
+        batches = iter(self._loader)
+        while parts := tuple(islice(batches, self._parts)):
+            yield parts
 
 
 def scoring_batches(images: ImageSet, preprocessing: Preprocessing, batch_size: int, workers: int) -> Iterator[Batch]:
@@ -130,7 +145,7 @@ def worker_count(data: Data) -> int:
     if data.dataset == "digits":
         return 0  # the digits are in memory: starting a process costs more than it saves
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(MOST_WORKERS, cores - 1))
+    return max(0, min(MOST_WORKERS, cores // launch.per_machine() - 1))
 
 
 @dataclass(frozen=True)
@@ -188,18 +203,20 @@ def _item(images: ImageSet, index: int, prepare: Callable[[Image], tuple[Tensor 
 
 
 class _EpochBatches(Sampler[list[tuple[int, int, bool]]]):
-    """Lists of (image, view, whether to ask the first model) by batch."""
+    """Lists of (image, view, whether to ask the first model), this process's share of each part of each step."""
 
     def __init__(
         self,
         images: int,
         batch_size: int,
+        parts: int,
         seed: int,
         views: int | None,
         known: Callable[[int, np.ndarray], np.ndarray] | None,
     ) -> None:
         self._images = images
         self._batch_size = batch_size
+        self._parts = parts
         self._seed = seed
         self._views = views
         self._known = known
@@ -208,7 +225,7 @@ class _EpochBatches(Sampler[list[tuple[int, int, bool]]]):
         self.first_step = 0
 
     def __len__(self) -> int:
-        return self.steps - self.first_step
+        return (self.steps - self.first_step) * self._parts
 
     def __iter__(self) -> Iterator[list[tuple[int, int, bool]]]:
         generator = torch.Generator().manual_seed(stable_seed("order", self._seed, self.epoch))
@@ -216,8 +233,10 @@ class _EpochBatches(Sampler[list[tuple[int, int, bool]]]):
         view = self.epoch if self._views is None else self.epoch % self._views
         for step in range(self.first_step, self.steps):
             chosen = order[step * self._batch_size : (step + 1) * self._batch_size]
-            known = np.zeros(len(chosen), dtype=bool) if self._known is None else self._known(view, chosen)
-            yield [(int(index), view, not is_known) for index, is_known in zip(chosen, known, strict=True)]
+            for part in np.array_split(chosen, self._parts):
+                mine = np.array_split(part, launch.world_size())[launch.rank()]
+                known = np.zeros(len(mine), dtype=bool) if self._known is None else self._known(view, mine)
+                yield [(int(index), view, not is_known) for index, is_known in zip(mine, known, strict=True)]
 
 
 def _sharing(preprocessings: Sequence[Preprocessing]) -> tuple[int, ...]:
@@ -230,7 +249,8 @@ def _collate(items: list[_Item], sharing: tuple[int, ...]) -> Batch:
 
     def stacked(model: int) -> Tensor:
         given = [tensor for inputs in readable if (tensor := inputs[model]) is not None]
-        return torch.stack(given) if given else torch.empty(0)
+        # In a worker it stacks where the main process can read, and spares the copy that torch.stack would need.
+        return default_collate(given) if given else torch.empty(0)
 
     made = {model: stacked(model) for model in set(sharing)}
     asked = torch.tensor([inputs[0] is not None for inputs in readable], dtype=torch.bool)

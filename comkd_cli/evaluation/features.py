@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from comkd_cli import launch, processes
 from comkd_cli.data.loaders import scoring_batches
 from comkd_cli.data.source import ImageSet
 from comkd_cli.files import sha256_of_data, written_whole
@@ -58,23 +59,28 @@ class FeatureStore:
     def features(self, encoder: Encoder, images: ImageSet, label: str) -> Features:
         """The features of a set, read back if this model, this pre-processing and these images were met before.
 
-        The file's name is a digest of all three, so that what is found can't be another's.
+        The file's name is a digest of all three, so that what is found can't be another's. Several processes share
+        the images out, and each is given all features.
         """
         if self.folder is None:
             return self._compute(encoder, images, label)
         path = self.folder / f"{store_key(encoder, images)}.safetensors"
         kept = _read(path)
+        if not all(row[0] for row in processes.table([kept is not None])):
+            kept = None  # for all processes: they compute together
         if kept is not None and len(kept.indices) == len(images):
             return kept
         made = self._compute(encoder, images, label) if kept is None else self._mended(kept, encoder, images, label)
         if made is kept:
             return kept
-        with written_whole(path) as unfinished:
-            save_file(
-                {"values": made.values, "indices": made.indices},
-                unfinished,
-                {"format": STORE_FORMAT, "unreadable": "\n".join(made.unreadable)},
-            )
+        if launch.is_main():
+            with written_whole(path) as unfinished:
+                save_file(
+                    {"values": made.values, "indices": made.indices},
+                    unfinished,
+                    {"format": STORE_FORMAT, "unreadable": "\n".join(made.unreadable)},
+                )
+        processes.wait_for_all()
         return made
 
     def _mended(self, kept: Features, encoder: Encoder, images: ImageSet, label: str) -> Features:
@@ -88,8 +94,20 @@ class FeatureStore:
         order = np.argsort(indices)
         return Features(values[order], indices[order], found.unreadable)
 
-    @torch.inference_mode()
     def _compute(self, encoder: Encoder, images: ImageSet, label: str) -> Features:
+        if launch.world_size() == 1:
+            return self._compute_alone(encoder, images, label)
+        mine = np.asarray(launch.share(range(len(images))))
+        found = self._compute_alone(encoder, images.subset(mine.tolist()), label)
+        parts = processes.gathered(replace(found, indices=mine[found.indices]))
+        filled = [part.values for part in parts if len(part.indices)]
+        indices = np.concatenate([part.indices for part in parts])
+        order = np.argsort(indices)
+        values = np.concatenate(filled)[order] if filled else found.values
+        return Features(values, indices[order], tuple(problem for part in parts for problem in part.unreadable))
+
+    @torch.inference_mode()
+    def _compute_alone(self, encoder: Encoder, images: ImageSet, label: str) -> Features:
         values = np.empty((0, 0), np.float32)
         indices = np.empty(len(images), np.int64)
         unreadable: list[str] = []

@@ -12,7 +12,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from comkd_cli.backbones import PROMPTSRC_TEMPLATES, Clip, build_clip, state_sha256, weights_sha256
+from comkd_cli import launch, processes
+from comkd_cli.backbones import (
+    PROMPTSRC_TEMPLATES,
+    Clip,
+    build_clip,
+    recompute_activations,
+    state_sha256,
+    uses_all_parameters,
+    weights_sha256,
+)
 from comkd_cli.checkpoints import SavedTeacher, TeacherRecord, save_teacher
 from comkd_cli.data.loaders import Batch, TrainingLoader, worker_count
 from comkd_cli.data.source import Source
@@ -110,7 +119,7 @@ def ready_teacher(stage: Stage1, accelerator: Accelerator, report: Report, resum
     if isinstance(adapt, NoAdapt):
         report(Stage(f"Teacher: {_name(settings)}, {_as_it_is(settings)}"))
         return made_teacher(settings, names, stage.source.template, accelerator.device)
-    if stage.file.is_file():
+    if processes.as_main_sees(stage.file.is_file()):
         report(Stage(f"Teacher: reused from {stage.file}"))
     elif isinstance(adapt, FullAdapt):
         report(Stage(f"Teacher: training all weights on {len(stage.lessons.train)} labelled images"))
@@ -186,6 +195,8 @@ def _train_fully(stage: Stage1, adapt: FullAdapt, accelerator: Accelerator, repo
     recipe, source = stage.recipe, stage.lessons
     _check_labels(source, adapt.method)
     clip = build_clip(recipe.teacher, stable_seed("teacher", adapt.seed))
+    if recipe.checkpointing:
+        recompute_activations(clip.model.visual)  # type: ignore[arg-type]
     workers = worker_count(recipe.data)
     classifier = PromptClassifier(clip.model, tokenize_apart(clip, source.prompts)).to(accelerator.device)
 
@@ -196,7 +207,7 @@ def _train_fully(stage: Stage1, adapt: FullAdapt, accelerator: Accelerator, repo
         return _cross_entropy(model, batch, adapt.label_smoothing)
 
     task = _task(stage, adapt, source, clip, classifier, loss, score, resume_line)
-    history = fit(task, accelerator, report)
+    history = fit(replace(task, uses_all_parameters=uses_all_parameters(clip.model)), accelerator, report)
     classifier.eval()
     vectors = encode_prompts(clip, source.prompts, accelerator.device)
     record = _record(stage, source, clip, history)
@@ -213,6 +224,8 @@ def _learn_prompts(
 ) -> None:
     recipe, device = stage.recipe, accelerator.device
     clip = build_clip(recipe.teacher)
+    if recipe.checkpointing:
+        recompute_activations(clip.model.visual)  # type: ignore[arg-type]
     clip.model.to(device)
     backbone_sha256 = state_sha256(clip.model)
     templates = [
@@ -245,7 +258,7 @@ def _learn_prompts(
         return score_on_test(module, logits, source, clip.preprocessing, device, workers, report)
 
     task = _task(stage, adapt, source, clip, module, loss, score, resume_line)
-    history = fit(replace(task, average=_epoch_weights(adapt)), accelerator, report)
+    history = fit(replace(task, average=_epoch_weights(adapt), uses_all_parameters=True), accelerator, report)
     module.eval()
     with torch.no_grad():
         vectors = module.encode_classes(tokens)
@@ -267,7 +280,15 @@ def _task(
     """What both ways of training have in common."""
     recipe = stage.recipe
     workers = worker_count(recipe.data)
-    loader = TrainingLoader(source.train, [clip.preprocessing], recipe.augment, adapt.batch_size, adapt.seed, workers)
+    loader = TrainingLoader(
+        source.train,
+        [clip.preprocessing],
+        recipe.augment,
+        adapt.batch_size,
+        adapt.seed,
+        workers,
+        parts=adapt.accumulation_steps,
+    )
     return Task(
         model=model,
         loss=loss,
@@ -304,8 +325,10 @@ def _record(stage: Stage1, source: Source, clip: Clip, history: list[dict[str, f
 
 
 def _save(stage: Stage1, saved: SavedTeacher, report: Report) -> None:
-    save_teacher(stage.file, saved)
+    if launch.is_main():
+        save_teacher(stage.file, saved)
     forget_state(stage.folder)
+    processes.wait_for_all()
     report(Notice(f"teacher saved in {stage.folder}; later runs reuse it"))
 
 

@@ -12,12 +12,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from comkd_cli import launch, processes
 from comkd_cli.asked_teacher import AskedTeacher, fill_cache
 from comkd_cli.backbones import (
     ImageTower,
     build_image_tower,
     outline_clip,
     outline_image_tower,
+    recompute_activations,
     state_sha256,
     weights_sha256,
 )
@@ -43,7 +45,7 @@ IDLE_GATE = 0.01  # below this EduAttention adds less than a hundredth of a unit
 
 # What a recipe may change without changing the student that comes out. Of the data, what counts is in the
 # source's fingerprint.
-INDIFFERENT = {"about", "evaluate_every_epochs", "data"}
+INDIFFERENT = {"about", "evaluate_every_epochs", "data", "checkpointing"}
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Plan:
 
 def finished(run: Run) -> bool:
     """Whether the run's student is there already. Raises CheckpointError where another run's is."""
-    if not run.student_file.exists():
+    if not processes.as_main_sees(run.student_file.exists()):
         return False
     record = load_student_record(run.student_file)
     if record.identity != run.identity:
@@ -183,14 +185,23 @@ def distill(
     ready = make_teacher()
     if fresh:
         forget_state(run.folder)
-        run.student_file.unlink(missing_ok=True)
+        if launch.is_main():
+            run.student_file.unlink(missing_ok=True)
+        processes.wait_for_all()
     teacher = ready.teacher.to(accelerator.device)
     tower = build_image_tower(recipe.student, stable_seed("backbone", recipe.seed))
     backbone_sha256 = state_sha256(tower.module) if recipe.student.train == "prompts" else None
+    if recipe.checkpointing:
+        recompute_activations(tower.module)
     student = _build_student(recipe, tower, teacher.class_vectors, teacher.logit_scale).to(accelerator.device)
+    if recipe.compile:
+        # The towers alone: the rest is small, and gradients are looked at between it and the tower.
+        student.backbone.compile()
+        teacher.image_tower.compile()
     report(Stage(f"Student: {_size(student)} parameters learn from {len(source.train)} images, no labels"))
     workers = worker_count(recipe.data)
-    write_text(run.folder / "recipe.yaml", to_yaml(recipe))
+    if launch.is_main():
+        write_text(run.folder / "recipe.yaml", to_yaml(recipe))
 
     def score(classes: range | None = None) -> dict[str, float]:
         return score_on_test(
@@ -226,6 +237,7 @@ def distill(
                 views=settings.views if settings else None,
                 crop_seed=settings.seed if settings else None,
                 known=asked.known if asked.cache else None,
+                parts=recipe.optim.accumulation_steps,
             ),
             optim=recipe.optim,
             folder=run.folder,
@@ -238,6 +250,9 @@ def distill(
             evaluate=score,
             evaluate_every_epochs=recipe.evaluate_every_epochs,
             select=select if recipe.selection == "promptkd" else None,
+            keep=asked.keep,
+            # EduAttention acts on the logits alone, which refinement alone looks at.
+            uses_all_parameters=recipe.loss.edu_attention is None or recipe.loss.refinement is not None,
         ),
         accelerator,
         report,
@@ -257,9 +272,11 @@ def distill(
         identity=run.identity,
         metrics=history[-1],
     )
-    _remove_what_was_made_of_an_older_student(run.folder)
-    save_student(run.student_file, student, record)
+    if launch.is_main():
+        _remove_what_was_made_of_an_older_student(run.folder)
+        save_student(run.student_file, student, record)
     forget_state(run.folder)
+    processes.wait_for_all()
     return run.student_file
 
 
@@ -317,7 +334,8 @@ def _open_cache(run: Run, ready: ReadyTeacher, report: Report) -> TeacherCache |
     )
     dim = ready.teacher.class_vectors.shape[1]
     key = CacheKey(identity, len(images), dim, settings.views, settings.dtype)
-    cache = TeacherCache(run.runs / "cache", key)
+    with processes.main_first():  # which makes the files
+        cache = TeacherCache(run.runs / "cache", key)
     report(
         Notice(
             f"teacher cache: {cache.count():,} of {settings.views * len(images):,} crops are there; all take "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from comkd_cli import launch
 from comkd_cli.errors import BatchTooSmallError
+from comkd_cli.method.global_batch import batch_moments
 
 
 def if_align(student: Tensor, teacher: Tensor) -> Tensor:
@@ -13,11 +15,10 @@ def if_align(student: Tensor, teacher: Tensor) -> Tensor:
     student, teacher: (batch, dim), L2-normalised. Returns a scalar: over the dimensions, the summed
     |difference| of the means plus that of the variances, both taken over the batch; the variance is the
     biased one (ComKD-CLIP, arXiv 2408.04145, IFAlign: L_align = L_mean + L_var. The paper writes an L1
-    loss without its reduction; the sum is this project's choice). Raises BatchTooSmallError below two
-    images, which have no variance.
+    loss without its reduction; the sum is this project's choice). With several processes the batch is that of
+    all of them, each giving its part. Raises BatchTooSmallError below two images, which have no variance.
     """
-    if len(student) < 2:
+    if len(student) < 2 and launch.world_size() == 1:
         raise BatchTooSmallError("IFAlign needs at least 2 images in a batch to have a variance")
-    mean_gap = (student.mean(0) - teacher.mean(0)).abs().sum()
-    variance_gap = (student.var(0, correction=0) - teacher.var(0, correction=0)).abs().sum()
-    return mean_gap + variance_gap
+    (student_mean, student_variance), (teacher_mean, teacher_variance) = batch_moments(student), batch_moments(teacher)
+    return (student_mean - teacher_mean).abs().sum() + (student_variance - teacher_variance).abs().sum()

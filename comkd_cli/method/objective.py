@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from comkd_cli import processes
 from comkd_cli.method.if_align import if_align
 from comkd_cli.method.refinement import refinement
 from comkd_cli.method.student import StudentOutput
@@ -33,11 +36,13 @@ def gradient_shares(terms: dict[str, Tensor], projected: Tensor) -> dict[str, fl
 
     Weights say little of it: at weight 1000, KL / (batch * classes) can pull less or far more than the
     alignment at weight 1. projected: StudentOutput.projected, (batch, dim). Measured as the share of the
-    summed L2 norms of the terms' gradients there; leaves the graph for the backward pass.
+    summed L2 norms of the terms' gradients there, those of all processes; leaves the graph for the backward pass.
     """
-    norms = {}
+    squares = {}
     for name, term in terms.items():
         (gradient,) = torch.autograd.grad(term, projected, retain_graph=True, allow_unused=True)
-        norms[name] = 0.0 if gradient is None else float(gradient.norm())
+        squares[name] = 0.0 if gradient is None else float(gradient.square().sum())
+    everywhere = processes.gathered(squares)
+    norms = {name: math.sqrt(sum(part[name] for part in everywhere)) for name in squares}
     total = sum(norms.values())
     return {name: norm / total if total else 0.0 for name, norm in norms.items()}

@@ -103,7 +103,10 @@ class Sgd(Closed):
     weight_decay: Weight = 5e-4
     """[K]"""
     batch_size: BatchSize = 8
-    """Images a step [K]."""
+    """Images a step, over all processes [K]."""
+    accumulation_steps: Count = 1
+    """Parts that a batch goes through the model in, one after another, to save memory. What is taken over a batch,
+    IFAlign's and BatchNorm's statistics, is then taken over a part [C]."""
     epochs: Count = 20
     """Passes over the training images [K]."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 1
@@ -122,7 +125,10 @@ class AdamW(Closed):
     weight_decay: Weight = 0.05
     """Not applied to biases, norms, prompts and other vectors [C]."""
     batch_size: BatchSize = 128
-    """Images a step [C]."""
+    """Images a step, over all processes [C]."""
+    accumulation_steps: Count = 1
+    """Parts that a batch goes through the model in, one after another, to save memory. What is taken over a batch,
+    IFAlign's and BatchNorm's statistics, is then taken over a part [C]."""
     epochs: Count = 20
     """Passes over the training images [C]."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 1
@@ -378,6 +384,12 @@ class Recipe(Closed):
     selection: Literal["last", "promptkd"] = "last"
     """Which epoch is kept: the `last`, or as PromptKD's released code does, the one that is best on the test
     images of the base classes. Only for comparison with its table: results are marked `selected on test`."""
+    checkpointing: bool = False
+    """Of the towers that train, keep only what goes into their blocks and compute the rest again for the backward
+    pass: a third more time, far less memory, the same result. Not for towers with batch norms."""
+    compile: bool = False
+    """Compile the student's backbone and the teacher's image tower with torch.compile. The first steps take minutes,
+    later ones less: worth it on GPUs. Needs a C++ compiler; results differ by rounding."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the forward and backward passes; losses are always fp32, weights too."""
     evaluate_every_epochs: Annotated[int, Field(ge=0)] = 1

@@ -12,6 +12,7 @@ from PIL import Image
 
 from comkd_cli.data.loaders import Batch, TrainingLoader, scoring_batches, worker_count
 from comkd_cli.data.source import ImageSet
+from comkd_cli.errors import TrainingError
 from comkd_cli.predictor import Preprocessing, UnreadableImage, prepare
 from comkd_cli.recipe.model import Augment, Data
 
@@ -43,14 +44,22 @@ def image_set(count: int, labelled: bool = True, damaged: bool = False) -> Image
     return ImageSet(tuple(map(str, range(count))), labels, open_some if damaged else open_noise)
 
 
+class WholeSteps(TrainingLoader):
+    """Its steps have one part each, which is what most tests look at."""
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:  # type: ignore[override]
+        for (batch,) in super().epoch(epoch, first_step):
+            yield batch
+
+
 def loader(
     images: ImageSet | None = None,
     preprocessings: Iterable[Preprocessing] = (TEACHER, STUDENT),
     batch_size: int = 4,
     seed: int = 1,
     workers: int = 0,
-) -> TrainingLoader:
-    return TrainingLoader(
+) -> WholeSteps:
+    return WholeSteps(
         image_set(18) if images is None else images, list(preprocessings), Augment(), batch_size, seed, workers
     )
 
@@ -131,7 +140,7 @@ def test_going_on_from_a_step_gives_the_tail_of_the_epoch(first_step: int) -> No
 
 
 def test_workers_change_nothing_over_epochs_going_on_and_epochs_left_early() -> None:
-    def show(loading: TrainingLoader) -> Iterator[Batch]:
+    def show(loading: WholeSteps) -> Iterator[Batch]:
         yield from loading.epoch(0)
         abandoned = loading.epoch(1)
         yield next(abandoned)
@@ -278,3 +287,46 @@ def test_the_recipe_has_the_last_word_on_workers_and_digits_need_none() -> None:
     assert worker_count(Data(folder="x", workers=0)) == 0
     assert worker_count(Data(dataset="digits", workers=3)) == 3
     assert worker_count(Data(dataset="digits")) == 0
+
+
+def be_process(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def of_parts(parts: int, batch_size: int = 8) -> list[list[list[int]]]:
+    """For each step of an epoch, the images of its parts."""
+    loading = TrainingLoader(image_set(18), [TEACHER], Augment(), batch_size, 1, 0, parts=parts)
+    return [[part.indices.tolist() for part in step] for step in loading.epoch(2)]
+
+
+@pytest.mark.parametrize(("parts", "processes"), [(1, 2), (2, 1), (2, 2), (1, 3), (2, 3)])
+def test_processes_and_parts_share_out_the_steps_of_one(
+    monkeypatch: pytest.MonkeyPatch, parts: int, processes: int
+) -> None:
+    (first,), (second,) = of_parts(1)
+    shares = []
+    for rank in range(processes):
+        be_process(monkeypatch, rank, processes)
+        shares.append(of_parts(parts))
+    together = [
+        [index for part in zip(*step, strict=True) for share in part for index in share]
+        for step in zip(*shares, strict=True)
+    ]
+    assert together == [first, second]
+    lengths = {len(share) for rank in shares for step in rank for share in step}
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_a_step_smaller_than_its_shares_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_process(monkeypatch, 0, 4)
+    with pytest.raises(TrainingError, match="batch_size must be 12 at least"):
+        of_parts(3)
+
+
+def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert worker_count(Data(folder="x")) == 8
+    be_process(monkeypatch, 0, 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert worker_count(Data(folder="x")) == 3

@@ -111,7 +111,7 @@ def test_a_run_without_both_modules_is_promptkd_step_for_step(
     for epoch in range(EPOCHS):
         rate = 1e-5 if epoch == 0 else RATE / 2 * (1 + math.cos(math.pi * (epoch - 1) / EPOCHS))
         optimizer.param_groups[0]["lr"] = rate
-        for batch in loader.epoch(epoch):
+        for (batch,) in loader.epoch(epoch):
             with torch.no_grad():
                 taught = functional.normalize(teacher.model.encode_image(batch.inputs[0]), dim=-1)
                 teacher_logits = scale * taught @ vectors.T

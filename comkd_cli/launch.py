@@ -1,0 +1,41 @@
+"""How many processes share the run, as torchrun and `accelerate launch` start them, and which one this is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """How many processes share the run."""
+    # A batch script may set WORLD_SIZE for itself; only a launcher sets all of them.
+    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    return int(os.environ["WORLD_SIZE"]) if launched else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this is the one that writes files and speaks to the terminal."""
+    return rank() == 0
+
+
+def per_machine() -> int:
+    """How many of them share this machine's cores."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
+
+
+def on_several_machines() -> bool:
+    """Whether some of them are on another machine."""
+    return per_machine() < world_size()
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This process's part of some work: every n-th, so that parts differ by one at most."""
+    return items[rank() :: world_size()]

@@ -1,0 +1,117 @@
+"""A step of distillation by all processes of torchrun, against one process's on the whole batch by plain PyTorch.
+
+Prints a line for each case: its name, and how far the loss, all gradients and the running statistics are from those
+of one process, relative to their size.
+"""
+
+import copy
+import json
+import sys
+import warnings
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from comkd_cli.backbones import build_image_tower
+from comkd_cli.launch import is_main, rank, world_size
+from comkd_cli.method.global_batch import share_batch_norms
+from comkd_cli.method.objective import loss_terms
+from comkd_cli.method.student import Student
+from comkd_cli.method.teacher import TeacherOutput
+from comkd_cli.recipe.model import EduAttention, IFAlign, Loss, Model, Refinement
+from comkd_cli.recipe.model import Student as Settings
+from tests import tiny
+
+IMAGES, CLASSES, DIM = 16, 5, 16
+# Small towers of each kind: patch tokens alone, PyTorch's own batch norms, timm's with an activation inside.
+TOWERS = {
+    "vit": tiny.TOWER,
+    "resnet": {
+        "embed_dim": 12,
+        "vision_cfg": {"timm_model_name": "test_resnet", "timm_proj": "linear", "timm_pool": "", "image_size": 32},
+    },
+    "efficientnet": {
+        "embed_dim": 12,
+        "vision_cfg": {
+            "timm_model_name": "test_efficientnet",
+            "timm_proj": "linear",
+            "timm_pool": "",
+            "image_size": 32,
+        },
+    },
+}
+SHARES = {"equal": (8, 8), "unequal": (15, 1)}
+
+
+def student(config: dict) -> Student:  # type: ignore[type-arg]
+    torch.manual_seed(3)
+    tower = build_image_tower(Model(config=config), seed=1)
+    vectors = functional.normalize(torch.randn(CLASSES, DIM), dim=-1)
+    settings = Settings(config=config, train="full")
+    return Student(
+        tower.module, tower.width, vectors, torch.tensor(20.0), settings, EduAttention(gate_start=0.5)
+    ).train()
+
+
+def plain_loss(made: Student, images: torch.Tensor, features: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The objective written out: 100 KL / (batch x classes) + 0.1 (L1 of means + L1 of variances)."""
+    output = made(images)
+    wanted, given = functional.softmax(logits, dim=1), functional.log_softmax(output.logits, dim=1)
+    divergence = (wanted * (wanted.log() - given)).sum() / (len(images) * CLASSES)
+    unit = output.projected / output.projected.norm(dim=1, keepdim=True)
+    means = (unit.mean(0) - features.mean(0)).abs().sum()
+    variances = ((unit - unit.mean(0)).square().mean(0) - (features - features.mean(0)).square().mean(0)).abs().sum()
+    return 100 * divergence + 0.1 * (means + variances)
+
+
+def differences(name: str, share: tuple[int, ...]) -> dict[str, float]:
+    alone = student(TOWERS[name])
+    shared = copy.deepcopy(alone)
+    size = 16 if name == "vit" else 32
+    images = torch.randn(IMAGES, 3, size, size)
+    features = functional.normalize(torch.randn(IMAGES, DIM), dim=-1)
+    logits = 20 * features @ alone.class_vectors.T
+    whole = plain_loss(alone, images, features, logits)
+    whole.backward()
+
+    share_batch_norms(shared, torch.device("cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a new name for the setting
+        model = DistributedDataParallel(shared, broadcast_buffers=False)
+    first = sum(share[: rank()])
+    mine = slice(first, first + share[rank()])
+    settings = Loss(refinement=Refinement(weight=100.0), if_align=IFAlign(weight=0.1), edu_attention=None)
+    terms = loss_terms(model(images[mine]), TeacherOutput(features[mine], logits[mine]), settings)
+    loss = torch.stack(list(terms.values())).sum() * (share[rank()] * world_size() / IMAGES)
+    loss.backward()
+    total = loss.detach().clone()
+    torch.distributed.all_reduce(total)
+
+    def distance(pairs) -> float:  # type: ignore[no-untyped-def]
+        left, right = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in zip(*pairs, strict=True))
+        return float((left - right).norm() / right.norm())
+
+    statistics = [(a, b) for a, b in zip(shared.buffers(), alone.buffers(), strict=True) if b.is_floating_point()]
+    return {
+        "loss": abs(float(total / world_size() / whole.detach()) - 1),
+        "gradient": distance((a.grad, b.grad) for a, b in zip(shared.parameters(), alone.parameters(), strict=True)),
+        "statistics": distance(statistics),
+        "batch_norms": sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in shared.modules()),
+    }
+
+
+def main() -> None:
+    PartialState(cpu=True)
+    for name in TOWERS:
+        for case, share in SHARES.items():
+            torch.manual_seed(11)
+            found = differences(name, share)
+            if is_main():
+                sys.stdout.write(json.dumps({"case": f"{name}, {case}", **found}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Whole commands by two processes, against the same by one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from tests import tiny, together
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+EPOCHS = 6
+RUN = Path("tiny/digits/seed1")
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("workshop")
+    optim = {**tiny.OPTIM, "epochs": EPOCHS}
+    recipe = tiny.recipe(optim=optim, teacher_cache={"views": 2, "dtype": "fp32"})
+    with (folder / "tiny.yaml").open("w") as stream:
+        YAML(typ="safe", pure=True).dump(recipe, stream)
+    return folder
+
+
+def alone(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "comkd_cli", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=280)
+
+
+def two(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return together.run(2, "-m", "comkd_cli", *arguments, cwd=folder)
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / RUN / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_process(workshop: Path) -> Path:
+    """A run by one process; with its teacher, as both stages are shared."""
+    ended = alone(workshop, "distill", "tiny.yaml", "--runs", "one")
+    assert ended.returncode == 0, ended.stderr
+    return workshop / "one"
+
+
+@pytest.fixture(scope="module")
+def two_processes(workshop: Path, one_process: Path) -> Path:
+    """The same by two, interrupted on the way and gone on with."""
+    started = together.launch(2, "-m", "comkd_cli", "distill", "tiny.yaml", "--runs", "two", cwd=workshop)
+    file = workshop / "two" / RUN / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not file.exists() or len(file.read_text().splitlines()) < 2:
+        assert started.poll() is None, started.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    started.send_signal(signal.SIGTERM)
+    _, said = started.communicate(timeout=120)
+    assert "the state is saved" in said
+    assert "torchrun --nproc-per-node 2 -m comkd_cli distill tiny.yaml --runs two" in said
+    assert (workshop / "two" / RUN / "state/state.pt").is_file()
+
+    ended = two(workshop, "distill", "tiny.yaml", "--runs", "two")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("going on from epoch") == 1  # one process speaks
+    assert ended.stdout.count("student.pt") == 3
+    return workshop / "two"
+
+
+def test_two_processes_end_where_one_does(one_process: Path, two_processes: Path) -> None:
+    first, second = metrics(one_process), metrics(two_processes)
+    assert len(first) == len(second) == EPOCHS
+    for left, right in zip(first, second, strict=True):
+        assert right["loss"] == pytest.approx(left["loss"], rel=0.02)
+        assert right["if_align_gradient_share"] == pytest.approx(left["if_align_gradient_share"], abs=0.02)
+        assert abs(right["test_top1_percent"] - left["test_top1_percent"]) < 2.5
+    assert first[0]["loss"] == pytest.approx(second[0]["loss"], rel=1e-3)
+
+
+def test_two_processes_train_the_digits_recipe_to_the_accuracy_of_one(workshop: Path) -> None:
+    shorter = ["--set", "teacher.adapt.epochs=4", "--set", "optim.epochs=6", "--set", "optim.batch_size=128"]
+    ended = alone(workshop, "distill", "digits", "--runs", "digits", *shorter)
+    assert ended.returncode == 0, ended.stderr
+    (workshop / "digits too").mkdir()
+    (workshop / "digits too/teachers").symlink_to(workshop / "digits/teachers")
+    ended = two(workshop, "distill", "digits", "--runs", "digits too", *shorter)
+    assert ended.returncode == 0, ended.stderr
+    students = [workshop / runs / "digits/digits/seed1/student.pt" for runs in ("digits", "digits too")]
+    first, second = (torch.load(path, weights_only=True)["metrics"]["test_top1_percent"] for path in students)
+    assert first > 90
+    # Rounding is amplified by training: of 360 images, some may fall to either side.
+    assert abs(first - second) < 2
+
+
+def test_the_teacher_of_two_processes_is_that_of_one(one_process: Path, two_processes: Path) -> None:
+    (first,), (second,) = (list(folder.glob("teachers/*/metrics.jsonl")) for folder in (one_process, two_processes))
+    lines = [json.loads(file.read_text().splitlines()[-1]) for file in (first, second)]
+    assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], rel=1e-3)
+
+
+def test_two_processes_fill_one_cache(workshop: Path, two_processes: Path) -> None:
+    (cache,) = (two_processes / "cache").iterdir()
+    there = (cache / "there.bin").read_bytes()
+    seen = EPOCHS // 2 * (1437 - 1437 % 128)
+    assert 2 * 1400 < sum(there) <= min(len(there), 2 * seen)
+    ended = two(workshop, "distill", "tiny.yaml", "--runs", "two", "--precompute")
+    assert ended.returncode == 0, ended.stderr
+    assert "2,874 of 2,874 crops are there" in ended.stderr
+    assert sum((cache / "there.bin").read_bytes()) == 2 * 1437
+
+
+def test_precomputing_by_two_equals_one(workshop: Path, one_process: Path, two_processes: Path) -> None:
+    """With one teacher for both: its crops' features are the same, whoever computes them."""
+    for runs in ("precomputed by one", "precomputed by two"):
+        (workshop / runs).mkdir()
+        (workshop / runs / "teachers").symlink_to(one_process / "teachers")
+    assert alone(workshop, "distill", "tiny.yaml", "--runs", "precomputed by one", "--precompute").returncode == 0
+    assert two(workshop, "distill", "tiny.yaml", "--runs", "precomputed by two", "--precompute").returncode == 0
+    (first,), (second,) = ((workshop / f"precomputed by {who}/cache").iterdir() for who in ("one", "two"))
+    assert first.name == second.name
+    features = [np.fromfile(folder / "features.bin", np.float32) for folder in (first, second)]
+    assert np.allclose(*features, atol=1e-5)
+    assert np.abs(features[0]).sum() > 0
+
+
+def test_two_processes_score_what_one_does(workshop: Path, one_process: Path) -> None:
+    student = str(one_process / RUN / "student.pt")
+    for who, runs in ((alone, "scored by one"), (two, "scored by two")):
+        ended = who(workshop, "evaluate", student, "--runs", runs, "--out", runs)
+        assert ended.returncode == 0, ended.stderr
+    left, right = (
+        json.loads((workshop / runs / "results.json").read_text()) for runs in ("scored by one", "scored by two")
+    )
+    assert left["records"] == right["records"]
+
+
+def test_a_mistake_is_told_once(workshop: Path) -> None:
+    ended = two(workshop, "distill", "tiny.yaml", "--set", "optim.epochs=none", "--runs", "none")
+    assert ended.returncode != 0
+    assert ended.stderr.count("optim.epochs") == 1
+
+
+def test_without_a_launcher_a_scripts_own_variables_do_not_count(workshop: Path) -> None:
+    env = {**os.environ, "WORLD_SIZE": "4"}
+    command = [sys.executable, "-m", "comkd_cli", "distill", "tiny.yaml", "--dry-run"]
+    ended = subprocess.run(command, cwd=workshop, env=env, capture_output=True, text=True, check=False, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+    assert "1,437 to learn from" in ended.stdout
