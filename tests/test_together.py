@@ -32,7 +32,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def alone(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "comkd_cli", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=280)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as each of several processes has
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=280)
 
 
 def two(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

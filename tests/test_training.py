@@ -196,3 +196,54 @@ def one_step(made: Task) -> None:
         stop_after_steps(patch, 1)
         with pytest.raises(Interrupted):
             train(made)
+
+
+class PlainNet(nn.Module):
+    """Nothing in it depends on the batch around an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(192, 16), nn.Tanh(), nn.Linear(16, 10))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layers(images.flatten(1))
+        return out
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_a_batch_in_parts_trains_as_a_whole_one(tmp_path: Path, parts: int) -> None:
+    """16 images in 3 or 5 parts are not the same number each: every image counts alike all the same."""
+    images = digits_source().train.subset(list(range(50)))
+    trained = []
+    for count in (1, parts):
+        torch.manual_seed(0)
+        loader = TrainingLoader(images, [INPUT], Augment(min_scale=0.8, flip=False), 16, 1, 0, parts=count)
+        made = task(tmp_path / str(count), model=PlainNet(), loader=loader, optim=Sgd(epochs=3, learning_rate=0.1))
+        history = train(made)
+        trained.append((made.model.state_dict(), history))
+    (whole, whole_history), (split, split_history) = trained
+    for name, value in whole.items():
+        assert torch.allclose(split[name], value, rtol=1e-4, atol=1e-6)
+    for left, right in zip(whole_history, split_history, strict=True):
+        assert right["loss"] == pytest.approx(left["loss"], rel=1e-5)
+        assert right["twice"] == pytest.approx(left["twice"], rel=1e-5)
+
+
+def test_a_part_is_all_that_the_model_sees_at_once(tmp_path: Path) -> None:
+    images = digits_source().train.subset(list(range(50)))
+    loader = TrainingLoader(images, [INPUT], Augment(), 16, 1, 0, parts=4)
+    seen: list[int] = []
+
+    def counted(model: nn.Module, batch: Batch, probe: bool) -> StepResult:
+        seen.append(len(batch))
+        return cross_entropy(model, batch, probe)
+
+    train(task(tmp_path, loader=loader, loss=counted, optim=Sgd(epochs=1)))
+    assert seen == [4] * 12
+
+
+def test_what_steps_leave_behind_is_kept_before_the_state_is_saved(tmp_path: Path) -> None:
+    calls: list[bool] = []
+    made = task(tmp_path, optim=Sgd(epochs=2), keep=lambda: calls.append((tmp_path / "state/state.pt").exists()))
+    train(made)
+    assert calls == [False, True]
