@@ -1,11 +1,12 @@
 """A step of stage 2 by the reference procedure, by comkd, and by the student alone, side by side.
 
     python -m benchmarks.distill_step --teacher ViT-L-14 --student ViT-B-16 --classes 100 --batch 8 --steps 3
+    python -m benchmarks.distill_step --batch 64 --steps 20 --precision bf16 --compile      # on a GPU
 
-Random weights. Seconds per image of: the reference code's procedure, in which the teacher encodes the images and
-every class prompt again at each step; class vectors made once; the teacher's features read from a warm cache; and
-the bare forward, backward and optimiser step of the same student on tensors that are ready. The ways take turns.
-Prints one JSON document, with the ratios.
+Random weights, on the GPU where there is one. Seconds per image of: the reference code's procedure, in which the
+teacher encodes the images and every class prompt again at each step; class vectors made once; the teacher's features
+read from a warm cache; and the bare forward, backward and optimiser step of the same student on tensors that are ready.
+The ways take turns. Prints one JSON document, with the ratios; on a GPU also its peak memory.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from comkd_cli.asked_teacher import AskedTeacher
 from comkd_cli.backbones import build_clip, build_image_tower
@@ -42,16 +44,26 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the towers, as `compile: true` of a recipe does"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        ways = make_ways(options.teacher, options.student, options.classes, options.batch, Path(folder))
+        accelerator = make_accelerator(options.precision)
+        ways = make_ways(options, accelerator, Path(folder))
+        peaks: dict[str, int] = {}
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for step in range(options.steps + 1):
             for name, way in ways.items():
+                reset_peak(accelerator.device)
                 started = time.perf_counter()
-                way()
+                with accelerator.autocast():
+                    way()
+                wait_for(accelerator.device)
                 if step:  # the first one pays for what is made once
                     seconds[name].append(time.perf_counter() - started)
+                    peaks[name] = peak_bytes(accelerator.device)
     per_image = {name: statistics.median(measured) / options.batch for name, measured in seconds.items()}
     warm = per_image["cache_warm"]
     document = {
@@ -59,38 +71,64 @@ def main() -> None:
         "reference_over_cache_warm": per_image["reference"] / warm,
         "class_vectors_once_over_cache_warm": per_image["class_vectors_once"] / warm,
         "cache_warm_over_student_only": warm / per_image["student_only"],
-        "teacher": options.teacher,
-        "student": options.student,
-        "classes": options.classes,
-        "batch": options.batch,
-        "steps": options.steps,
+        "cache_warm_images_per_second": 1 / warm,
+        **vars(options),
         "threads": torch.get_num_threads(),
+        "device": device_name(accelerator.device),
     }
+    if accelerator.device.type == "cuda":
+        document["peak_gpu_mib"] = {name: peak / 2**20 for name, peak in peaks.items()}
     print(json.dumps(document, indent=2))
 
 
-def make_ways(
-    teacher_arch: str, student_arch: str, classes: int, batch: int, folder: Path
-) -> dict[str, Callable[[], None]]:
+def device_name(device: torch.device) -> str:
+    """Of a GPU its card's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def wait_for(device: torch.device) -> None:
+    """Until what was asked of a GPU is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin to look for the most memory that is taken on a GPU."""
+    wait_for(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that was taken on a GPU, all ways' models included."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def make_ways(options: argparse.Namespace, accelerator: Accelerator, folder: Path) -> dict[str, Callable[[], None]]:
     """Each way as a function that makes one step."""
-    make_accelerator("fp32")  # which sets the memory allocator up, as a run does
-    prompted = prompted_clip(build_clip(Model(arch=teacher_arch)), vision_depth=9, text_depth=9, tokens=4)
-    module = prompted.module.eval()
-    tokens = prompted.tokens([f"thing number {number}" for number in range(classes)])
-    dim = module.encode_images(torch.zeros(1, 3, 224, 224)).shape[1]
-    vectors = torch.nn.functional.normalize(torch.randn(classes, dim), dim=-1)
+    device, batch = accelerator.device, options.batch
+    prompted = prompted_clip(build_clip(Model(arch=options.teacher)), vision_depth=9, text_depth=9, tokens=4)
+    module = prompted.module.eval().to(device)
+    tokens = prompted.tokens([f"thing number {number}" for number in range(options.classes)]).to(device)
+    dim = module.encode_images(torch.zeros(1, 3, 224, 224, device=device)).shape[1]
+    vectors = torch.nn.functional.normalize(torch.randn(options.classes, dim, device=device), dim=-1)
     teacher = Teacher(module.vision, vectors, module.logit_scale)
-    tower = build_image_tower(Model(arch=student_arch))
-    settings = StudentSettings(arch=student_arch, weights="random", train="prompts")
-    student = Student(tower.module, tower.width, vectors, module.logit_scale, settings, EduAttention()).train()
+    tower = build_image_tower(Model(arch=options.student))
+    settings = StudentSettings(arch=options.student, weights="random", train="prompts")
+    student = (
+        Student(tower.module, tower.width, vectors, module.logit_scale, settings, EduAttention()).to(device).train()
+    )
+    if options.compile:
+        student.backbone.compile()
+        teacher.image_tower.compile()
     optimizer = make_optimizer(student, Sgd(), {})
     cache = TeacherCache(folder, CacheKey("0" * 64, batch, dim, 1, "fp16"))
     asked = AskedTeacher(teacher, cache)
     size = tower.preprocessing.size
-    images = torch.randn(batch, 3, size, size)
+    images = torch.randn(batch, 3, size, size, device=device)
     indices = torch.arange(batch)
     loss = Loss()
-    cache.write(0, np.arange(batch), teacher.encode(images).numpy())
+    cache.write(0, np.arange(batch), teacher.encode(images).cpu().numpy())
     warm = Batch((torch.empty(0), images), None, indices, asked=torch.zeros(batch, dtype=torch.bool))
 
     def learn(answered) -> None:  # type: ignore[no-untyped-def]
