@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from comkd_cli.teachers import ReadyTeacher
 from comkd_cli.training import MOST_NAMED, check_unreadable
 
 BATCH_SIZE = 64
+FILLED_AT_ONCE = 2**18  # images whose positions are in memory while a cache is filled
 
 
 class AskedTeacher:
@@ -81,26 +83,33 @@ def fill_cache(
     """Ask the teacher for every crop that the cache lacks; what is there already is not asked again."""
     settings = recipe.teacher_cache
     assert settings is not None  # a recipe with a cache has settings for it
-    every = np.arange(len(images))
     unreadable: dict[str, None] = {}
     workers = worker_count(recipe.data)
     with failures_explained():
         for view in range(settings.views):
-            wanted = every[cache.missing(view, every)].tolist()
-            batches = view_batches(
-                images, ready.preprocessing, recipe.augment, settings.seed, view, wanted, BATCH_SIZE, workers
-            )
-            done = 0
-            for batch in batches:
-                if len(batch):
-                    with accelerator.autocast():
-                        features = ready.teacher.encode(batch.to(accelerator.device).inputs[0])
-                    cache.write(view, batch.indices.numpy(), features.cpu().numpy())
-                done += len(batch) + len(batch.unreadable)
-                unreadable |= dict.fromkeys(batch.unreadable)
-                report(Progress(f"teacher, crop {view + 1}/{settings.views}", done, len(wanted)))
+            total, done = sum(len(part) for part in _missing(cache, view, len(images))), 0
+            for part in _missing(cache, view, len(images)):
+                batches = view_batches(
+                    images, ready.preprocessing, recipe.augment, settings.seed, view, part, BATCH_SIZE, workers
+                )
+                for batch in batches:
+                    if len(batch):
+                        with accelerator.autocast():
+                            features = ready.teacher.encode(batch.to(accelerator.device).inputs[0])
+                        cache.write(view, batch.indices.numpy(), features.cpu().numpy())
+                    done += len(batch) + len(batch.unreadable)
+                    unreadable |= dict.fromkeys(batch.unreadable)
+                    report(Progress(f"teacher, crop {view + 1}/{settings.views}", done, total))
             cache.flush()
             check_unreadable(list(unreadable), len(images), recipe.data.unreadable_limit_percent)
     for problem in list(unreadable)[:MOST_NAMED]:
         report(Notice(f"unreadable, left out: {problem}"))
     report(Notice(f"teacher cache: {cache.count():,} of {settings.views * len(images):,} crops are there"))
+
+
+def _missing(cache: TeacherCache, view: int, images: int) -> Iterator[list[int]]:
+    """The images that lack a feature of a view, some at a time."""
+    for start in range(0, images, FILLED_AT_ONCE):
+        indices = np.arange(start, min(start + FILLED_AT_ONCE, images))
+        if missing := indices[cache.missing(view, indices)].tolist():
+            yield missing

@@ -14,6 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from comkd_cli.data.order import epoch_order
 from comkd_cli.data.source import ImageSet
 from comkd_cli.data.transforms import scoring_input, stable_seed, training_inputs
 from comkd_cli.predictor import Preprocessing, UnreadableImage
@@ -82,7 +83,7 @@ class TrainingLoader:
     ) -> None:
         self.batch_size = min(batch_size, len(images))
         self.image_count = len(images)
-        self._sampler = _EpochBatches(len(images), self.batch_size, seed, views, known)
+        self._sampler = _EpochBatches(images, self.batch_size, seed, views, known)
         items = _TrainingItems(images, tuple(preprocessings), augment, seed if crop_seed is None else crop_seed)
         # Where the first model is not asked about every image, its input is a tensor of its own.
         shared = _sharing(preprocessings) if known is None else tuple(range(len(preprocessings)))
@@ -192,7 +193,7 @@ class _EpochBatches(Sampler[list[tuple[int, int, bool]]]):
 
     def __init__(
         self,
-        images: int,
+        images: ImageSet,
         batch_size: int,
         seed: int,
         views: int | None,
@@ -203,7 +204,7 @@ class _EpochBatches(Sampler[list[tuple[int, int, bool]]]):
         self._seed = seed
         self._views = views
         self._known = known
-        self.steps = images // batch_size
+        self.steps = len(images) // batch_size
         self.epoch = 0
         self.first_step = 0
 
@@ -211,8 +212,7 @@ class _EpochBatches(Sampler[list[tuple[int, int, bool]]]):
         return self.steps - self.first_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int, bool]]]:
-        generator = torch.Generator().manual_seed(stable_seed("order", self._seed, self.epoch))
-        order = torch.randperm(self._images, generator=generator).numpy()
+        order = epoch_order(self._images, self._seed, self.epoch)
         view = self.epoch if self._views is None else self.epoch % self._views
         for step in range(self.first_step, self.steps):
             chosen = order[step * self._batch_size : (step + 1) * self._batch_size]
