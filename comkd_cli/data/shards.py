@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import tarfile
 from collections import Counter, OrderedDict
@@ -348,9 +349,13 @@ def open_index(shards: Sequence[Path], home: Path, report: Report) -> ShardIndex
     parts = home / f"{name}.parts"
     paths = [Path(path) for path, _ in states]
     _make_parts(paths, parts, report)
-    with folder_written_whole(folder) as unfinished:
-        _join_parts(paths, parts, unfinished)
-    remove_folder(parts)
+    try:
+        with folder_written_whole(folder) as unfinished:
+            _join_parts(paths, parts, unfinished)
+    except OSError:  # another process may have put the same in its place meanwhile
+        if not (folder / "index.json").is_file():
+            raise
+    shutil.rmtree(parts, ignore_errors=True)  # as another process may be doing
     return ShardIndex(folder)
 
 

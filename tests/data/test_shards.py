@@ -4,6 +4,7 @@ import functools
 import gc
 import http.server
 import io
+import multiprocessing
 import os
 import pickle
 import tarfile
@@ -310,6 +311,18 @@ def test_parts_that_another_process_has_done_with_are_made_again(
 
     monkeypatch.setattr(shards_module, "_make_parts", half)
     assert len(open_index(three, tmp_path / "home", silent)) == 10
+
+
+def test_processes_that_make_the_same_index_at_once_do_not_disturb_one_another(
+    three: list[Path], tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(3) as pool:
+        found = pool.starmap(open_index, [(three, tmp_path / "home", silent)] * 3)
+        pool.close()
+        pool.join()
+    assert {(index.digest, len(index)) for index in found} == {(open_index(three, tmp_path, silent).digest, 10)}
+    assert [path.name for path in (tmp_path / "home").iterdir()] == [found[0].folder.name]
 
 
 def test_a_damaged_index_is_made_anew(three: list[Path], tmp_path: Path) -> None:
