@@ -54,7 +54,8 @@ def recipe_page() -> str:
         "over it, mapping by mapping; lists and a model's `config` are replaced whole, and naming another kind of "
         "thing (a `folder` or `shards` over a `dataset`, another `adapt`, `optim.name`, `arch` or `config`) drops what "
         "belonged to the old one. `--set key.path=value` does the same from the command line. `null` switches an "
-        "optional part off. `for_dataset: {dtd: {...}}` holds the fields that a recipe has differently for single data sets.\n",
+        "optional part off. `for_dataset: {dtd: {...}}` holds the fields that a recipe has differently for single data "
+        "sets.\n",
         "Sources of defaults: [P] the ComKD-CLIP paper, [K] PromptKD, [S] PromptSRC, [C] this project's choice.\n",
         "## Bundled\n",
         "| recipe | about |\n|---|---|",

@@ -146,9 +146,6 @@ def test_shards_of_a_server_are_planned_fetched_learned_from_scored_and_exported
     assert json.loads(scored.stdout)["records"][0]["images"] == 60
     exported = comkd(workshop, "export", student, "--runs", "far", "--json")
     assert exported.returncode == 0, exported.stderr
-    refused = comkd(workshop, "export", student, "--runs", "other", "--json", "--out", "b")
-    assert refused.returncode == 1
-    assert "3 of 3 remote shards are not below other/shards/fetched" in " ".join(refused.stderr.split())
 
 
 @pytest.mark.parametrize(

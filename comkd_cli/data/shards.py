@@ -25,6 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 from urllib.parse import urlparse
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
@@ -517,7 +518,7 @@ def _loaded(path: Path, part: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(part, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError, BadZipFile):
         _index_shard(path, part)
     with np.load(part, allow_pickle=False) as arrays:
         return dict(arrays)
