@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
 from itertools import groupby, pairwise
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, BinaryIO, overload
 from urllib.parse import urlparse
 from zipfile import BadZipFile
@@ -152,8 +153,8 @@ def source_name(shards: Sequence[Path]) -> str:
 class ShardIndex:
     """Where each image of a list of shards is: mapped files, opened again in each process that they are sent to.
 
-    Images are numbered shard by shard, in the order of the tar. Raises KeyError, OSError or ValueError for a
-    folder that holds no whole index.
+    Images are numbered shard by shard, in the order of the tar. Raises FileNotFoundError, KeyError, TypeError or
+    ValueError for a folder that holds no whole index.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -339,16 +340,17 @@ def open_index(shards: Sequence[Path], home: Path, report: Report) -> ShardIndex
     Its folder is named by a digest of the shards' names, sizes and times of change, so that other shards never
     meet it. What a killed indexing had done is not done again. Raises DataError, naming the shard.
     """
-    states = [(os.path.realpath(path), path.stat()) for path in shards]
-    name = sha256_of_data([INDEX_FORMAT, [[path, state.st_size, state.st_mtime_ns] for path, state in states]])[:16]
+    # Links are not followed: a key may have its shard's name before it, and a link's target has any name.
+    paths = [path.absolute() for path in shards]
+    states = [[str(path), (state := path.stat()).st_size, state.st_mtime_ns] for path in paths]
+    name = sha256_of_data([INDEX_FORMAT, states])[:16]
     folder = home / name
     if (folder / "index.json").is_file():
         try:
             return ShardIndex(folder)
-        except (OSError, ValueError, KeyError):  # damaged: made anew
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # damaged: made anew
             remove_folder(folder)
     parts = home / f"{name}.parts"
-    paths = [Path(path) for path, _ in states]
     _make_parts(paths, parts, report)
     try:
         with folder_written_whole(folder) as unfinished:
@@ -374,9 +376,8 @@ def _make_parts(shards: Sequence[Path], parts: Path, report: Report) -> None:
             tell(done)
             _index_shard(path, part)
         return
-    # Spawned, for a fork would inherit the locks that torch's threads hold; deaf to Ctrl-C, which reaches the
-    # whole process group and is this process's to act on.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    # Spawned, for a fork would inherit the locks that torch's threads hold.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_work)
     try:
         for done, _ in enumerate(pool.map(_index_shard, *zip(*absent, strict=True))):
             tell(done + 1)
@@ -384,6 +385,19 @@ def _make_parts(shards: Sequence[Path], parts: Path, report: Report) -> None:
         raise DataError(f"{parts}: a process that indexed shards was killed; start again, and it goes on") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin_work() -> None:
+    """Leave Ctrl-C, which reaches the whole process group, to the parent, and end when that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None  # of a pool's worker
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=follow, daemon=True).start()
 
 
 def _part(parts: Path, number: int) -> Path:
@@ -398,7 +412,8 @@ def _index_shard(path: Path, part: Path) -> None:
     """Write where the images of one shard are. Raises DataError."""
     found = list(read_members(path))
     if not found:
-        raise DataError(f"{path}: holds no images; {_what_counts()}")
+        names = ", ".join(f"KEY{suffix}" for suffix in sorted(SUFFIXES))
+        raise DataError(f"{path}: holds no images; comkd reads members named {names}")
     keys = [_as_bytes(key) for key, _, _ in found]
     hashes = _hashes(keys)
     if twins := _settled(np.argsort(hashes, kind="stable"), hashes, lambda position: found[position][0]):
@@ -412,10 +427,6 @@ def _index_shard(path: Path, part: Path) -> None:
             key_lengths=np.array([len(key) for key in keys], dtype=np.int64),
             hashes=hashes,
         )
-
-
-def _what_counts() -> str:
-    return f"comkd reads members named KEY{', KEY'.join(sorted(SUFFIXES))}"
 
 
 def read_members(path: Path) -> Iterator[tuple[str, int, int]]:

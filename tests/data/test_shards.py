@@ -150,6 +150,14 @@ def test_a_subset_is_an_ordinary_set(three: list[Path], tmp_path: Path) -> None:
     assert again.open(1).tobytes() == images.open(0).tobytes()
 
 
+def test_a_link_counts_by_its_own_name(tmp_path: Path) -> None:
+    for number in range(2):
+        write(tmp_path / f"blob{number}", *samples(1))
+        (tmp_path / f"{number}.tar").symlink_to(tmp_path / f"blob{number}")
+    images = opened(tmp_path / "0.tar", tmp_path / "1.tar", home=tmp_path / "home")
+    assert list(images.keys) == ["0/000000000", "1/000000000"]
+
+
 def test_what_is_sent_to_another_process_is_a_path(three: list[Path], tmp_path: Path) -> None:
     images = opened(*three, home=tmp_path / "home")
     sent = pickle.dumps(images)
