@@ -23,6 +23,7 @@ from comkd_cli.training import MOST_NAMED, check_unreadable
 
 BATCH_SIZE = 64
 TORCH_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+FILLED_AT_ONCE = 2**18  # images whose positions are in memory while a cache is filled
 
 
 class AskedTeacher:
@@ -45,8 +46,8 @@ class AskedTeacher:
         # counts is what was there when the view's turn came, read anew then: in its turn each crop comes up once.
         if self._marks is None or self._marks[0] != view:
             self.cache.reopen()
-            self._marks = view, ~self.cache.missing(view, np.arange(self.cache.key.images))
-        return np.asarray(self._marks[1][indices])
+            self._marks = view, self.cache.marks(view)
+        return np.asarray(self._marks[1][self.cache.places(indices)])
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherOutput:
@@ -116,33 +117,54 @@ def fill_cache(
     workers = worker_count(recipe.data)
     with failures_explained():
         for view in range(settings.views):
-            wanted = processes.as_main_sees(np.flatnonzero(cache.missing(view, np.arange(len(images)))).tolist())
-            mine = launch.share(wanted)
-            batches = view_batches(
-                images, ready.preprocessing, recipe.augment, settings.seed, view, mine, BATCH_SIZE, workers
-            )
-            rounds = math.ceil(math.ceil(len(wanted) / launch.world_size()) / BATCH_SIZE)  # the same for all
-            done = 0
-            for _ in range(rounds):
-                batch = next(batches, None)
-                answered = (np.empty(0, np.int64), np.empty((0, cache.key.dim), np.float32))
-                if batch is not None and len(batch):
-                    with accelerator.autocast():
-                        features = ready.teacher.encode(batch.to(accelerator.device).inputs[0])
-                    answered = (batch.indices.numpy(), features.cpu().numpy())
-                for indices, values in processes.gathered_on_main(answered):
-                    cache.write(view, indices, values)
-                if batch is not None:
-                    done += len(batch) + len(batch.unreadable)
-                    unreadable |= dict.fromkeys(batch.unreadable)
-                done_by_all = min(done * launch.world_size(), len(wanted))
-                report(Progress(f"teacher, crop {view + 1}/{settings.views}", done_by_all, len(wanted)))
+            starts = range(0, len(images), FILLED_AT_ONCE)
+            total, done = processes.as_main_sees(sum(len(_missing(cache, view, start)) for start in starts)), 0
+            for start in starts:
+                wanted = processes.as_main_sees(_missing(cache, view, start))
+                batches = view_batches(
+                    images,
+                    ready.preprocessing,
+                    recipe.augment,
+                    settings.seed,
+                    view,
+                    launch.share(wanted),
+                    BATCH_SIZE,
+                    workers,
+                )
+                # As many rounds for every process, though one's share may be a batch shorter than another's.
+                for _ in range(0, math.ceil(len(wanted) / launch.world_size()), BATCH_SIZE):
+                    batch = next(batches, None)
+                    mine = _answered(ready.teacher, batch, accelerator)
+                    for indices, features, problems in processes.gathered_on_main(mine):
+                        cache.write(view, indices, features)
+                        unreadable |= dict.fromkeys(problems)
+                        done += len(indices) + len(problems)
+                    report(Progress(f"teacher, crop {view + 1}/{settings.views}", done, total))
             cache.flush()
-            unreadable = dict.fromkeys(problem for share in processes.gathered(list(unreadable)) for problem in share)
+            unreadable = processes.as_main_sees(unreadable)
             check_unreadable(list(unreadable), len(images), recipe.data.unreadable_limit_percent)
     for problem in list(unreadable)[:MOST_NAMED]:
         report(Notice(f"unreadable, left out: {problem}"))
     report(Notice(f"teacher cache: {cache.count():,} of {settings.views * len(images):,} crops are there"))
+
+
+def _missing(cache: TeacherCache, view: int, start: int) -> list[int]:
+    """The images that lack a feature of a view, of FILLED_AT_ONCE from a position on."""
+    indices = np.arange(start, min(start + FILLED_AT_ONCE, cache.key.images))
+    found: list[int] = indices[cache.missing(view, indices)].tolist()
+    return found
+
+
+def _answered(
+    teacher: Teacher, batch: Batch | None, accelerator: Accelerator
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """A batch's positions and features, and what could not be read of it."""
+    if batch is None or not len(batch):
+        nothing = np.empty((0, teacher.class_vectors.shape[1]), np.float32)
+        return np.empty(0, np.int64), nothing, () if batch is None else batch.unreadable
+    with accelerator.autocast():
+        features = teacher.encode(batch.to(accelerator.device).inputs[0])
+    return batch.indices.numpy(), features.cpu().numpy(), batch.unreadable
 
 
 class _Clock:

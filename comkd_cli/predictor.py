@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -65,8 +65,8 @@ class Preprocessing:
     """`shortest` resizes the short side and crops the centre; `squash` resizes both sides."""
 
 
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The picture a person sees in the file, as 8-bit RGB.
+def open_image(path: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
+    """The picture a person sees in the file, given by path or opened, as 8-bit RGB.
 
     EXIF rotation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits, and of an
     animation the first frame is taken. Raises UnreadableImage, naming the file and the reason.

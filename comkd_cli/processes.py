@@ -71,9 +71,11 @@ def main_first() -> Iterator[None]:
     """Let the main process through the block before the others enter it."""
     if not is_main():
         wait_for_all()
-    yield
-    if is_main():
-        wait_for_all()
+    try:
+        yield
+    finally:
+        if is_main():  # also where it failed: the others meet that themselves
+            wait_for_all()
 
 
 @cache

@@ -20,9 +20,10 @@ class Progress:
     label: str
     done: int
     total: int
-    """`done` and `total` are counted in images."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """Losses and the like, by name."""
+    unit: str = "images"
+    """What `done` and `total` are counted in."""
 
 
 @dataclass(frozen=True)

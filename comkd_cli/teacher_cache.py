@@ -39,12 +39,13 @@ class TeacherCache:
     """The teacher's image features of (image, view), in two files that are mapped into memory.
 
     A feature is written before it is marked as there, so what a killed run leaves is whole. Runs may share a
-    cache at the same time: what they write to a place is the same. Raises CheckpointError for a folder that
-    holds another cache.
+    cache at the same time: what they write to a place is the same. rows: the place of each image, int64
+    (images,); None: its index. Raises CheckpointError for a folder that holds another cache.
     """
 
-    def __init__(self, folder: Path, key: CacheKey) -> None:
+    def __init__(self, folder: Path, key: CacheKey, rows: np.ndarray | None = None) -> None:
         self.key = key
+        self._rows = rows
         self.folder = folder / key.identity[:16]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -64,16 +65,25 @@ class TeacherCache:
 
     def missing(self, view: int, indices: np.ndarray) -> np.ndarray:
         """Which of these images have no feature of this view yet, bool (len(indices),)."""
-        return np.asarray(self._there[view, indices] == 0)
+        return np.asarray(self._there[view, self.places(indices)] == 0)
+
+    def marks(self, view: int) -> np.ndarray:
+        """Which places of a view have a feature, bool (images,), as it is now."""
+        return np.array(self._there[view], dtype=bool)
+
+    def places(self, indices: np.ndarray) -> np.ndarray:
+        """Where the features of images stand within a view."""
+        return indices if self._rows is None else np.asarray(self._rows[indices])
 
     def read(self, view: int, indices: np.ndarray) -> np.ndarray:
         """Features of images that are there, float32 (len(indices), dim)."""
-        return np.asarray(self._features[view, indices], dtype=np.float32)
+        return np.asarray(self._features[view, self.places(indices)], dtype=np.float32)
 
     def write(self, view: int, indices: np.ndarray, features: np.ndarray) -> None:
         """Keep features, (len(indices), dim); what an earlier run wrote to the place counts no more."""
-        self._features[view, indices] = features
-        self._there[view, indices] = 1
+        places = self.places(indices)
+        self._features[view, places] = features
+        self._there[view, places] = 1
 
     def count(self) -> int:
         """Crops whose features are there."""

@@ -62,11 +62,11 @@ def figures_text(figures: Mapping[str, float]) -> str:
 
 
 class _Rate(ProgressColumn):
-    """Images a second, over the last seconds."""
+    """Images, or what else is counted, a second, over the last seconds."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.0f} images/s", style="cyan")
+        return Text("" if speed is None else f"{speed:.0f} {task.fields['unit']}/s", style="cyan")
 
 
 @contextmanager
@@ -121,7 +121,7 @@ class _Reporter:
     def _move(self, event: Progress) -> None:
         if self._task is None or event.label != self._label:
             self._clear()
-            self._task = self._bars.add_task(event.label, total=event.total, figures="")
+            self._task = self._bars.add_task(event.label, total=event.total, figures="", unit=event.unit)
             self._label = event.label
         self._bars.update(self._task, completed=event.done, total=event.total, figures=figures_text(event.figures))
         now = time.monotonic()

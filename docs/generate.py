@@ -52,9 +52,10 @@ def recipe_page() -> str:
         "A recipe is a YAML file that says all of a run. Unknown fields are refused, every fault is told at "
         "once. `extends: other.yaml` takes another recipe (a file beside it, or a bundled one) and lays this one "
         "over it, mapping by mapping; lists and a model's `config` are replaced whole, and naming another kind of "
-        "thing (a `folder` over a `dataset`, another `adapt`, `optim.name`, `arch` or `config`) drops what belonged "
-        "to the old one. `--set key.path=value` does the same from the command line. `null` switches an optional "
-        "part off. `for_dataset: {dtd: {...}}` holds the fields that a recipe has differently for single data sets.\n",
+        "thing (a `folder` or `shards` over a `dataset`, another `adapt`, `optim.name`, `arch` or `config`) drops what "
+        "belonged to the old one. `--set key.path=value` does the same from the command line. `null` switches an "
+        "optional part off. `for_dataset: {dtd: {...}}` holds the fields that a recipe has differently for single data "
+        "sets.\n",
         "Sources of defaults: [P] the ComKD-CLIP paper, [K] PromptKD, [S] PromptSRC, [C] this project's choice.\n",
         "## Bundled\n",
         "| recipe | about |\n|---|---|",

@@ -27,6 +27,18 @@ def test_what_was_written_is_read_back_also_by_another_opening(tmp_path: Path) -
     assert again.count() == 3
 
 
+def test_rows_say_where_an_images_feature_stands(tmp_path: Path) -> None:
+    features = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
+    rows = np.random.default_rng(1).permutation(10)
+    cache = TeacherCache(tmp_path, KEY, rows)
+    cache.write(1, np.arange(4), features[:4])
+    assert cache.missing(1, np.array([0, 5, 3])).tolist() == [False, True, False]
+    cache.write(1, np.arange(4, 10), features[4:])
+    assert np.array_equal(cache.read(1, np.array([7, 2])), features[[7, 2]])
+    turned = TeacherCache(tmp_path, KEY, rows[::-1])  # the same images in another order
+    assert np.array_equal(turned.read(1, np.arange(10)), features[::-1])
+
+
 def test_half_precision_rounds_to_the_nearest(tmp_path: Path) -> None:
     value = np.array([[0.1, -0.033333, 0.7]], dtype=np.float32)
     cache = TeacherCache(tmp_path, replace(KEY, dtype="fp16"))

@@ -1,6 +1,7 @@
 """Each command as a real process, from recipe to prediction, killed and interrupted on the way."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import webdataset
 from ruamel.yaml import YAML
 
+from comkd_cli.backbones import build_clip
 from comkd_cli.data.digits import digits_source
+from comkd_cli.recipe.model import Model
 from tests import tiny
 
 pytestmark = pytest.mark.slow
@@ -104,6 +108,44 @@ def test_dry_run_prints_the_plan_and_writes_nothing(workshop: Path) -> None:
     for word in ("teacher", "trainable", "330 in all", "cpu", "nothing/tiny/digits/seed4"):
         assert word in planned.stdout
     assert not (workshop / "nothing").exists()
+
+
+def test_shards_of_a_server_are_planned_fetched_learned_from_scored_and_exported(workshop: Path) -> None:
+    digits = digits_source().train
+    (workshop / "served").mkdir()
+    for shard in range(3):
+        with webdataset.TarWriter(str(workshop / f"served/set-{shard}.tar"), encoder=True) as writer:
+            for number in range(20 * shard, 20 * shard + 20):
+                writer.write({"__key__": f"{number:04d}", "png": digits.open(number)})
+    torch.save(build_clip(Model(config=tiny.CLIP), seed=3).model.state_dict(), workshop / "clip.pt")
+    command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", "served"]
+    server = subprocess.Popen(
+        command, cwd=workshop, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ
+    )
+    try:
+        port = server.stdout.readline().split("port ")[1].split()[0]  # type: ignore[union-attr]
+        data = {"shards": f"http://127.0.0.1:{port}/set-{{0..2}}.tar", "classes": list("0123456789"), "workers": 1}
+        teacher = {"config": tiny.CLIP, "weights": "clip.pt"}
+        optim = {**tiny.OPTIM, "batch_size": 16}
+        with (workshop / "shards.yaml").open("w") as stream:
+            YAML(typ="safe", pure=True).dump(tiny.recipe(data=data, teacher=teacher, optim=optim), stream)
+        planned = comkd(workshop, "distill", "shards.yaml", "--runs", "far", "--dry-run")
+        assert planned.returncode == 0, planned.stderr
+        assert "3 of 3 remote shards are not below" in " ".join(planned.stdout.split())
+        done = comkd(workshop, "distill", "shards.yaml", "--runs", "far")
+        assert done.returncode == 0, done.stderr
+    finally:
+        server.kill()
+        server.communicate()
+    planned = comkd(workshop, "distill", "shards.yaml", "--runs", "far", "--dry-run")
+    assert "set: 60 to learn from, 0 to test on, 10 classes" in " ".join(planned.stdout.split())
+    assert "finished; --fresh repeats it" in planned.stdout
+    student = "far/shards/set/seed1/student.pt"
+    scored = comkd(workshop, "evaluate", student, "--runs", "far", "--json")
+    assert scored.returncode == 0, scored.stderr
+    assert json.loads(scored.stdout)["records"][0]["images"] == 60
+    exported = comkd(workshop, "export", student, "--runs", "far", "--json")
+    assert exported.returncode == 0, exported.stderr
 
 
 @pytest.mark.parametrize(

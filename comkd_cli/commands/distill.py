@@ -80,6 +80,7 @@ def command(
         raise click.UsageError(f"the data sets differ in precision ({', '.join(precisions)}); run them one at a time")
     name = find_recipe(recipe).stem
     with messages().status("starting"):  # importing torch takes seconds
+        from comkd_cli import processes
         from comkd_cli.data.sources import open_source
         from comkd_cli.devices import failures_explained
         from comkd_cli.errors import CheckpointError, ComkdError, DataError, ModelError
@@ -93,7 +94,8 @@ def command(
             _print_plan(chosen, name, runs, data_root, str(accelerator.device))
             continue
         try:
-            source = open_source(chosen.data, data_root)
+            with reporting() as report, processes.main_first():  # which fetches and indexes shards
+                source = open_source(chosen.data, data_root, runs, report, fetch=True)
             stage = adapt.stage_1(chosen, source, data_root, runs)
             run = distill.Run(chosen, name, source, runs, stage.identity, stage.key)
             if not precompute and not fresh and distill.finished(run):
@@ -150,11 +152,12 @@ def _print_plan(recipe: Recipe, name: str, runs: Path, data_root: Path, device: 
     from comkd_cli.data.sources import open_source
     from comkd_cli.errors import DataError
     from comkd_cli.flows import distill
-    from comkd_cli.terminal import output
+    from comkd_cli.terminal import output, reporting
 
     rows: dict[str, str] = {}
     try:
-        source = open_source(recipe.data, data_root)
+        with reporting() as report:
+            source = open_source(recipe.data, data_root, runs, report)
     except DataError as error:
         known = CATALOG.get(recipe.data.dataset or "")
         outline = distill.outline(recipe, known.classes if known else 1)  # classes add no parameters

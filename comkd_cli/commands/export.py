@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from comkd_cli.options import data_root_option, json_option
+from comkd_cli.options import data_root_option, json_option, runs_option
 
 if TYPE_CHECKING:
     from comkd_cli.packaging.parity import Gate
@@ -64,6 +64,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 )
 @click.option("--opset", type=click.IntRange(min=18), default=20, show_default=True, help="ONNX operators' version.")
 @click.option("--license", "license_", default="unknown", show_default=True, help="Licence in the model card.")
+@runs_option
 @data_root_option
 @click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
 @json_option
@@ -81,6 +82,7 @@ def command(
     gates: tuple[str, ...],
     opset: int,
     license_: str,
+    runs: Path,
     data_root: Path,
     force: bool,
     as_json: bool,
@@ -107,6 +109,7 @@ def command(
         gates=_gates(gates),
         check_images=check_images,
         pictures=images,
+        runs=runs,
         license=license_,
     )
     with reporting(quiet=as_json) as report:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from comkd_cli import launch
+from comkd_cli.data.order import epoch_order
 from comkd_cli.data.source import ImageSet
 from comkd_cli.data.transforms import scoring_input, stable_seed, training_inputs
 from comkd_cli.errors import TrainingError
@@ -95,7 +96,7 @@ class TrainingLoader:
                 f"a step of {self.batch_size} images can't be shared by {launch.world_size()} processes in {parts} "
                 f"parts; with these, batch_size must be {least} at least, and so must the images be"
             )
-        self._sampler = _EpochBatches(len(images), self.batch_size, parts, seed, views, known)
+        self._sampler = _EpochBatches(images, self.batch_size, parts, seed, views, known)
         items = _TrainingItems(images, tuple(preprocessings), augment, seed if crop_seed is None else crop_seed)
         # Where the first model is not asked about every image, its input is a tensor of its own.
         shared = _sharing(preprocessings) if known is None else tuple(range(len(preprocessings)))
@@ -207,7 +208,7 @@ class _EpochBatches(Sampler[list[tuple[int, int, bool]]]):
 
     def __init__(
         self,
-        images: int,
+        images: ImageSet,
         batch_size: int,
         parts: int,
         seed: int,
@@ -220,7 +221,7 @@ class _EpochBatches(Sampler[list[tuple[int, int, bool]]]):
         self._seed = seed
         self._views = views
         self._known = known
-        self.steps = images // batch_size
+        self.steps = len(images) // batch_size
         self.epoch = 0
         self.first_step = 0
 
@@ -228,8 +229,7 @@ class _EpochBatches(Sampler[list[tuple[int, int, bool]]]):
         return (self.steps - self.first_step) * self._parts
 
     def __iter__(self) -> Iterator[list[tuple[int, int, bool]]]:
-        generator = torch.Generator().manual_seed(stable_seed("order", self._seed, self.epoch))
-        order = torch.randperm(self._images, generator=generator).numpy()
+        order = epoch_order(self._images, self._seed, self.epoch)
         view = self.epoch if self._views is None else self.epoch % self._views
         for step in range(self.first_step, self.steps):
             chosen = order[step * self._batch_size : (step + 1) * self._batch_size]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
 from comkd_cli.files import sha256_of_data
@@ -16,7 +17,7 @@ from comkd_cli.predictor import UnreadableImage
 class ImageSet:
     """Images in a fixed order, opened one at a time."""
 
-    keys: tuple[str, ...]
+    keys: Sequence[str]
     """A name for each image that stays the same from run to run: its path below the folder."""
     labels: tuple[int, ...] | None
     """For each image the index of its class, or None where the set is unlabelled."""
@@ -41,12 +42,32 @@ class ImageSet:
             sizes_bytes=tuple(self.sizes_bytes[i] for i in indices) if self.sizes_bytes else (),
         )
 
+    def identity(self) -> tuple[object, object]:
+        """What tells the set from others, as plain data for a digest: its names, and the sizes of its files."""
+        return list(self.keys), list(self.sizes_bytes)
+
+    def spaced(self, most: int) -> Sequence[int]:
+        """The positions of about `most` images, evenly spaced."""
+        return range(0, len(self), max(1, len(self) // most))
+
+    @property
+    def rows(self) -> np.ndarray | None:
+        """Where what is kept of each image stands, int64 (images,); None: at the image's position."""
+        return None
+
+    @property
+    def runs_on_disk(self) -> np.ndarray | None:
+        """Where each run of images that lie side by side begins, and where the last ends, int64 (runs + 1,).
+
+        None where images can be read in any order at the same cost.
+        """
+        return None
+
 
 def sampled_content(images: ImageSet, most: int = 64) -> str:
     """A digest of the pixels of about `most` images, evenly spaced: tells sets apart whose files are called alike."""
     digest = hashlib.sha256()
-    step = max(1, len(images) // most)
-    for index in range(0, len(images), step):
+    for index in images.spaced(most):
         try:
             picture = images.open(index)
             digest.update(repr(picture.size).encode() + picture.tobytes())
@@ -78,6 +99,5 @@ class Source:
 
         Files count by path and size; their content is not read, which a large set could not afford.
         """
-        return sha256_of_data(
-            [self.prompts, list(self.train.keys), list(self.train.labels or ()), list(self.train.sizes_bytes)]
-        )
+        keys, sizes = self.train.identity()
+        return sha256_of_data([self.prompts, keys, list(self.train.labels or ()), sizes])

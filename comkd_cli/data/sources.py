@@ -8,22 +8,31 @@ from comkd_cli.catalog import CATALOG
 from comkd_cli.data.catalogued import catalogued_source
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.folder import check_class_names, folder_source, read_class_names
+from comkd_cli.data.shards import shard_source
 from comkd_cli.data.source import Source
 from comkd_cli.errors import DataError
+from comkd_cli.progress import Report
 from comkd_cli.recipe.model import DEFAULT_TEMPLATE, Data
 
 
-def open_source(data: Data, data_root: Path) -> Source:
+def open_source(
+    data: Data,
+    data_root: Path,
+    runs: Path = Path("runs"),
+    report: Report = lambda event: None,
+    fetch: bool = False,
+) -> Source:
     """The images and classes that a recipe names.
 
-    Relative paths are taken from the current directory, then from the data root. Raises DataError.
+    Relative paths are taken from the current directory, then from the data root. runs: below it, in shards/,
+    the index of shards is kept, and shards from elsewhere. fetch: bring those now, which for `pipe:` runs a
+    command: only for a recipe that the user has asked to run. Raises DataError.
     """
     if data.dataset == "digits":
         return digits_source(data.template)
     if data.dataset is not None:
         return catalogued_source(CATALOG[data.dataset], data_root, data.template)
-    assert data.folder is not None  # the recipe has one of the two
-    folder = locate(data.folder, data_root, "data.folder")
+    folder = None if data.folder is None else locate(data.folder, data_root, "data.folder")
     names: list[str] | None
     if isinstance(data.classes, str):
         names = read_class_names(locate(data.classes, data_root, "data.classes"))
@@ -32,7 +41,12 @@ def open_source(data: Data, data_root: Path) -> Source:
         check_class_names(names, "data.classes")
     else:
         names = None
-    return folder_source(folder, names, data.template or DEFAULT_TEMPLATE)
+    template = data.template or DEFAULT_TEMPLATE
+    if folder is not None:
+        return folder_source(folder, names, template)
+    assert data.shards is not None  # the recipe has one of the three
+    assert names is not None  # and with shards it has classes
+    return shard_source(data.shards, names, template, data_root, runs / "shards", report, fetch)
 
 
 def locate(path: str, data_root: Path, field: str) -> Path:

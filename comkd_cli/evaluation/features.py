@@ -128,9 +128,7 @@ class FeatureStore:
 
 def store_key(encoder: Encoder, images: ImageSet) -> str:
     """A digest of a model's weights, its pre-processing and the files of a set (paths and sizes)."""
-    return sha256_of_data(
-        [STORE_FORMAT, encoder.identity, asdict(encoder.preprocessing), list(images.keys), list(images.sizes_bytes)]
-    )
+    return sha256_of_data([STORE_FORMAT, encoder.identity, asdict(encoder.preprocessing), *images.identity()])
 
 
 def _read(path: Path) -> Features | None:

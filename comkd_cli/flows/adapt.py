@@ -106,7 +106,7 @@ def stage_1(recipe: Recipe, source: Source, data_root: Path, runs: Path) -> Stag
     """The recipe's teacher. Raises DataError where the data that it is adapted on can't be read."""
     adapt = recipe.teacher.adapt
     own = isinstance(adapt, PromptSrcAdapt) and adapt.data is not None
-    lessons = open_source(adapt.data, data_root) if own else source  # type: ignore[union-attr,arg-type]
+    lessons = open_source(adapt.data, data_root, runs) if own else source  # type: ignore[union-attr,arg-type]
     return Stage1(recipe, source, lessons, runs)
 
 

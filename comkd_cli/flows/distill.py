@@ -324,8 +324,7 @@ def _open_cache(run: Run, ready: ReadyTeacher, report: Report) -> TeacherCache |
         [
             run.teacher_key or run.teacher_identity,
             asdict(ready.preprocessing),
-            list(images.keys),
-            list(images.sizes_bytes),
+            *images.identity(),
             sampled_content(images),
             run.recipe.augment.model_dump(mode="json", exclude_defaults=True),
             run.recipe.precision,
@@ -335,7 +334,7 @@ def _open_cache(run: Run, ready: ReadyTeacher, report: Report) -> TeacherCache |
     dim = ready.teacher.class_vectors.shape[1]
     key = CacheKey(identity, len(images), dim, settings.views, settings.dtype)
     with processes.main_first():  # which makes the files
-        cache = TeacherCache(run.runs / "cache", key)
+        cache = TeacherCache(run.runs / "cache", key, images.rows)
     report(
         Notice(
             f"teacher cache: {cache.count():,} of {settings.views * len(images):,} crops are there; all take "

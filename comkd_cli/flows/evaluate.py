@@ -32,6 +32,7 @@ from comkd_cli.teachers import encode_ensemble, made_teacher, saved_teacher, tea
 IMAGENET_FAMILY = tuple(name for name, dataset in CATALOG.items() if dataset.layout.startswith("imagenet"))
 VARIANTS = tuple(name for name, dataset in CATALOG.items() if dataset.layout == "imagenet-variant")
 MOST_NAMED = 10
+MOST_FOR_AGREEMENT = 50_000  # training images to compare answers on: more would change the share by under 0.5 points
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Bench:
     device: torch.device
     data_root: Path
     report: Report
+    runs: Path = Path("runs")
+    """Folder of all runs, where the index of shards is kept."""
     features: Path | None = None
     """Folder of kept features; None keeps none."""
     data: Data | None = None
@@ -60,7 +63,7 @@ def evaluate(model: str | None, runs: Path, bench: Bench) -> Results:
     With several data sets, one that is missing is a row that says what to do. Raises the error of what was
     asked for where nothing at all could be scored.
     """
-    jobs = _jobs(model, runs, bench)
+    jobs = _jobs(model, runs, replace(bench, runs=runs))
     records: list[Record] = []
     missing: list[Missing] = []
     problems: list[ComkdError] = []
@@ -133,7 +136,7 @@ def _score_student(path: Path, bench: Bench) -> list[Record]:
     """
     student, record = load_student(path)
     data = bench.data or record.recipe.data
-    source = open_source(data, bench.data_root)
+    source = open_source(data, bench.data_root, bench.runs, bench.report)
     _check_classes(record, source)
     bench = _fitting_protocols(record, bench)
     subject = student_subject(student, record, sha256_of_file(path), str(path), bench.device)
@@ -154,7 +157,7 @@ def _score_baseline(argument: str, bench: Bench) -> list[Record]:
     if bench.data is None:
         raise MisuseError(f"{argument}: say on what to score it, with --dataset, --folder or --all")
     model = _parse_argument(argument)
-    source = open_source(bench.data, bench.data_root)
+    source = open_source(bench.data, bench.data_root, bench.runs, bench.report)
     images = _scored_images(source, bench.report)
     if argument not in bench.clips:
         bench.clips[argument] = build_clip(model)
@@ -256,7 +259,11 @@ def _scored_images(source: Source, report: Report) -> ImageSet:
             report(Notice(f"the test images of {source.name} have no labels: only agreement can be measured"))
         return source.test
     report(Notice(f"{source.name} has no test images: agreement is measured on the training images, without labels"))
-    return replace(source.train, labels=None)
+    if len(source.train) <= MOST_FOR_AGREEMENT:
+        return replace(source.train, labels=None)
+    chosen = list(source.train.spaced(MOST_FOR_AGREEMENT))
+    report(Notice(f"of {len(source.train):,} images {len(chosen):,} are taken, evenly spaced"))
+    return replace(source.train.subset(chosen), labels=None)
 
 
 def _teacher_of(path: Path, record: StudentRecord, source: Source, bench: Bench) -> Subject | None:

@@ -62,6 +62,8 @@ class Wishes:
     """At most so many real images are compared."""
     pictures: Path | None = None
     """A folder of real images for checks and calibration; None takes those of the student's data."""
+    runs: Path = Path("runs")
+    """Folder of all runs, where the index of shards is kept."""
     license: str = "unknown"
 
 
@@ -85,7 +87,7 @@ def export(
     _check_target(out, force)
     student, record = load_student(student_file)
     teacher = _text_teacher(student_file, record) if wishes.text else None
-    checked, calibration = _image_sets(record, data_root, wishes.pictures)
+    checked, calibration = _image_sets(record, data_root, wishes, report)
     reference = _reference(student, checked, record.preprocessing, wishes.check_images, report)
     contents = Contents(
         record=record,
@@ -246,13 +248,13 @@ def _measure(
     return measure_latency(student_file, contenders, contents.record.preprocessing.size, extra, step)
 
 
-def _image_sets(record: StudentRecord, data_root: Path, pictures: Path | None) -> tuple[ImageSet, ImageSet]:
+def _image_sets(record: StudentRecord, data_root: Path, wishes: Wishes, report: Report) -> tuple[ImageSet, ImageSet]:
     """Images to check on, with their labels where there are some, and images to calibrate on."""
-    if pictures is not None:
-        images = images_below(pictures)
+    if wishes.pictures is not None:
+        images = images_below(wishes.pictures)
         return images, images
     try:
-        source = open_source(record.recipe.data, data_root)
+        source = open_source(record.recipe.data, data_root, wishes.runs, report)
     except DataError as error:
         raise DataError(f"{error}; or give other real images for the checks with --images") from error
     return source.test or source.train, source.train

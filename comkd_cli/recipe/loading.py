@@ -21,8 +21,9 @@ COMMAND_LINE = "--set"
 # Writing one of these replaces what a base recipe said of the others beside it: they are different kinds of
 # the same thing, and a merge of the two would be a recipe that nobody wrote.
 SUPERSEDES = {
-    "data.dataset": ("folder", "classes", "template"),
-    "data.folder": ("dataset", "classes", "template"),
+    "data.dataset": ("folder", "shards", "classes", "template"),
+    "data.folder": ("dataset", "shards", "classes", "template"),
+    "data.shards": ("dataset", "folder", "classes", "template"),
     "teacher.arch": ("config", "weights", "format", "backbone_weights"),
     "teacher.config": ("arch", "weights", "format", "backbone_weights"),
     "student.arch": ("config", "weights"),
@@ -63,8 +64,9 @@ def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
     own = _own_of_datasets(tree, str(path))
     changes = _parse_settings(settings)
     dataset = _dataset_of(changes) or _dataset_of(tree)
-    if isinstance(changes.get("data"), dict) and changes["data"].get("folder") is not None:
-        dataset = None  # the folder takes its place
+    own_images = changes.get("data")
+    if isinstance(own_images, dict) and any(own_images.get(name) is not None for name in ("folder", "shards")):
+        dataset = None  # they take its place
     if dataset in own:
         _merge(tree, own[dataset], f"{path}: for_dataset.{dataset}", origins)
     _merge(tree, changes, COMMAND_LINE, origins)

@@ -43,7 +43,8 @@ class Closed(BaseModel):
 
 
 class Data(Closed):
-    """The images to learn from and the classes to tell apart: a named `dataset`, or a `folder`."""
+    """The images to learn from and the classes to tell apart: a named `dataset`, a `folder`, or
+    `shards`."""
 
     dataset: str | None = None
     """A data set that comkd knows: one of the suite (`comkd datasets list`), below the data root; or
@@ -51,6 +52,10 @@ class Data(Closed):
     folder: str | None = None
     """A folder of images: unlabelled anywhere below it, or train/ and test/ with a sub-folder a class.
     A relative path is looked for in the current directory, then under the data root."""
+    shards: str | None = None
+    """WebDataset shards, tar files of unlabelled images too many to be files: a path or address, braces standing
+    for many, such as `"train-{0000..0099}.tar"` (in quotes). A relative path is looked for as a `folder` is;
+    `http:`, `pipe:` and what else webdataset opens is fetched once, under RUNS/shards. Needs `classes`."""
     classes: str | Annotated[tuple[str, ...], Field(strict=False)] | None = None
     """Class names: a text file with one a line, or a list. Left out, the sub-folder names are taken."""
     template: str | None = None
@@ -62,14 +67,16 @@ class Data(Closed):
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
-        if (self.dataset is None) == (self.folder is None):
-            raise ValueError("needs exactly one of `dataset` and `folder`")
+        if [self.dataset, self.folder, self.shards].count(None) != 2:
+            raise ValueError("needs exactly one of `dataset`, `folder` and `shards`")
         if self.dataset is not None and self.dataset not in DATASETS:
             close = difflib.get_close_matches(self.dataset, DATASETS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"comkd knows {', '.join(DATASETS)}"
             raise ValueError(f"{self.dataset!r} is no data set that comkd knows; {hint}")
         if self.dataset is not None and self.classes is not None:
-            raise ValueError(f"`classes` belongs to `folder`; the dataset {self.dataset} brings its own")
+            raise ValueError(f"`classes` belongs to `folder` and `shards`; the dataset {self.dataset} brings its own")
+        if self.shards is not None and self.classes is None:
+            raise ValueError("`shards` have no labels: give `classes`, a list or a text file with a name a line")
         if self.template is not None and self.template.count("{}") != 1:
             raise ValueError(f"`template` must hold {{}} once, for the class name; it is {self.template!r}")
         return self

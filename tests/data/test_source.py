@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from comkd_cli.data.source import ImageSet, Source
+from comkd_cli.data.source import ImageSet, Source, sampled_content
 
 
 def open_grey(key: str) -> Image.Image:
@@ -52,6 +52,12 @@ def test_the_fingerprint_changes_with_anything_that_training_sees(other: Source)
 
 def test_the_fingerprint_does_not_change_with_what_training_never_sees() -> None:
     assert replace(SOURCE, test=IMAGES, name="other").fingerprint() == SOURCE.fingerprint()
+
+
+def test_the_fingerprint_is_what_it_was_before_there_were_shards() -> None:
+    # Written down then: runs that were made with it must still be known as finished.
+    assert SOURCE.fingerprint() == "9b9eff3baa1ea9393407e92336ab5774988bcb5aa5eebbcafa61a535c7fb1aa9"
+    assert sampled_content(IMAGES) == "c12d88f188a3a406644393ddfe7efc653c1e199cbcc0195426b81c7ec64c77bc"
 
 
 def test_a_file_name_that_is_not_utf8_has_a_fingerprint_too() -> None:

@@ -2,6 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import webdataset
 
 from comkd_cli.data.sources import locate, open_source
 from comkd_cli.errors import DataError
@@ -82,3 +83,21 @@ def test_a_list_with_a_class_twice_is_told_as_the_recipes(root: Path, write_imag
     write_image(root / "pets/1.png")
     with pytest.raises(DataError, match=r"^data\.classes: the class list repeats 'cat' at 1 and 3"):
         open_source(Data(folder=str(root / "pets"), classes=("cat", "dog", "CAT")), root)
+
+
+def test_shards_are_looked_for_as_a_folder_is_and_indexed_below_the_runs(
+    here: Path, root: Path, write_image: WriteImage
+) -> None:
+    picture = write_image(here / "x.png").read_bytes()
+    for place in (root, here):
+        with webdataset.TarWriter(str(place / "set-0.tar")) as writer:
+            writer.write({"__key__": place.name, "png": picture})
+    (root / "names.txt").write_text("cat\ndog\n")
+    data = Data(shards="set-{0..0}.tar", classes="names.txt", template="one {}")
+    source = open_source(data, root, here / "runs")
+    assert (list(source.train.keys), source.prompts, source.name) == (["here"], ["one cat", "one dog"], "set")
+    (here / "set-0.tar").unlink()
+    assert list(open_source(data, root, here / "runs").train.keys) == ["root"]
+    assert len(list((here / "runs/shards").glob("*/index.json"))) == 2
+    with pytest.raises(DataError, match=r"^data\.classes: no\.txt nor"):
+        open_source(Data(shards="set-{0..0}.tar", classes="no.txt"), root)

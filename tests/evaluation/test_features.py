@@ -65,6 +65,13 @@ def test_other_weights_preparation_or_files_are_another_key(encoder: Encoder, im
     assert store_key(encoder, images) != store_key(Encoder("a", INPUT, Counting()), IMAGES)
 
 
+def test_the_key_is_what_it_was_before_there_were_shards() -> None:
+    images = ImageSet(("3", "1", "2"), (0, 1, 0), IMAGES.open_key, (30, 10, 20))
+    encoder = Encoder("a", Preprocessing(8, (0.5,) * 3, (0.2,) * 3), Counting())
+    # Written down then: features that were kept must still be found.
+    assert store_key(encoder, images) == "4d0b260cddc2996be14d2bc421745951b6147671677890a9eb9590bcbc5a02c9"
+
+
 def test_unreadable_images_are_remembered(tmp_path: Path) -> None:
     def open_key(key: str):  # type: ignore[no-untyped-def]
         if key == IMAGES.keys[3]:

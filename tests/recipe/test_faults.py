@@ -105,7 +105,7 @@ def test_every_fault_is_told_at_once_with_its_path() -> None:
         ({"optim": {"name": "adam"}}, "optim: should be one of 'sgd', 'adamw', not 'adam'"),
         ({"optim": 3}, "optim: should be a mapping of fields, not 3"),
         ({"loss": None}, "loss: should be a mapping of fields, not None"),
-        ({"data": {"folder": "x", "dataset": "digits"}}, "data: needs exactly one of `dataset` and `folder`"),
+        ({"data": {"folder": "x", "dataset": "digits"}}, "data: needs exactly one of `dataset`, `folder` and `shards`"),
         ({"data": {"folder": "x", "classes": 5}}, "data.classes: should be a valid string, not 5"),
         ({"data": {"folder": "x", "classes": [1, "b"]}}, "data.classes.0: should be a valid string, not 1"),
     ],

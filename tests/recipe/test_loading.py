@@ -291,6 +291,8 @@ def test_settings_are_laid_over_the_file_in_order_and_read_as_yaml(write: Write)
 def test_a_setting_can_choose_other_data_than_the_file() -> None:
     recipe = load_recipe("digits", ["data.folder=pictures"])
     assert (recipe.data.dataset, recipe.data.folder) == (None, "pictures")
+    recipe = load_recipe("digits", ["data.shards=x-{0..9}.tar", "data.classes=names.txt"])
+    assert (recipe.data.dataset, recipe.data.shards) == (None, "x-{0..9}.tar")
 
 
 def test_a_setting_can_take_the_short_form_of_adapt(write: Write) -> None:

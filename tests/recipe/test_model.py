@@ -141,8 +141,10 @@ def test_the_ends_of_a_range_and_whole_numbers_for_fractions_are_accepted(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "exactly one of `dataset` and `folder`"),
-        ({"dataset": "digits", "folder": "x"}, "exactly one of `dataset` and `folder`"),
+        ({}, "exactly one of `dataset`, `folder` and `shards`"),
+        ({"dataset": "digits", "folder": "x"}, "exactly one of `dataset`, `folder` and `shards`"),
+        ({"folder": "x", "shards": "x.tar", "classes": ["a", "b"]}, "exactly one of `dataset`, `folder` and `shards`"),
+        ({"shards": "x.tar"}, "`shards` have no labels: give `classes`"),
         ({"dataset": "digits", "classes": ["a", "b"]}, "`classes` belongs to `folder`"),
         ({"folder": "x", "template": "a photo"}, "must hold {} once"),
         ({"folder": "x", "template": "{} or {}"}, "must hold {} once"),

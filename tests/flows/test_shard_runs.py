@@ -1,0 +1,217 @@
+"""Runs that learn from shards: stopped, with workers, with a teacher cache, planned, scored."""
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import webdataset
+
+from comkd_cli import training
+from comkd_cli.backbones import build_clip
+from comkd_cli.data import order
+from comkd_cli.data.digits import digits_source
+from comkd_cli.data.source import sampled_content
+from comkd_cli.data.sources import open_source
+from comkd_cli.errors import DataError, Interrupted
+from comkd_cli.files import sha256_of_data
+from comkd_cli.flows import adapt, distill, evaluate
+from comkd_cli.method.teacher import Teacher
+from comkd_cli.progress import Event, Notice, Progress
+from comkd_cli.recipe import parse_recipe
+from comkd_cli.recipe.model import Model
+from comkd_cli.teachers import ReadyTeacher
+from comkd_cli.training import make_accelerator
+from tests import tiny
+
+IMAGES, SHARDS, BATCH, EPOCHS = 90, 6, 16, 2
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "clip.pt"
+    torch.save(build_clip(Model(config=tiny.CLIP), seed=3).model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def narrow_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order, "WINDOW_RUNS", 2)
+    monkeypatch.setattr(training, "REPORT_EVERY_SECONDS", 0.0)
+
+
+def write_shards(folder: Path, numbers: Sequence[int], shards: int = SHARDS) -> str:
+    """Digits by their numbers, in so many shards; the pattern that names these."""
+    folder.mkdir()
+    digits = digits_source().train
+    for shard in range(shards):
+        with webdataset.TarWriter(str(folder / f"digits-{shard}.tar"), encoder=True) as writer:
+            for number in numbers[shard * len(numbers) // shards : (shard + 1) * len(numbers) // shards]:
+                writer.write({"__key__": f"{number:04d}", "png": digits.open(number), "txt": "a digit"})
+    return f"{folder}/digits-{{0..{shards - 1}}}.tar"
+
+
+@pytest.fixture(scope="module")
+def pattern(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_shards(tmp_path_factory.mktemp("data") / "shards", range(IMAGES))
+
+
+Pair = tuple[distill.Run, Callable[[Callable[[Event], None]], ReadyTeacher]]
+
+
+def make(runs: Path, weights: Path, data: dict[str, Any], **changes: Any) -> Pair:
+    fields = {
+        "data": {"classes": [str(digit) for digit in range(10)], "workers": 0, **data},
+        "teacher": {"config": tiny.CLIP, "weights": str(weights)},
+        "optim": {**tiny.OPTIM, "epochs": EPOCHS, "batch_size": BATCH},
+        **changes,
+    }
+    recipe = parse_recipe(tiny.recipe(**fields))
+    source = open_source(recipe.data, Path("data"), runs)
+    stage = adapt.stage_1(recipe, source, Path("data"), runs)
+    run = distill.Run(recipe, "it", source, runs, stage.identity, stage.key)
+    accelerator = make_accelerator("fp32")
+    return run, lambda report: adapt.ready_teacher(stage, accelerator, report, "")
+
+
+def do(pair: Pair, report: Callable[[Event], None] = lambda event: None) -> dict[str, torch.Tensor]:
+    run, teach = pair
+    path = distill.distill(run, lambda: teach(report), make_accelerator("fp32"), report, "again")
+    state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
+    return state
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many crops the teacher looked at, call by call."""
+    counts: list[int] = []
+    encode = Teacher.encode
+
+    def counted(self: Teacher, images: torch.Tensor) -> torch.Tensor:
+        counts.append(len(images))
+        return encode(self, images)
+
+    monkeypatch.setattr(Teacher, "encode", counted)
+    return counts
+
+
+def test_a_run_that_was_stopped_within_windows_ends_with_the_same_bits(
+    tmp_path: Path, weights: Path, pattern: str
+) -> None:
+    whole = do(make(tmp_path / "whole", weights, {"shards": pattern}))
+    for steps in (2, 4, 7):
+
+        def stop(event: Event, steps: int = steps) -> None:
+            if isinstance(event, Progress) and event.label.startswith("student") and event.done == steps * BATCH:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        pair = make(tmp_path / str(steps), weights, {"shards": pattern})
+        with pytest.raises(Interrupted):
+            do(pair, stop)
+        told: list[Event] = []
+        again = make(tmp_path / str(steps), weights, {"shards": pattern})  # as another process opens it
+        assert same(do(again, told.append), whole)
+        assert any(isinstance(event, Notice) and "going on from" in event.text for event in told)
+
+
+def test_workers_change_nothing(tmp_path: Path, weights: Path, pattern: str) -> None:
+    alone = do(make(tmp_path / "alone", weights, {"shards": pattern}))
+    assert same(do(make(tmp_path / "two", weights, {"shards": pattern, "workers": 2})), alone)
+
+
+def test_the_same_images_in_other_shards_find_the_same_cache(
+    tmp_path: Path, weights: Path, pattern: str, seen: list[int]
+) -> None:
+    cache = {"views": EPOCHS}
+    run, teach = make(tmp_path, weights, {"shards": pattern}, teacher_cache=cache)
+    distill.precompute(run, lambda: teach(print), make_accelerator("fp32"), lambda event: None)
+    assert sum(seen) == EPOCHS * IMAGES
+    do((run, teach))
+    mixed = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(5)).tolist()
+    packed = write_shards(tmp_path / "packed", mixed, shards=4)
+    told: list[Event] = []
+    other, teach_other = make(tmp_path, weights, {"shards": packed}, teacher_cache=cache)
+    assert distill.finished(other)  # what it learned from is the same
+    distill.distill(other, lambda: teach_other(print), make_accelerator("fp32"), told.append, "", fresh=True)
+    assert sum(seen) == EPOCHS * IMAGES  # the teacher was not asked again
+    assert any(isinstance(e, Notice) and f"{EPOCHS * IMAGES:,} of {EPOCHS * IMAGES:,} crops" in e.text for e in told)
+
+
+def test_what_a_repacked_cache_gives_for_a_key_is_what_the_teacher_says_of_it(
+    tmp_path: Path, weights: Path, pattern: str
+) -> None:
+    cache = {"views": 1, "dtype": "fp32"}
+    found: list[dict[str, torch.Tensor]] = []
+    for runs, shards in (("a", pattern), ("b", write_shards(tmp_path / "turned", range(IMAGES)[::-1], shards=3))):
+        run, teach = make(tmp_path / runs, weights, {"shards": shards}, teacher_cache=cache)
+        distill.precompute(run, lambda teach=teach: teach(print), make_accelerator("fp32"), lambda event: None)
+        kept = distill._open_cache(run, teach(print), lambda event: None)
+        assert kept is not None
+        keys = list(run.source.train.keys)
+        values = torch.from_numpy(kept.read(0, torch.arange(IMAGES).numpy()))
+        found.append(dict(zip(keys, values, strict=True)))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.allclose(found[0][key], found[1][key], atol=1e-5) for key in found[0])
+    assert not torch.allclose(found[0]["0000"], found[0]["0001"], atol=1e-3)
+
+
+def test_the_cache_of_images_that_are_no_shards_is_where_it_always_was(tmp_path: Path, weights: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for number in range(4):
+        digits_source().train.open(number).save(tmp_path / f"pictures/{number}.png")
+    data = {"folder": str(tmp_path / "pictures")}
+    run, teach = make(tmp_path / "runs", weights, data, teacher_cache={"views": 1})
+    ready = teach(print)
+    cache = distill._open_cache(run, ready, lambda event: None)
+    images, recipe = run.source.train, run.recipe
+    assert cache is not None
+    assert recipe.teacher_cache is not None
+    assert cache.key.identity == sha256_of_data(
+        [
+            run.teacher_key,
+            asdict(ready.preprocessing),
+            list(images.keys),
+            list(images.sizes_bytes),
+            sampled_content(images),
+            recipe.augment.model_dump(mode="json", exclude_defaults=True),
+            recipe.precision,
+            recipe.teacher_cache.model_dump(mode="json"),
+        ]
+    )
+
+
+def test_a_plan_counts_the_images_of_shards(tmp_path: Path, weights: Path, pattern: str) -> None:
+    run, _ = make(tmp_path, weights, {"shards": pattern})
+    planned = distill.plan(run)
+    assert (planned.training_images, planned.steps_per_epoch, planned.state) == (IMAGES, IMAGES // BATCH, "new")
+    assert planned.folder == tmp_path / "it/digits/seed1"
+
+
+def test_a_student_of_shards_is_scored_by_agreement_on_some_of_them(
+    tmp_path: Path, weights: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = make(tmp_path, weights, {"shards": pattern})
+    do(pair)
+    monkeypatch.setattr(evaluate, "MOST_FOR_AGREEMENT", 30)
+    told: list[Event] = []
+    bench = evaluate.Bench(torch.device("cpu"), tmp_path, told.append)
+    records = evaluate.evaluate(str(pair[0].student_file), tmp_path, bench).records
+    assert [(record.role, record.images) for record in records] == [("student", 30), ("teacher", 30)]
+    assert records[0].agreement_percent is not None
+    assert any(isinstance(event, Notice) and "of 90 images 30 are taken" in event.text for event in told)
+    assert [path.name for path in tmp_path.glob("shards/*/index.json")] == ["index.json"]
+
+
+def test_images_without_labels_cannot_adapt_a_teacher(tmp_path: Path, weights: Path, pattern: str) -> None:
+    teacher = {"config": tiny.CLIP, "weights": str(weights), "adapt": {"method": "full", "epochs": 1}}
+    run, teach = make(tmp_path, weights, {"shards": pattern}, teacher=teacher)
+    with pytest.raises(DataError, match=r"digits: teacher\.adapt: full learns from labels"):
+        do((run, teach))
