@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -32,6 +31,7 @@ from torchvision.datasets.folder import pil_loader
 from comkd_cli.data.folder import images_below
 from comkd_cli.data.loaders import TrainingLoader
 from comkd_cli.data.source import ImageSet
+from comkd_cli.launch import usable_cores
 from comkd_cli.predictor import Preprocessing
 from comkd_cli.recipe.model import Augment
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=500)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=_usable_cores())
+    parser.add_argument("--workers", type=int, default=usable_cores())
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -155,10 +155,6 @@ def make_pictures(folder: Path, count: int, side: int) -> None:
             pixels += (np.asarray(smooth, dtype=np.float32) / 127.5 - 1) * amplitude
         picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
         picture.save(folder / f"{number:05}.jpg", quality=JPEG_QUALITY)
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

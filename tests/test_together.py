@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,9 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
+from comkd_cli.backbones import build_clip
+from comkd_cli.data.digits import digits_source
+from comkd_cli.recipe.model import Model
 from tests import tiny, together
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -67,6 +71,7 @@ def two_processes(workshop: Path, one_process: Path) -> Path:
     assert "the state is saved" in said
     assert "torchrun --nproc-per-node 2 -m comkd_cli distill tiny.yaml --runs two" in said
     assert (workshop / "two" / RUN / "state/state.pt").is_file()
+    shutil.copytree(workshop / "two", workshop / "two then one")
 
     ended = two(workshop, "distill", "tiny.yaml", "--runs", "two")
     assert ended.returncode == 0, ended.stderr
@@ -83,6 +88,47 @@ def test_two_processes_end_where_one_does(one_process: Path, two_processes: Path
         assert right["if_align_gradient_share"] == pytest.approx(left["if_align_gradient_share"], abs=0.02)
         assert abs(right["test_top1_percent"] - left["test_top1_percent"]) < 2.5
     assert first[0]["loss"] == pytest.approx(second[0]["loss"], rel=1e-3)
+
+
+def test_one_process_goes_on_where_two_were_stopped(workshop: Path, two_processes: Path) -> None:
+    ended = alone(workshop, "distill", "tiny.yaml", "--runs", "two then one")
+    assert ended.returncode == 0, ended.stderr
+    assert "going on from epoch" in ended.stderr
+    first, second = metrics(two_processes), metrics(workshop / "two then one")
+    assert [line["epoch"] for line in second] == list(range(1, EPOCHS + 1))
+    for left, right in zip(first, second, strict=True):
+        assert right["loss"] == pytest.approx(left["loss"], rel=0.02)
+
+
+def damaged_folder(path: Path) -> dict[str, object]:
+    """Twenty-four digits as files, two of which are no pictures."""
+    images = digits_source().train
+    path.mkdir()
+    for index in range(24):
+        images.open(index).save(path / f"{index:02}.png")
+    for index in (3, 17):
+        (path / f"{index:02}.png").write_bytes(b"no picture")
+    return {"folder": str(path), "classes": ["a", "b"], "workers": 0}
+
+
+def test_what_one_process_cannot_read_all_know(workshop: Path) -> None:
+    weights = workshop / "clip.pt"
+    torch.save(build_clip(Model(config=tiny.CLIP), seed=3).model.state_dict(), weights)
+    data = damaged_folder(workshop / "damaged")
+    teacher = {"config": tiny.CLIP, "weights": str(weights)}
+    optim = {**tiny.OPTIM, "epochs": 2, "batch_size": 12}
+    with (workshop / "damaged.yaml").open("w") as stream:
+        YAML(typ="safe", pure=True).dump(tiny.recipe(data=data, teacher=teacher, optim=optim), stream)
+    ended = two(workshop, "distill", "damaged.yaml", "--runs", "damaged runs")
+    assert ended.returncode == 0, ended.stderr
+    for name in ("03.png", "17.png"):
+        assert ended.stderr.count(name) == 1
+    assert "2 of 24 images could not be read" in ended.stderr
+    record = torch.load(workshop / "damaged runs/damaged/damaged/seed1/student.pt", weights_only=True)
+    assert record["metrics"]["unreadable"] == 2
+    ended = two(workshop, "distill", "damaged.yaml", "--runs", "too many", "--set", "data.unreadable_limit_percent=5")
+    assert ended.returncode != 0
+    assert ended.stderr.count("2 of 24 images (8.33 %) can't be read") == 1
 
 
 def test_two_processes_train_the_digits_recipe_to_the_accuracy_of_one(workshop: Path) -> None:

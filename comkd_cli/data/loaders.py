@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -145,8 +144,7 @@ def worker_count(data: Data) -> int:
         return data.workers
     if data.dataset == "digits":
         return 0  # the digits are in memory: starting a process costs more than it saves
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(MOST_WORKERS, cores // launch.per_machine() - 1))
+    return max(0, min(MOST_WORKERS, launch.usable_cores() // launch.per_machine() - 1))
 
 
 @dataclass(frozen=True)

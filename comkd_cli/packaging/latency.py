@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from comkd_cli.errors import ExportError
+from comkd_cli.launch import usable_cores
 
 ROUNDS = 3
 WARM_UP = 3
@@ -70,8 +71,7 @@ def measure_latency(
     one can't be run.
     """
     contenders = [Contender("pytorch", student), *graphs]
-    every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    counts = sorted({1, every})
+    counts = sorted({1, usable_cores()})
     found = _in_turns(contenders, counts, size, extra, MOST_SECONDS, on_step)
     medians = {key: statistics.median(s for entry in runs for s in entry["seconds"]) for key, runs in found.items()}
     peaks = {key: max(int(entry["peak_bytes"]) for entry in runs) for key, runs in found.items()}
