@@ -121,8 +121,8 @@ def test_what_one_process_cannot_read_all_know(workshop: Path) -> None:
         YAML(typ="safe", pure=True).dump(tiny.recipe(data=data, teacher=teacher, optim=optim), stream)
     ended = two(workshop, "distill", "damaged.yaml", "--runs", "damaged runs")
     assert ended.returncode == 0, ended.stderr
-    for name in ("03.png", "17.png"):
-        assert ended.stderr.count(name) == 1
+    told = [line for line in ended.stderr.splitlines() if "unreadable, left out" in line]
+    assert sorted(name for line in told for name in ("03.png", "17.png") if name in line) == ["03.png", "17.png"]
     assert "2 of 24 images could not be read" in ended.stderr
     record = torch.load(workshop / "damaged runs/damaged/damaged/seed1/student.pt", weights_only=True)
     assert record["metrics"]["unreadable"] == 2
@@ -132,7 +132,7 @@ def test_what_one_process_cannot_read_all_know(workshop: Path) -> None:
 
 
 def test_two_processes_train_the_digits_recipe_to_the_accuracy_of_one(workshop: Path) -> None:
-    shorter = ["--set", "teacher.adapt.epochs=4", "--set", "optim.epochs=6", "--set", "optim.batch_size=128"]
+    shorter = ["--set", "teacher.adapt.epochs=4", "--set", "optim.epochs=12", "--set", "optim.batch_size=128"]
     ended = alone(workshop, "distill", "digits", "--runs", "digits", *shorter)
     assert ended.returncode == 0, ended.stderr
     (workshop / "digits too").mkdir()
@@ -141,9 +141,9 @@ def test_two_processes_train_the_digits_recipe_to_the_accuracy_of_one(workshop: 
     assert ended.returncode == 0, ended.stderr
     students = [workshop / runs / "digits/digits/seed1/student.pt" for runs in ("digits", "digits too")]
     first, second = (torch.load(path, weights_only=True)["metrics"]["test_top1_percent"] for path in students)
-    assert first > 90
+    assert first > 93
     # Rounding is amplified by training: of 360 images, some may fall to either side.
-    assert abs(first - second) < 2
+    assert abs(first - second) < 1.5
 
 
 def test_the_teacher_of_two_processes_is_that_of_one(one_process: Path, two_processes: Path) -> None:

@@ -201,7 +201,15 @@ def _train_fully(stage: Stage1, adapt: FullAdapt, accelerator: Accelerator, repo
     classifier = PromptClassifier(clip.model, tokenize_apart(clip, source.prompts)).to(accelerator.device)
 
     def score() -> dict[str, float]:
-        return score_on_test(classifier, classifier, source, clip.preprocessing, accelerator.device, workers, report)
+        classifier.eval()
+        with torch.no_grad():
+            vectors = classifier.encode_classes()
+
+        def logits(images: Tensor) -> Tensor:
+            found: Tensor = classifier(images, vectors)
+            return found
+
+        return score_on_test(classifier, logits, source, clip.preprocessing, accelerator.device, workers, report)
 
     def loss(model: nn.Module, batch: Batch, _probe: bool) -> StepResult:
         return _cross_entropy(model, batch, adapt.label_smoothing)

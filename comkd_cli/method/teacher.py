@@ -82,7 +82,15 @@ class PromptClassifier(nn.Module):
         scale: Tensor = self.clip.logit_scale.exp().clamp(max=MOST_LOGIT_SCALE)
         return scale
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images: (batch, 3, size, size). Returns logits (batch, classes), float32."""
+    def forward(self, images: Tensor, class_vectors: Tensor | None = None) -> Tensor:
+        """images: (batch, 3, size, size). Returns logits (batch, classes), float32.
+
+        class_vectors: (classes, dim), where they are at hand already; None encodes the prompts.
+        """
         features = nn.functional.normalize(self.clip.encode_image(images).float(), dim=-1)
-        return class_logits(features, encode_classes(self.clip, self.tokens), self.logit_scale)
+        vectors = self.encode_classes() if class_vectors is None else class_vectors
+        return class_logits(features, vectors, self.logit_scale)
+
+    def encode_classes(self) -> Tensor:
+        """The class vectors of the prompts as the text encoder now is, (classes, dim)."""
+        return encode_classes(self.clip, self.tokens)

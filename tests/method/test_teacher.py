@@ -45,6 +45,12 @@ def test_the_prompt_classifier_trains_both_towers_and_the_scale() -> None:
     assert all(p.grad is not None for p in classifier.parameters())
 
 
+def test_the_prompt_classifier_answers_alike_with_class_vectors_at_hand() -> None:
+    classifier = PromptClassifier(build_clip(Model(config=CONFIG), seed=1).model, tokens()).eval()
+    images = torch.randn(4, 3, 16, 16)
+    assert torch.equal(classifier(images, classifier.encode_classes()), classifier(images))
+
+
 def test_the_logit_scale_never_exceeds_100() -> None:
     built = build_clip(Model(config=CONFIG), seed=1).model
     classifier = PromptClassifier(built, tokens())
