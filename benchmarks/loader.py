@@ -60,9 +60,10 @@ def main() -> None:
         images = images_below(root)
         epochs = make_contenders(root, images, options.batch, options.workers)
         rates: dict[str, list[float]] = {name: [] for name in epochs}
+        shown: dict[str, int] = {}
         for number in range(options.rounds + 1):
             for name, epoch in epochs.items():
-                rate = images_per_second(epoch(number))
+                shown[name], rate = timed(epoch(number))
                 if number:  # the first one starts the workers
                     rates[name].append(rate)
     medians = {name: statistics.median(measured) for name, measured in rates.items()}
@@ -70,6 +71,7 @@ def main() -> None:
         "images_per_second": medians,
         "over_torchvision": {name: rate / medians["torchvision"] for name, rate in medians.items()},
         "images": len(images),
+        "images_of_an_epoch": shown,
         "mean_file_bytes": statistics.mean(images.sizes_bytes),
         "workers": options.workers,
         "batch": options.batch,
@@ -96,7 +98,7 @@ def make_contenders(
     def comkd(preprocessings: list[Preprocessing], teacher_known: bool = False) -> Callable[[int], Iterable[int]]:
         known = _all_known if teacher_known else None
         loader = TrainingLoader(images, preprocessings, AUGMENT, batch, seed=1, workers=workers, known=known)
-        return lambda number: map(len, loader.epoch(number))
+        return lambda number: (len(batch) for (batch,) in loader.epoch(number))
 
     return {
         "torchvision": lambda _: map(len, plain),
@@ -135,11 +137,11 @@ def _all_known(_view: int, indices: np.ndarray) -> np.ndarray:
     return np.ones(len(indices), dtype=bool)
 
 
-def images_per_second(batch_sizes: Iterable[int]) -> float:
-    """The rate of an epoch, from asking for its first batch to having its last."""
+def timed(batch_sizes: Iterable[int]) -> tuple[int, float]:
+    """The images of an epoch, and the rate from asking for its first batch to having its last."""
     started = time.perf_counter()
-    count = sum(batch_sizes)
-    return count / (time.perf_counter() - started)
+    images = sum(batch_sizes)
+    return images, images / (time.perf_counter() - started)
 
 
 def make_pictures(folder: Path, count: int, side: int) -> None:

@@ -53,6 +53,11 @@ def failures_explained() -> Iterator[None]:
             ) from error
         if "closed by peer" in said or "remote process exited" in said:  # gloo's words, and NCCL's
             raise TrainingError("another process of this run ended; what it says tells why") from error
+        if "Expected to have finished reduction" in said:
+            raise TrainingError(
+                "the image tower has weights that take no part in its features, which several processes can't train; "
+                "use one process, or student.train: prompts"
+            ) from error
         if "DataLoader worker" in said:
             raise TrainingError(
                 f"a process that decodes images died ({said.splitlines()[0]}); it may have lacked memory or shared "

@@ -66,6 +66,12 @@ def wait_for_all() -> None:
         distributed.barrier(group=_hosts())
 
 
+def leave() -> None:
+    """Take leave of the others, at the end of a command; they do the same."""
+    if world_size() > 1:
+        distributed.destroy_process_group()
+
+
 @contextmanager
 def main_first() -> Iterator[None]:
     """Let the main process through the block before the others enter it."""

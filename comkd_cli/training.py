@@ -227,9 +227,10 @@ def _run_epoch(
     Returns the exit code of that stop, or None.
     """
     started, first_step = time.monotonic(), position.step
+    alone = launch.world_size() == 1
     model.train()
     for parts in task.loader.epoch(position.epoch, position.step):
-        sizes, unreadable, code = _agree(parts, wish)
+        sizes, unreadable, code = _agree(parts, None if alone else wish())
         _note_unreadable(task, unreadable, position, report)
         if any(sizes):
             _train_step(task, model, optimizer, accelerator, position, parts, sizes)
@@ -237,7 +238,7 @@ def _run_epoch(
         _report_progress(task, position, report)
         if task.keep is not None and position.step % KEEP_EVERY_STEPS == 0:
             task.keep()
-        code = wish() if launch.world_size() == 1 else code
+        code = wish() if alone else code
         if code is not None and position.step < task.loader.steps_per_epoch:
             return code
     images = (position.step - first_step) * task.loader.batch_size
@@ -245,14 +246,14 @@ def _run_epoch(
     return max(row[0] for row in processes.table([wish() or 0])) or None
 
 
-def _agree(parts: Sequence[Batch], wish: Callable[[], int | None]) -> tuple[list[int], list[str], int | None]:
+def _agree(parts: Sequence[Batch], code: int | None) -> tuple[list[int], list[str], int | None]:
     """What all processes must know of a step: each part's images, what can't be read, and whether one is to stop.
 
     A part counts as empty where it has no two images, or a process none of them: who has no images could not take
     part in what is computed together.
     """
     problems = [problem for part in parts for problem in part.unreadable]
-    rows = processes.table([wish() or 0, len(problems), *map(len, parts)])
+    rows = processes.table([code or 0, len(problems), *map(len, parts)])
     codes, troubles, *shares = [list(column) for column in zip(*rows, strict=True)]
     if any(troubles):
         problems = [problem for share in processes.gathered(problems) for problem in share]

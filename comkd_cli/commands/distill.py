@@ -59,7 +59,7 @@ def command(
 
     RECIPE is a YAML file or the name of a bundled recipe. The student goes to
     RUNS/<recipe>/<dataset>/seed<k>/student.pt. A run that was stopped goes on where it was; a finished
-    one is not repeated.
+    one is not repeated. Several GPUs: torchrun --nproc-per-node N -m comkd_cli distill RECIPE.
     """
     from comkd_cli.recipe import find_recipe, load_recipe
     from comkd_cli.terminal import messages, reporting
@@ -115,6 +115,7 @@ def command(
             problems.append(error)
             continue
         _print_next_steps(run.student_file)
+    processes.leave()
     if problems:
         raise DataError(f"{len(problems)} of {len(loaded)} runs could not be made; the reasons stand above")
 
@@ -177,7 +178,8 @@ def _print_plan(recipe: Recipe, name: str, runs: Path, data_root: Path, device: 
         f"{outline.student_multiply_adds / 1e9:.3g} G multiply-adds an image, 1/{less:.1f}; "
         f"{outline.student_trainable_parameters:,} trainable ({share:.1%})"
     )
-    rows["device"] = f"{device}, {recipe.precision}"
+    together = f", {launch.world_size()} processes" if launch.world_size() > 1 else ""
+    rows["device"] = f"{device}, {recipe.precision}{together}"
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     for row in ("images", "teacher", "stage 1", "student", "stage 2", "cache", "device", "writes", "state"):

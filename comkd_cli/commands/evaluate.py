@@ -82,6 +82,7 @@ def command(
     names = tuple(CATALOG) if whole_suite else datasets
     data = _data(names, folder, classes, template)
     with messages().status("starting"):  # importing torch takes seconds
+        from comkd_cli import processes
         from comkd_cli.devices import best_device
         from comkd_cli.flows import evaluate
 
@@ -98,6 +99,7 @@ def command(
             seeds=seeds,
         )
         results = evaluate.evaluate(model, runs, bench)
+    processes.leave()
     if not launch.is_main():
         return
     home = out or evaluate.home_of(model, runs, own_data=data is None)

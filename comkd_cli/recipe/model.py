@@ -63,7 +63,8 @@ class Data(Closed):
     unreadable_limit_percent: Annotated[float, Field(ge=0, le=100)] = 10.0
     """The share of images that may be unreadable; they are named and left out. Above it a run stops."""
     workers: Annotated[int, Field(ge=0)] | None = None
-    """Processes that decode images. Left out: one less than the cores, at most 8; none for `digits`."""
+    """Processes that decode images, for each process that trains. Left out: one less than the cores that it has, at
+    most 8; none for `digits`."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
