@@ -33,6 +33,7 @@ class AskedTeacher:
         self.cache = cache
         self._teacher = teacher
         self._computed = self._read = 0
+        self._started = time.monotonic()
         self._clock = _Clock(teacher.class_vectors.device)
         self._unkept: list[tuple[int, np.ndarray, Tensor]] = []
         self._marks: tuple[int, np.ndarray] | None = None
@@ -86,17 +87,26 @@ class AskedTeacher:
                 self.cache.write(view, indices, features)
 
     def tell(self, report: Report) -> None:
-        """What the cache saved, from the teacher's time on the crops that it had to see, over all processes."""
+        """What the cache saved, over all processes: the crops that came from it, at what the teacher takes for one."""
         if self.cache is None:
             return
         self.keep()
         self.cache.flush()
-        everywhere = processes.gathered((self._computed, self._read, self._clock.seconds()))
-        computed, read, seconds = (sum(column) for column in zip(*everywhere, strict=True))
+        elapsed = time.monotonic() - self._started
+        everywhere = processes.gathered((self._computed, self._read, self._clock.seconds(), elapsed))
+        computed, read = (sum(row[column] for row in everywhere) for column in (0, 1))
+        seconds, elapsed = (sum(row[column] for row in everywhere) for column in (2, 3))
         if not computed + read:
             return
-        saved = f", about {read * seconds / computed:,.0f} s of the teacher's time" if computed and read else ""
-        report(Notice(f"teacher cache: {read:,.0f} crops came from it{saved}; {computed:,.0f} went to the teacher"))
+        if computed and launch.is_main():
+            self.cache.add_cost(seconds, computed)
+        saved = read * (self.cache.seconds_per_crop() or 0)
+        told = f", which saved about {saved:,.0f} s of the teacher's time, {saved / (saved + elapsed):.0%} of the run"
+        report(
+            Notice(
+                f"teacher cache: {read:,} crops came from it{told if saved else ''}; {computed:,} went to the teacher"
+            )
+        )
 
 
 def fill_cache(
@@ -115,6 +125,7 @@ def fill_cache(
     assert settings is not None  # a recipe with a cache has settings for it
     unreadable: dict[str, None] = {}
     workers = worker_count(recipe.data)
+    clock, asked = _Clock(accelerator.device), 0
     with failures_explained():
         for view in range(settings.views):
             starts = range(0, len(images), FILLED_AT_ONCE)
@@ -134,7 +145,8 @@ def fill_cache(
                 # As many rounds for every process, though one's share may be a batch shorter than another's.
                 for _ in range(0, math.ceil(len(wanted) / launch.world_size()), BATCH_SIZE):
                     batch = next(batches, None)
-                    mine = _answered(ready.teacher, batch, accelerator)
+                    mine = _answered(ready.teacher, batch, accelerator, clock)
+                    asked += len(mine[0])
                     for indices, features, problems in processes.gathered_on_main(mine):
                         cache.write(view, indices, features)
                         unreadable |= dict.fromkeys(problems)
@@ -143,6 +155,9 @@ def fill_cache(
             cache.flush()
             unreadable = processes.as_main_sees(unreadable)
             check_unreadable(list(unreadable), len(images), recipe.data.unreadable_limit_percent)
+    everywhere = processes.gathered((clock.seconds(), asked))
+    if launch.is_main() and sum(crops for _, crops in everywhere):
+        cache.add_cost(sum(seconds for seconds, _ in everywhere), sum(crops for _, crops in everywhere))
     for problem in list(unreadable)[:MOST_NAMED]:
         report(Notice(f"unreadable, left out: {problem}"))
     report(Notice(f"teacher cache: {cache.count():,} of {settings.views * len(images):,} crops are there"))
@@ -156,13 +171,13 @@ def _missing(cache: TeacherCache, view: int, start: int) -> list[int]:
 
 
 def _answered(
-    teacher: Teacher, batch: Batch | None, accelerator: Accelerator
+    teacher: Teacher, batch: Batch | None, accelerator: Accelerator, clock: _Clock
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """A batch's positions and features, and what could not be read of it."""
     if batch is None or not len(batch):
         nothing = np.empty((0, teacher.class_vectors.shape[1]), np.float32)
         return np.empty(0, np.int64), nothing, () if batch is None else batch.unreadable
-    with accelerator.autocast():
+    with clock, accelerator.autocast():
         features = teacher.encode(batch.to(accelerator.device).inputs[0])
     return batch.indices.numpy(), features.cpu().numpy(), batch.unreadable
 

@@ -85,6 +85,25 @@ class TeacherCache:
         self._features[view, places] = features
         self._there[view, places] = 1
 
+    def seconds_per_crop(self) -> float | None:
+        """What the teacher took for a crop, on average over all that filled the cache; None where nobody told."""
+        try:
+            cost = json.loads(self._cost_file.read_text(encoding="utf-8"))
+            return float(cost["seconds"]) / int(cost["crops"])
+        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):  # an estimate is not worth an error
+            return None
+
+    def add_cost(self, seconds: float, crops: int) -> None:
+        """Tell what the teacher took for crops that were written."""
+        before = self.seconds_per_crop()
+        known = 0 if before is None else max(self.count() - crops, 0)
+        total = {"seconds": seconds + known * (before or 0), "crops": crops + known}
+        write_text(self._cost_file, json.dumps(total) + "\n")
+
+    @property
+    def _cost_file(self) -> Path:
+        return self.folder / "cost.json"
+
     def count(self) -> int:
         """Crops whose features are there."""
         return int(np.count_nonzero(self._there))

@@ -95,5 +95,22 @@ def test_it_tells_what_it_saved(tmp_path: Path) -> None:
     asked.tell(events.append)
     (notice,) = events
     assert isinstance(notice, Notice)
-    assert "3 crops came from it" in notice.text
+    assert "3 crops came from it, which saved about 0 s of the teacher's time, " in notice.text
     assert "3 went to the teacher" in notice.text
+
+
+def test_a_later_run_knows_what_the_teacher_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 s a crop when the cache was filled, and a run of 100 s that reads two of them: six sevenths saved."""
+    filled = cache(tmp_path)
+    filled.write(0, np.array([0, 1]), np.ones((2, DIM)))
+    filled.add_cost(600.0, 2)
+    now = [1000.0]
+    monkeypatch.setattr("comkd_cli.asked_teacher.time.monotonic", lambda: now[0])
+    asked = AskedTeacher(teacher(), cache(tmp_path))
+    asked(batch(0, [0, 1], asked.known(0, np.array([0, 1]))))
+    now[0] += 100
+    events: list[Event] = []
+    asked.tell(events.append)
+    (notice,) = events
+    assert isinstance(notice, Notice)
+    assert "2 crops came from it, which saved about 600 s of the teacher's time, 86% of the run; 0 went" in notice.text

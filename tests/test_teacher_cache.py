@@ -106,3 +106,23 @@ def test_two_processes_fill_one_cache(tmp_path: Path) -> None:
     cache = TeacherCache(tmp_path, KEY)
     assert cache.count() == 40
     assert cache.read(3, np.array([9, 0])).tolist() == [[39] * 3, [30] * 3]
+
+
+def test_the_teachers_time_a_crop_is_the_average_over_all_that_filled_it(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path, KEY)
+    assert cache.seconds_per_crop() is None
+    cache.write(0, np.arange(10), np.zeros((10, 3)))
+    cache.add_cost(20.0, 10)
+    assert TeacherCache(tmp_path, KEY).seconds_per_crop() == 2.0
+    cache.write(1, np.arange(5), np.zeros((5, 3)))
+    cache.add_cost(40.0, 5)  # a slower machine
+    assert TeacherCache(tmp_path, KEY).seconds_per_crop() == 4.0  # 60 s for 15 crops
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"seconds": 1, "crops": 0}', "[1]"])
+def test_a_cost_that_cannot_be_read_is_none(tmp_path: Path, content: str) -> None:
+    cache = TeacherCache(tmp_path, KEY)
+    (cache.folder / "cost.json").write_text(content)
+    assert cache.seconds_per_crop() is None
+    cache.add_cost(3.0, 1)
+    assert cache.seconds_per_crop() == 3.0

@@ -335,9 +335,11 @@ def _open_cache(run: Run, ready: ReadyTeacher, report: Report) -> TeacherCache |
     key = CacheKey(identity, len(images), dim, settings.views, settings.dtype)
     with processes.main_first():  # which makes the files
         cache = TeacherCache(run.runs / "cache", key, images.rows)
+    there, cost = cache.count(), cache.seconds_per_crop()
+    spared = f", about {there * cost:,.0f} s of the teacher's time" if there and cost is not None else ""
     report(
         Notice(
-            f"teacher cache: {cache.count():,} of {settings.views * len(images):,} crops are there; all take "
+            f"teacher cache: {there:,} of {settings.views * len(images):,} crops are there{spared}; all take "
             f"{key.size_bytes / 1e6:,.1f} MB in {cache.folder}"
         )
     )
