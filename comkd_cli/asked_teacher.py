@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -43,19 +44,19 @@ class AskedTeacher:
         assert self.cache is not None  # it is asked only where there is one
         if not launch.on_several_machines():
             return ~self.cache.missing(view, indices)
-        # A shared folder may show this machine a mark that another has set before it shows the feature. So what
-        # counts is what was there when the view's turn came, read anew then: in its turn each crop comes up once.
+        # A shared folder shows this machine what another wrote when it opens the files. So what counts is what was
+        # there when the epoch began: in an epoch each crop comes up once.
         if self._marks is None or self._marks[0] != view:
             self.cache.reopen()
             self._marks = view, self.cache.marks(view)
-        return np.asarray(self._marks[1][self.cache.places(indices)])
+        return self.cache.marked(self._marks[1], indices)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherOutput:
         """What the teacher says of a batch.
 
         With a cache always by features as they are kept, so that a run is the same whether the cache was full
-        or empty. New ones stay on the device until `keep` is called.
+        or empty. New ones stay on a GPU, or with one of several processes, until `keep` is called.
         """
         if self.cache is None:
             output: TeacherOutput = self._teacher(batch.inputs[0])
@@ -69,22 +70,26 @@ class AskedTeacher:
                 fresh = self._teacher.encode(batch.inputs[0]).to(TORCH_DTYPES[self.cache.key.dtype])
             self._unkept.append((batch.view, indices[asked], fresh))
             features[_places(asked, device)] = fresh.float()
+            if device.type == "cpu" and launch.world_size() == 1:
+                self.keep()  # there is nobody to wait for
         if not asked.all():
             kept = torch.from_numpy(self.cache.read(batch.view, indices[~asked]))
+            self.cache.release()
             features[_places(~asked, device)] = to_device(kept, device)
         self._computed += int(asked.sum())
         self._read += int((~asked).sum())
         return self._teacher.answer(features)
 
-    def keep(self) -> None:
+    def keep(self, end_of_epoch: bool = False) -> None:
         """Bring new features to the cache. Each process must call it; the main one writes."""
         if self.cache is None:
             return
         mine = [(view, indices, features.cpu().numpy()) for view, indices, features in self._unkept]
         self._unkept.clear()
-        for share in processes.gathered_on_main(mine):
-            for view, indices, features in share:
-                self.cache.write(view, indices, features)
+        self._clock.seconds()
+        _write(self.cache, [entry for share in processes.gathered_on_main(mine) for entry in share])
+        if end_of_epoch:
+            self._marks = None
 
     def tell(self, report: Report) -> None:
         """What the cache saved, over all processes: the crops that came from it, at what the teacher takes for one."""
@@ -94,8 +99,8 @@ class AskedTeacher:
         self.cache.flush()
         elapsed = time.monotonic() - self._started
         everywhere = processes.gathered((self._computed, self._read, self._clock.seconds(), elapsed))
-        computed, read = (sum(row[column] for row in everywhere) for column in (0, 1))
-        seconds, elapsed = (sum(row[column] for row in everywhere) for column in (2, 3))
+        computed, read = sum(row[0] for row in everywhere), sum(row[1] for row in everywhere)
+        seconds, elapsed = sum(row[2] for row in everywhere), sum(row[3] for row in everywhere)
         if not computed + read:
             return
         if computed and launch.is_main():
@@ -148,16 +153,17 @@ def fill_cache(
                     mine = _answered(ready.teacher, batch, accelerator, clock)
                     asked += len(mine[0])
                     for indices, features, problems in processes.gathered_on_main(mine):
-                        cache.write(view, indices, features)
+                        _write(cache, [(view, indices, features)])
                         unreadable |= dict.fromkeys(problems)
                         done += len(indices) + len(problems)
                     report(Progress(f"teacher, crop {view + 1}/{settings.views}", done, total))
             cache.flush()
             unreadable = processes.as_main_sees(unreadable)
-            check_unreadable(list(unreadable), len(images), recipe.data.unreadable_limit_percent)
+            check_unreadable(unreadable, len(images), recipe.data.unreadable_limit_percent)
     everywhere = processes.gathered((clock.seconds(), asked))
-    if launch.is_main() and sum(crops for _, crops in everywhere):
-        cache.add_cost(sum(seconds for seconds, _ in everywhere), sum(crops for _, crops in everywhere))
+    asked = sum(row[1] for row in everywhere)
+    if launch.is_main() and asked:
+        cache.add_cost(sum(row[0] for row in everywhere), asked)
     for problem in list(unreadable)[:MOST_NAMED]:
         report(Notice(f"unreadable, left out: {problem}"))
     report(Notice(f"teacher cache: {cache.count():,} of {settings.views * len(images):,} crops are there"))
@@ -180,6 +186,17 @@ def _answered(
     with clock, accelerator.autocast():
         features = teacher.encode(batch.to(accelerator.device).inputs[0])
     return batch.indices.numpy(), features.cpu().numpy(), batch.unreadable
+
+
+def _write(cache: TeacherCache, entries: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> None:
+    """Write features by view and images, and let go of the memory that they took: each, a page of the file."""
+    for view, indices, features in entries:
+        cache.put(view, indices, features)
+        cache.release()
+    if entries and launch.on_several_machines():
+        cache.flush()  # so that no machine sees a mark before its feature
+    for view, indices, _ in entries:
+        cache.mark(view, indices)
 
 
 class _Clock:

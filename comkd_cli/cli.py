@@ -59,6 +59,8 @@ class CommandFolder(click.Group):
 
 def _fail(message: str, exit_code: int) -> NoReturn:
     if not launch.is_main():
+        if exit_code >= INTERRUPTED:
+            sys.exit(exit_code)
         # What the main process meets too is said by it, and its launcher ends this one while it waits.
         time.sleep(OTHERS_WAIT_SECONDS)
         message = f"process {launch.rank()}: {message}"

@@ -5,7 +5,7 @@ It goes from host to host over gloo: no GPU has to wait for it. Alone, a process
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
+from comkd_cli.errors import ComkdError
 from comkd_cli.launch import is_main, world_size
 
 T = TypeVar("T")
@@ -82,6 +83,26 @@ def main_first() -> Iterator[None]:
     finally:
         if is_main():  # also where it failed: the others meet that themselves
             wait_for_all()
+
+
+def agreed(work: Callable[[], T]) -> T:
+    """What a piece of work gives, the main process doing it first. An error of one process is raised by all.
+
+    So that all go on with the next piece of work or none does. Each process must call it.
+    """
+    if world_size() == 1:
+        return work()
+    done: list[T] = []
+    failure: ComkdError | None = None
+    with main_first():
+        try:
+            done.append(work())
+        except ComkdError as error:
+            failure = error
+    for met in gathered(failure):
+        if met is not None:
+            raise met
+    return done[0]
 
 
 @cache

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,25 +54,34 @@ class TeacherCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"{self.folder}: can't be made: {error.strerror or error}") from error
-        # The features come first and the marks last: a folder with marks has features.
-        self._is_new = not (self.folder / "there.bin").exists()
         self._check_or_write_meta()
+        shape = (key.views, key.images)
+        # The features come first and the marks last: a folder with marks has features.
+        marks = self.folder / "there.bin"
+        is_new = not marks.exists() or not marks.stat().st_size
+        self._allocate("features.bin", DTYPES[key.dtype], (*shape, key.dim), is_new)
+        self._allocate("there.bin", np.uint8, shape, is_new)
         self.reopen()
 
     def reopen(self) -> None:
         """Map the files anew: a folder on the network shows what other machines wrote when a file is opened."""
         shape = (self.key.views, self.key.images)
-        self._features = self._mapped("features.bin", DTYPES[self.key.dtype], (*shape, self.key.dim))
-        self._there = self._mapped("there.bin", np.uint8, shape)
-        self._is_new = False
+        self._maps = [self._map("features.bin"), self._map("there.bin")]
+        self._features = np.frombuffer(self._maps[0], DTYPES[self.key.dtype]).reshape(*shape, self.key.dim)
+        self._there = np.frombuffer(self._maps[1], np.uint8).reshape(shape)
 
     def missing(self, view: int, indices: np.ndarray) -> np.ndarray:
         """Which of these images have no feature of this view yet, bool (len(indices),)."""
         return np.asarray(self._there[view, self.places(indices)] == 0)
 
     def marks(self, view: int) -> np.ndarray:
-        """Which places of a view have a feature, bool (images,), as it is now."""
-        return np.array(self._there[view], dtype=bool)
+        """Which places of a view have a feature, a bit each, as it is now; for `marked`."""
+        return np.packbits(self._there[view])
+
+    def marked(self, marks: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """Which of these images had a feature when the marks were taken, bool (len(indices),)."""
+        places = self.places(indices)
+        return np.asarray((marks[places >> 3] >> (7 - (places & 7)) & 1).astype(bool))
 
     def places(self, indices: np.ndarray) -> np.ndarray:
         """Where the features of images stand within a view."""
@@ -81,9 +93,16 @@ class TeacherCache:
 
     def write(self, view: int, indices: np.ndarray, features: np.ndarray) -> None:
         """Keep features, (len(indices), dim); what an earlier run wrote to the place counts no more."""
-        places = self.places(indices)
-        self._features[view, places] = features
-        self._there[view, places] = 1
+        self.put(view, indices, features)
+        self.mark(view, indices)
+
+    def put(self, view: int, indices: np.ndarray, features: np.ndarray) -> None:
+        """The first half of `write`: features that nobody takes for there yet."""
+        self._features[view, self.places(indices)] = features
+
+    def mark(self, view: int, indices: np.ndarray) -> None:
+        """The second half of `write`."""
+        self._there[view, self.places(indices)] = 1
 
     def seconds_per_crop(self) -> float | None:
         """What the teacher took for a crop, on average over all that filled the cache; None where nobody told."""
@@ -110,8 +129,14 @@ class TeacherCache:
 
     def flush(self) -> None:
         """Bring to disk what the system still holds in memory."""
-        self._features.flush()
-        self._there.flush()
+        for mapping in self._maps:
+            mapping.flush()
+
+    def release(self) -> None:
+        """Take what was read and written out of this process's memory; the system keeps it as long as it likes."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapping in self._maps:
+                mapping.madvise(mmap.MADV_DONTNEED)
 
     def _check_or_write_meta(self) -> None:
         path = self.folder / "cache.json"
@@ -128,21 +153,41 @@ class TeacherCache:
                 f"{path}: is another cache than its folder says; remove {self.folder} to fill it anew"
             )
 
-    def _mapped(self, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> np.memmap:
+    def _allocate(self, name: str, dtype: type[np.generic], shape: tuple[int, ...], is_new: bool) -> None:
         path = self.folder / name
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        size = math.prod(shape) * np.dtype(dtype).itemsize
         try:
-            with path.open("ab") as file:
-                if (found := file.tell()) not in ((0, size) if self._is_new else (size,)):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                if (found := os.fstat(descriptor).st_size) not in ((0, size) if is_new else (size,)):
                     raise CheckpointError(f"{path}: has {found} bytes and not {size}; remove {self.folder}")
-                # Taken from the disk now: a full one would kill the process where the map is written.
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, size)
-                else:
-                    file.truncate(size)
-            return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
+                if found != size:
+                    _take_from_disk(descriptor, size)
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise CheckpointError(
                 f"{path}: can't be made {size / 1e6:,.1f} MB large: {error.strerror or error}; make room, or lower "
                 "teacher_cache.views"
             ) from error
+
+    def _map(self, name: str) -> mmap.mmap:
+        path = self.folder / name
+        try:
+            with path.open("r+b") as file:
+                return mmap.mmap(file.fileno(), 0)
+        except OSError as error:
+            raise CheckpointError(f"{path}: can't be opened: {error.strerror or error}") from error
+
+
+def _take_from_disk(descriptor: int, size: int) -> None:
+    """Make a new file so large at once: a full disk would kill the process later, where the map is written."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            # Some folders on the network can't be asked for room.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.ENOSYS):
+                raise
+    os.ftruncate(descriptor, size)

@@ -6,9 +6,10 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,9 @@ class Task:
     """A score at the end of an epoch; the weights of the best epoch are kept, not the last's."""
     average: Sequence[float] | None = None
     """A weight for each epoch, summing to 1: what is kept is the average of the epochs' weights."""
-    keep: Callable[[], None] | None = None
+    keep: Callable[[bool], None] | None = None
     """Called every KEEP_EVERY_STEPS steps and before the state is saved, by all processes together: puts away what
-    the steps left behind."""
+    the steps left behind. Its argument: whether the state is to be saved."""
     uses_all_parameters: bool = False
     """Whether each step gives every parameter that trains a gradient, which spares data-parallel training a search."""
 
@@ -237,7 +238,7 @@ def _run_epoch(
         position.step += 1
         _report_progress(task, position, report)
         if task.keep is not None and position.step % KEEP_EVERY_STEPS == 0:
-            task.keep()
+            task.keep(False)
         code = wish() if alone else code
         if code is not None and position.step < task.loader.steps_per_epoch:
             return code
@@ -377,14 +378,14 @@ def _note_unreadable(task: Task, problems: Sequence[str], position: _Position, r
             if len(position.unreadable) <= MOST_NAMED:
                 report(Notice(f"unreadable, left out: {problem}"))
     if problems:
-        check_unreadable(list(position.unreadable), task.loader.image_count, task.unreadable_limit_percent)
+        check_unreadable(position.unreadable, task.loader.image_count, task.unreadable_limit_percent)
 
 
-def check_unreadable(problems: Sequence[str], images: int, limit_percent: float) -> None:
+def check_unreadable(problems: Collection[str], images: int, limit_percent: float) -> None:
     """Raise DataError, naming them, where more than the limit of so many images can't be read."""
     share = 100 * len(problems) / images
     if share > limit_percent:
-        named = "\n".join(f"  {problem}" for problem in problems[:MOST_NAMED])
+        named = "\n".join(f"  {problem}" for problem in islice(problems, MOST_NAMED))
         raise DataError(
             f"{len(problems)} of {images} images ({share:.3g} %) can't be read, more than "
             f"data.unreadable_limit_percent ({limit_percent:g} %); mend or remove them, or raise the limit:\n{named}"
@@ -401,7 +402,7 @@ def _stopped_message(task: Task, position: _Position) -> str:
 def _save_state(task: Task, optimizer: Any, accelerator: Accelerator, position: _Position) -> None:
     """Save where the run is: by the main process, and once it returns the file is there for all."""
     if task.keep is not None:
-        task.keep()
+        task.keep(True)
     _share_sums(position)
     scaler = accelerator.scaler
     random = processes.gathered((torch.get_rng_state(), _cuda_random()))

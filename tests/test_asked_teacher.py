@@ -63,12 +63,19 @@ def test_kept_and_new_features_stand_in_their_places(tmp_path: Path, name: str, 
     assert np.array_equal(cache(tmp_path, name).read(1, np.array([9]))[0], feature(1, 9, dtype).numpy())
 
 
-def test_new_features_come_to_the_cache_when_they_are_kept(tmp_path: Path) -> None:
+def test_new_features_come_to_the_cache_at_once_and_of_several_processes_when_they_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = AskedTeacher(teacher(), cache(tmp_path))
     asked(batch(0, [1, 2], asked.known(0, np.array([1, 2]))))
-    assert not asked.known(0, np.array([1, 2])).any()
-    asked.keep()
     assert asked.known(0, np.array([1, 2, 3])).tolist() == [True, True, False]
+    with monkeypatch.context() as patch:
+        for variable, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x"}.items():
+            patch.setenv(variable, value)
+        asked(batch(0, [3], np.array([False])))
+        assert not asked.known(0, np.array([3])).any()
+    asked.keep()
+    assert asked.known(0, np.array([3])).all()
 
 
 def test_on_several_machines_a_view_is_known_as_it_was_when_its_turn_came(

@@ -244,6 +244,6 @@ def test_a_part_is_all_that_the_model_sees_at_once(tmp_path: Path) -> None:
 
 def test_what_steps_leave_behind_is_kept_before_the_state_is_saved(tmp_path: Path) -> None:
     calls: list[bool] = []
-    made = task(tmp_path, optim=Sgd(epochs=2), keep=lambda: calls.append((tmp_path / "state/state.pt").exists()))
+    made = task(tmp_path, optim=Sgd(epochs=2), keep=lambda _: calls.append((tmp_path / "state/state.pt").exists()))
     train(made)
     assert calls == [False, True]

@@ -91,12 +91,14 @@ def command(
     problems: list[ComkdError] = []
     for chosen in loaded:
         if dry_run:
-            _print_plan(chosen, name, runs, data_root, str(accelerator.device))
+            if launch.is_main():
+                _print_plan(chosen, name, runs, data_root, str(accelerator.device))
             continue
         try:
-            with reporting() as report, processes.main_first():  # which fetches and indexes shards
-                source = open_source(chosen.data, data_root, runs, report, fetch=True)
-            stage = adapt.stage_1(chosen, source, data_root, runs)
+            with reporting() as report:
+                opened = partial(open_source, chosen.data, data_root, runs, report, fetch=True)
+                source = processes.agreed(opened)
+            stage = processes.agreed(partial(adapt.stage_1, chosen, source, data_root, runs))
             run = distill.Run(chosen, name, source, runs, stage.identity, stage.key)
             if not precompute and not fresh and distill.finished(run):
                 messages().print(f"already finished: {run.student_file} (--fresh repeats it)", markup=False)

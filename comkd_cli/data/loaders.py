@@ -89,12 +89,7 @@ class TrainingLoader:
         self.batch_size = min(batch_size, len(images))
         self.image_count = len(images)
         self._parts = parts
-        least = parts * max(2, launch.world_size()) if parts * launch.world_size() > 1 else 1
-        if self.batch_size < least:
-            raise TrainingError(
-                f"a step of {self.batch_size} images can't be shared by {launch.world_size()} processes in {parts} "
-                f"parts; with these, batch_size must be {least} at least, and so must the images be"
-            )
+        check_shares(self.batch_size, parts)
         self._sampler = _EpochBatches(images, self.batch_size, parts, seed, views, known)
         items = _TrainingItems(images, tuple(preprocessings), augment, seed if crop_seed is None else crop_seed)
         # Where the first model is not asked about every image, its input is a tensor of its own.
@@ -112,6 +107,16 @@ class TrainingLoader:
         batches = iter(self._loader)
         while parts := tuple(islice(batches, self._parts)):
             yield parts
+
+
+def check_shares(batch_size: int, parts: int) -> None:
+    """Raise TrainingError where a step has fewer images than processes and parts to give them to."""
+    least = parts * max(2, launch.world_size()) if parts * launch.world_size() > 1 else 1
+    if batch_size < least:
+        raise TrainingError(
+            f"a step of {batch_size} images can't be shared by {launch.world_size()} processes in {parts} parts; with "
+            f"these, batch_size must be {least} at least, and so must the images be"
+        )
 
 
 def scoring_batches(images: ImageSet, preprocessing: Preprocessing, batch_size: int, workers: int) -> Iterator[Batch]:
@@ -285,5 +290,7 @@ def _data_loader(
 
 
 def _ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C reaches the whole process group; workers must live until the step is done and saved."""
+    """A stop that was asked for reaches the whole process group; workers must live until the step is done and saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Of SIGTERM one alone is let pass: the parent itself ends a worker so, if need be more than once.
+    signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))

@@ -140,7 +140,10 @@ def open_index(shards: Sequence[Path], home: Path, report: Report) -> ShardIndex
         if not (folder / "index.json").is_file():
             raise
     shutil.rmtree(parts, ignore_errors=True)  # as another process may be doing
-    return ShardIndex(folder)
+    try:
+        return ShardIndex(folder)
+    except FileNotFoundError:  # another one has just put the same in its place
+        return ShardIndex(folder)
 
 
 def _make_parts(shards: Sequence[Path], parts: Path, report: Report) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from comkd_cli import launch, processes
 from comkd_cli.data.loaders import scoring_batches
 from comkd_cli.data.source import ImageSet
+from comkd_cli.errors import TrainingError
 from comkd_cli.files import sha256_of_data, written_whole
 from comkd_cli.predictor import Preprocessing
 from comkd_cli.progress import Progress, Report
@@ -66,7 +67,7 @@ class FeatureStore:
             return self._compute(encoder, images, label)
         path = self.folder / f"{store_key(encoder, images)}.safetensors"
         kept = _read(path)
-        if not all(row[0] for row in processes.table([kept is not None])):
+        if len({row[0] for row in processes.table([-1 if kept is None else len(kept.indices)])}) > 1:
             kept = None  # for all processes: they compute together
         if kept is not None and len(kept.indices) == len(images):
             return kept
@@ -99,7 +100,10 @@ class FeatureStore:
             return self._compute_alone(encoder, images, label)
         mine = np.asarray(launch.share(range(len(images))))
         found = self._compute_alone(encoder, images.subset(mine.tolist()), label)
-        parts = processes.gathered(replace(found, indices=mine[found.indices]))
+        everywhere = processes.gathered((store_key(encoder, images), replace(found, indices=mine[found.indices])))
+        if len({key for key, _ in everywhere}) > 1:
+            raise TrainingError(f"{label}: the processes see different images or models; give all the same files")
+        parts = [part for _, part in everywhere]
         filled = [part.values for part in parts if len(part.indices)]
         indices = np.concatenate([part.indices for part in parts])
         order = np.argsort(indices)

@@ -25,13 +25,13 @@ from comkd_cli.backbones import (
 )
 from comkd_cli.checkpoints import StudentRecord, load_student_record, save_student
 from comkd_cli.costs import multiply_adds, parameters
-from comkd_cli.data.loaders import Batch, TrainingLoader, worker_count
+from comkd_cli.data.loaders import Batch, TrainingLoader, check_shares, worker_count
 from comkd_cli.data.source import Source, sampled_content
 from comkd_cli.data.splits import halves
 from comkd_cli.data.transforms import stable_seed
 from comkd_cli.errors import CheckpointError, DataError, MisuseError
 from comkd_cli.evaluation.zero_shot import score_on_test
-from comkd_cli.files import remove_folder, sha256_of_data, write_text
+from comkd_cli.files import remove_folder, sha256_of_data, sha256_of_file, write_text
 from comkd_cli.method.objective import gradient_shares, loss_terms
 from comkd_cli.method.student import Student
 from comkd_cli.progress import Notice, Report, Stage
@@ -147,9 +147,10 @@ def outline(recipe: Recipe, classes: int) -> Outline:
 
 
 def plan(run: Run) -> Plan:
-    """What the run would do; nothing is loaded or written. Raises DataError or CheckpointError."""
+    """What the run would do; nothing is loaded or written. Raises DataError, TrainingError or CheckpointError."""
     _check_images(run)
     batch_size = min(run.recipe.optim.batch_size, len(run.source.train))
+    check_shares(batch_size, run.recipe.optim.accumulation_steps)
     return Plan(
         folder=run.folder,
         training_images=len(run.source.train),
@@ -181,7 +182,12 @@ def distill(
     recipe, source = run.recipe, run.source
     _check_images(run)
     if not fresh:
-        check_state(run.folder, run.identity)  # before hours go into a teacher
+        check_state(run.folder, run.identity)
+    # What can be refused is refused before hours go into a teacher.
+    check_shares(min(recipe.optim.batch_size, len(source.train)), recipe.optim.accumulation_steps)
+    tower = build_image_tower(recipe.student, stable_seed("backbone", recipe.seed))
+    if recipe.checkpointing:
+        recompute_activations(tower.module)
     ready = make_teacher()
     if fresh:
         forget_state(run.folder)
@@ -189,10 +195,7 @@ def distill(
             run.student_file.unlink(missing_ok=True)
         processes.wait_for_all()
     teacher = ready.teacher.to(accelerator.device)
-    tower = build_image_tower(recipe.student, stable_seed("backbone", recipe.seed))
     backbone_sha256 = state_sha256(tower.module) if recipe.student.train == "prompts" else None
-    if recipe.checkpointing:
-        recompute_activations(tower.module)
     student = _build_student(recipe, tower, teacher.class_vectors, teacher.logit_scale).to(accelerator.device)
     if recipe.compile:
         # The towers alone: the rest is small, and gradients are looked at between it and the tower.
@@ -323,6 +326,8 @@ def _open_cache(run: Run, ready: ReadyTeacher, report: Report) -> TeacherCache |
     identity = sha256_of_data(
         [
             run.teacher_key or run.teacher_identity,
+            # The same settings need not train the same teacher again.
+            sha256_of_file(ready.checkpoint) if ready.checkpoint else None,
             asdict(ready.preprocessing),
             *images.identity(),
             sampled_content(images),

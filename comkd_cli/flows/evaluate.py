@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from comkd_cli import processes
 from comkd_cli.backbones import IMAGENET_TEMPLATES, Clip, build_clip, weights_sha256
 from comkd_cli.catalog import CATALOG
 from comkd_cli.checkpoints import StudentRecord, load_student
@@ -136,7 +137,7 @@ def _score_student(path: Path, bench: Bench) -> list[Record]:
     """
     student, record = load_student(path)
     data = bench.data or record.recipe.data
-    source = open_source(data, bench.data_root, bench.runs, bench.report)
+    source = processes.agreed(partial(open_source, data, bench.data_root, bench.runs, bench.report))
     _check_classes(record, source)
     bench = _fitting_protocols(record, bench)
     subject = student_subject(student, record, sha256_of_file(path), str(path), bench.device)
@@ -157,7 +158,7 @@ def _score_baseline(argument: str, bench: Bench) -> list[Record]:
     if bench.data is None:
         raise MisuseError(f"{argument}: say on what to score it, with --dataset, --folder or --all")
     model = _parse_argument(argument)
-    source = open_source(bench.data, bench.data_root, bench.runs, bench.report)
+    source = processes.agreed(partial(open_source, bench.data, bench.data_root, bench.runs, bench.report))
     images = _scored_images(source, bench.report)
     if argument not in bench.clips:
         bench.clips[argument] = build_clip(model)

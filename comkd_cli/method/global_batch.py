@@ -11,6 +11,7 @@ from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, distributed, nn
 
 from comkd_cli import launch
+from comkd_cli.errors import ModelError
 
 
 def batch_moments(values: Tensor, axes: Sequence[int] = (0,)) -> tuple[Tensor, Tensor]:
@@ -30,7 +31,8 @@ def batch_moments(values: Tensor, axes: Sequence[int] = (0,)) -> tuple[Tensor, T
 def share_batch_norms(module: nn.Module, device: torch.device) -> None:
     """Make every BatchNorm of a module, in place, take its statistics from the whole batch of all processes.
 
-    PyTorch has this for GPUs alone; elsewhere the same is done in plain operations.
+    PyTorch has this for GPUs alone; elsewhere the same is done in plain operations. Raises ModelError for kinds
+    that only PyTorch's own could share.
     """
     if device.type == "cuda":
         convert_sync_batchnorm(module)
@@ -41,6 +43,10 @@ def share_batch_norms(module: nn.Module, device: torch.device) -> None:
             part.__class__ = _SharedBatchNormAct
         elif type(part) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             part.__class__ = _SharedBatchNorm
+        elif isinstance(part, nn.modules.batchnorm._BatchNorm):
+            raise ModelError(
+                f"several processes on a CPU can't share the statistics of {type(part).__name__}; use one process"
+            )
 
 
 class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):

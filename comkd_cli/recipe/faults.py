@@ -80,12 +80,12 @@ def _locate(location: Location, root: type[BaseModel]) -> tuple[Location, list[s
     for position, name in enumerate(location):
         fields = [model.model_fields[str(name)] for model in models if str(name) in model.model_fields]
         last = position == len(location) - 1
-        if fields or isinstance(name, int) or (last and models):
+        tagged = [m for m in models if any(f.default == name for f in m.model_fields.values())]
+        if fields or isinstance(name, int) or (last and models and not tagged):
             path.append(name)
             if last:
                 break
             models = [found for field in fields for found in _models_of(field.annotation)]
         else:
-            tagged = [m for m in models if any(f.default == name for f in m.model_fields.values())]
             models = tagged or models
     return tuple(path), sorted({name for model in models for name in model.model_fields})

@@ -99,7 +99,26 @@ class NoAdapt(Closed):
     """`none`"""
 
 
-class Sgd(Closed):
+class _InParts(Closed):
+    """A batch that may go through the model in parts."""
+
+    batch_size: BatchSize = 8
+    """Images a step, over all processes [K]."""
+    accumulation_steps: Count = 1
+    """Parts that a batch goes through the model in, one after another, to save memory. What is taken over a batch,
+    IFAlign's and BatchNorm's statistics, is then taken over a part [C]."""
+
+    @model_validator(mode="after")
+    def _parts_are_batches(self) -> _InParts:
+        if self.batch_size < 2 * self.accumulation_steps:
+            raise ValueError(
+                f"{self.accumulation_steps} parts of a batch of {self.batch_size} have fewer than 2 images each; raise "
+                "`batch_size`, or lower `accumulation_steps`"
+            )
+        return self
+
+
+class Sgd(_InParts):
     """SGD with momentum, as PromptKD trains prompts."""
 
     name: Literal["sgd"] = "sgd"
@@ -110,11 +129,6 @@ class Sgd(Closed):
     """[K]"""
     weight_decay: Weight = 5e-4
     """[K]"""
-    batch_size: BatchSize = 8
-    """Images a step, over all processes [K]."""
-    accumulation_steps: Count = 1
-    """Parts that a batch goes through the model in, one after another, to save memory. What is taken over a batch,
-    IFAlign's and BatchNorm's statistics, is then taken over a part [C]."""
     epochs: Count = 20
     """Passes over the training images [K]."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 1
@@ -123,7 +137,7 @@ class Sgd(Closed):
     """[K]"""
 
 
-class AdamW(Closed):
+class AdamW(_InParts):
     """AdamW with a linear warm-up and a cosine to zero, both stepped at every batch [C]."""
 
     name: Literal["adamw"] = "adamw"
@@ -134,9 +148,6 @@ class AdamW(Closed):
     """Not applied to biases, norms, prompts and other vectors [C]."""
     batch_size: BatchSize = 128
     """Images a step, over all processes [C]."""
-    accumulation_steps: Count = 1
-    """Parts that a batch goes through the model in, one after another, to save memory. What is taken over a batch,
-    IFAlign's and BatchNorm's statistics, is then taken over a part [C]."""
     epochs: Count = 20
     """Passes over the training images [C]."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 1

@@ -10,7 +10,7 @@ import torch
 
 from comkd_cli.backbones import build_image_tower, recompute_activations
 from comkd_cli.data.sources import open_source
-from comkd_cli.errors import ModelError, TrainingError
+from comkd_cli.errors import ModelError, RecipeError, TrainingError
 from comkd_cli.flows import adapt, distill
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Model
@@ -100,9 +100,18 @@ def test_parts_of_a_batch_train_a_student(runs: Path, plain: dict[str, torch.Ten
     assert 0 < max(moved.values()) < 0.5
 
 
-def test_more_parts_than_pairs_of_images_are_refused(runs: Path) -> None:
-    with pytest.raises(TrainingError, match="batch_size must be 256 at least"):
-        train(runs, optim={**tiny.OPTIM, "accumulation_steps": 128})
+def test_more_parts_than_pairs_of_images_are_refused_before_a_teacher_is_trained(tmp_path: Path) -> None:
+    data = {"dataset": "digits"}
+    with pytest.raises(RecipeError, match=r"optim: 65 parts of a batch of 128 have fewer than 2 images each"):
+        train(tmp_path, data=data, optim={**tiny.OPTIM, "accumulation_steps": 65})
+    few = open_source(parse_recipe(tiny.recipe()).data, Path("data")).train
+    (tmp_path / "few").mkdir()
+    for index in range(6):
+        few.open(index).save(tmp_path / f"few/{index}.png")
+    data = {"folder": str(tmp_path / "few"), "classes": ("a", "b")}
+    with pytest.raises(TrainingError, match="batch_size must be 8 at least"):
+        train(tmp_path, data=data, optim={**tiny.OPTIM, "accumulation_steps": 4})
+    assert not (tmp_path / "teachers").exists()
 
 
 @pytest.mark.slow
