@@ -165,7 +165,8 @@ def test_loading_draws_nothing_from_torchs_global_generator(workers: int) -> Non
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_ctrl_c_does_not_reach_the_workers() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_that_is_asked_of_the_whole_group_leaves_the_workers(number: signal.Signals) -> None:
     loading = loader(workers=2)
     batches = loading.epoch(0)
     shown = [next(batches), next(batches)]  # one from each worker: both have begun
@@ -173,11 +174,22 @@ def test_ctrl_c_does_not_reach_the_workers() -> None:
     assert len(children) >= 2
     for child in children:
         assert child.pid is not None
-        os.kill(child.pid, signal.SIGINT)
+        os.kill(child.pid, number)
     shown += [*batches, *loading.epoch(1)]
     assert all(child.is_alive() for child in children)
     reference = loader()
     assert_same(shown, [*reference.epoch(0), *reference.epoch(1)])
+
+
+def test_a_worker_that_is_to_end_does() -> None:
+    before = set(multiprocessing.active_children())
+    loading = loader(workers=1)
+    next(loading.epoch(0))
+    (child,) = set(multiprocessing.active_children()) - before
+    for _ in range(2):  # the first may have been the group's
+        child.terminate()
+        child.join(timeout=2)
+    assert not child.is_alive()
 
 
 # --- what a batch holds --------------------------------------------------------------------------------
