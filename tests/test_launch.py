@@ -89,3 +89,13 @@ def test_an_error_of_another_process_says_whose_it_is(
         _fail("no memory left", 1)
     assert "process 1: no memory left" in capsys.readouterr().err
     assert waited  # for the main process to say it first
+
+
+def test_an_interruption_is_told_by_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_torchrun(monkeypatch, rank=1, world_size=2, per_machine=2)
+    with pytest.raises(SystemExit) as left:
+        _fail("stopped; the state is saved", 143)
+    assert left.value.code == 143
+    assert capsys.readouterr().err == ""
