@@ -326,14 +326,14 @@ def _open_cache(run: Run, ready: ReadyTeacher, report: Report) -> TeacherCache |
     identity = sha256_of_data(
         [
             run.teacher_key or run.teacher_identity,
-            # The same settings need not train the same teacher again.
-            sha256_of_file(ready.checkpoint) if ready.checkpoint else None,
             asdict(ready.preprocessing),
             *images.identity(),
             sampled_content(images),
             run.recipe.augment.model_dump(mode="json", exclude_defaults=True),
             run.recipe.precision,
             settings.model_dump(mode="json"),
+            # The same settings need not train the same teacher again.
+            *([sha256_of_file(ready.checkpoint)] if ready.checkpoint else []),
         ]
     )
     dim = ready.teacher.class_vectors.shape[1]

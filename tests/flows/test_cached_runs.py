@@ -160,3 +160,20 @@ def test_precomputing_names_what_it_cannot_read_and_keeps_to_the_limit(tmp_path:
     assert any("3.bmp" in event.text for event in events if isinstance(event, Notice))
     with pytest.raises(DataError, match=r"1 of 12 images(.|\n)*3\.bmp"):
         fill(5.0)
+
+
+def test_a_teacher_trained_anew_has_another_cache(tmp_path: Path, weights: Path) -> None:
+    """Its settings are the same, and its weights need not be: on another machine, by other threads."""
+    folders = []
+    for number in range(2):
+        run, stage = make(tmp_path / str(number), weights, "it", {"views": 1}, teacher=tiny.recipe()["teacher"])
+        ready = adapt.ready_teacher(stage, make_accelerator("fp32"), lambda event: None, "")
+        assert ready.checkpoint is not None
+        if number:
+            saved = torch.load(ready.checkpoint, weights_only=True)
+            next(iter(saved["state_dict"].values())).add_(1e-6)
+            torch.save(saved, ready.checkpoint)
+        cache = distill._open_cache(run, ready, lambda event: None)
+        assert cache is not None
+        folders.append(cache.folder.name)
+    assert folders[0] != folders[1]
