@@ -190,6 +190,14 @@ def test_two_processes_score_what_one_does(workshop: Path, one_process: Path) ->
     assert left["records"] == right["records"]
 
 
+def test_the_plan_is_printed_once(workshop: Path) -> None:
+    ended = two(workshop, "distill", "tiny.yaml", "--runs", "planned", "--dry-run")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("1,437 to learn from") == 1
+    assert "cpu, fp32, 2 processes" in ended.stdout
+    assert not (workshop / "planned").exists()
+
+
 def test_a_mistake_is_told_once(workshop: Path) -> None:
     ended = two(workshop, "distill", "tiny.yaml", "--set", "optim.epochs=none", "--runs", "none")
     assert ended.returncode != 0

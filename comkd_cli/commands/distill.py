@@ -91,8 +91,7 @@ def command(
     problems: list[ComkdError] = []
     for chosen in loaded:
         if dry_run:
-            if launch.is_main():
-                _print_plan(chosen, name, runs, data_root, str(accelerator.device))
+            _print_plan(chosen, name, runs, data_root, accelerator.device.type)
             continue
         try:
             with reporting() as report:
@@ -151,6 +150,7 @@ def _print_plan(recipe: Recipe, name: str, runs: Path, data_root: Path, device: 
     from rich.markup import escape
     from rich.table import Table
 
+    from comkd_cli import processes
     from comkd_cli.catalog import CATALOG
     from comkd_cli.data.sources import open_source
     from comkd_cli.errors import DataError
@@ -160,7 +160,7 @@ def _print_plan(recipe: Recipe, name: str, runs: Path, data_root: Path, device: 
     rows: dict[str, str] = {}
     try:
         with reporting() as report:
-            source = open_source(recipe.data, data_root, runs, report)
+            source = processes.agreed(partial(open_source, recipe.data, data_root, runs, report))
     except DataError as error:
         known = CATALOG.get(recipe.data.dataset or "")
         outline = distill.outline(recipe, known.classes if known else 1)  # classes add no parameters
