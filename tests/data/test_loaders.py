@@ -181,17 +181,6 @@ def test_a_stop_that_is_asked_of_the_whole_group_leaves_the_workers(number: sign
     assert_same(shown, [*reference.epoch(0), *reference.epoch(1)])
 
 
-def test_a_worker_that_is_to_end_does() -> None:
-    before = set(multiprocessing.active_children())
-    loading = loader(workers=1)
-    next(loading.epoch(0))
-    (child,) = set(multiprocessing.active_children()) - before
-    for _ in range(2):  # the first may have been the group's
-        child.terminate()
-        child.join(timeout=2)
-    assert not child.is_alive()
-
-
 # --- what a batch holds --------------------------------------------------------------------------------
 
 
