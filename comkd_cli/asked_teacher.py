@@ -98,13 +98,11 @@ class AskedTeacher:
         self.keep()
         self.cache.flush()
         elapsed = time.monotonic() - self._started
-        everywhere = processes.gathered((self._computed, self._read, self._clock.seconds(), elapsed))
-        computed, read = sum(row[0] for row in everywhere), sum(row[1] for row in everywhere)
-        seconds, elapsed = sum(row[2] for row in everywhere), sum(row[3] for row in everywhere)
+        computed = _tell_cost(self.cache, self._clock, self._computed)
+        everywhere = processes.gathered((self._read, elapsed))
+        read, elapsed = sum(row[0] for row in everywhere), sum(row[1] for row in everywhere)
         if not computed + read:
             return
-        if computed and launch.is_main():
-            self.cache.add_cost(seconds, computed)
         saved = read * (self.cache.seconds_per_crop() or 0)
         told = f", which saved about {saved:,.0f} s of the teacher's time, {saved / (saved + elapsed):.0%} of the run"
         report(
@@ -152,18 +150,16 @@ def fill_cache(
                     batch = next(batches, None)
                     mine = _answered(ready.teacher, batch, accelerator, clock)
                     asked += len(mine[0])
-                    for indices, features, problems in processes.gathered_on_main(mine):
-                        _write(cache, [(view, indices, features)])
+                    answers = processes.gathered_on_main(mine)
+                    _write(cache, [(view, indices, features) for indices, features, _ in answers])
+                    for indices, _, problems in answers:
                         unreadable |= dict.fromkeys(problems)
                         done += len(indices) + len(problems)
                     report(Progress(f"teacher, crop {view + 1}/{settings.views}", done, total))
             cache.flush()
             unreadable = processes.as_main_sees(unreadable)
             check_unreadable(unreadable, len(images), recipe.data.unreadable_limit_percent)
-    everywhere = processes.gathered((clock.seconds(), asked))
-    asked = sum(row[1] for row in everywhere)
-    if launch.is_main() and asked:
-        cache.add_cost(sum(row[0] for row in everywhere), asked)
+    _tell_cost(cache, clock, asked)
     for problem in list(unreadable)[:MOST_NAMED]:
         report(Notice(f"unreadable, left out: {problem}"))
     report(Notice(f"teacher cache: {cache.count():,} of {settings.views * len(images):,} crops are there"))
@@ -197,6 +193,15 @@ def _write(cache: TeacherCache, entries: Sequence[tuple[int, np.ndarray, np.ndar
         cache.flush()  # so that no machine sees a mark before its feature
     for view, indices, _ in entries:
         cache.mark(view, indices)
+
+
+def _tell_cost(cache: TeacherCache, clock: _Clock, asked: int) -> int:
+    """Tell the cache what the teacher took for the crops that it was asked; their number over all processes."""
+    everywhere = processes.gathered((clock.seconds(), asked))
+    crops = sum(row[1] for row in everywhere)
+    if crops and launch.is_main():
+        cache.add_cost(sum(row[0] for row in everywhere), crops)
+    return crops
 
 
 class _Clock:

@@ -1,12 +1,16 @@
-"""One tiny run on digits, shared by the tests of the flows that come after it."""
+"""What the tests of the flows share: a tiny run on digits, a tiny CLIP's weights, and a count of what teachers see."""
 
 from pathlib import Path
 
 import pytest
+import torch
 
+from comkd_cli.backbones import build_clip
 from comkd_cli.data.sources import open_source
 from comkd_cli.flows import adapt, distill
+from comkd_cli.method.teacher import Teacher
 from comkd_cli.recipe import parse_recipe
+from comkd_cli.recipe.model import Model
 from comkd_cli.training import make_accelerator
 from tests import tiny
 
@@ -27,3 +31,24 @@ def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lambda event: None,
         "again",
     )
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "clip.pt"
+    torch.save(build_clip(Model(config=tiny.CLIP), seed=3).model.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many crops the teacher looked at, call by call."""
+    counts: list[int] = []
+    encode = Teacher.encode
+
+    def counted(self: Teacher, images: torch.Tensor) -> torch.Tensor:
+        counts.append(len(images))
+        return encode(self, images)
+
+    monkeypatch.setattr(Teacher, "encode", counted)
+    return counts

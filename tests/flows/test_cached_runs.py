@@ -6,39 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from comkd_cli.backbones import build_clip
 from comkd_cli.data.sources import open_source
 from comkd_cli.errors import DataError, MisuseError
 from comkd_cli.flows import adapt, distill
-from comkd_cli.method.teacher import Teacher
 from comkd_cli.progress import Event, Notice
 from comkd_cli.recipe import parse_recipe
-from comkd_cli.recipe.model import Model
 from comkd_cli.training import make_accelerator
 from tests import tiny
 
 EPOCHS = 3
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "clip.pt"
-    torch.save(build_clip(Model(config=tiny.CLIP), seed=3).model.state_dict(), path)
-    return path
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many crops the teacher looked at, call by call."""
-    counts: list[int] = []
-    encode = Teacher.encode
-
-    def counted(self: Teacher, images: torch.Tensor) -> torch.Tensor:
-        counts.append(len(images))
-        return encode(self, images)
-
-    monkeypatch.setattr(Teacher, "encode", counted)
-    return counts
 
 
 def make(runs: Path, weights: Path, name: str, cache: dict[str, Any] | None, **changes: Any):  # type: ignore[no-untyped-def]

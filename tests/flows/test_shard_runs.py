@@ -12,7 +12,6 @@ import torch
 import webdataset
 
 from comkd_cli import training
-from comkd_cli.backbones import build_clip
 from comkd_cli.data import order
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.source import sampled_content
@@ -20,22 +19,13 @@ from comkd_cli.data.sources import open_source
 from comkd_cli.errors import DataError, Interrupted
 from comkd_cli.files import sha256_of_data
 from comkd_cli.flows import adapt, distill, evaluate
-from comkd_cli.method.teacher import Teacher
 from comkd_cli.progress import Event, Notice, Progress
 from comkd_cli.recipe import parse_recipe
-from comkd_cli.recipe.model import Model
 from comkd_cli.teachers import ReadyTeacher
 from comkd_cli.training import make_accelerator
 from tests import tiny
 
 IMAGES, SHARDS, BATCH, EPOCHS = 90, 6, 16, 2
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "clip.pt"
-    torch.save(build_clip(Model(config=tiny.CLIP), seed=3).model.state_dict(), path)
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -87,20 +77,6 @@ def do(pair: Pair, report: Callable[[Event], None] = lambda event: None) -> dict
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many crops the teacher looked at, call by call."""
-    counts: list[int] = []
-    encode = Teacher.encode
-
-    def counted(self: Teacher, images: torch.Tensor) -> torch.Tensor:
-        counts.append(len(images))
-        return encode(self, images)
-
-    monkeypatch.setattr(Teacher, "encode", counted)
-    return counts
 
 
 def test_a_run_that_was_stopped_within_windows_ends_with_the_same_bits(
