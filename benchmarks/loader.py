@@ -58,6 +58,7 @@ def main() -> None:
             make_pictures(Path(scratch), options.images, options.side)
         root = options.folder or Path(scratch)
         images = images_below(root)
+        mean_bytes = statistics.mean((root / key).stat().st_size for key in images.keys)
         epochs = make_contenders(root, images, options.batch, options.workers)
         rates: dict[str, list[float]] = {name: [] for name in epochs}
         shown: dict[str, int] = {}
@@ -72,7 +73,7 @@ def main() -> None:
         "over_torchvision": {name: rate / medians["torchvision"] for name, rate in medians.items()},
         "images": len(images),
         "images_of_an_epoch": shown,
-        "mean_file_bytes": statistics.mean(images.sizes_bytes),
+        "mean_file_bytes": mean_bytes,
         "workers": options.workers,
         "batch": options.batch,
         "rounds": options.rounds,

@@ -41,6 +41,8 @@ class StudentRecord:
     """A digest of all that decided this student."""
     metrics: dict[str, float]
     """Of the last epoch."""
+    identity_parts: dict[str, Any] | None = None
+    """What `identity` is a digest of, by name; None in files of versions that did not record it."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class TeacherRecord:
     metrics: dict[str, float]
     backbone_sha256: str | None = None
     """Of the tensors that learned prompts stand on; None for a teacher that holds all its weights."""
+    made_of: dict[str, Any] | None = None
+    """What `key` is a digest of, by name; None in files of versions that did not record it."""
 
 
 @dataclass(frozen=True)
@@ -148,10 +152,17 @@ def _read_student(path: Path) -> tuple[StudentRecord, dict[str, Any]]:
             teacher=data["teacher"],
             identity=data["identity"],
             metrics=data["metrics"],
+            identity_parts=_mapping_or_none(data.get("identity_parts")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: is a damaged student checkpoint: {error!r}") from error
     return record, data
+
+
+def _mapping_or_none(value: Any) -> dict[str, Any] | None:
+    if value is not None and not isinstance(value, dict):
+        raise TypeError(f"identity_parts should be a mapping, not {value!r}")
+    return value
 
 
 def save_teacher(path: Path, saved: SavedTeacher) -> None:
@@ -182,6 +193,7 @@ def load_teacher(path: Path) -> SavedTeacher:
             origin=Origin(**data["origin"]),
             metrics=data["metrics"],
             backbone_sha256=data.get("backbone_sha256"),
+            made_of=data.get("made_of"),
         )
         return SavedTeacher(record, data["class_vectors"], data["logit_scale"], data["state_dict"])
     except (KeyError, TypeError) as error:

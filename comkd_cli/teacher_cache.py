@@ -7,8 +7,10 @@ import json
 import math
 import mmap
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +26,8 @@ class CacheKey:
     """All that decides what is kept; each key has a folder of its own."""
 
     identity: str
-    """A digest of the teacher's weights and pre-processing, the images, how they are cropped and the seed of that."""
+    """A digest of the teacher's weights and pre-processing, the names and contents of the images, how they are cropped
+    and the seed of that."""
     images: int
     dim: int
     """Of a feature."""
@@ -43,11 +46,15 @@ class TeacherCache:
 
     A feature is written before it is marked as there, so what a killed run leaves is whole. Runs may share a
     cache at the same time: what they write to a place is the same. rows: the place of each image, int64
-    (images,); None: its index. Raises CheckpointError for a folder that holds another cache.
+    (images,); None: its index. made_of: named plain data that the key's identity is a digest of, kept in cache.json
+    for people. Raises CheckpointError for a folder that holds another cache.
     """
 
-    def __init__(self, folder: Path, key: CacheKey, rows: np.ndarray | None = None) -> None:
+    def __init__(
+        self, folder: Path, key: CacheKey, rows: np.ndarray | None = None, made_of: Mapping[str, Any] | None = None
+    ) -> None:
         self.key = key
+        self._made_of = dict(made_of or {})
         self._rows = rows
         self.folder = folder / key.identity[:16]
         try:
@@ -140,7 +147,7 @@ class TeacherCache:
 
     def _check_or_write_meta(self) -> None:
         path = self.folder / "cache.json"
-        meta = {"format": CACHE_FORMAT, **self.key.__dict__}
+        meta = {"format": CACHE_FORMAT, **self.key.__dict__, "made_of": self._made_of}
         if not path.is_file():
             write_text(path, json.dumps(meta, indent=2) + "\n")
             return

@@ -28,10 +28,11 @@ from comkd_cli.files import remove_folder, write_text
 from comkd_cli.interrupts import stop_wishes
 from comkd_cli.method.global_batch import share_batch_norms
 from comkd_cli.progress import Epoch, Notice, Progress, Report
+from comkd_cli.recipe.identity import Identity, described
 from comkd_cli.recipe.model import AdamW, Sgd
 from comkd_cli.schedule import learning_rate
 
-STATE_FORMAT = "comkd-state/3"
+STATE_FORMAT = "comkd-state/4"
 REPORT_EVERY_SECONDS = 0.5
 MOST_NAMED = 10  # unreadable images that are named one by one; all are counted
 KEEP_EVERY_STEPS = 50
@@ -61,8 +62,8 @@ class Task:
     optim: Sgd | AdamW
     folder: Path
     """Holds metrics.jsonl, and state/ until the task is finished."""
-    identity: str
-    """A digest of all that decides the result; a state with another one is refused."""
+    identity: Identity
+    """All that decides the result; a state with another one is refused."""
     seed: int
     """Of what the model draws while it trains, such as dropout."""
     label: str
@@ -182,7 +183,7 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed if launch.is_main() else stable_seed("process", launch.rank(), seed))
 
 
-def check_state(folder: Path, identity: str) -> bool:
+def check_state(folder: Path, identity: Identity) -> bool:
     """Whether a task's folder holds a state to go on from. Raises CheckpointError where it is another run's."""
     return _read_state(folder, identity) is not None
 
@@ -411,7 +412,7 @@ def _save_state(task: Task, optimizer: Any, accelerator: Accelerator, position: 
         return
     state = {
         "format": STATE_FORMAT,
-        "identity": task.identity,
+        "identity": dict(task.identity.parts),
         "model": _learned(task.model),
         "optimizer": optimizer.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
@@ -474,7 +475,7 @@ def _learned(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
-def _read_state(folder: Path, identity: str) -> dict[str, Any] | None:
+def _read_state(folder: Path, identity: Identity) -> dict[str, Any] | None:
     """The saved state of a task, or None. Raises CheckpointError for a damaged one or another run's."""
     path = _state_file(folder)
     if not path.is_file():
@@ -482,13 +483,13 @@ def _read_state(folder: Path, identity: str) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != STATE_FORMAT:
-            raise ValueError(f"its format is {state['format']}")
+            raise ValueError(f"its format is {state['format']}, of another version of comkd")
     except Exception as error:  # torch and pickle raise many kinds for a damaged file
         raise CheckpointError(f"{path}: can't go on from this state ({error}); {_anew(folder)}") from error
-    if state["identity"] != identity:
+    if differences := identity.differences(state["identity"], "this checkpoint"):
         raise CheckpointError(
-            f"{path}: is the state of another run (the recipe, the images or the teacher changed since); "
-            f"{_anew(folder)}, or keep both with another --runs folder"
+            f"{path}: cannot resume from this checkpoint: {described(differences)}; {_anew(folder)}, or keep both with "
+            "another --runs folder"
         )
     return state
 

@@ -10,6 +10,7 @@ from comkd_cli.data.loaders import Batch, TrainingLoader
 from comkd_cli.errors import CheckpointError, Interrupted, TrainingError
 from comkd_cli.predictor import Preprocessing
 from comkd_cli.progress import Epoch, Event, Progress
+from comkd_cli.recipe.identity import Identity
 from comkd_cli.recipe.model import AdamW, Augment, Sgd
 from comkd_cli.training import StepResult, Task, fit, forget_state, make_accelerator, make_optimizer
 
@@ -44,7 +45,7 @@ def task(folder: Path, **changes: object) -> Task:
         "loader": TrainingLoader(images, [INPUT], Augment(min_scale=0.8, flip=False), 16, seed=1, workers=0),
         "optim": AdamW(epochs=3, batch_size=16),
         "folder": folder,
-        "identity": "a",
+        "identity": Identity({"name": "a"}),
         "seed": 1,
         "label": "net",
         "resume_line": "comkd distill it",
@@ -140,10 +141,10 @@ def test_the_state_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest
         stop_after_steps(patch, 2)
         with pytest.raises(Interrupted):
             train(task(tmp_path))
-    with pytest.raises(CheckpointError, match="--fresh"):
-        train(task(tmp_path, identity="b"))
+    with pytest.raises(CheckpointError, match=r"name: a in this checkpoint, b now.*--fresh"):
+        train(task(tmp_path, identity=Identity({"name": "b"})))
     forget_state(tmp_path)
-    train(task(tmp_path, identity="b"))
+    train(task(tmp_path, identity=Identity({"name": "b"})))
 
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:

@@ -97,9 +97,10 @@ def command(
             with reporting() as report:
                 opened = partial(open_source, chosen.data, data_root, runs, report, fetch=True)
                 source = processes.agreed(opened)
-            stage = processes.agreed(partial(adapt.stage_1, chosen, source, data_root, runs))
-            run = distill.Run(chosen, name, source, runs, stage.identity, stage.key)
-            if not precompute and not fresh and distill.finished(run):
+                stage = processes.agreed(partial(adapt.stage_1, chosen, source, data_root, runs, report))
+                run = distill.Run(chosen, name, source, runs, stage.contents, stage.key)
+                done = not precompute and not fresh and distill.finished(run, report)
+            if done:
                 messages().print(f"already finished: {run.student_file} (--fresh repeats it)", markup=False)
                 continue
             line = _resume_line()
@@ -209,7 +210,7 @@ def _data_rows(
     except DataError as error:  # of the data that the teacher is adapted on
         return {**rows, "stage 1": str(error)}
     rows["stage 1"] = adapt.describe_stage(stage)
-    plan = distill.plan(distill.Run(recipe, name, source, runs, stage.identity, stage.key))
+    plan = distill.plan(distill.Run(recipe, name, source, runs, stage.contents, stage.key))
     steps = recipe.optim.epochs * plan.steps_per_epoch
     rows["stage 2"] = f"{recipe.optim.epochs} epochs of {plan.steps_per_epoch:,} steps, {steps:,} in all"
     return {**rows, "writes": str(plan.folder), "state": plan.state}

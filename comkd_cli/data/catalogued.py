@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from comkd_cli.catalog import Dataset
+from comkd_cli.data.contents import FileContents
 from comkd_cli.data.folder import open_below
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.data.splits import Entry, read_splits
@@ -45,4 +46,5 @@ def _image_set(folder: Path, entries: Sequence[Entry]) -> ImageSet:
         keys=tuple(entry.path for entry in entries),
         labels=tuple(entry.label for entry in entries),
         open_key=partial(open_below, folder),
+        contents=FileContents(folder),
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from comkd_cli.data.contents import FileContents
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.errors import DataError
 from comkd_cli.predictor import open_image
@@ -131,8 +132,7 @@ def _image_set(root: Path, paths: Sequence[Path], labels: Sequence[int] | None) 
         keys=tuple(path.relative_to(root).as_posix() for path in paths),
         labels=None if labels is None else tuple(labels),
         open_key=partial(open_below, root),
-        # A link to nowhere has no size; opening it names it as unreadable.
-        sizes_bytes=tuple(path.stat().st_size if path.exists() else 0 for path in paths),
+        contents=FileContents(root),
     )
 
 
@@ -144,7 +144,7 @@ def images_below(folder: Path) -> ImageSet:
 def _split(folder: Path, classes: Sequence[str]) -> ImageSet:
     """One of train/, val/ and test/: labelled by its sub-folders, or unlabelled where it has none."""
     if not folder.is_dir():
-        return ImageSet((), None, partial(open_below, folder))
+        return ImageSet((), None, partial(open_below, folder), FileContents(folder))
     subfolders = _subfolders(folder)
     if not subfolders:
         return images_below(folder)

@@ -30,15 +30,17 @@ import numpy as np
 from PIL import Image
 
 from comkd_cli import launch
+from comkd_cli.data.contents import Fingerprint
 from comkd_cli.data.folder import SUFFIXES
 from comkd_cli.errors import DataError
 from comkd_cli.files import folder_written_whole, remove_folder, sha256_of_data, write_text, written_whole
 from comkd_cli.predictor import UnreadableImage, open_image
 from comkd_cli.progress import Progress, Report
 
-INDEX_FORMAT = "comkd-shards/1"
+INDEX_FORMAT = "comkd-shards/2"
 OPEN_SHARDS = 64  # files that a process holds open: more than a window of the order has
 SHARDS_PER_PROCESS = 16  # an indexing process takes seconds to start, and a shard of 10,000 images a second
+CONTENT_BYTES = 16  # of the digest of an image: enough that no two of a thousand million differ and agree
 RANKED_AT_ONCE = 2**23  # keys in memory while they are brought into order
 # Names that WebDataset itself skips: of the whole archive, not of a sample.
 META = re.compile(r"__[^/]*__($|/)")
@@ -59,7 +61,9 @@ class ShardIndex:
             raise ValueError(f"{folder}: is not of format {INDEX_FORMAT}")
         self.shards = [Path(name) for name in about["shards"]]
         self.digest: str = about["digest"]
-        """Of the keys and sizes of all images, however they are spread over shards."""
+        """Of the keys and contents of all images, however they are spread over shards."""
+        self.ordered_digest: str = about["ordered_digest"]
+        """As `digest`, and different where the images are in another order."""
         self._prefixed: bool = about["prefixed"]
         self.starts = np.asarray(about["starts"], dtype=np.int64)
         """Where each shard begins, and where the last ends, (shards + 1,)."""
@@ -68,6 +72,7 @@ class ShardIndex:
         self._sizes = _mapped(folder / "sizes.bin", np.int64, count)
         self._key_ends = _mapped(folder / "key_ends.bin", np.int64, count)
         self._keys = _mapped(folder / "keys.bin", np.uint8, int(self._key_ends[-1]))
+        self._contents = _mapped(folder / "contents.bin", np.uint8, count * CONTENT_BYTES)
         self.rows: np.ndarray = _mapped(folder / "rows.bin", np.int64, count)
         """The rank of each image among all, by a hash of its key, (images,): the same in whatever shard it is."""
         self._files = _OpenFiles()
@@ -92,6 +97,10 @@ class ShardIndex:
         """Of an image's file."""
         return int(self._sizes[index])
 
+    def content(self, index: int) -> bytes:
+        """A digest of an image's bytes, 16 bytes; or of its shard's size and time, as the index was made."""
+        return self._contents[index * CONTENT_BYTES : (index + 1) * CONTENT_BYTES].tobytes()
+
     def open(self, index: int) -> Image.Image:
         """An image as RGB. Raises UnreadableImage, naming the shard and the key."""
         shard = self.shard_of(index)
@@ -115,16 +124,17 @@ class ShardIndex:
         return [found[rank] for rank in sorted(found)]
 
 
-def open_index(shards: Sequence[Path], home: Path, report: Report) -> ShardIndex:
+def open_index(shards: Sequence[Path], home: Path, report: Report, fingerprint: Fingerprint = "contents") -> ShardIndex:
     """The index of shards, made now unless it is there below `home` already.
 
     Its folder is named by a digest of the shards' names, sizes and times of change, so that other shards never
-    meet it. What a killed indexing had done is not done again. Raises DataError, naming the shard.
+    meet it. What a killed indexing had done is not done again. fingerprint: `contents` reads every image, so that
+    one that was replaced is noticed; `size_and_time` reads headers alone. Raises DataError, naming the shard.
     """
     # Links are not followed: a key may have its shard's name before it, and a link's target has any name.
     paths = [path.absolute() for path in shards]
-    states = [[str(path), (state := path.stat()).st_size, state.st_mtime_ns] for path in paths]
-    name = sha256_of_data([INDEX_FORMAT, states])[:16]
+    states = [[str(path), (state := path.stat()).st_size, state.st_mtime_ns, state.st_ctime_ns] for path in paths]
+    name = sha256_of_data([INDEX_FORMAT, fingerprint, states])[:16]
     folder = home / name
     if (folder / "index.json").is_file():
         try:
@@ -132,10 +142,10 @@ def open_index(shards: Sequence[Path], home: Path, report: Report) -> ShardIndex
         except (FileNotFoundError, ValueError, KeyError, TypeError):  # damaged: made anew
             remove_folder(folder)
     parts = home / f"{name}.parts"
-    _make_parts(paths, parts, report)
+    _make_parts(paths, parts, report, fingerprint)
     try:
         with folder_written_whole(folder) as unfinished:
-            _join_parts(paths, parts, unfinished)
+            _join_parts(paths, parts, unfinished, fingerprint)
     except OSError:  # another process may have put the same in its place meanwhile
         if not (folder / "index.json").is_file():
             raise
@@ -146,7 +156,7 @@ def open_index(shards: Sequence[Path], home: Path, report: Report) -> ShardIndex
         return ShardIndex(folder)
 
 
-def _make_parts(shards: Sequence[Path], parts: Path, report: Report) -> None:
+def _make_parts(shards: Sequence[Path], parts: Path, report: Report, fingerprint: Fingerprint) -> None:
     """Index every shard whose part is not there yet, side by side where there are many."""
     absent = [(path, _part(parts, number)) for number, path in enumerate(shards)]
     absent = [(path, part) for path, part in absent if not part.is_file()]
@@ -158,12 +168,12 @@ def _make_parts(shards: Sequence[Path], parts: Path, report: Report) -> None:
     if workers < 2:
         for done, (path, part) in enumerate(absent):
             tell(done)
-            _index_shard(path, part)
+            _index_shard(path, part, fingerprint)
         return
     # Spawned, for a fork would inherit the locks that torch's threads hold.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_work)
     try:
-        for done, _ in enumerate(pool.map(_index_shard, *zip(*absent, strict=True))):
+        for done, _ in enumerate(pool.map(partial(_index_shard, fingerprint=fingerprint), *zip(*absent, strict=True))):
             tell(done + 1)
     except BrokenProcessPool as error:
         raise DataError(f"{parts}: a process that indexed shards was killed; start again, and it goes on") from error
@@ -188,8 +198,8 @@ def _part(parts: Path, number: int) -> Path:
     return parts / f"{number:06d}.npz"
 
 
-def _index_shard(path: Path, part: Path) -> None:
-    """Write where the images of one shard are. Raises DataError."""
+def _index_shard(path: Path, part: Path, fingerprint: Fingerprint) -> None:
+    """Write where the images of one shard are, and what tells each from others. Raises DataError."""
     found = list(read_members(path))
     if not found:
         names = ", ".join(f"KEY{suffix}" for suffix in sorted(SUFFIXES))
@@ -206,7 +216,28 @@ def _index_shard(path: Path, part: Path) -> None:
             keys=np.frombuffer(b"".join(keys), dtype=np.uint8),
             key_lengths=np.array([len(key) for key in keys], dtype=np.int64),
             hashes=hashes,
+            contents=np.frombuffer(b"".join(_content_digests(path, found, fingerprint)), dtype=np.uint8),
         )
+
+
+def _content_digests(path: Path, found: Sequence[tuple[str, int, int]], fingerprint: Fingerprint) -> Iterator[bytes]:
+    """A digest of each image's bytes, or of its shard's size and modification time. Raises DataError."""
+    try:
+        with path.open("rb") as file:
+            if fingerprint == "size_and_time":
+                state = os.fstat(file.fileno())
+                shard = _content_digest(repr((state.st_size, state.st_mtime_ns)).encode())
+                yield from (shard for _ in found)
+                return
+            for _, offset, size in found:
+                file.seek(offset)
+                yield _content_digest(file.read(size))
+    except OSError as error:
+        raise DataError(f"{path}: could not be read: {error.strerror or error}") from error
+
+
+def _content_digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=CONTENT_BYTES).digest()
 
 
 def read_members(path: Path) -> Iterator[tuple[str, int, int]]:
@@ -262,14 +293,14 @@ def _hashes(keys: Sequence[bytes]) -> np.ndarray:
     return np.frombuffer(joined, dtype="<u8")
 
 
-def _join_parts(shards: Sequence[Path], parts: Path, folder: Path) -> None:
+def _join_parts(shards: Sequence[Path], parts: Path, folder: Path, fingerprint: Fingerprint) -> None:
     """Write the whole index from what is known of each shard. Raises DataError where keys repeat."""
     starts, key_end = [0], 0
-    names = ("offsets", "sizes", "key_ends", "keys", "hashes")
+    names = ("offsets", "sizes", "key_ends", "keys", "hashes", "contents")
     files = {name: (folder / f"{name}.bin").open("wb") for name in names}
     try:
         for number, path in enumerate(shards):
-            part = _loaded(path, _part(parts, number))
+            part = _loaded(path, _part(parts, number), fingerprint)
             part["key_ends"] = key_end + np.cumsum(part.pop("key_lengths"))
             key_end = int(part["key_ends"][-1])
             starts.append(starts[-1] + len(part["key_ends"]))
@@ -285,6 +316,7 @@ def _join_parts(shards: Sequence[Path], parts: Path, folder: Path) -> None:
         "starts": starts,
         "prefixed": False,
         "digest": "",
+        "ordered_digest": "",
     }
     for prefixed in (False, True):
         about["prefixed"] = prefixed
@@ -294,7 +326,8 @@ def _join_parts(shards: Sequence[Path], parts: Path, folder: Path) -> None:
             _hash_prefixed(index, folder)
         ranked = _rank(index, folder)
         if isinstance(ranked, str):
-            write_text(folder / "index.json", json.dumps({**about, "digest": ranked}))
+            ordered = _ordered_digest(index, ranked)
+            write_text(folder / "index.json", json.dumps({**about, "digest": ranked, "ordered_digest": ordered}))
             (folder / "hashes.bin").unlink()
             return
         first, second = ranked
@@ -304,13 +337,13 @@ def _join_parts(shards: Sequence[Path], parts: Path, folder: Path) -> None:
     )
 
 
-def _loaded(path: Path, part: Path) -> dict[str, np.ndarray]:
+def _loaded(path: Path, part: Path, fingerprint: Fingerprint) -> dict[str, np.ndarray]:
     """What is known of a shard; indexed once more where another process has done with the parts meanwhile."""
     try:
         with np.load(part, allow_pickle=False) as arrays:
             return dict(arrays)
     except (OSError, ValueError, EOFError, BadZipFile):
-        _index_shard(path, part)
+        _index_shard(path, part, fingerprint)
     with np.load(part, allow_pickle=False) as arrays:
         return dict(arrays)
 
@@ -324,7 +357,7 @@ def _hash_prefixed(index: ShardIndex, folder: Path) -> None:
 
 
 def _rank(index: ShardIndex, folder: Path) -> str | tuple[int, int]:
-    """Write each image's rank among all, by the hash of its key; a digest of keys and sizes in that order.
+    """Write each image's rank among all, by the hash of its key; a digest of keys and contents in that order.
 
     Or two images with the same key, where there are such. Hashes are taken range by range, so that memory is
     bounded; keys whose hashes agree are ranked by their text.
@@ -346,10 +379,18 @@ def _rank(index: ShardIndex, folder: Path) -> str | tuple[int, int]:
         ranks[order] = np.arange(first, first + len(where))
         rows[where] = ranks  # in the order of the file, not of the ranks
         first += len(where)
-        pairs = np.column_stack([found[order], index._sizes[where][order].astype("<u8")])
-        digest.update(pairs.tobytes())
+        contents = index._contents.reshape(count, CONTENT_BYTES)[where][order]
+        digest.update(np.column_stack([found[order].view(np.uint8).reshape(-1, 8), contents]).tobytes())
     rows.flush()
     return digest.hexdigest()
+
+
+def _ordered_digest(index: ShardIndex, digest: str) -> str:
+    """Of the images in the order in which the shards hold them."""
+    ordered = hashlib.sha256(digest.encode())
+    for block in _blocks(len(index)):
+        ordered.update(index.rows[block].astype("<i8").tobytes())
+    return ordered.hexdigest()
 
 
 def _key_at(index: ShardIndex, where: np.ndarray, position: int) -> str:

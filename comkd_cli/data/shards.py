@@ -6,7 +6,7 @@ import hashlib
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from urllib.parse import urlparse
 import numpy as np
 from PIL import Image
 
+from comkd_cli.data.contents import Fingerprint
 from comkd_cli.data.folder import check_class_names
 from comkd_cli.data.shard_index import ShardIndex, open_index
 from comkd_cli.data.source import ImageSet, Source
@@ -31,15 +32,17 @@ def shard_source(
     home: Path,
     report: Report,
     fetch: bool = False,
+    fingerprint: Fingerprint = "contents",
 ) -> Source:
     """The images of the shards that a pattern names, unlabelled.
 
     home: where the index is kept, and shards that are brought from elsewhere. fetch: bring those that are not
-    there yet, which for `pipe:` runs a command. Raises DataError, naming the shard.
+    there yet, which for `pipe:` runs a command. fingerprint: what the index tells images apart by. Raises DataError,
+    naming the shard.
     """
     check_class_names(class_names, "data.classes")
     shards = find_shards(pattern, data_root, home / "fetched", report, fetch)
-    images = shard_images(open_index(shards, home, report))
+    images = shard_images(open_index(shards, home, report, fingerprint))
     return Source(source_name(shards), tuple(class_names), template, images, None)
 
 
@@ -157,12 +160,18 @@ class ShardImages(ImageSet):
             keys=tuple(map(self.index.key, indices)),
             labels=None,
             open_key=partial(_open_one, self.index, positions),
-            sizes_bytes=tuple(map(self.index.size_bytes, indices)),
+            contents=_ShardContents(self.index, positions),
         )
 
-    def identity(self) -> tuple[object, object]:
-        """A digest of keys and sizes that does not depend on which shard holds what."""
-        return f"shards:{self.index.digest}", []
+    @property
+    def digest(self) -> str:
+        """A digest of keys and contents that does not depend on which shard holds what."""
+        return self.index.digest
+
+    @property
+    def ordered_digest(self) -> str:
+        """As `digest`, and different where the images are packed in another order."""
+        return self.index.ordered_digest
 
     def spaced(self, most: int) -> Sequence[int]:
         """The positions of about `most` images, the same images in whatever shards they are."""
@@ -182,6 +191,17 @@ class ShardImages(ImageSet):
 def shard_images(index: ShardIndex) -> ShardImages:
     """Every image of an index, unlabelled."""
     return ShardImages(ShardKeys(index), None, _open_by_position, index=index)
+
+
+@dataclass(frozen=True)
+class _ShardContents:
+    """The contents of some images of an index."""
+
+    index: ShardIndex
+    positions: dict[str, int]
+
+    def digests(self, keys: Sequence[str]) -> Iterator[bytes]:
+        return (self.index.content(self.positions[key]) for key in keys)
 
 
 def _open_by_position(key: str) -> Image.Image:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from comkd_cli.data.contents import Contents
 from comkd_cli.files import sha256_of_data
 from comkd_cli.predictor import UnreadableImage
 
@@ -23,8 +26,8 @@ class ImageSet:
     """For each image the index of its class, or None where the set is unlabelled."""
     open_key: Callable[[str], Image.Image]
     """The RGB image of a key; picklable, so that worker processes can open images too."""
-    sizes_bytes: tuple[int, ...] = ()
-    """For each image the size of its file, where it has one: part of the set's fingerprint."""
+    contents: Contents | None = field(default=None, compare=False)
+    """Digests of what the images contain. None: of their decoded pixels."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -39,12 +42,34 @@ class ImageSet:
             keys=tuple(self.keys[i] for i in indices),
             labels=None if self.labels is None else tuple(self.labels[i] for i in indices),
             open_key=self.open_key,
-            sizes_bytes=tuple(self.sizes_bytes[i] for i in indices) if self.sizes_bytes else (),
+            contents=self.contents,
         )
 
-    def identity(self) -> tuple[object, object]:
-        """What tells the set from others, as plain data for a digest: its names, and the sizes of its files."""
-        return list(self.keys), list(self.sizes_bytes)
+    @cached_property
+    def digest(self) -> str:
+        """A sha256 of the names and contents of the images, in order: the one answer to what a set of images is.
+
+        A set in another folder has the same digest. Reads every file that is not remembered; labels do not count.
+        """
+        found = self._pixel_digests() if self.contents is None else self.contents.digests(self.keys)
+        digest = hashlib.sha256()
+        for key, content in zip(self.keys, found, strict=True):
+            name = key.encode("utf-8", "surrogatepass")  # names that are not UTF-8 reach Python as lone surrogates
+            digest.update(len(name).to_bytes(4, "big") + name + content)
+        return digest.hexdigest()
+
+    @property
+    def ordered_digest(self) -> str:
+        """As `digest`, and different where the same images are in another order; for what is kept by position."""
+        return self.digest
+
+    def _pixel_digests(self) -> Iterator[bytes]:
+        for index in range(len(self)):
+            try:
+                picture = self.open(index)
+                yield hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
+            except UnreadableImage as error:
+                yield hashlib.sha256(f"unreadable: {error}".encode("utf-8", "surrogatepass")).digest()
 
     def spaced(self, most: int) -> Sequence[int]:
         """The positions of about `most` images, evenly spaced."""
@@ -62,18 +87,6 @@ class ImageSet:
         None where images can be read in any order at the same cost.
         """
         return None
-
-
-def sampled_content(images: ImageSet, most: int = 64) -> str:
-    """A digest of the pixels of about `most` images, evenly spaced: tells sets apart whose files are called alike."""
-    digest = hashlib.sha256()
-    for index in images.spaced(most):
-        try:
-            picture = images.open(index)
-            digest.update(repr(picture.size).encode() + picture.tobytes())
-        except UnreadableImage:
-            digest.update(b"unreadable")
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -94,10 +107,12 @@ class Source:
         """The prompt of each class, in the order of the labels."""
         return [self.template.replace("{}", name) for name in self.class_names]
 
-    def fingerprint(self) -> str:
-        """A digest of what training sees: classes, prompts, and the training images with their labels.
-
-        Files count by path and size; their content is not read, which a large set could not afford.
-        """
-        keys, sizes = self.train.identity()
-        return sha256_of_data([self.prompts, keys, list(self.train.labels or ()), sizes])
+    def identity(self) -> dict[str, Any]:
+        """What decides training on it, as named plain data: classes, prompt, and the images with their labels."""
+        labels = self.train.labels
+        return {
+            "class_names": list(self.class_names),
+            "template": self.template,
+            "training_images": self.train.digest,
+            "training_labels": None if labels is None else sha256_of_data(list(labels)),
+        }

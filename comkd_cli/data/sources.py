@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from comkd_cli.catalog import CATALOG
 from comkd_cli.data.catalogued import catalogued_source
+from comkd_cli.data.contents import FileContents
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.folder import check_class_names, folder_source, read_class_names
 from comkd_cli.data.shards import shard_source
-from comkd_cli.data.source import Source
+from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.errors import DataError
 from comkd_cli.progress import Report
 from comkd_cli.recipe.model import DEFAULT_TEMPLATE, Data
+
+INDEX = "image_digests.sqlite"
 
 
 def open_source(
@@ -24,10 +28,26 @@ def open_source(
 ) -> Source:
     """The images and classes that a recipe names.
 
-    Relative paths are taken from the current directory, then from the data root. runs: below it, in shards/,
-    the index of shards is kept, and shards from elsewhere. fetch: bring those now, which for `pipe:` runs a
-    command: only for a recipe that the user has asked to run. Raises DataError.
+    Relative paths are taken from the current directory, then from the data root. runs: below it are kept the digests
+    of image contents, and in shards/ the index of shards and shards from elsewhere. fetch: bring those now, which for
+    `pipe:` runs a command: only for a recipe that the user has asked to run. Raises DataError.
     """
+    source = _open_source(data, data_root, runs, report, fetch)
+
+    def settled(images: ImageSet) -> ImageSet:
+        if not isinstance(images.contents, FileContents):
+            return images
+        return replace(images, contents=FileContents(images.contents.root, data.fingerprint, runs / INDEX, report))
+
+    return replace(
+        source,
+        train=settled(source.train),
+        test=settled(source.test) if source.test else source.test,
+        val=settled(source.val) if source.val else source.val,
+    )
+
+
+def _open_source(data: Data, data_root: Path, runs: Path, report: Report, fetch: bool) -> Source:
     if data.dataset == "digits":
         return digits_source(data.template)
     if data.dataset is not None:
@@ -46,7 +66,7 @@ def open_source(
         return folder_source(folder, names, template)
     assert data.shards is not None  # the recipe has one of the three
     assert names is not None  # and with shards it has classes
-    return shard_source(data.shards, names, template, data_root, runs / "shards", report, fetch)
+    return shard_source(data.shards, names, template, data_root, runs / "shards", report, fetch, data.fingerprint)
 
 
 def locate(path: str, data_root: Path, field: str) -> Path:

@@ -21,7 +21,7 @@ from comkd_cli.predictor import Preprocessing
 from comkd_cli.progress import Progress, Report
 
 BATCH_SIZE = 64  # on CPUs the activations of larger batches of 224 pixels fall out of the caches
-STORE_FORMAT = "comkd-features/1"
+STORE_FORMAT = "comkd-features/2"
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ class FeatureStore:
 
 
 def store_key(encoder: Encoder, images: ImageSet) -> str:
-    """A digest of a model's weights, its pre-processing and the files of a set (paths and sizes)."""
-    return sha256_of_data([STORE_FORMAT, encoder.identity, asdict(encoder.preprocessing), *images.identity()])
+    """A digest of a model's weights, its pre-processing, and the names and contents of a set's images, in order."""
+    return sha256_of_data([STORE_FORMAT, encoder.identity, asdict(encoder.preprocessing), images.ordered_digest])
 
 
 def _read(path: Path) -> Features | None:

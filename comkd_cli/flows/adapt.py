@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +37,7 @@ from comkd_cli.method.refinement import class_logits
 from comkd_cli.method.teacher import PromptClassifier
 from comkd_cli.progress import Notice, Report, Stage
 from comkd_cli.recipe import Recipe
+from comkd_cli.recipe.identity import Identity
 from comkd_cli.recipe.model import FullAdapt, Model, NoAdapt, PromptSrcAdapt, Teacher
 from comkd_cli.teachers import ReadyTeacher, encode_prompts, made_teacher, prompted_clip, saved_teacher, tokenize_apart
 from comkd_cli.training import StepResult, Task, fit, forget_state
@@ -63,33 +65,46 @@ class Stage1:
         return self.settings.adapt.method != "none"
 
     @cached_property
-    def key(self) -> str:
-        """A digest of all that decides the trained teacher; students of other data can share it."""
+    def contents(self) -> dict[str, Any]:
+        """Named digests of what the teacher is made from, beside its settings: weights and, where it trains, images."""
         teacher, adapt = self.settings, self.settings.adapt
-        settings = adapt.model_dump(mode="json", exclude_defaults=True, exclude={"data", "classes_at_once"})
-        parts: dict[str, object] = {
-            "model": _model_fields(teacher),
+        base = Model(arch=teacher.arch, config=teacher.config, weights=teacher.backbone_weights)
+        found: dict[str, Any] = {
             "weights_sha256": weights_sha256(teacher),
-            "adapt": {"method": adapt.method, **settings},
+            "backbone_weights_sha256": weights_sha256(base) if teacher.backbone_weights else None,
         }
-        if isinstance(adapt, FullAdapt):
-            parts["prompts"] = self.lessons.prompts
-        if self.adapts:
-            parts |= {
-                "images": self.lessons.fingerprint(),
-                "augment": self.recipe.augment.model_dump(mode="json", exclude_defaults=True),
-                "precision": self.recipe.precision,
-            }
-        return sha256_of_data(parts)
+        if isinstance(adapt, NoAdapt):
+            return found
+        source = _lessons(self, adapt) if isinstance(adapt, PromptSrcAdapt) else self.lessons
+        images = source.identity()
+        return {
+            **found,
+            # Learned prompts replace the words of the template.
+            "prompts" if isinstance(adapt, FullAdapt) else "class_names": (
+                source.prompts if isinstance(adapt, FullAdapt) else images["class_names"]
+            ),
+            "images": images["training_images"],
+            "labels": images["training_labels"],
+        }
 
-    @property
-    def identity(self) -> str:
-        """A digest of all that decides what the student is taught."""
-        if self.settings.format == "promptsrc":
-            names: object = [self.settings.format, list(self.source.class_names), self.settings.backbone_weights]
-        else:
-            names = list(self.source.class_names) if self.adapts else self.source.prompts
-        return sha256_of_data([self.key, names])
+    @cached_property
+    def made_of(self) -> dict[str, Any]:
+        """All that decides the trained teacher, by name; students of other data can share it."""
+        teacher, adapt = self.settings, self.settings.adapt
+        parts: dict[str, Any] = {
+            "model": _model_fields(teacher),
+            "format": teacher.format,
+            "adapt": adapt.model_dump(mode="json", exclude={"data", "classes_at_once"}),
+            **self.contents,
+        }
+        if self.adapts:
+            parts |= {"augment": self.recipe.augment.model_dump(mode="json"), "precision": self.recipe.precision}
+        return parts
+
+    @cached_property
+    def key(self) -> str:
+        """A digest of all that decides the trained teacher."""
+        return sha256_of_data(self.made_of)
 
     @property
     def folder(self) -> Path:
@@ -102,11 +117,11 @@ class Stage1:
         return self.folder / "teacher.pt"
 
 
-def stage_1(recipe: Recipe, source: Source, data_root: Path, runs: Path) -> Stage1:
+def stage_1(recipe: Recipe, source: Source, data_root: Path, runs: Path, report: Report = lambda event: None) -> Stage1:
     """The recipe's teacher. Raises DataError where the data that it is adapted on can't be read."""
     adapt = recipe.teacher.adapt
     own = isinstance(adapt, PromptSrcAdapt) and adapt.data is not None
-    lessons = open_source(adapt.data, data_root, runs) if own else source  # type: ignore[union-attr,arg-type]
+    lessons = open_source(adapt.data, data_root, runs, report) if own else source  # type: ignore[union-attr,arg-type]
     return Stage1(recipe, source, lessons, runs)
 
 
@@ -303,7 +318,7 @@ def _task(
         loader=loader,
         optim=adapt,
         folder=stage.folder,
-        identity=stage.key,
+        identity=Identity(stage.made_of),
         seed=stable_seed("teacher training", adapt.seed),
         label="teacher",
         resume_line=resume_line,
@@ -329,6 +344,7 @@ def _record(stage: Stage1, source: Source, clip: Clip, history: list[dict[str, f
         preprocessing=clip.preprocessing,
         origin=clip.origin,
         metrics=history[-1],
+        made_of=stage.made_of,
     )
 
 

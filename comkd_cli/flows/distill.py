@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +27,7 @@ from comkd_cli.backbones import (
 from comkd_cli.checkpoints import StudentRecord, load_student_record, save_student
 from comkd_cli.costs import multiply_adds, parameters
 from comkd_cli.data.loaders import Batch, TrainingLoader, check_shares, worker_count
-from comkd_cli.data.source import Source, sampled_content
+from comkd_cli.data.source import Source
 from comkd_cli.data.splits import halves
 from comkd_cli.data.transforms import stable_seed
 from comkd_cli.errors import CheckpointError, DataError, MisuseError
@@ -36,16 +37,13 @@ from comkd_cli.method.objective import gradient_shares, loss_terms
 from comkd_cli.method.student import Student
 from comkd_cli.progress import Notice, Report, Stage
 from comkd_cli.recipe import Recipe, to_yaml
+from comkd_cli.recipe.identity import Identity, described, recipe_settings
 from comkd_cli.recipe.model import PromptSrcAdapt
 from comkd_cli.teacher_cache import CacheKey, TeacherCache
 from comkd_cli.teachers import ReadyTeacher, prompted_clip
 from comkd_cli.training import StepResult, Task, check_state, fit, forget_state
 
 IDLE_GATE = 0.01  # below this EduAttention adds less than a hundredth of a unit vector to a feature
-
-# What a recipe may change without changing the student that comes out. Of the data, what counts is in the
-# source's fingerprint.
-INDIFFERENT = {"about", "evaluate_every_epochs", "data", "checkpointing"}
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,8 @@ class Run:
     """Of the recipe, and of the folder of its runs."""
     source: Source
     runs: Path
-    teacher_identity: str
-    """Of all that the student is taught by: the teacher and the classes."""
+    teacher: Mapping[str, Any]
+    """Named digests of what the teacher is made from, beside its settings in the recipe."""
     teacher_key: str = ""
     """Of the teacher alone; students of other classes can share what is kept of its image features."""
 
@@ -73,12 +71,16 @@ class Run:
         return self.folder / "student.pt"
 
     @cached_property
-    def identity(self) -> str:
-        """A digest of all that decides the student."""
-        # Without defaults, so that a field that comes with a later version does not make old runs other runs.
-        settings = self.recipe.model_dump(mode="json", exclude=INDIFFERENT, exclude_defaults=True)
-        weights = weights_sha256(self.recipe.student)
-        return sha256_of_data([settings, weights, self.source.fingerprint(), self.teacher_identity])
+    def identity(self) -> Identity:
+        """All that decides the student. Reads the images' contents where they are not remembered."""
+        recipe, test = self.recipe, self.source.test
+        student = {"weights_sha256": weights_sha256(recipe.student)}
+        data: dict[str, Any] = {"fingerprint": recipe.data.fingerprint, **self.source.identity()}
+        if recipe.selection == "promptkd" and test is not None:
+            labels = None if test.labels is None else sha256_of_data(list(test.labels))
+            data |= {"test_images": test.digest, "test_labels": labels}
+        parts = {"recipe": recipe_settings(recipe), "data": data, "student": student, "teacher": dict(self.teacher)}
+        return Identity(parts)
 
 
 @dataclass(frozen=True)
@@ -109,17 +111,30 @@ class Plan:
     """What is there of the run already."""
 
 
-def finished(run: Run) -> bool:
-    """Whether the run's student is there already. Raises CheckpointError where another run's is."""
+def finished(run: Run, report: Report = lambda event: None) -> bool:
+    """Whether the run's student exists. Raises CheckpointError, naming what differs, where it is another run's."""
     if not processes.as_main_sees(run.student_file.exists()):
         return False
     record = load_student_record(run.student_file)
-    if record.identity != run.identity:
+    if differences := run.identity.differences(record.identity_parts or _parts_of_old(record), "the finished run"):
         raise CheckpointError(
-            f"{run.student_file}: was made by another recipe, other images or another teacher; "
-            "replace it with --fresh, or keep both with another --runs folder"
+            f"{run.student_file}: was made from other settings or images: {described(differences)}; replace it with "
+            "--fresh, or keep both with another --runs folder"
+        )
+    if record.identity_parts is None:
+        report(
+            Notice(
+                f"{run.student_file}: was made by a version of comkd that did not record image contents: the settings "
+                "are the same, the images and the teacher were not compared; --fresh repeats the run"
+            )
         )
     return True
+
+
+def _parts_of_old(record: StudentRecord) -> dict[str, Any]:
+    """What a student.pt says of its run that has no record of it: settings, class names and prompt."""
+    names = {"class_names": list(record.class_names), "template": record.template}
+    return {"recipe": recipe_settings(record.recipe), "data": names}
 
 
 def outline(recipe: Recipe, classes: int) -> Outline:
@@ -272,7 +287,8 @@ def distill(
         backbone=tower.origin,
         backbone_sha256=backbone_sha256,
         teacher=os.path.relpath(ready.checkpoint, run.folder) if ready.checkpoint else None,
-        identity=run.identity,
+        identity=run.identity.digest,
+        identity_parts=dict(run.identity.parts),
         metrics=history[-1],
     )
     if launch.is_main():
@@ -323,23 +339,20 @@ def _open_cache(run: Run, ready: ReadyTeacher, report: Report) -> TeacherCache |
     if settings is None:
         return None
     images = run.source.train
-    identity = sha256_of_data(
-        [
-            run.teacher_key or run.teacher_identity,
-            asdict(ready.preprocessing),
-            *images.identity(),
-            sampled_content(images),
-            run.recipe.augment.model_dump(mode="json", exclude_defaults=True),
-            run.recipe.precision,
-            settings.model_dump(mode="json"),
-            # The same settings need not train the same teacher again.
-            *([sha256_of_file(ready.checkpoint)] if ready.checkpoint else []),
-        ]
-    )
+    made_of: dict[str, Any] = {
+        "teacher": run.teacher_key,
+        "preprocessing": asdict(ready.preprocessing),
+        "images": images.digest,
+        "augment": run.recipe.augment.model_dump(mode="json"),
+        "precision": run.recipe.precision,
+        "teacher_cache": settings.model_dump(mode="json"),
+        # The same settings need not train the same teacher again.
+        "checkpoint_sha256": sha256_of_file(ready.checkpoint) if ready.checkpoint else None,
+    }
     dim = ready.teacher.class_vectors.shape[1]
-    key = CacheKey(identity, len(images), dim, settings.views, settings.dtype)
+    key = CacheKey(sha256_of_data(made_of), len(images), dim, settings.views, settings.dtype)
     with processes.main_first():  # which makes the files
-        cache = TeacherCache(run.runs / "cache", key, images.rows)
+        cache = TeacherCache(run.runs / "cache", key, images.rows, made_of)
     there, cost = cache.count(), cache.seconds_per_crop()
     spared = f", about {there * cost:,.0f} s of the teacher's time" if there and cost is not None else ""
     report(

@@ -62,6 +62,11 @@ class Data(Closed):
     """The prompt of a class, `{}` standing for its name. Left out: the dataset's own, or `a photo of a {}.`"""
     unreadable_limit_percent: Annotated[float, Field(ge=0, le=100)] = 10.0
     """The share of images that may be unreadable; they are named and left out. Above it a run stops."""
+    fingerprint: Literal["contents", "size_and_time"] = "contents"
+    """How a run, a teacher, a cache and kept features tell their images from others of the same names. `contents` reads
+    every file once and remembers its sha256 in RUNS/image_digests.sqlite as long as its path, size and times stay.
+    `size_and_time` reads no file, for sets so large that reading them once takes too long: a file that was replaced
+    by another of the same size and modification time is then not noticed [C]."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that decode images, for each process that trains. Left out: one less than the cores that it has, at
     most 8; none for `digits`."""

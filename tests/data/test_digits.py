@@ -44,5 +44,5 @@ def test_the_template_can_be_replaced() -> None:
 
 
 def test_two_readings_are_the_same_data() -> None:
-    assert digits_source().fingerprint() == digits_source().fingerprint()
+    assert digits_source().identity() == digits_source().identity()
     assert pickle.loads(pickle.dumps(digits_source())) == digits_source()

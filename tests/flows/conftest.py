@@ -22,7 +22,7 @@ def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = open_source(recipe.data, Path("data"))
     runs = tmp_path_factory.mktemp("shared runs")
     stage = adapt.stage_1(recipe, source, Path("data"), runs)
-    run = distill.Run(recipe, "tiny", source, runs, stage.identity)
+    run = distill.Run(recipe, "tiny", source, runs, stage.contents, stage.key)
     accelerator = make_accelerator("fp32")
     return distill.distill(
         run,

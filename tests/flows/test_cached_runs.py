@@ -24,7 +24,7 @@ def make(runs: Path, weights: Path, name: str, cache: dict[str, Any] | None, **c
     recipe = parse_recipe(tiny.recipe(**fields))
     source = open_source(recipe.data, Path("data"))
     stage = adapt.stage_1(recipe, source, Path("data"), runs)
-    return distill.Run(recipe, name, source, runs, stage.identity, stage.key), stage
+    return distill.Run(recipe, name, source, runs, stage.contents, stage.key), stage
 
 
 def do(pair, events: list[Event] | None = None) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]

@@ -21,7 +21,8 @@ from tests import tiny
 def make_run(runs: Path, **changes: Any) -> distill.Run:
     chosen = parse_recipe(tiny.recipe(**changes))
     source = open_source(chosen.data, Path("data"))
-    return distill.Run(chosen, "tiny", source, runs, stage(chosen, source, runs).identity)
+    teacher = stage(chosen, source, runs)
+    return distill.Run(chosen, "tiny", source, runs, teacher.contents, teacher.key)
 
 
 def stage(recipe: Recipe, source: Source, runs: Path) -> adapt.Stage1:

@@ -69,7 +69,7 @@ def test_a_run_without_both_modules_is_promptkd_step_for_step(
     )
     source = open_source(recipe.data, tmp_path)
     stage = adapt.stage_1(recipe, source, tmp_path, tmp_path)
-    run = distill.Run(recipe, "promptkd", source, tmp_path, stage.identity)
+    run = distill.Run(recipe, "promptkd", source, tmp_path, stage.contents, stage.key)
 
     starts: list[Student] = []
     build = distill._build_student

@@ -1,23 +1,22 @@
 """Runs that learn from shards: stopped, with workers, with a teacher cache, planned, scored."""
 
+import io
 import os
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import webdataset
+from PIL import Image
 
 from comkd_cli import training
 from comkd_cli.data import order
 from comkd_cli.data.digits import digits_source
-from comkd_cli.data.source import sampled_content
 from comkd_cli.data.sources import open_source
 from comkd_cli.errors import DataError, Interrupted
-from comkd_cli.files import sha256_of_data
 from comkd_cli.flows import adapt, distill, evaluate
 from comkd_cli.progress import Event, Notice, Progress
 from comkd_cli.recipe import parse_recipe
@@ -63,7 +62,7 @@ def make(runs: Path, weights: Path, data: dict[str, Any], **changes: Any) -> Pai
     recipe = parse_recipe(tiny.recipe(**fields))
     source = open_source(recipe.data, Path("data"), runs)
     stage = adapt.stage_1(recipe, source, Path("data"), runs)
-    run = distill.Run(recipe, "it", source, runs, stage.identity, stage.key)
+    run = distill.Run(recipe, "it", source, runs, stage.contents, stage.key)
     accelerator = make_accelerator("fp32")
     return run, lambda report: adapt.ready_teacher(stage, accelerator, report, "")
 
@@ -139,29 +138,28 @@ def test_what_a_repacked_cache_gives_for_a_key_is_what_the_teacher_says_of_it(
     assert not torch.allclose(found[0]["0000"], found[0]["0001"], atol=1e-3)
 
 
-def test_the_cache_of_images_that_are_no_shards_is_where_it_always_was(tmp_path: Path, weights: Path) -> None:
-    (tmp_path / "pictures").mkdir()
-    for number in range(4):
-        digits_source().train.open(number).save(tmp_path / f"pictures/{number}.png")
-    data = {"folder": str(tmp_path / "pictures")}
-    run, teach = make(tmp_path / "runs", weights, data, teacher_cache={"views": 1})
-    ready = teach(print)
-    cache = distill._open_cache(run, ready, lambda event: None)
-    images, recipe = run.source.train, run.recipe
-    assert cache is not None
-    assert recipe.teacher_cache is not None
-    assert cache.key.identity == sha256_of_data(
-        [
-            run.teacher_key,
-            asdict(ready.preprocessing),
-            list(images.keys),
-            list(images.sizes_bytes),
-            sampled_content(images),
-            recipe.augment.model_dump(mode="json", exclude_defaults=True),
-            recipe.precision,
-            recipe.teacher_cache.model_dump(mode="json"),
-        ]
-    )
+def test_a_shard_that_was_replaced_by_one_of_the_same_names_and_sizes_has_another_cache(
+    tmp_path: Path, weights: Path
+) -> None:
+    caches = []
+    for number, last in enumerate((3, 9)):
+        shard = tmp_path / f"{number}/digits-0.tar"
+        shard.parent.mkdir()
+        with webdataset.TarWriter(str(shard), encoder=False, mtime=0) as writer:
+            for i, shade in enumerate((0, 1, 2, last)):
+                writer.write({"__key__": f"{i:04d}", "bmp": flat(shade)})
+        run, teach = make(tmp_path / "runs", weights, {"shards": str(shard)}, teacher_cache={"views": 1})
+        cache = distill._open_cache(run, teach(print), lambda event: None)
+        assert cache is not None
+        caches.append((shard.stat().st_size, cache.folder))
+    assert caches[0][0] == caches[1][0]
+    assert caches[0][1] != caches[1][1]
+
+
+def flat(shade: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), (shade, 0, 0)).save(stream, "BMP")
+    return stream.getvalue()
 
 
 def test_a_plan_counts_the_images_of_shards(tmp_path: Path, weights: Path, pattern: str) -> None:

@@ -23,7 +23,7 @@ def train(runs: Path, **changes: Any) -> dict[str, torch.Tensor]:
     recipe = parse_recipe(tiny.recipe(**{"optim": {**tiny.OPTIM, "epochs": 1}, "evaluate_every_epochs": 0, **changes}))
     source = open_source(recipe.data, Path("data"))
     stage = adapt.stage_1(recipe, source, Path("data"), runs)
-    run = distill.Run(recipe, "it", source, runs, stage.identity, stage.key)
+    run = distill.Run(recipe, "it", source, runs, stage.contents, stage.key)
     accelerator = make_accelerator("fp32")
     teach = lambda: adapt.ready_teacher(stage, accelerator, lambda event: None, "")  # noqa: E731
     path = distill.distill(run, teach, accelerator, lambda event: None, "", fresh=True)

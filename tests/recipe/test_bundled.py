@@ -169,7 +169,7 @@ def reduced_run(name: str, runs: Path, root: Path, small: dict[str, Any]) -> dis
     recipe = parse_recipe(plain)
     source = open_source(recipe.data, root)
     stage = adapt.stage_1(recipe, source, root, runs)
-    run = distill.Run(recipe, name, source, runs, stage.identity)
+    run = distill.Run(recipe, name, source, runs, stage.contents, stage.key)
     accelerator = make_accelerator("fp32")
     teach = partial(adapt.ready_teacher, stage, accelerator, lambda event: None, "")
     distill.distill(run, teach, accelerator, lambda event: None, "")
