@@ -147,15 +147,15 @@ class TeacherCache:
 
     def _check_or_write_meta(self) -> None:
         path = self.folder / "cache.json"
-        meta = {"format": CACHE_FORMAT, **self.key.__dict__, "made_of": self._made_of}
+        meta = {"format": CACHE_FORMAT, **self.key.__dict__}
         if not path.is_file():
-            write_text(path, json.dumps(meta, indent=2) + "\n")
+            write_text(path, json.dumps({**meta, "made_of": self._made_of}, indent=2) + "\n")
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: can't be read: {error}; remove {self.folder} to fill it anew") from error
-        if found != meta:
+        if not isinstance(found, dict) or {name: found.get(name) for name in meta} != meta:
             raise CheckpointError(
                 f"{path}: is another cache than its folder says; remove {self.folder} to fill it anew"
             )
