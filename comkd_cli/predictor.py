@@ -17,6 +17,7 @@ import io
 import json
 import os
 import sys
+import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+JOINERS = "\u200c\u200d"  # invisible, and part of the spelling of Persian, Hindi and of emoji
 
 
 class BundleProblem(Exception):
@@ -128,6 +130,27 @@ def prepare(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     return normalise(resize_and_crop(image, preprocessing), preprocessing)
 
 
+def clean_class_name(name: str) -> str:
+    """A class name as prompts and classes.txt have it: underscores as spaces, white space collapsed, in NFC.
+
+    The result is one line of visible characters. Raises ValueError, whose text completes "class 2 ...", where the name
+    is empty, is not UTF-8, or has a line break or another invisible character within it.
+    """
+    text = unicodedata.normalize("NFC", name.replace("_", " ")).strip()
+    if not text.strip(JOINERS):
+        raise ValueError("is empty")
+    if len(text.splitlines()) > 1:
+        raise ValueError("has a line break within it")
+    text = " ".join(text.split())
+    for character in text:
+        category = unicodedata.category(character)
+        if category == "Cs":
+            raise ValueError("is not UTF-8")
+        if category in ("Cc", "Cf") and character not in JOINERS:
+            raise ValueError(f"holds the invisible character U+{ord(character):04X}")
+    return text
+
+
 @dataclass(frozen=True)
 class Prediction:
     """A class and the probability that the image shows it, among the bundle's classes."""
@@ -168,8 +191,7 @@ class Classifier:
         self._manifest = read_manifest(self._folder)
         self._threads = threads
         self.preprocessing = read_preprocessing(self._folder, self._manifest)
-        names = verified_bytes(self._folder, self._manifest, "classes.txt").decode("utf-8").splitlines()
-        self.class_names: list[str] = names
+        self.class_names = self._own_class_names()
         self._graphs = self._chosen_graphs(precision)
         self._scale = self._manifest.get("logit_scale")
         self._optimization = str(self._graphs.get("optimization", "all"))
@@ -202,11 +224,10 @@ class Classifier:
         text = self._manifest.get("text")
         if not text:
             raise BundleProblem(f"{manifest}: the bundle has no text encoder; export it with --text to add classes")
-        names = [" ".join(name.split()) for name in ([names] if isinstance(names, str) else names)]
+        names = [_name_to_add(name) for name in ([names] if isinstance(names, str) else names)]
+        known = [name.replace("_", " ") for name in self.class_names]
         for position, name in enumerate(names):
-            if not name:
-                raise BundleProblem("a class to add has no name")
-            if name in [*self.class_names, *names[:position]]:
+            if name in [*known, *names[:position]]:
                 raise BundleProblem(f"{name!r} is one of the classes already")
         try:
             merges = verified_bytes(self._folder, self._manifest, text["merges"]).decode("utf-8")
@@ -250,6 +271,20 @@ class Classifier:
         if absent := {"classifier", "image_encoder"} - {key for key, file in graphs.items() if isinstance(file, str)}:
             raise BundleProblem(f"{self._folder / 'manifest.json'}: {chosen} lacks {', '.join(sorted(absent))}")
         return graphs
+
+    def _own_class_names(self) -> list[str]:
+        content = verified_bytes(self._folder, self._manifest, "classes.txt")
+        try:
+            names = content.decode("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise BundleProblem(f"{self._folder / 'classes.txt'}: is not UTF-8: {error}") from error
+        classes = self._manifest.get("classes", len(names))
+        if classes != len(names):  # a name of two lines would move every name after it to another class
+            raise BundleProblem(
+                f"{self._folder / 'classes.txt'}: has {len(names)} lines, and manifest.json says {classes} classes; "
+                "export the bundle again"
+            )
+        return names
 
     def _own_class_vectors(self) -> np.ndarray:
         content = verified_bytes(self._folder, self._manifest, "class_vectors.npy")
@@ -301,6 +336,13 @@ def read_preprocessing(folder: Path, manifest: dict[str, Any]) -> Preprocessing:
     if preprocessing.resize_mode not in known:
         raise BundleProblem(f"{path}: preprocessing: resize_mode {preprocessing.resize_mode} is not known")
     return preprocessing
+
+
+def _name_to_add(name: str) -> str:
+    try:
+        return clean_class_name(name)
+    except ValueError as error:
+        raise BundleProblem(f"a class to add {error}: {name!r}") from error
 
 
 def _is_number(value: object) -> bool:

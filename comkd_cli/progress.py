@@ -46,3 +46,19 @@ class Notice:
 
 Event = Stage | Progress | Epoch | Notice
 Report = Callable[[Event], None]
+
+
+def once(report: Report, told: set[str]) -> Report:
+    """The same report without the notices whose text is in `told`; those that pass are added to it.
+
+    For what is said of a dataset that several students or seeds open one after another.
+    """
+
+    def pass_on(event: Event) -> None:
+        if isinstance(event, Notice):
+            if event.text in told:
+                return
+            told.add(event.text)
+        report(event)
+
+    return pass_on

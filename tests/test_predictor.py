@@ -466,6 +466,25 @@ def test_a_missing_file_is_named(colour_bundle: Path, name: str) -> None:
     assert problem(colour_bundle).startswith(f"{colour_bundle / name}: can't be read: ")
 
 
+@pytest.mark.parametrize("content", ["red\n\ngreen\nblue\n", "red\u2028\ngreen\nblue\n", "red\ngreen\n"])
+def test_class_names_that_are_not_a_line_each_are_refused(colour_bundle: Path, content: str) -> None:
+    """As a bundle of an older version may have them: every name after the odd one would name another class."""
+    (colour_bundle / "classes.txt").write_text(content, encoding="utf-8", newline="\n")
+    files = json.loads((colour_bundle / "manifest.json").read_text())["files"]
+    files["classes.txt"] = {"sha256": hashlib.sha256(content.encode()).hexdigest()}
+    change_manifest(colour_bundle, files=files, classes=3)
+    said = problem(colour_bundle)
+    assert said.startswith(f"{colour_bundle / 'classes.txt'}: has {len(content.splitlines())} lines, and manifest.json")
+
+
+def test_class_names_that_are_not_utf8_are_refused(colour_bundle: Path) -> None:
+    (colour_bundle / "classes.txt").write_bytes(b"caf\xe9\n")
+    files = json.loads((colour_bundle / "manifest.json").read_text())["files"]
+    files["classes.txt"] = {"sha256": hashlib.sha256(b"caf\xe9\n").hexdigest()}
+    change_manifest(colour_bundle, files=files)
+    assert problem(colour_bundle).startswith(f"{colour_bundle / 'classes.txt'}: is not UTF-8")
+
+
 def test_a_graph_that_onnxruntime_refuses_is_named(colour_bundle: Path) -> None:
     content = b"no graph"
     (colour_bundle / "classifier.onnx").write_bytes(content)

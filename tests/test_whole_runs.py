@@ -110,6 +110,38 @@ def test_dry_run_prints_the_plan_and_writes_nothing(workshop: Path) -> None:
     assert not (workshop / "nothing").exists()
 
 
+def test_a_dry_run_tells_once_what_the_data_of_student_and_teacher_leave_out(workshop: Path) -> None:
+    digits = digits_source()
+    for name in ("mine", "theirs"):
+        for index in range(60):
+            folder = workshop / name / "train" / f"digit_{(digits.train.labels or ())[index]}"
+            folder.mkdir(parents=True, exist_ok=True)
+            digits.train.open(index).save(folder / f"{index}.TIFF")
+        (workshop / name / "train/digit_0/raw.heic").write_bytes(b"x")
+        (workshop / name / "test/digit_0").mkdir(parents=True)
+        digits.train.open(0).save(workshop / name / "test/digit_0/0.gif")
+    classes = [f"digit_{digit}" for digit in range(10)]
+    torch.save(build_clip(Model(config=tiny.CLIP), seed=3).model.state_dict(), workshop / "vectors.pt")
+    adapted = {
+        "method": "promptsrc",
+        "data": {"folder": "theirs", "classes": classes},
+        "epochs": 1,
+        "vision_depth": 1,
+        "text_depth": 1,
+    }
+    teacher = {"config": tiny.CLIP, "weights": "vectors.pt", "adapt": adapted}
+    with (workshop / "folders.yaml").open("w") as stream:
+        plain = tiny.recipe(data={"folder": "mine", "classes": classes}, teacher=teacher)
+        YAML(typ="safe", pure=True).dump(plain, stream)
+    planned = comkd(workshop, "distill", "folders.yaml", "--runs", "none", "--dry-run", "--seed", "1", "--seed", "2")
+    assert planned.returncode == 0, planned.stderr
+    assert planned.stdout.count("60 to learn from, 1 to test on, 10 classes") == 2
+    said = planned.stderr
+    for name in ("mine", "theirs"):
+        assert said.count(f"{name}: 1 file of another type is skipped: 1 .heic") == 1
+        assert said.count(f"{name}: no test images of: digit 1, digit 2, digit 3, digit 4, digit 5 and 4 more") == 1
+
+
 def test_shards_of_a_server_are_planned_fetched_learned_from_scored_and_exported(workshop: Path) -> None:
     digits = digits_source().train
     (workshop / "served").mkdir()

@@ -166,6 +166,6 @@ def _table(checks: Sequence[Check]) -> object:
     table.add_column("what to do", overflow="fold")
     for entry in checks:
         state = f"[{colours[entry.state]}]{entry.state}[/]"
-        told = escape("\n".join([*entry.problems, *([entry.remedy] if entry.remedy else [])]))
+        told = escape("\n".join([*entry.problems, *entry.notes, *([entry.remedy] if entry.remedy else [])]))
         table.add_row(entry.dataset, state, f"{entry.train + entry.val + entry.test:,}", told)
     return table

@@ -17,6 +17,7 @@ from comkd_cli.options import data_root_option, runs_option
 if TYPE_CHECKING:
     from comkd_cli.data.source import Source
     from comkd_cli.flows.distill import Outline
+    from comkd_cli.progress import Report
     from comkd_cli.recipe import Recipe
 
 
@@ -85,21 +86,25 @@ def command(
         from comkd_cli.devices import failures_explained
         from comkd_cli.errors import CheckpointError, ComkdError, DataError, ModelError
         from comkd_cli.flows import adapt, distill
+        from comkd_cli.progress import once
         from comkd_cli.training import make_accelerator
 
         accelerator = make_accelerator(loaded[0].precision)
+
+    told: set[str] = set()  # of a dataset, which every seed opens
     problems: list[ComkdError] = []
     for chosen in loaded:
         if dry_run:
-            _print_plan(chosen, name, runs, data_root, accelerator.device.type)
+            _print_plan(chosen, name, runs, data_root, accelerator.device.type, told)
             continue
         try:
             with reporting() as report:
-                opened = partial(open_source, chosen.data, data_root, runs, report, fetch=True)
+                new = once(report, told)
+                opened = partial(open_source, chosen.data, data_root, runs, new, fetch=True)
                 source = processes.agreed(opened)
-                stage = processes.agreed(partial(adapt.stage_1, chosen, source, data_root, runs, report))
+                stage = processes.agreed(partial(adapt.stage_1, chosen, source, data_root, runs, new))
                 run = distill.Run(chosen, name, source, runs, stage.contents, stage.key)
-                done = not precompute and not fresh and distill.finished(run, report)
+                done = not precompute and not fresh and distill.finished(run, new)
             if done:
                 messages().print(f"already finished: {run.student_file} (--fresh repeats it)", markup=False)
                 continue
@@ -146,8 +151,11 @@ def _resume_line() -> str:
     return f"{launcher} -m comkd_cli {shlex.join(words)}"
 
 
-def _print_plan(recipe: Recipe, name: str, runs: Path, data_root: Path, device: str) -> None:
-    """A table of what would run. Images that are not there are a row of it: the models are told all the same."""
+def _print_plan(recipe: Recipe, name: str, runs: Path, data_root: Path, device: str, told: set[str]) -> None:
+    """A table of what would run. Images that are not there are a row of it: the models are told all the same.
+
+    told: notices that need not be said again.
+    """
     from rich.markup import escape
     from rich.table import Table
 
@@ -156,19 +164,22 @@ def _print_plan(recipe: Recipe, name: str, runs: Path, data_root: Path, device: 
     from comkd_cli.data.sources import open_source
     from comkd_cli.errors import DataError
     from comkd_cli.flows import distill
+    from comkd_cli.progress import once
     from comkd_cli.terminal import output, reporting
 
     rows: dict[str, str] = {}
     try:
         with reporting() as report:
-            source = processes.agreed(partial(open_source, recipe.data, data_root, runs, report))
+            opened = partial(open_source, recipe.data, data_root, runs, once(report, told))
+            source = processes.agreed(opened)
     except DataError as error:
         known = CATALOG.get(recipe.data.dataset or "")
         outline = distill.outline(recipe, known.classes if known else 1)  # classes add no parameters
         rows["images"] = f"{error}; {known.classes} classes" if known else str(error)
     else:
         outline = distill.outline(recipe, len(source.class_names))
-        rows |= _data_rows(recipe, name, runs, data_root, source, outline)
+        with reporting() as report:
+            rows |= _data_rows(recipe, name, runs, data_root, source, outline, once(report, told))
     ratio = outline.teacher_image_tower_parameters / outline.student_image_tower_parameters
     less = outline.teacher_multiply_adds / outline.student_multiply_adds
     share = outline.student_trainable_parameters / outline.student_image_tower_parameters
@@ -192,7 +203,7 @@ def _print_plan(recipe: Recipe, name: str, runs: Path, data_root: Path, device: 
 
 
 def _data_rows(
-    recipe: Recipe, name: str, runs: Path, data_root: Path, source: Source, outline: Outline
+    recipe: Recipe, name: str, runs: Path, data_root: Path, source: Source, outline: Outline, report: Report
 ) -> dict[str, str]:
     """What the images that are there decide."""
     from comkd_cli.errors import DataError
@@ -206,7 +217,7 @@ def _data_rows(
         key = CacheKey("", train, outline.teacher_dim, cache.views, cache.dtype)
         rows["cache"] = f"{cache.views} crops of each image, {key.size_bytes / 1e6:,.1f} MB when full"
     try:
-        stage = adapt.stage_1(recipe, source, data_root, runs)
+        stage = adapt.stage_1(recipe, source, data_root, runs, report)
     except DataError as error:  # of the data that the teacher is adapted on
         return {**rows, "stage 1": str(error)}
     rows["stage 1"] = adapt.describe_stage(stage)

@@ -13,13 +13,17 @@ from comkd_cli.data.folder import open_below
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.data.splits import Entry, read_splits
 from comkd_cli.errors import DataError
+from comkd_cli.progress import Notice, Report
 
 
-def catalogued_source(dataset: Dataset, data_root: Path, template: str | None = None) -> Source:
+def catalogued_source(
+    dataset: Dataset, data_root: Path, template: str | None = None, report: Report = lambda event: None
+) -> Source:
     """The train images of all classes to learn from, and the test images to be scored on.
 
     ImageNet's variants have test images alone; a student of one learns from those, without their labels, as
-    PromptKD's do. Class names are those of the split file with spaces for underscores. Raises DataError.
+    PromptKD's do. Class names are those of the split file with spaces for underscores. What a user should know of the
+    lists is reported. Raises DataError.
     """
     folder = data_root / dataset.folder
     if not folder.is_dir():
@@ -28,12 +32,16 @@ def catalogued_source(dataset: Dataset, data_root: Path, template: str | None = 
             "--data-root where to look"
         )
     splits = read_splits(dataset, data_root)
+    names = splits.class_names
+    if len(names) < 2:
+        raise DataError(f"{folder}: lists images of {len(names)} classes; there must be at least 2 to tell apart")
+    for notice in splits.notices:
+        report(Notice(notice))
     test = _image_set(folder, splits.test)
     unlabelled = replace(test, labels=None)
-    names = {entry.label: entry.class_name for entry in (*splits.train, *splits.val, *splits.test)}
     return Source(
         name=dataset.name,
-        class_names=tuple(names[label].replace("_", " ") for label in sorted(names)),
+        class_names=tuple(names.values()),
         template=template or dataset.template,
         train=unlabelled if dataset.layout == "imagenet-variant" else _image_set(folder, splits.train),
         test=test,

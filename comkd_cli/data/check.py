@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from comkd_cli.catalog import Dataset
+from comkd_cli.data.class_names import absent_text
 from comkd_cli.data.splits import Entry, Splits, read_splits, select_half
 from comkd_cli.errors import DataError
 from comkd_cli.predictor import UnreadableImage, open_image
@@ -34,12 +35,14 @@ class Check:
     """None where images were not decoded."""
     problems: tuple[str, ...]
     """A line each."""
+    notes: tuple[str, ...]
+    """What else a user should know, a line each: it leaves a data set ready."""
     remedy: str
     """What to do; empty for a data set that is ready."""
 
     def as_plain(self) -> dict[str, Any]:
         """The same as plain data, for JSON."""
-        return {**asdict(self), "problems": list(self.problems)}
+        return {**asdict(self), "problems": list(self.problems), "notes": list(self.notes)}
 
 
 def check_dataset(
@@ -104,6 +107,14 @@ def _count_problems(dataset: Dataset, splits: Splits) -> list[str]:
     ]
 
 
+def _notes(splits: Splits) -> tuple[str, ...]:
+    """What the lists say of classes and labels, as opening the data set tells it."""
+    parts = {"training": splits.train, "validation": splits.val, "test": splits.test}
+    labels = {name: [entry.label for entry in entries] for name, entries in parts.items()}
+    absent = absent_text(list(splits.class_names.values()), labels)
+    return (*splits.notices, absent) if absent else splits.notices
+
+
 def _result(
     dataset: Dataset,
     folder: Path,
@@ -125,6 +136,7 @@ def _result(
         missing_images=missing,
         unreadable_images=unreadable,
         problems=problems,
+        notes=() if splits is None else _notes(splits),
         remedy="" if state == "ready" else _remedy(dataset, folder),
     )
 

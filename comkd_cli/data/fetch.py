@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import stat
 import tempfile
 import zipfile
@@ -12,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from comkd_cli.catalog import CATALOG, Dataset
 from comkd_cli.data.check import Check, check_dataset
+from comkd_cli.data.image_files import below_junk
 from comkd_cli.errors import DataError
 from comkd_cli.files import sha256_of_file
 
@@ -69,13 +69,15 @@ def unpack(archive: Path, target: Path, tick: Tick, most_bytes: int) -> None:
 
 
 def _unpack_member(opened: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, most_bytes: int) -> int:
-    """One file or folder; returns its bytes."""
+    """One file or folder; returns its bytes. What a system left in the archive is passed by."""
     name = PurePosixPath(member.filename.replace("\\", "/"))
     kind = stat.S_IFMT(member.external_attr >> 16)
     if name.is_absolute() or ".." in name.parts or (name.parts and ":" in name.parts[0]):
         raise DataError(f"{opened.filename}: {member.filename!r} lies outside the data set; nothing was kept")
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise DataError(f"{opened.filename}: {member.filename!r} is a link or special file; nothing was kept")
+    if below_junk(str(name)):
+        return 0
     path = target / name
     if member.is_dir():
         path.mkdir(parents=True, exist_ok=True)
@@ -93,8 +95,6 @@ def _unpack_member(opened: zipfile.ZipFile, member: zipfile.ZipInfo, target: Pat
 
 def _top_folder(unpacked: Path, dataset: Dataset, archive: Path) -> Path:
     """The folder that holds what the data set's folder must hold, whatever the archive calls it."""
-    for junk in ("__MACOSX",):
-        shutil.rmtree(unpacked / junk, ignore_errors=True)
     expected = {part for part in (dataset.split_file, dataset.images.split("/")[0], "variants.txt") if part}
     candidates = [unpacked, *(path for path in unpacked.iterdir() if path.is_dir())]
     candidates += [path for candidate in candidates[1:] for path in candidate.iterdir() if path.is_dir()]

@@ -3,128 +3,175 @@
 from __future__ import annotations
 
 import os
-import unicodedata
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 from PIL import Image
 
+from comkd_cli.data.class_names import class_key, clean_class_names, clean_name, some
 from comkd_cli.data.contents import FileContents
+from comkd_cli.data.image_files import SUFFIXES, is_image, is_junk, skipped_text, suffix_of
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.errors import DataError
 from comkd_cli.predictor import open_image
-
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
-
+from comkd_cli.progress import Notice, Report
 
 SPLITS = ("train", "val", "test")
 
+# Names that people and other tools give to splits, without case, `_`, `-` and spaces: the name that comkd takes.
+OTHER_SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training", "trainset", "trainingset", "trainimages", "trainingimages"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "valset", "validationset", "valimages"), "val"),
+    **dict.fromkeys(("dev", "devset", "eval", "evaluation", "evalset"), "val"),
+    **dict.fromkeys(("test", "testing", "tests", "testset", "testingset", "testimages", "holdout"), "test"),
+}
 
-def folder_source(folder: Path, classes: Sequence[str] | None, template: str) -> Source:
+
+def folder_source(
+    folder: Path, classes: Sequence[str] | None, template: str, report: Report = lambda event: None
+) -> Source:
     """The images below a folder.
 
     With train/, val/ or test/ in it, those are the splits, and sub-folders named after the classes give the
     labels; without test/, val/ is what is scored. Otherwise every image anywhere below is unlabelled training
-    data. classes: the names in label order; None takes the sub-folder names, sorted. Raises DataError, also
-    for images that no split would take.
+    data. classes: the names in label order; None takes the sub-folder names, sorted. Files that are skipped are
+    reported. Raises DataError, also for images that no split would take.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of images; check `data.folder` and --data-root")
-    images = images_below(folder)
-    if not len(images):
-        raise DataError(f"{folder}: holds no images; comkd reads {', '.join(sorted(SUFFIXES))}")
-    splits = [name for name in SPLITS if (folder / name).is_dir()]
-    if classes is None:
-        classes = _class_names_of_folders(folder, splits)
-    check_class_names(classes, str(folder))
-    name, names = folder.resolve().name, tuple(classes)
-    if not splits:
-        _check_split_names(folder)
-        return Source(name, names, template, images, None)
-    found = {split: _split(folder / split, names) for split in SPLITS}
-    _check_nothing_is_left(folder, images, found)
-    present = {split: image_set for split, image_set in found.items() if len(image_set)}
-    train = found["train"]
-    test, val = present.get("test"), present.get("val")
-    return Source(name, names, template, train, test or val, val if test and val and val.labels else None)
-
-
-def _check_split_names(folder: Path) -> None:
-    """Refuse a folder whose splits are there under other spellings, and would pass for unlabelled images."""
-    for name in _subfolders(folder):
-        if name.casefold() in SPLITS:
-            raise DataError(f"{folder / name}: should be called {name.casefold()}, to be taken as that split")
-
-
-def _check_nothing_is_left(folder: Path, images: ImageSet, splits: Mapping[str, ImageSet]) -> None:
-    """Refuse a folder with images that neither split takes: leaving them out silently would hide a mistake."""
-    taken = {f"{split}/{key}" for split, image_set in splits.items() for key in image_set.keys}
-    if left := [key for key in images.keys if key not in taken]:
+    if classes is not None:
+        classes = clean_class_names(classes, "data.classes")
+    subfolders = _subfolders(folder)
+    _check_split_names(folder, subfolders)
+    if not any(name in SPLITS for name in subfolders):
+        return _unlabelled(folder, classes, template, report)
+    skipped: Counter[str] = Counter()
+    splits = {name: _read_split(folder / name, folder, skipped) for name in SPLITS if name in subfolders}
+    stray = _stray_images(folder, subfolders, splits, skipped)
+    if not (stray or any(split.images for split in splits.values())):
+        raise _no_images(folder, skipped)
+    names = tuple(_class_names_of_folders(folder, splits) if classes is None else classes)
+    found = {name: _labelled(split, names) for name, split in splits.items()}
+    if stray:
         raise DataError(
-            f"{folder}: has splits, and {len(left)} images that belong to none: {_some(left)}; move them into a "
+            f"{folder}: has splits, and {len(stray)} images that belong to none: {some(stray)}; move them into a "
             "class folder of train/ or test/, or out of the folder"
         )
+    _report_skipped(folder, skipped, report)
+    _report_unused(folder, splits, found, report)
+    train = found.get("train", _image_set(folder / "train", [], None))
+    test, val = (found[name] if name in found and len(found[name]) else None for name in ("test", "val"))
+    few_shot = val if test and val and val.labels else None
+    return Source(folder.resolve().name, names, template, train, test or val, few_shot)
 
 
-def read_class_names(path: Path) -> list[str]:
-    """Class names from a text file, one a line; empty lines are skipped. Raises DataError."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the class list can't be read: {error}") from error
-    names = [line.strip() for line in lines if line.strip()]
-    check_class_names(names, str(path))
-    return names
+def images_below(folder: Path, report: Report = lambda event: None) -> ImageSet:
+    """Every image anywhere below a folder, unlabelled. Files that are skipped are reported."""
+    skipped: Counter[str] = Counter()
+    images = _image_set(folder, list(find_images(folder, skipped)), None)
+    _report_skipped(folder, skipped, report)
+    return images
 
 
-def check_class_names(names: Sequence[str], origin: str) -> None:
-    """Refuse a class list with fewer than two names, an empty one, or the same name twice."""
-    positions: dict[str, list[int]] = defaultdict(list)
-    for position, name in enumerate(names, start=1):
-        if not name.strip() or len(name.splitlines()) > 1:
-            raise DataError(f"{origin}: class {position} is empty or has a line break; remove or name it")
-        if any("\ud800" <= character <= "\udfff" for character in name):
-            raise DataError(f"{origin}: class {position} is not UTF-8: {name!r}; rename it")
-        positions[class_key(name)].append(position)
-    repeated = [
-        f"{names[where[0] - 1]!r} at {' and '.join(map(str, where))}" for where in positions.values() if len(where) > 1
-    ]
-    if repeated:
-        raise DataError(f"{origin}: the class list repeats {'; '.join(repeated)}; each class stands once")
-    if len(names) < 2:
-        raise DataError(f"{origin}: there must be at least 2 classes to tell apart, not {len(names)}")
+def find_images(folder: Path, skipped: Counter[str] | None = None, above: Sequence[Path] = ()) -> Iterator[Path]:
+    """Every image file anywhere below a folder, in a fixed order; links are followed, hidden and junk names passed by.
 
-
-def class_key(name: str) -> str:
-    """What two spellings of one class share: case, underscores for spaces, composed or decomposed accents."""
-    return unicodedata.normalize("NFC", name).replace("_", " ").strip().casefold()
-
-
-def find_images(folder: Path) -> Iterator[Path]:
-    """Every image file anywhere below a folder, in a fixed order; links are followed, hidden names skipped."""
-    seen: set[str] = set()
+    skipped: other files are counted in it, by suffix. above: folders that the folder lies in, for links that lead
+    back up to them. Raises DataError for a folder that cannot be listed.
+    """
+    seen = {os.path.realpath(path) for path in above}
     for parent, subfolders, names in os.walk(folder, followlinks=True, onerror=_refuse):
         real = os.path.realpath(parent)
         if real in seen:  # a link that leads back up
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        subfolders[:] = sorted(name for name in subfolders if not is_junk(name))
         for name in sorted(names):
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
+            if is_image(name):
                 yield Path(parent) / name
-
-
-def _refuse(error: OSError) -> None:
-    """A folder that can't be listed would make the data set smaller without a word."""
-    raise DataError(f"{error.filename}: can't be read: {error.strerror}") from error
+            elif skipped is not None and not is_junk(name):
+                skipped[suffix_of(name)] += 1
 
 
 def open_below(root: Path, key: str) -> Image.Image:
     """The RGB image at a path below a folder. Raises UnreadableImage."""
     return open_image(root / key)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """What lies in one of train/, val/ and test/."""
+
+    folder: Path
+    classes: Mapping[str, Sequence[Path]]
+    """By the name of each sub-folder, sorted, the images below it."""
+    loose: Sequence[Path]
+    """Images directly in the split."""
+
+    @property
+    def images(self) -> list[Path]:
+        return [*self.loose, *(path for paths in self.classes.values() for path in paths)]
+
+
+def _unlabelled(folder: Path, classes: Sequence[str] | None, template: str, report: Report) -> Source:
+    skipped: Counter[str] = Counter()
+    images = _image_set(folder, list(find_images(folder, skipped)), None)
+    if not len(images):
+        raise _no_images(folder, skipped)
+    if classes is None:
+        raise _no_classes(folder)
+    _check_splits_further_down(folder, images.keys)
+    _report_skipped(folder, skipped, report)
+    return Source(folder.resolve().name, tuple(classes), template, images, None)
+
+
+def _read_split(path: Path, root: Path, skipped: Counter[str]) -> _Split:
+    """One split of the folder `root`. Raises DataError where two class folders are one folder, or one class."""
+    classes: dict[str, list[Path]] = {}
+    real: dict[str, str] = {}
+    spellings: dict[str, str] = {}
+    for name in _subfolders(path):
+        other = spellings.setdefault(class_key(name), name)
+        if other != name:
+            raise DataError(f"{path}: {other} and {name} are the same class in two spellings; merge them")
+        other = real.setdefault(os.path.realpath(path / name), name)
+        if other != name:
+            raise DataError(f"{path}: {other} and {name} are the same folder by a link; an image has one class")
+        classes[name] = list(find_images(path / name, skipped, above=(root, path)))
+    return _Split(path, classes, [path / name for name in _files(path, skipped)])
+
+
+def _stray_images(
+    folder: Path, subfolders: Sequence[str], splits: Mapping[str, _Split], skipped: Counter[str]
+) -> list[str]:
+    """Paths below a folder with splits, of images that are in none, or beside the class folders of one."""
+    stray = [Path(folder / name) for name in _files(folder, skipped)]
+    for name in subfolders:
+        if name not in splits:
+            stray += find_images(folder / name, skipped, above=(folder,))
+        elif splits[name].classes:
+            stray += splits[name].loose
+    return [path.relative_to(folder).as_posix() for path in stray]
+
+
+def _labelled(split: _Split, classes: Sequence[str]) -> ImageSet:
+    """The images of a split: labelled by its sub-folders, or unlabelled where it has none. Raises DataError."""
+    if not split.classes:
+        return _image_set(split.folder, split.images, None)
+    label_of = {class_key(name): label for label, name in enumerate(classes)}
+    if unknown := [name for name in split.classes if class_key(name) not in label_of]:
+        raise DataError(
+            f"{split.folder}: {some(unknown)} {'is' if len(unknown) == 1 else 'are'} not in the class list; "
+            "name each sub-folder as its class, or leave `data.classes` out"
+        )
+    labels = [label_of[class_key(name)] for name, paths in split.classes.items() for _ in paths]
+    return _image_set(split.folder, [path for paths in split.classes.values() for path in paths], labels)
 
 
 def _image_set(root: Path, paths: Sequence[Path], labels: Sequence[int] | None) -> ImageSet:
@@ -136,59 +183,116 @@ def _image_set(root: Path, paths: Sequence[Path], labels: Sequence[int] | None) 
     )
 
 
-def images_below(folder: Path) -> ImageSet:
-    """Every image anywhere below a folder, unlabelled."""
-    return _image_set(folder, list(find_images(folder)), None)
-
-
-def _split(folder: Path, classes: Sequence[str]) -> ImageSet:
-    """One of train/, val/ and test/: labelled by its sub-folders, or unlabelled where it has none."""
-    if not folder.is_dir():
-        return ImageSet((), None, partial(open_below, folder), FileContents(folder))
-    subfolders = _subfolders(folder)
-    if not subfolders:
-        return images_below(folder)
-    label_of = {class_key(name): label for label, name in enumerate(classes)}
-    unknown = [name for name in subfolders if class_key(name) not in label_of]
-    if unknown:
-        raise DataError(
-            f"{folder}: {_some(unknown)} {'is' if len(unknown) == 1 else 'are'} not in the class list; "
-            "name each sub-folder as its class, or leave `data.classes` out"
-        )
-    paths: list[Path] = []
-    labels: list[int] = []
-    for name in subfolders:
-        found = list(find_images(folder / name))
-        paths += found
-        labels += [label_of[class_key(name)]] * len(found)
-    return _image_set(folder, paths, labels)
-
-
-def _class_names_of_folders(folder: Path, splits: Sequence[str]) -> list[str]:
-    names = {split: {_as_class_name(name) for name in _subfolders(folder / split)} for split in splits}
-    found = sorted(set().union(*names.values()))
+def _class_names_of_folders(folder: Path, splits: Mapping[str, _Split]) -> list[str]:
+    """The names of all class folders, sorted. Raises DataError where a split lacks one that another has."""
+    found: dict[str, str] = {}
+    for split in splits.values():
+        for name in split.classes:
+            found.setdefault(class_key(name), clean_name(name, str(split.folder), "the folder name"))
     if not found:
-        raise DataError(
-            f"{folder}: the images have no classes; give `data.classes` (a list, or a text file with a name "
-            "a line), or sort them into train/ and test/ with a sub-folder a class"
-        )
-    for split in splits:
-        if names[split] and (absent := sorted(set(found) - names[split])):
+        raise _no_classes(folder)
+    for split in splits.values():
+        present = {class_key(name) for name in split.classes}
+        if present and (absent := [name for key, name in found.items() if key not in present]):
             raise DataError(
-                f"{folder / split}: lacks a sub-folder for {_some(absent)}, which another split has; "
+                f"{split.folder}: lacks a sub-folder for {some(sorted(absent))}, which another split has; "
                 "add it (empty is fine), or give `data.classes`"
             )
-    return found
+    return clean_class_names(sorted(found.values()), str(folder))
+
+
+def _check_split_names(folder: Path, subfolders: Sequence[str]) -> None:
+    """Refuse a folder whose splits are there under other names: they would pass for unlabelled images."""
+    for name in subfolders:
+        meant = _split_meant(name)
+        if meant and name not in SPLITS and any(find_images(folder / name)):
+            raise DataError(
+                f"{folder / name}: looks like a split, and should be called {meant}; rename it, or move it out of the "
+                "folder"
+            )
+
+
+def _split_meant(name: str) -> str | None:
+    """The split that a folder's name says it is, in whatever spelling; None for other names."""
+    return OTHER_SPLIT_NAMES.get(re.sub(r"[\s_-]", "", name).casefold())
+
+
+def _check_splits_further_down(folder: Path, keys: Sequence[str]) -> None:
+    """Refuse unlabelled images whose splits are one or more folders further down: test images would be trained on."""
+    inside: dict[PurePosixPath, dict[str, str]] = defaultdict(dict)
+    for parent in {PurePosixPath(key).parent for key in keys}:
+        for place in (parent, *parent.parents):
+            if meant := _split_meant(place.name):
+                inside[place.parent].setdefault(meant, place.name)
+    for place, found in sorted(inside.items()):
+        if "train" in found and len(found) > 1:
+            names = " and ".join(found[split] for split in SPLITS if split in found)
+            raise DataError(
+                f"{folder / place}: holds {names}, which look like splits, and all would be trained on; give this "
+                f"folder as `data.folder`, or move them out of {folder}"
+            )
+
+
+def _report_skipped(folder: Path, skipped: Counter[str], report: Report) -> None:
+    if text := skipped_text(skipped):
+        report(Notice(f"{folder}: {text}"))
+
+
+def _report_unused(folder: Path, splits: Mapping[str, _Split], found: Mapping[str, ImageSet], report: Report) -> None:
+    """Say so where a split is there and serves nothing, or where two are one."""
+    for name, images in found.items():
+        if not len(images):
+            report(Notice(f"{folder / name}: holds no images"))
+    val, test = found.get("val"), found.get("test")
+    if test is not None and len(test) and val is not None and len(val) and val.labels is None:
+        report(Notice(f"{folder / 'val'}: has test/ beside it and no class folders, so its images are not used"))
+    first: dict[str, str] = {}
+    for name, split in splits.items():
+        other = first.setdefault(os.path.realpath(split.folder), name)
+        if other != name:
+            report(Notice(f"{folder}: {other} and {name} are the same folder by a link, so they hold the same images"))
+
+
+def _no_images(folder: Path, skipped: Counter[str]) -> DataError:
+    told = skipped_text(skipped)
+    return DataError(
+        f"{folder}: holds no images; comkd reads {', '.join(sorted(SUFFIXES))}{f' ({told})' if told else ''}"
+    )
+
+
+def _no_classes(folder: Path) -> DataError:
+    return DataError(
+        f"{folder}: the images have no classes; give `data.classes` (a list, or a text file with a name a line), or "
+        "sort them into train/ and test/ with a sub-folder a class"
+    )
+
+
+def _files(folder: Path, skipped: Counter[str]) -> list[str]:
+    """The names of the images directly in a folder, sorted; other files are counted in `skipped`."""
+    images = []
+    for entry in _entries(folder):
+        if entry.is_dir() or is_junk(entry.name):
+            continue
+        if is_image(entry.name):
+            images.append(entry.name)
+        else:
+            skipped[suffix_of(entry.name)] += 1
+    return images
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return [entry.name for entry in _entries(folder) if entry.is_dir() and not is_junk(entry.name)]
 
 
-def _as_class_name(folder_name: str) -> str:
-    return folder_name.replace("_", " ").strip()
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, by name. Raises DataError where it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        _refuse(error)
 
 
-def _some(names: Sequence[str], most: int = 5) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+def _refuse(error: OSError) -> NoReturn:
+    """A folder that can't be listed would make the data set smaller without a word."""
+    raise DataError(f"{error.filename}: can't be read: {error.strerror}") from error

@@ -13,10 +13,11 @@ import re
 import shutil
 import signal
 import tarfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from io import BytesIO
 from itertools import groupby, pairwise
@@ -31,7 +32,7 @@ from PIL import Image
 
 from comkd_cli import launch
 from comkd_cli.data.contents import Fingerprint
-from comkd_cli.data.folder import SUFFIXES
+from comkd_cli.data.image_files import SUFFIXES, below_junk, skipped_text, suffix_of
 from comkd_cli.errors import DataError
 from comkd_cli.files import folder_written_whole, remove_folder, sha256_of_data, write_text, written_whole
 from comkd_cli.predictor import UnreadableImage, open_image
@@ -45,6 +46,41 @@ RANKED_AT_ONCE = 2**23  # keys in memory while they are brought into order
 # Names that WebDataset itself skips: of the whole archive, not of a sample.
 META = re.compile(r"__[^/]*__($|/)")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+@dataclass
+class PassedBy:
+    """Members of shards that are no images of the set, and that a user might take for such."""
+
+    others: dict[str, int] = field(default_factory=dict)
+    """Members of samples that have no image, by suffix."""
+    dotted: int = 0
+    """Pictures whose names have a further dot, such as a.b.jpg: to WebDataset the field `b.jpg` of the sample `a`."""
+    example: str = ""
+    """The name of the first of those."""
+    further: int = 0
+    """Images of a sample after its first."""
+
+    def add(self, more: PassedBy) -> None:
+        """Count what another shard has too."""
+        self.others = dict(Counter(self.others) + Counter(more.others))
+        self.dotted += more.dotted
+        self.example = self.example or more.example
+        self.further += more.further
+
+    def texts(self) -> list[str]:
+        """A sentence for each kind that there is."""
+        found = []
+        if self.others:
+            found.append(f"in samples without an image, {skipped_text(self.others, 'member')}")
+        if self.dotted:
+            found.append(
+                f"{self.dotted:,} pictures such as {self.example} are skipped: a key ends at the first dot of a "
+                "name, so they are fields of a sample; rename them to use them as images"
+            )
+        if self.further:
+            found.append(f"{self.further:,} images are skipped: of several images of a sample the first is taken")
+        return found
 
 
 class ShardIndex:
@@ -64,6 +100,8 @@ class ShardIndex:
         """Of the keys and contents of all images, however they are spread over shards."""
         self.ordered_digest: str = about["ordered_digest"]
         """As `digest`, and different where the images are in another order."""
+        self.passed_by = PassedBy(**about["passed_by"])
+        """What the shards hold beside the images."""
         self._prefixed: bool = about["prefixed"]
         self.starts = np.asarray(about["starts"], dtype=np.int64)
         """Where each shard begins, and where the last ends, (shards + 1,)."""
@@ -134,7 +172,7 @@ def open_index(shards: Sequence[Path], home: Path, report: Report, fingerprint: 
     # Links are not followed: a key may have its shard's name before it, and a link's target has any name.
     paths = [path.absolute() for path in shards]
     states = [[str(path), (state := path.stat()).st_size, state.st_mtime_ns, state.st_ctime_ns] for path in paths]
-    name = sha256_of_data([INDEX_FORMAT, fingerprint, states])[:16]
+    name = sha256_of_data([INDEX_FORMAT, fingerprint, sorted(SUFFIXES), states])[:16]
     folder = home / name
     if (folder / "index.json").is_file():
         try:
@@ -200,10 +238,12 @@ def _part(parts: Path, number: int) -> Path:
 
 def _index_shard(path: Path, part: Path, fingerprint: Fingerprint) -> None:
     """Write where the images of one shard are, and what tells each from others. Raises DataError."""
-    found = list(read_members(path))
+    passed_by = PassedBy()
+    found = list(read_members(path, passed_by))
     if not found:
         names = ", ".join(f"KEY{suffix}" for suffix in sorted(SUFFIXES))
-        raise DataError(f"{path}: holds no images; comkd reads members named {names}")
+        told = "".join(f"; {text}" for text in passed_by.texts())
+        raise DataError(f"{path}: holds no images; comkd reads members named {names}{told}")
     keys = [_as_bytes(key) for key, _, _ in found]
     hashes = _hashes(keys)
     if twins := _settled(np.argsort(hashes, kind="stable"), hashes, lambda position: found[position][0]):
@@ -217,6 +257,7 @@ def _index_shard(path: Path, part: Path, fingerprint: Fingerprint) -> None:
             key_lengths=np.array([len(key) for key in keys], dtype=np.int64),
             hashes=hashes,
             contents=np.frombuffer(b"".join(_content_digests(path, found, fingerprint)), dtype=np.uint8),
+            passed_by=np.frombuffer(json.dumps(asdict(passed_by)).encode(), dtype=np.uint8),
         )
 
 
@@ -240,16 +281,23 @@ def _content_digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=CONTENT_BYTES).digest()
 
 
-def read_members(path: Path) -> Iterator[tuple[str, int, int]]:
+def read_members(path: Path, passed_by: PassedBy | None = None) -> Iterator[tuple[str, int, int]]:
     """The key of each sample of a shard, and where its image begins and how long it is, in bytes.
 
     Members are grouped as WebDataset groups them: side by side, and called alike up to the first dot. Of
-    several images of a sample the first counts. Only headers are read. Raises DataError for what is no tar, or
-    not a whole one.
+    several images of a sample the first counts. Only headers are read. passed_by: what is no image of the set is
+    counted there. Raises DataError for what is no tar, or not a whole one.
     """
     from webdataset.tariterators import base_plus_ext
 
-    current, taken = None, set[str]()
+    passed_by = PassedBy() if passed_by is None else passed_by
+    current, taken, others, dotted = None, set[str](), Counter[str](), False
+
+    def end_sample() -> None:
+        if not taken and not dotted:
+            passed_by.add(PassedBy(dict(others)))
+        others.clear()
+
     try:
         with path.open("rb") as file:
             start = file.read(8)
@@ -261,19 +309,32 @@ def read_members(path: Path) -> Iterator[tuple[str, int, int]]:
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep every one
                     key, extension = base_plus_ext(member.name)
-                    if not member.isreg() or key is None or META.match(member.name):
+                    if member.isdir() or META.match(member.name) or below_junk(member.name):
+                        continue
+                    suffix = suffix_of(member.name.rpartition("/")[2])
+                    if not member.isreg() or key is None:
+                        passed_by.add(PassedBy({suffix if member.isreg() else f"{suffix} (no regular file)": 1}))
                         continue
                     if key != current:
-                        current, taken = key, set()
+                        end_sample()
+                        current, taken, dotted = key, set(), False
                     extension = extension.lower()
-                    if f".{extension}" not in SUFFIXES:
+                    if suffix not in SUFFIXES:
+                        others[suffix] += 1
+                        continue
+                    if f".{extension}" != suffix:
+                        dotted = True
+                        passed_by.add(PassedBy(dotted=1, example=member.name))
                         continue
                     if extension in taken or member.issparse():
                         fault = "is stored sparse" if member.issparse() else "is there twice"
                         raise DataError(f"{path}: {member.name} {fault}; write the shard anew")
                     if not taken:
                         yield key, member.offset_data, member.size
+                    else:
+                        passed_by.further += 1
                     taken.add(extension)
+                end_sample()
                 # tarfile takes a damaged header for the end; a whole tar ends with a block of zeros.
                 file.seek(tar.offset)
                 if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
@@ -295,7 +356,7 @@ def _hashes(keys: Sequence[bytes]) -> np.ndarray:
 
 def _join_parts(shards: Sequence[Path], parts: Path, folder: Path, fingerprint: Fingerprint) -> None:
     """Write the whole index from what is known of each shard. Raises DataError where keys repeat."""
-    starts, key_end = [0], 0
+    starts, key_end, passed_by = [0], 0, PassedBy()
     names = ("offsets", "sizes", "key_ends", "keys", "hashes", "contents")
     files = {name: (folder / f"{name}.bin").open("wb") for name in names}
     try:
@@ -304,6 +365,7 @@ def _join_parts(shards: Sequence[Path], parts: Path, folder: Path, fingerprint: 
             part["key_ends"] = key_end + np.cumsum(part.pop("key_lengths"))
             key_end = int(part["key_ends"][-1])
             starts.append(starts[-1] + len(part["key_ends"]))
+            passed_by.add(PassedBy(**json.loads(part["passed_by"].tobytes())))
             for name, file in files.items():
                 file.write(part[name].tobytes())
     finally:
@@ -317,6 +379,7 @@ def _join_parts(shards: Sequence[Path], parts: Path, folder: Path, fingerprint: 
         "prefixed": False,
         "digest": "",
         "ordered_digest": "",
+        "passed_by": asdict(passed_by),
     }
     for prefixed in (False, True):
         about["prefixed"] = prefixed

@@ -16,12 +16,12 @@ from urllib.parse import urlparse
 import numpy as np
 from PIL import Image
 
+from comkd_cli.data.class_names import clean_class_names
 from comkd_cli.data.contents import Fingerprint
-from comkd_cli.data.folder import check_class_names
 from comkd_cli.data.shard_index import ShardIndex, open_index
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.errors import DataError
-from comkd_cli.progress import Progress, Report
+from comkd_cli.progress import Notice, Progress, Report
 
 
 def shard_source(
@@ -37,13 +37,16 @@ def shard_source(
     """The images of the shards that a pattern names, unlabelled.
 
     home: where the index is kept, and shards that are brought from elsewhere. fetch: bring those that are not
-    there yet, which for `pipe:` runs a command. fingerprint: what the index tells images apart by. Raises DataError,
-    naming the shard.
+    there yet, which for `pipe:` runs a command. fingerprint: what the index tells images apart by. Members that are no
+    images are reported. Raises DataError, naming the shard.
     """
-    check_class_names(class_names, "data.classes")
+    names = clean_class_names(class_names, "data.classes")
     shards = find_shards(pattern, data_root, home / "fetched", report, fetch)
-    images = shard_images(open_index(shards, home, report, fingerprint))
-    return Source(source_name(shards), tuple(class_names), template, images, None)
+    index = open_index(shards, home, report, fingerprint)
+    name = source_name(shards)
+    for text in index.passed_by.texts():
+        report(Notice(f"{name}: {text}"))
+    return Source(name, tuple(names), template, shard_images(index), None)
 
 
 def find_shards(pattern: str, data_root: Path, fetched: Path, report: Report, fetch: bool = False) -> list[Path]:

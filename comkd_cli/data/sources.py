@@ -7,13 +7,14 @@ from pathlib import Path
 
 from comkd_cli.catalog import CATALOG
 from comkd_cli.data.catalogued import catalogued_source
+from comkd_cli.data.class_names import absent_text, read_class_names
 from comkd_cli.data.contents import FileContents
 from comkd_cli.data.digits import digits_source
-from comkd_cli.data.folder import check_class_names, folder_source, read_class_names
+from comkd_cli.data.folder import folder_source
 from comkd_cli.data.shards import shard_source
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.errors import DataError
-from comkd_cli.progress import Report
+from comkd_cli.progress import Notice, Report
 from comkd_cli.recipe.model import DEFAULT_TEMPLATE, Data
 
 INDEX = "image_digests.sqlite"
@@ -30,9 +31,17 @@ def open_source(
 
     Relative paths are taken from the current directory, then from the data root. runs: below it are kept the digests
     of image contents, and in shards/ the index of shards and shards from elsewhere. fetch: bring those now, which for
-    `pipe:` runs a command: only for a recipe that the user has asked to run. Raises DataError.
+    `pipe:` runs a command: only for a recipe that the user has asked to run. What is skipped, left out or absent is
+    reported. Raises DataError.
     """
     source = _open_source(data, data_root, runs, report, fetch)
+    labels = {
+        "training": source.train.labels,
+        "validation": source.val.labels if source.val else None,
+        "test": source.test.labels if source.test else None,
+    }
+    if told := absent_text(source.class_names, labels):
+        report(Notice(f"{source.name}: {told}"))
 
     def settled(images: ImageSet) -> ImageSet:
         if not isinstance(images.contents, FileContents):
@@ -51,19 +60,18 @@ def _open_source(data: Data, data_root: Path, runs: Path, report: Report, fetch:
     if data.dataset == "digits":
         return digits_source(data.template)
     if data.dataset is not None:
-        return catalogued_source(CATALOG[data.dataset], data_root, data.template)
+        return catalogued_source(CATALOG[data.dataset], data_root, data.template, report)
     folder = None if data.folder is None else locate(data.folder, data_root, "data.folder")
     names: list[str] | None
     if isinstance(data.classes, str):
         names = read_class_names(locate(data.classes, data_root, "data.classes"))
     elif data.classes is not None:
         names = list(data.classes)
-        check_class_names(names, "data.classes")
     else:
         names = None
     template = data.template or DEFAULT_TEMPLATE
     if folder is not None:
-        return folder_source(folder, names, template)
+        return folder_source(folder, names, template, report)
     assert data.shards is not None  # the recipe has one of the three
     assert names is not None  # and with shards it has classes
     return shard_source(data.shards, names, template, data_root, runs / "shards", report, fetch, data.fingerprint)

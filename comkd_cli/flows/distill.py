@@ -162,7 +162,7 @@ def outline(recipe: Recipe, classes: int) -> Outline:
 
 
 def plan(run: Run) -> Plan:
-    """What the run would do; nothing is loaded or written. Raises DataError, TrainingError or CheckpointError."""
+    """What the run would do; nothing is loaded or written. Raises DataError or TrainingError."""
     _check_images(run)
     batch_size = min(run.recipe.optim.batch_size, len(run.source.train))
     check_shares(batch_size, run.recipe.optim.accumulation_steps)
@@ -176,9 +176,12 @@ def plan(run: Run) -> Plan:
 
 
 def _state_of(run: Run) -> str:
-    if finished(run):
-        return "finished; --fresh repeats it"
-    return "goes on from a saved state" if check_state(run.folder, run.identity) else "new"
+    try:
+        if finished(run):
+            return "finished; --fresh repeats it"
+        return "goes on from a saved state" if check_state(run.folder, run.identity) else "new"
+    except CheckpointError as error:  # of another run: the plan is told all the same
+        return f"refused: {error}"
 
 
 def distill(

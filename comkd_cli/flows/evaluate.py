@@ -20,12 +20,13 @@ from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.data.sources import open_source
 from comkd_cli.devices import failures_explained
 from comkd_cli.errors import CheckpointError, ComkdError, DataError, MisuseError, ModelError
+from comkd_cli.evaluation.classes import check_classes
 from comkd_cli.evaluation.features import Features, FeatureStore
 from comkd_cli.evaluation.metrics import agreement_percent
 from comkd_cli.evaluation.protocols import STANDARD_SEEDS, STANDARD_SHOTS, base_to_novel, few_shot, zero_shot
 from comkd_cli.evaluation.subjects import Subject, student_subject, teacher_subject
 from comkd_cli.files import sha256_of_data, sha256_of_file
-from comkd_cli.progress import Notice, Report, Stage
+from comkd_cli.progress import Notice, Report, Stage, once
 from comkd_cli.recipe.model import SCHEMES, Data, Model, Teacher
 from comkd_cli.results import Missing, Record, Results
 from comkd_cli.teachers import encode_ensemble, made_teacher, saved_teacher, teacher_of_clip
@@ -56,6 +57,12 @@ class Bench:
     seeds: tuple[int, ...] = STANDARD_SEEDS
     clips: dict[str, Clip] = field(default_factory=dict)
     """Plain CLIPs that were loaded, by argument: one serves every data set."""
+    told: set[str] = field(default_factory=set)
+    """What was said of the data already: several students open the same."""
+
+    def open_source(self, data: Data) -> Source:
+        """The images and classes of some data, the same in every process; each notice of them is said once."""
+        return processes.agreed(partial(open_source, data, self.data_root, self.runs, once(self.report, self.told)))
 
 
 def evaluate(model: str | None, runs: Path, bench: Bench) -> Results:
@@ -137,14 +144,14 @@ def _score_student(path: Path, bench: Bench) -> list[Record]:
     """
     student, record = load_student(path)
     data = bench.data or record.recipe.data
-    source = processes.agreed(partial(open_source, data, bench.data_root, bench.runs, bench.report))
-    _check_classes(record, source)
+    source = bench.open_source(data)
+    check_classes(record, source)
     bench = _fitting_protocols(record, bench)
     subject = student_subject(student, record, sha256_of_file(path), str(path), bench.device)
     images = _scored_images(source, bench.report)
     store = _store(bench, data)
     records, predicted = _score(subject, source, images, store, bench, "student")
-    teacher = _teacher_of(path, record, source, bench)
+    teacher = _teacher_of(path, record, bench)
     if teacher is None:
         return records
     taught, teacher_predicted = _score(teacher, source, images, store, bench, "teacher")
@@ -158,7 +165,7 @@ def _score_baseline(argument: str, bench: Bench) -> list[Record]:
     if bench.data is None:
         raise MisuseError(f"{argument}: say on what to score it, with --dataset, --folder or --all")
     model = _parse_argument(argument)
-    source = processes.agreed(partial(open_source, bench.data, bench.data_root, bench.runs, bench.report))
+    source = bench.open_source(bench.data)
     images = _scored_images(source, bench.report)
     if argument not in bench.clips:
         bench.clips[argument] = build_clip(model)
@@ -267,29 +274,19 @@ def _scored_images(source: Source, report: Report) -> ImageSet:
     return replace(source.train.subset(chosen), labels=None)
 
 
-def _teacher_of(path: Path, record: StudentRecord, source: Source, bench: Bench) -> Subject | None:
+def _teacher_of(path: Path, record: StudentRecord, bench: Bench) -> Subject | None:
+    # The names and prompts that the student learned from, in its spelling, whatever the data at hand would prompt.
     try:
         if record.teacher is not None:
             checkpoint = Path(os.path.normpath(path.parent / record.teacher))
-            ready = saved_teacher(checkpoint, source.class_names, bench.device)
+            ready = saved_teacher(checkpoint, record.class_names, bench.device)
             name, identity = str(checkpoint), sha256_of_file(checkpoint)
         else:
             settings = record.recipe.teacher
-            # The prompts that the student learned from, whatever the data at hand would prompt.
-            ready = made_teacher(settings, source.class_names, record.template, bench.device)
+            ready = made_teacher(settings, record.class_names, record.template, bench.device)
             name = ":".join(part for part in (settings.arch or "inline model", settings.weights) if part)
             identity = _identity(settings)
     except (CheckpointError, ModelError) as error:
         bench.report(Notice(f"the teacher can't be scored beside the student: {error}"))
         return None
     return teacher_subject(ready.teacher, ready.preprocessing, identity, name, "teacher", bench.device)
-
-
-def _check_classes(record: StudentRecord, source: Source) -> None:
-    if tuple(source.class_names) != record.class_names:
-        known: Sequence[str] = record.class_names
-        strange = [name for name in source.class_names if name not in known]
-        what = f"{', '.join(strange[:5])} are not among them" if strange else "their order or number differs"
-        raise DataError(
-            f"{source.name}: the student was taught {len(known)} classes, and {what}; score it on the classes it knows"
-        )

@@ -17,6 +17,7 @@ from comkd_cli.data.folder import images_below
 from comkd_cli.data.source import ImageSet
 from comkd_cli.data.sources import open_source
 from comkd_cli.errors import CheckpointError, DataError, ExportError, ModelError
+from comkd_cli.evaluation.classes import check_classes
 from comkd_cli.files import folder_written_whole, write_text
 from comkd_cli.method.student import Student
 from comkd_cli.packaging.bundle import MERGES, TEXT_ENCODER, Contents, Text, complete_bundle, graph_name
@@ -251,12 +252,13 @@ def _measure(
 def _image_sets(record: StudentRecord, data_root: Path, wishes: Wishes, report: Report) -> tuple[ImageSet, ImageSet]:
     """Images to check on, with their labels where there are some, and images to calibrate on."""
     if wishes.pictures is not None:
-        images = images_below(wishes.pictures)
+        images = images_below(wishes.pictures, report)
         return images, images
     try:
         source = open_source(record.recipe.data, data_root, wishes.runs, report)
     except DataError as error:
         raise DataError(f"{error}; or give other real images for the checks with --images") from error
+    check_classes(record, source)
     return source.test or source.train, source.train
 
 

@@ -68,7 +68,8 @@ def complete_bundle(folder: Path, contents: Contents) -> dict[str, Any]:
     """Add to a folder with the graphs all that makes it a bundle, and return its manifest."""
     record = contents.record
     np.save(folder / "class_vectors.npy", contents.class_vectors)
-    write_text(folder / "classes.txt", "".join(f"{name}\n" for name in record.class_names))
+    # A line each, whatever an older version stored: a line break in a name would move every name after it.
+    write_text(folder / "classes.txt", "".join(f"{' '.join(name.split())}\n" for name in record.class_names))
     write_text(folder / "predict.py", standalone_predictor())
     manifest: dict[str, Any] = {
         "format": predictor.BUNDLE_FORMAT,

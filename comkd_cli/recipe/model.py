@@ -50,14 +50,15 @@ class Data(Closed):
     """A data set that comkd knows: one of the suite (`comkd datasets list`), below the data root; or
     `digits`, which ships with scikit-learn: 1,797 handwritten digits, 8 by 8."""
     folder: str | None = None
-    """A folder of images: unlabelled anywhere below it, or train/ and test/ with a sub-folder a class.
+    """A folder of images: unlabelled anywhere below it, or train/, val/ and test/ with a sub-folder a class.
     A relative path is looked for in the current directory, then under the data root."""
     shards: str | None = None
     """WebDataset shards, tar files of unlabelled images too many to be files: a path or address, braces standing
     for many, such as `"train-{0000..0099}.tar"` (in quotes). A relative path is looked for as a `folder` is;
     `http:`, `pipe:` and what else webdataset opens is fetched once, under RUNS/shards. Needs `classes`."""
     classes: str | Annotated[tuple[str, ...], Field(strict=False)] | None = None
-    """Class names: a text file with one a line, or a list. Left out, the sub-folder names are taken."""
+    """Class names in the order of the labels: a text file with one a line, or a list. Left out, the sub-folder names
+    are taken, sorted. Underscores are spaces, wherever names come from."""
     template: str | None = None
     """The prompt of a class, `{}` standing for its name. Left out: the dataset's own, or `a photo of a {}.`"""
     unreadable_limit_percent: Annotated[float, Field(ge=0, le=100)] = 10.0

@@ -8,7 +8,10 @@ from PIL import Image
 from comkd_cli.catalog import CATALOG
 from comkd_cli.data.catalogued import catalogued_source
 from comkd_cli.data.check import check_dataset
+from comkd_cli.data.sources import open_source
 from comkd_cli.errors import DataError
+from comkd_cli.progress import Event, Notice
+from comkd_cli.recipe.model import Data
 
 SMALL = replace(CATALOG["eurosat"], classes=2, train=2, val=1, test=2, base_test=1, new_test=1)
 
@@ -88,3 +91,39 @@ def test_a_data_set_is_a_source_with_spaces_in_its_class_names(root: Path) -> No
 def test_a_data_set_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="comkd datasets check eurosat"):
         catalogued_source(SMALL, tmp_path)
+
+
+def test_labels_with_gaps_are_told_as_opening_the_data_set_tells_them(root: Path) -> None:
+    path = root / "eurosat" / "split_zhou_EuroSAT.json"
+    shifted = {split: [[image, label + 1, name] for image, label, name in rows] for split, rows in listed(path).items()}
+    path.write_text(json.dumps({**shifted, "test": shifted["test"][:1]}))
+    found = check_dataset(replace(SMALL, test=1, base_test=1, new_test=0), root)
+    told: list[Event] = []
+    open_source(Data(dataset="eurosat"), root, report=told.append)
+    said = [event.text for event in told if isinstance(event, Notice)]
+    assert len(said) == len(found.notes) == 2
+    assert all(text.endswith(note) for text, note in zip(said, found.notes, strict=True))
+    assert found.state == "ready"
+    assert "run from 1 to 2; they are renumbered from 0 to 1" in found.notes[0]
+    assert found.notes[1].startswith("no validation images of: Forest; no test images of: Forest")
+    assert found.as_plain()["notes"] == list(found.notes)
+
+
+def test_two_names_of_one_label_leave_a_data_set_incomplete(root: Path) -> None:
+    path = root / "eurosat" / "split_zhou_EuroSAT.json"
+    path.write_text(json.dumps({**listed(path), "test": [["A/3.jpg", 2, "Annual crop"]]}))
+    found = check_dataset(SMALL, root)
+    assert (found.state, found.notes) == ("incomplete", ())
+    assert "'Annual crop' has the label 0 in train[0] and 2 in test[0]" in found.problems[0]
+
+
+def test_a_data_set_of_one_class_is_refused(root: Path) -> None:
+    path = root / "eurosat" / "split_zhou_EuroSAT.json"
+    path.write_text(json.dumps({split: rows[:1] for split, rows in listed(path).items()}))
+    with pytest.raises(DataError, match="lists images of 1 classes"):
+        catalogued_source(SMALL, root)
+
+
+def listed(path: Path) -> dict[str, list[tuple[str, int, str]]]:
+    found: dict[str, list[tuple[str, int, str]]] = json.loads(path.read_text())
+    return found

@@ -142,5 +142,22 @@ def test_an_archive_that_can_not_be_trusted_is_refused(tmp_path: Path, content: 
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.zip", "target"]
 
 
+def test_what_a_system_left_in_an_archive_is_not_unpacked(tmp_path: Path) -> None:
+    path, target = tmp_path / "a.zip", tmp_path / "target"
+    junk = ("__MACOSX/set/a.jpg", "set/__MACOSX/a.jpg", "set/.DS_Store", "set/cat/Thumbs.db", "set/cat/._a.jpg")
+    path.write_bytes(archive({"set/cat/a.jpg": b"x", **dict.fromkeys(junk, b"x")}))
+    target.mkdir()
+    unpack(path, target, lambda done, total: None, most_bytes=1000)
+    assert [entry.relative_to(target).as_posix() for entry in target.rglob("*") if entry.is_file()] == ["set/cat/a.jpg"]
+
+
+@pytest.mark.parametrize("name", ["../.hidden/x", "__MACOSX/../../x", "/__MACOSX/x"])
+def test_junk_that_reaches_beyond_the_folder_is_refused_as_any_other(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.zip").write_bytes(archive({name: b"x"}))
+    (tmp_path / "target").mkdir()
+    with pytest.raises(DataError, match="outside the data set"):
+        unpack(tmp_path / "a.zip", tmp_path / "target", lambda done, total: None, most_bytes=1000)
+
+
 def test_ten_data_sets_have_an_archive() -> None:
     assert len([dataset for dataset in CATALOG.values() if dataset.archive]) == 10

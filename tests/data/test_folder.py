@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from comkd_cli.data.folder import check_class_names, find_images, folder_source, images_below, read_class_names
+from comkd_cli.data.class_names import clean_class_names
+from comkd_cli.data.folder import find_images, folder_source, images_below
 from comkd_cli.errors import DataError
 from comkd_cli.predictor import UnreadableImage
+from comkd_cli.progress import Event, Notice
 
 WriteImage = Callable[..., Path]
 TEMPLATE = "a {}."
@@ -24,18 +24,29 @@ def names(folder: Path) -> list[str]:
 
 
 def test_images_of_every_kind_are_found_at_any_depth_and_nothing_else(tmp_path: Path, write_image: WriteImage) -> None:
-    for name in ("b.png", "a.JPG", "deep/er/c.jpeg", "deep/d.webp", "deep/e.bmp"):
+    kinds = ("b.png", "a.JPG", "deep/er/c.jpeg", "deep/d.webp", "deep/e.bmp", "f.TIFF", "g.tif", "h.gif", "i.Avif")
+    for name in kinds:
         write_image(tmp_path / name)
-    for name in ("notes.txt", "model.pt", "png", "f.png.part", "deep/g.tiff"):
+    for name in ("j.jfif", "k.JPE"):
+        write_image(tmp_path / name, format="JPEG")
+    for name in ("notes.txt", "model.pt", "png", "f.png.part", "deep/g.heic"):
         (tmp_path / name).write_text("no picture")
     (tmp_path / "folder.png").mkdir()
-    assert names(tmp_path) == ["a.JPG", "b.png", "deep/d.webp", "deep/e.bmp", "deep/er/c.jpeg"]
+    found = names(tmp_path)
+    assert sorted(found) == sorted([*kinds, "j.jfif", "k.JPE"])
+    assert all(images_below(tmp_path).open(i).size == (12, 9) for i in range(len(found)))
 
 
 def test_hidden_files_and_folders_are_skipped(tmp_path: Path, write_image: WriteImage) -> None:
     for name in ("seen.png", ".hidden.png", "._seen.png", ".cache/a.png", "sub/.thumbs/b.png", "sub/c.png"):
         write_image(tmp_path / name)
-    assert names(tmp_path) == ["seen.png", "sub/c.png"]
+    for name in ("__MACOSX/a.png", "sub/@eaDir/b.png", ".ipynb_checkpoints/c.png"):
+        write_image(tmp_path / name)
+    for name in ("Thumbs.db", "sub/desktop.ini", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"x")
+    told: list[Event] = []
+    assert images_below(tmp_path, told.append).keys == ("seen.png", "sub/c.png")
+    assert told == []
 
 
 def test_the_order_does_not_depend_on_the_order_of_writing(tmp_path: Path, write_image: WriteImage) -> None:
@@ -206,7 +217,7 @@ def test_folders_that_differ_only_in_case_are_the_same_class_twice(tmp_path: Pat
         write_image(tmp_path / name)
     if len(list((tmp_path / "train").iterdir())) < 2:
         pytest.skip("this file system does not tell the two apart")
-    with pytest.raises(DataError, match="repeats 'Cat'"):
+    with pytest.raises(DataError, match=r"train: Cat and cat are the same class in two spellings"):
         folder_source(tmp_path, None, TEMPLATE)
 
 
@@ -217,54 +228,7 @@ def test_a_file_name_that_is_not_utf8_is_an_image_like_any_other(tmp_path: Path,
     assert source.identity() == folder_source(tmp_path, ["a", "b"], TEMPLATE).identity()
 
 
-# --- class lists ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("content", [b"cat\nhot dog\n", b"cat\r\nhot dog", b"\xef\xbb\xbf cat \n\n\nhot dog\t\n\n"])
-def test_a_class_list_is_a_name_a_line_whoever_wrote_it(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "names.txt").write_bytes(content)
-    assert read_class_names(tmp_path / "names.txt") == ["cat", "hot dog"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"cat\ndog\nCat\ncow\nDOG\n", "repeats 'cat' at 1 and 3; 'dog' at 2 and 5"),
-        (b"cat\n", "at least 2 classes to tell apart, not 1"),
-        (b"\n\n", "at least 2 classes to tell apart, not 0"),
-        (b"caf\xe9\ndog\n", "can't be read"),
-    ],
-)
-def test_a_class_list_that_cannot_be_used_is_named_with_the_reason(
-    tmp_path: Path, content: bytes, message: str
-) -> None:
-    path = tmp_path / "names.txt"
-    path.write_bytes(content)
-    with pytest.raises(DataError) as caught:
-        read_class_names(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert message in str(caught.value)
-
-
-def test_a_class_list_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"names\.txt: the class list can't be read"):
-        read_class_names(tmp_path / "names.txt")
-
-
-@pytest.mark.parametrize("odd", ["", " ", "two\nlines", "two\rlines", "two\u2028lines", "two\x85lines", "two\x0clines"])
-def test_a_class_without_a_name_or_of_two_lines_is_refused_by_its_position(odd: str) -> None:
-    with pytest.raises(DataError, match=r"list: class 2 is empty or has a line break"):
-        check_class_names(["cat", odd, "dog"], "list")
-
-
-@given(st.lists(st.text(max_size=5), min_size=2, unique_by=str.casefold))
-def test_an_accepted_class_list_survives_a_text_file_with_a_name_a_line(class_names: list[str]) -> None:
-    try:
-        check_class_names(class_names, "list")
-    except DataError:
-        assert any(not name.strip() or len(name.splitlines()) != 1 for name in class_names)
-    else:
-        assert "".join(f"{name}\n" for name in class_names).splitlines() == class_names
+# --- splits and names ---------------------------------------------------------------------------------
 
 
 def test_val_is_scored_where_there_is_no_test_and_chooses_settings_where_there_is(
@@ -307,7 +271,7 @@ def test_one_class_under_two_spellings_is_one_class(tmp_path: Path, write_image:
     source = folder_source(tmp_path, ["hot dog", "caf\u00e9"], "{}")
     assert sorted(source.train.labels or ()) == [0, 1]
     with pytest.raises(DataError, match="repeats 'hot dog'"):
-        check_class_names(["hot dog", "hot_dog"], "list")
+        clean_class_names(["hot dog", "hot_dog"], "list")
 
 
 def test_a_folder_that_can_not_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,3 +281,137 @@ def test_a_folder_that_can_not_be_listed_is_an_error(tmp_path: Path, monkeypatch
     monkeypatch.setattr("os.scandir", refuse)
     with pytest.raises(DataError, match="closed: can't be read: Permission denied"):
         folder_source(tmp_path, ["cat", "dog"], "{}")
+
+
+# --- what would be wrong and say nothing ---------------------------------------------------------------
+
+
+def texts(told: list[Event]) -> list[str]:
+    return [event.text for event in told if isinstance(event, Notice)]
+
+
+def test_files_of_other_types_are_counted_by_suffix_wherever_they_lie(pets: Path) -> None:
+    for name in (
+        "readme.md",
+        "train/a.HEIC",
+        "train/cat/b.heic",
+        "train/cat/young/c.heic",
+        "test/dog/noext",
+        "x/y.txt",
+    ):
+        (pets / name).parent.mkdir(exist_ok=True)
+        (pets / name).write_bytes(b"x")
+    told: list[Event] = []
+    source = folder_source(pets, None, TEMPLATE, told.append)
+    assert len(source.train) == 3
+    assert texts(told) == [f"{pets}: 6 files of other types are skipped: 3 .heic, 1 .md, 1 .txt, 1 without a suffix"]
+
+
+@pytest.mark.parametrize("junk", ["__MACOSX", "@eaDir", ".ipynb_checkpoints", "__pycache__", "$RECYCLE.BIN"])
+def test_what_systems_leave_is_no_class_and_no_split(pets: Path, write_image: WriteImage, junk: str) -> None:
+    for place in (pets, pets / "train", pets / "train/cat"):
+        write_image(place / junk / "1.png")
+    source = folder_source(pets, None, TEMPLATE)
+    assert (source.class_names, len(source.train)) == (("cat", "dog"), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("training", "train"),
+        ("TRAIN", "train"),
+        ("train_set", "train"),
+        ("Testing", "test"),
+        ("test-images", "test"),
+        ("validation", "val"),
+        ("valid", "val"),
+        ("dev", "val"),
+        ("eval", "val"),
+    ],
+)
+@pytest.mark.parametrize("beside", ["train/cat/1.png", "loose/1.png"])
+def test_splits_under_other_names_are_not_pooled_as_unlabelled(
+    tmp_path: Path, write_image: WriteImage, name: str, meant: str, beside: str
+) -> None:
+    write_image(tmp_path / beside)
+    write_image(tmp_path / name / "cat/1.png")
+    if len(list(tmp_path.iterdir())) < 2:
+        pytest.skip("this file system does not tell the two apart")
+    with pytest.raises(DataError, match=rf"{name}: looks like a split, and should be called {meant}"):
+        folder_source(tmp_path, ["cat", "dog"], TEMPLATE)
+
+
+def test_a_class_or_a_folder_without_images_may_be_called_as_a_split_is(
+    tmp_path: Path, write_image: WriteImage
+) -> None:
+    for name in ("train/training/1.png", "train/test/2.png", "test/training/3.png", "test/test/4.png"):
+        write_image(tmp_path / name)
+    (tmp_path / "Testing").mkdir()
+    assert folder_source(tmp_path, None, TEMPLATE).class_names == ("test", "training")
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ("Training", "validation")])
+def test_splits_further_down_are_not_pooled_as_unlabelled(
+    tmp_path: Path, write_image: WriteImage, splits: tuple[str, str]
+) -> None:
+    for split in splits:
+        write_image(tmp_path / "pets/images" / split / "cat/1.png")
+    with pytest.raises(DataError, match=rf"pets/images: holds {splits[0]} and {splits[1]}.*give this folder as `data"):
+        folder_source(tmp_path, ["cat", "dog"], TEMPLATE)
+    # A folder of pictures of trains is no split, where nothing beside it is one.
+    write_image(tmp_path / "vehicles/train/1.png")
+    assert len(folder_source(tmp_path / "vehicles", ["cat", "dog"], TEMPLATE).train) == 1
+
+
+def test_two_folders_of_one_class_are_refused_in_a_split_and_one_class_between_splits(
+    tmp_path: Path, write_image: WriteImage
+) -> None:
+    for name in ("train/red_panda/1.png", "train/fox/1.png", "test/Red panda/2.png", "test/fox/2.png"):
+        write_image(tmp_path / name)
+    source = folder_source(tmp_path, None, TEMPLATE)
+    assert source.class_names == ("fox", "red panda")
+    assert source.test is not None
+    assert labelled(source.test.keys, source.test.labels) == {"Red panda/2.png": 1, "fox/2.png": 0}
+    assert source.prompts == folder_source(tmp_path, ["fox", "red_panda"], TEMPLATE).prompts
+    write_image(tmp_path / "train/red panda/3.png")
+    for classes in (None, ["fox", "red_panda"]):
+        with pytest.raises(DataError, match=r"train: red panda and red_panda are the same class in two spellings"):
+            folder_source(tmp_path, classes, TEMPLATE)
+
+
+def test_class_folders_that_are_one_by_a_link_are_refused(pets: Path) -> None:
+    (pets / "train/fox").symlink_to(pets / "train/cat", target_is_directory=True)
+    with pytest.raises(DataError, match=r"train: cat and fox are the same folder"):
+        folder_source(pets, ["cat", "dog", "fox"], TEMPLATE)
+
+
+def test_a_link_in_a_class_that_leads_back_up_brings_no_other_class(pets: Path) -> None:
+    (pets / "train/cat/up").symlink_to(pets / "train", target_is_directory=True)
+    (pets / "train/cat/top").symlink_to(pets, target_is_directory=True)
+    source = folder_source(pets, None, TEMPLATE)
+    assert source.train.keys == ("cat/2.png", "cat/young/3.png", "dog/1.png")
+
+
+def test_splits_that_are_one_folder_by_a_link_are_told(pets: Path) -> None:
+    (pets / "val").symlink_to(pets / "train", target_is_directory=True)
+    told: list[Event] = []
+    folder_source(pets, None, TEMPLATE, told.append)
+    assert texts(told) == [f"{pets}: train and val are the same folder by a link, so they hold the same images"]
+
+
+def test_a_split_that_serves_nothing_is_told(pets: Path, write_image: WriteImage) -> None:
+    write_image(pets / "val/1.png")
+    told: list[Event] = []
+    assert folder_source(pets, None, TEMPLATE, told.append).val is None
+    (pets / "val/1.png").unlink()
+    folder_source(pets, None, TEMPLATE, told.append)
+    assert texts(told) == [
+        f"{pets / 'val'}: has test/ beside it and no class folders, so its images are not used",
+        f"{pets / 'val'}: holds no images",
+    ]
+
+
+def test_a_folder_name_that_cannot_be_a_class_is_named(pets: Path, write_image: WriteImage) -> None:
+    write_image(pets / "train/a\nfox/1.png")
+    with pytest.raises(DataError, match=r"train: the folder name has a line break within it: 'a\\nfox'"):
+        folder_source(pets, None, TEMPLATE)

@@ -13,7 +13,7 @@ import pytest
 
 from comkd_cli.data import shard_index
 from comkd_cli.data.contents import Fingerprint
-from comkd_cli.data.shard_index import open_index, read_members
+from comkd_cli.data.shard_index import PassedBy, open_index, read_members
 from comkd_cli.data.shards import (
     shard_images,
 )
@@ -162,11 +162,11 @@ def test_a_killed_indexing_goes_on_at_the_next_shard(
     read: list[str] = []
     members = shard_index.read_members
 
-    def counted(path: Path) -> Iterator[tuple[str, int, int]]:
+    def counted(path: Path, passed_by: PassedBy) -> Iterator[tuple[str, int, int]]:
         read.append(path.name)
         if len(read) == 3:
             raise KeyboardInterrupt
-        return members(path)
+        return members(path, passed_by)
 
     monkeypatch.setattr(shard_index, "read_members", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -247,3 +247,63 @@ def test_keys_whose_hashes_agree_are_told_apart_by_their_text(tmp_path: Path, mo
     repeated = write(tmp_path / "repeated.tar", *content[:3], content[0])
     with pytest.raises(DataError, match="holds the sample 'b' twice"):
         opened(repeated, home=tmp_path / "home")
+
+
+def test_members_that_are_no_images_are_counted_once_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = encoded(1)
+    paths = [
+        write_members(
+            tmp_path / "x-0.tar",
+            ("a.jpg", picture),
+            ("a.txt", b"a caption"),
+            ("a.json", b"{}"),
+            ("b.heic", picture),
+            ("b.txt", b"a caption"),
+            ("2024.05.01.jpg", picture),
+            ("2024.05.01.txt", b"a caption"),
+            ("c.mask.PNG", picture),
+            ("c.png", picture),
+            ("c.jpg", picture),
+            ("noext", b"x"),
+        ),
+        write_members(
+            tmp_path / "x-1.tar",
+            ("d.gif", picture),
+            ("e.HEIC", picture),
+            ("__MACOSX/d.jpg", picture),
+            ("s/.hidden/d.jpg", picture),
+            ("Thumbs.db", b"x"),
+        ),
+    ]
+    with tarfile.open(paths[1], "a") as tar:
+        link = tarfile.TarInfo("f.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "d.gif"
+        tar.addfile(link)
+    index = open_index(paths, tmp_path / "home", silent)
+    assert [index.key(i) for i in range(len(index))] == ["a", "c", "d"]
+    expected = PassedBy({".heic": 2, ".txt": 1, "": 1, ".jpg (no regular file)": 1}, 2, "2024.05.01.jpg", 1)
+    assert index.passed_by == expected
+    monkeypatch.setattr(shard_index, "read_members", None)  # told again from what the index remembers
+    again = open_index(paths, tmp_path / "home", silent)
+    assert again.passed_by == expected
+    assert again.passed_by.texts() == [
+        "in samples without an image, 5 members of other types are skipped: 2 .heic, 1 .jpg (no regular file), 1 .txt, "
+        "1 without a suffix",
+        "2 pictures such as 2024.05.01.jpg are skipped: a key ends at the first dot of a name, so they are fields of a "
+        "sample; rename them to use them as images",
+        "1 images are skipped: of several images of a sample the first is taken",
+    ]
+
+
+def test_a_shard_whose_pictures_all_have_two_dots_says_why_it_holds_no_images(tmp_path: Path) -> None:
+    path = write_members(tmp_path / "x.tar", ("a.b.jpg", encoded(0)))
+    with pytest.raises(DataError, match=r"holds no images.*such as a\.b\.jpg are skipped: a key ends at the first"):
+        opened(path, home=tmp_path / "home")
+
+
+def test_other_readable_types_make_another_index(
+    three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = open_index(three, tmp_path / "home", silent)
+    monkeypatch.setattr(shard_index, "SUFFIXES", shard_index.SUFFIXES | {".heic"})
+    assert open_index(three, tmp_path / "home", silent).folder != first.folder

@@ -6,6 +6,7 @@ import webdataset
 
 from comkd_cli.data.sources import locate, open_source
 from comkd_cli.errors import DataError
+from comkd_cli.progress import Event, Notice
 from comkd_cli.recipe.model import Data
 
 WriteImage = Callable[..., Path]
@@ -83,6 +84,35 @@ def test_a_list_with_a_class_twice_is_told_as_the_recipes(root: Path, write_imag
     write_image(root / "pets/1.png")
     with pytest.raises(DataError, match=r"^data\.classes: the class list repeats 'cat' at 1 and 3"):
         open_source(Data(folder=str(root / "pets"), classes=("cat", "dog", "CAT")), root)
+
+
+def test_a_list_a_file_and_folders_give_the_same_prompts(root: Path, write_image: WriteImage) -> None:
+    for name in ("train/red_panda/1.png", "train/cat/2.png"):
+        write_image(root / "pets" / name)
+    (root / "names.txt").write_text("cat\nred_panda\n")
+    for classes in (None, ("cat", "red_panda"), ("cat\n", " red panda"), "names.txt"):
+        source = open_source(Data(folder="pets", classes=classes), root)
+        assert source.prompts == ["a photo of a cat.", "a photo of a red panda."]
+        assert dict(zip(source.train.keys, source.train.labels or (), strict=True)) == {
+            "cat/2.png": 0,
+            "red_panda/1.png": 1,
+        }
+
+
+def test_classes_without_images_are_one_notice_that_names_them(root: Path, write_image: WriteImage) -> None:
+    for name in ("train/cat/1.png", "train/dog/2.png", "train/fox/3.png", "test/cat/4.png", "test/dog/5.png"):
+        write_image(root / "pets" / name)
+    (root / "pets/test/fox").mkdir()
+    told: list[Event] = []
+    source = open_source(Data(folder="pets"), root, report=told.append)
+    assert told == [Notice("pets: no test images of: fox (the mean per class is over 2 of 3)")]
+    told.clear()
+    # A list in another order than the folders', with a name that has none: labels follow the names.
+    source = open_source(Data(folder="pets", classes=("owl", "fox", "dog", "cat")), root, report=told.append)
+    assert source.train.labels == (3, 2, 1)
+    assert told == [
+        Notice("pets: no training images of: owl; no test images of: owl, fox (the mean per class is over 2 of 4)")
+    ]
 
 
 def test_shards_are_looked_for_as_a_folder_is_and_indexed_below_the_runs(

@@ -1,12 +1,18 @@
 import json
 import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from comkd_cli.catalog import CATALOG
+from comkd_cli.data.catalogued import catalogued_source
+from comkd_cli.data.sources import open_source
 from comkd_cli.data.splits import Entry, Splits, read_splits, sample_shots, select_half
 from comkd_cli.errors import DataError
+from comkd_cli.progress import Event
+from comkd_cli.recipe.model import Data
 
 
 def write_json(root: Path, splits: dict[str, list[list[object]]]) -> Path:
@@ -145,3 +151,220 @@ def test_published_base_and_new_counts_add_up_to_the_test_images() -> None:
 def test_templates_hold_the_class_name_once() -> None:
     assert all(dataset.template.count("{}") == 1 for dataset in CATALOG.values())
     assert len(CATALOG) == 15
+
+
+# --- labels always index the classes ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [lambda label: label + 1, lambda label: 5 * label, lambda label: 2 - label])
+def test_labels_with_gaps_are_renumbered_in_their_order_and_told(tmp_path: Path, shift: Callable[[int], int]) -> None:
+    listed = {split: [[path, shift(label), name] for path, label, name in rows] for split, rows in LISTED.items()}
+    write_json(tmp_path, listed)  # type: ignore[arg-type]
+    splits = read_splits(CATALOG["dtd"], tmp_path)
+    named = {entry.path: (entry.label, entry.class_name) for entry in (*splits.train, *splits.val, *splits.test)}
+    names = list(splits.class_names.values())
+    assert list(splits.class_names) == [0, 1, 2]
+    assert all(names[label] == name.replace("_", " ") for label, name in named.values())
+    # The order of the labels is the order of the classes.
+    given = sorted({(label, name) for rows in listed.values() for _, label, name in rows})
+    assert names == [str(name).replace("_", " ") for _, name in given]
+    assert len(splits.notices) == (0 if [label for label, _ in given] == [0, 1, 2] else 1)
+    if splits.notices:
+        assert f"run from {given[0][0]} to {given[-1][0]}; they are renumbered from 0 to 2" in splits.notices[0]
+    source = catalogued_source(CATALOG["dtd"], tmp_path)
+    assert source.test is not None
+    assert [source.class_names[label] for label in source.test.labels or ()] == ["a", "c", "b b"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "fault"),
+    [
+        (["x.jpg", -1, "a"], r"test\[1\]: the label -1 of x\.jpg is not an integer from 0"),
+        (["x.jpg", 1.0, "a"], r"test\[1\]: the label 1\.0 "),
+        (["x.jpg", True, "b_b"], r"test\[1\]: the label True "),
+        (["x.jpg", "1", "b_b"], r"test\[1\]: the label '1' "),
+        (["x.jpg", None, "b_b"], r"test\[1\]: the label None "),
+        (["x.jpg", 1, 7], r"test\[1\]: the class name 7 "),
+        ([3, 1, "b_b"], r"test\[1\]: the path 3 "),
+        (["", 1, "b_b"], r"test\[1\]: the path '' "),
+        (["x.jpg", 1], r"test\[1\]: \['x\.jpg', 1\] is not \[path, label, class name\]"),
+        ("abc", r"test\[1\]: 'abc' is not"),
+        (["x.jpg", 3, "a\nb"], r"test\[1\] has a line break within it"),
+        (["x.jpg", 3, "  "], r"test\[1\] is empty"),
+        (["x.jpg", 1, "c"], r"label 1 is 'b_b' in train\[0\] and 'c' in test\[1\]; give each class one label"),
+        (["x.jpg", 3, "B b"], r"'B b' has the label 1 in train\[0\] and 3 in test\[1\]"),
+        (["a/1.jpg", 2, "c"], r"images/a/1\.jpg has the label 0 in train\[1\] and 2 in test\[1\]"),
+    ],
+)
+def test_an_entry_that_would_give_an_image_the_wrong_class_is_named(tmp_path: Path, entry: object, fault: str) -> None:
+    write_json(tmp_path, {**LISTED, "test": [LISTED["test"][0], entry]})  # type: ignore[list-item]
+    with pytest.raises(DataError, match=rf"split_zhou_DescribableTextures\.json: {fault}"):
+        read_splits(CATALOG["dtd"], tmp_path)
+
+
+def test_spellings_of_one_name_are_one_class(tmp_path: Path) -> None:
+    write_json(tmp_path, {**LISTED, "test": [["x.jpg", 1, " b  b\u2028"]]})
+    assert read_splits(CATALOG["dtd"], tmp_path).class_names[1] == "b b"
+
+
+def test_variants_without_images_and_doubled_ones_are_told(tmp_path: Path) -> None:
+    folder = tmp_path / "fgvc_aircraft"
+    folder.mkdir()
+    (folder / "variants.txt").write_text("707-320\nBoeing 717\nDR-400\n")
+    for name, lines in (("train", "001 DR-400\n"), ("val", ""), ("test", "003 707-320\n")):
+        (folder / f"images_variant_{name}.txt").write_text(lines)
+    splits = read_splits(CATALOG["fgvc_aircraft"], tmp_path)
+    assert splits.class_names == {0: "707-320", 1: "DR-400"}
+    assert [entry.label for entry in (*splits.train, *splits.test)] == [1, 0]
+    (told,) = splits.notices
+    assert told.startswith("fgvc_aircraft: 2 of the 3 classes of variants.txt have images; the others are left out")
+    (folder / "variants.txt").write_text("707-320\nDR-400\n707_320\nDR_400\nDR-400\n")
+    with pytest.raises(DataError, match=r"variants\.txt: the class list repeats 'DR-400' at 2 and 5"):
+        read_splits(CATALOG["fgvc_aircraft"], tmp_path)
+
+
+CLASSES = {"n01": "tench", "n02": "great white shark", "n03": "hen", "n04": "owl"}
+
+
+def imagenet(root: Path, **synsets: str) -> Path:
+    """A small ImageNet of two images for each of the synsets of a part: train="n01 n02", val="n01"."""
+    folder = root / "imagenet"
+    for part in ("train", "val"):
+        (folder / "images" / part).mkdir(parents=True)
+        for synset in synsets[part].split():
+            for name in ("b.JPEG", "a.JPEG"):
+                touch(folder / "images" / part / synset / name)
+    (folder / "classnames.txt").write_text("".join(f"{synset} {name}\n" for synset, name in CLASSES.items()))
+    return folder
+
+
+def by_path(entries: Sequence[Entry], names: Mapping[int, str]) -> dict[str, str]:
+    """The name of each image's label, by the folder of its class."""
+    return {entry.path.split("/")[-2]: names[entry.label] for entry in entries}
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "left"),
+    [
+        ("n01 n02 n03 n04", "n01 n02 n03 n04", None),
+        ("n01 n03 n04", "n01 n03 n04", 3),
+        ("n02 n04", "n02 n04", 2),
+        ("n01 n02 n03 n04", "n02 n03", None),  # only the test images of two are missing
+        ("n01 n02", "n03 n04", None),
+        ("n03", "n04", 2),
+    ],
+)
+def test_a_missing_class_folder_never_moves_another_classs_name(
+    tmp_path: Path, train: str, val: str, left: int | None
+) -> None:
+    imagenet(tmp_path, train=train, val=val)
+    splits = read_splits(CATALOG["imagenet"], tmp_path)
+    names = splits.class_names
+    for synsets, entries in ((train, splits.train), (val, splits.test)):
+        assert by_path(entries, names) == {synset: CLASSES[synset] for synset in synsets.split()}
+    assert list(names) == list(range(len({*train.split(), *val.split()})))
+    if left is None:
+        assert splits.notices == ()
+    else:
+        (told,) = splits.notices
+        assert told.startswith(f"imagenet: {left} of the 4 classes of classnames.txt have images; the others are left")
+    told_absent: list[Event] = []
+    open_source(Data(dataset="imagenet"), tmp_path, report=told_absent.append)
+    absent = [CLASSES[synset] for synset in train.split() if synset not in val.split()]
+    assert any(f"no test images of: {', '.join(absent)}" in str(event) for event in told_absent) == bool(absent)
+
+
+def test_an_empty_class_folder_is_a_class_without_images(tmp_path: Path) -> None:
+    folder = imagenet(tmp_path, train="n01 n03", val="n01 n03")
+    (folder / "images/train/n02").mkdir()
+    assert list(read_splits(CATALOG["imagenet"], tmp_path).class_names.values()) == ["tench", "hen"]
+
+
+def test_other_files_in_class_folders_are_no_images_and_counted(tmp_path: Path) -> None:
+    folder = imagenet(tmp_path, train="n01 n02 n03 n04", val="n01 n02 n03 n04")
+    for name in ("train/n01/list.txt", "train/n02/x.tar", "val/README.txt"):
+        touch(folder / "images" / name)
+    for name in ("train/__MACOSX/n01/a.JPEG", "train/n01/._a.JPEG", "train/n01/Thumbs.db", "val/.DS_Store"):
+        touch(folder / "images" / name)
+    splits = read_splits(CATALOG["imagenet"], tmp_path)
+    assert (len(splits.train), len(splits.test)) == (8, 8)
+    assert splits.notices == ("imagenet: 3 files of other types are skipped: 2 .txt, 1 .tar",)
+
+
+def test_images_that_have_no_class_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    folder = imagenet(tmp_path, train="n01 n02", val="")
+    with pytest.raises(DataError, match=r"images/val: holds no images"):
+        read_splits(CATALOG["imagenet"], tmp_path)
+    touch(folder / "images/val/ILSVRC2012_val_00000001.JPEG")
+    with pytest.raises(DataError, match=r"images/val: 1 images lie in no class folder: ILSVRC2012_val_00000001.*move"):
+        read_splits(CATALOG["imagenet"], tmp_path)
+
+
+def test_class_folders_that_are_not_listed_or_nested_are_refused(tmp_path: Path) -> None:
+    folder = imagenet(tmp_path, train="n01 n02 n05", val="n01 n02")
+    with pytest.raises(DataError, match=r"images/train: .*classnames\.txt does not list the folders n05"):
+        read_splits(CATALOG["imagenet"], tmp_path)
+    (folder / "images/train/n05").rename(folder / "images/train/n01/images")
+    with pytest.raises(DataError, match=r"train/n01: holds folders \(images\)"):
+        read_splits(CATALOG["imagenet"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("n01 tench\n\nn02 shark\n", "line 2: '' is not a folder name and a class name"),
+        ("n01 tench\nn02\n", "line 2: 'n02' is not a folder name"),
+        ("n01 tench\nn02 shark\nn01 hen\n", "line 3: n01 is listed in line 1 already"),
+        ("n01 tench\nn02 sh\u2028ark\n", "line 2 has a line break within it"),
+        ("n01 tench\nn02 ___\n", "line 2 is empty"),
+        ("n01 tench\n", "at least 2 classes"),
+    ],
+)
+def test_a_class_list_whose_lines_would_shift_is_refused(tmp_path: Path, content: str, fault: str) -> None:
+    folder = imagenet(tmp_path, train="n01 n02", val="n01 n02")
+    (folder / "classnames.txt").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=rf"classnames\.txt: .*{fault}"):
+        read_splits(CATALOG["imagenet"], tmp_path)
+
+
+def test_names_that_two_classes_share_are_told_since_openais_own_list_has_some(tmp_path: Path) -> None:
+    folder = imagenet(tmp_path, train="n01 n02 n03 n04", val="n01 n02 n03 n04")
+    (folder / "classnames.txt").write_text("n01 missile\nn02 hen\nn03 missile\nn04 owl\n")
+    splits = read_splits(CATALOG["imagenet"], tmp_path)
+    assert list(splits.class_names.values()) == ["missile", "hen", "missile", "owl"]
+    (told,) = splits.notices
+    assert told.endswith("gives the same name, and so the same prompt, to n01 (missile) and n03 (missile)")
+
+
+def test_folders_numbered_by_lines_do_not_shift_either(tmp_path: Path) -> None:
+    folder = tmp_path / "imagenetv2"
+    for number in (0, 2, 3):
+        touch(folder / f"imagenetv2-matched-frequency-format-val/{number}/x.jpeg")
+    (folder / "classnames.txt").write_text("".join(f"{synset} {name}\n" for synset, name in CLASSES.items()))
+    dataset = replace(CATALOG["imagenetv2"], classes=4)
+    splits = read_splits(dataset, tmp_path)
+    assert by_path(splits.test, splits.class_names) == {"0": "tench", "2": "hen", "3": "owl"}
+    assert len(splits.notices) == 1
+    touch(folder / "imagenetv2-matched-frequency-format-val/4/x.jpeg")
+    with pytest.raises(DataError, match="does not list the folders 4"):
+        read_splits(dataset, tmp_path)
+    # A list that is shorter than the published one numbers other classes.
+    assert any("which has 3 of 1,000" in notice for notice in numbered_by_three_lines(tmp_path).notices)
+
+
+def numbered_by_three_lines(root: Path) -> Splits:
+    folder = root / "short/imagenetv2"
+    for number in range(3):
+        touch(folder / f"imagenetv2-matched-frequency-format-val/{number}/x.jpeg")
+    (folder / "classnames.txt").write_text("n01 tench\nn02 shark\nn03 hen\n")
+    return read_splits(CATALOG["imagenetv2"], root / "short")
+
+
+def test_a_variant_with_its_own_200_classes_says_nothing_of_a_longer_list(tmp_path: Path) -> None:
+    folder = tmp_path / "imagenet-adversarial"
+    for synset in ("n02", "n04"):
+        touch(folder / "imagenet-a" / synset / "x.jpg")
+    (folder / "classnames.txt").write_text("".join(f"{synset} {name}\n" for synset, name in CLASSES.items()))
+    whole = read_splits(replace(CATALOG["imagenet_a"], classes=2), tmp_path)
+    assert (whole.class_names, whole.notices) == ({0: "great white shark", 1: "owl"}, ())
+    assert len(read_splits(CATALOG["imagenet_a"], tmp_path).notices) == 1

@@ -208,6 +208,13 @@ def test_a_plan_counts_without_training_anything(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_of_a_run_that_another_is_in_the_place_of_counts_all_the_same(done: distill.Run) -> None:
+    plan = distill.plan(make_run(done.runs, optim={**tiny.OPTIM, "learning_rate": 0.004}))
+    assert (plan.steps_per_epoch, plan.training_images) == (1437 // 128, 1437)
+    assert plan.state.startswith(f"refused: {done.student_file}: was made")
+    assert "--fresh" in plan.state
+
+
 def test_an_outline_counts_what_the_built_models_have(done: distill.Run) -> None:
     outline = distill.outline(done.recipe, 10)
     student, _ = load_student(done.student_file)

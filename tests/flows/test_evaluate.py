@@ -63,8 +63,50 @@ def test_unlabelled_images_give_agreement_alone(tiny_student: Path, tmp_path: Pa
 def test_classes_that_the_student_does_not_know_are_refused(tiny_student: Path, tmp_path: Path) -> None:
     digits_source().train.open(0).save(tmp_path / "0.png")
     data = Data(folder=str(tmp_path), classes=("zero", "one"))
-    with pytest.raises(DataError, match="zero, one are not among them"):
+    with pytest.raises(
+        DataError, match="trained on 10 classes, and it does not know zero, one; the data lacks 0, 1, 2, 3, 4 and"
+    ):
         evaluate(str(tiny_student), Path("runs"), bench(data=data))
+
+
+def test_a_student_whose_names_have_underscores_is_scored_with_its_own_prompts(
+    tiny_student: Path, tmp_path: Path
+) -> None:
+    expected = evaluate(str(tiny_student), Path("runs"), bench()).records
+    runs = tiny_student.parents[3]
+    shutil.copytree(runs, tmp_path / "runs")
+    for path in (tmp_path / "runs").rglob("*.pt"):  # as a version stored them that kept a class list's spelling
+        stored = torch.load(path, weights_only=True)
+        torch.save({**stored, "class_names": [f"digit_{name}" for name in stored["class_names"]]}, path)
+    source = digits_source()
+    assert source.test is not None
+    for index, label in enumerate(source.test.labels or ()):
+        folder = tmp_path / "digits/test" / f"digit {label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        source.test.open(index).save(folder / f"{index}.png")
+    data = Data(folder=str(tmp_path / "digits"), template="{}")
+    events: list[Event] = []
+    student = tmp_path / "runs" / tiny_student.relative_to(runs)
+    found = evaluate(str(student), tmp_path / "runs", bench(events, data)).records
+    assert [(r.role, r.top1_percent, r.agreement_percent) for r in found] == [
+        (r.role, pytest.approx(r.top1_percent), r.agreement_percent and pytest.approx(r.agreement_percent))
+        for r in expected
+    ]
+
+
+def test_what_is_said_of_the_data_is_said_once_for_all_its_students(tiny_student: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_student.parents[3], tmp_path / "runs")
+    home = tmp_path / "runs" / tiny_student.relative_to(tiny_student.parents[3]).parent
+    shutil.copytree(home, home.parent / "seed9")
+    for digit in range(10):
+        (tmp_path / f"digits/test/{digit}").mkdir(parents=True)
+    digits_source().train.open(0).save(tmp_path / f"digits/test/{digits_source().train.labels[0]}/0.png")  # type: ignore[index]
+    (tmp_path / "digits/test/0/note.txt").write_text("x")
+    events: list[Event] = []
+    evaluate(None, tmp_path / "runs", bench(events, Data(folder=str(tmp_path / "digits"))))
+    texts = [event.text for event in events if isinstance(event, Notice)]
+    assert len([text for text in texts if "1 file of another type is skipped: 1 .txt" in text]) == 1
+    assert len([text for text in texts if "no test images of: " in text]) == 1
 
 
 def test_without_a_model_the_newest_student_of_each_data_set_is_scored(tiny_student: Path) -> None:

@@ -271,12 +271,32 @@ def test_text_without_the_teacher_is_told_before_anything_is_made(tiny_student: 
     assert not (tmp_path / "bundle").exists()
 
 
+def test_data_with_other_classes_is_refused_as_evaluation_refuses_it(tiny_student: Path, tmp_path: Path) -> None:
+    stored = torch.load(tiny_student, weights_only=True)
+    torch.save({**stored, "class_names": ["none", *stored["class_names"][1:]]}, tmp_path / "student.pt")
+    with pytest.raises(DataError, match=r"digits: the student was trained on 10 classes, and it does not know 0; the"):
+        export(tmp_path / "student.pt", tmp_path / "bundle", Path("data"), quietly)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_names_that_an_older_version_stored_are_a_line_each(tiny_student: Path, tmp_path: Path) -> None:
+    stored = torch.load(tiny_student, weights_only=True)
+    ends = ["\n", "\u2028", "\x85", "\x0b", "\r\n", "\x1c", " ", "\t", "\f", ""]
+    names = [f"{name}{end}" for name, end in zip(stored["class_names"], ends, strict=True)]
+    torch.save({**stored, "class_names": names}, tmp_path / "student.pt")
+    export(tmp_path / "student.pt", tmp_path / "bundle", Path("data"), quietly)
+    assert (tmp_path / "bundle/classes.txt").read_bytes() == b"".join(b"%d\n" % digit for digit in range(10))
+    assert Classifier(tmp_path / "bundle").class_names == [str(digit) for digit in range(10)]
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         (["red fox", "red  fox "], "'red fox' is one of the classes already"),
+        (["red_fox", "red fox"], "'red fox' is one of the classes already"),
         ([" 3"], "'3' is one of the classes already"),
-        (["  "], "has no name"),
+        (["  "], "a class to add is empty"),
+        (["a\nb"], "a class to add has a line break within it"),
         ([f"{'very ' * 20}long name {end}" for end in ("alpha", "beta")], "can't tell them apart"),
     ],
 )

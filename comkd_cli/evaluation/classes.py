@@ -1,0 +1,40 @@
+"""Whether data has the classes that a student was trained on: what is scored otherwise is another class's answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from comkd_cli.data.class_names import class_key, some
+from comkd_cli.data.source import Source
+from comkd_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from comkd_cli.checkpoints import StudentRecord
+
+
+def check_classes(record: StudentRecord, source: Source) -> None:
+    """Raise DataError unless the data has the student's classes in the student's order, naming those that differ.
+
+    Spellings of one name count as the same: students of older versions keep the underscores of their class lists.
+    """
+    known = [str(name) for name in record.class_names]
+    ours, theirs = [class_key(name) for name in known], [class_key(name) for name in source.class_names]
+    if ours == theirs:
+        return
+    added = [name for name, key in zip(source.class_names, theirs, strict=True) if key not in ours]
+    absent = [name for name, key in zip(known, ours, strict=True) if key not in theirs]
+    faults = []
+    if added:
+        faults.append(f"it does not know {some(added)}")
+    if absent:
+        faults.append(f"the data lacks {some(absent)}")
+    if not faults:
+        faults = ["their number differs"]
+        for label, (name, other) in enumerate(zip(known, source.class_names, strict=False)):
+            if ours[label] != theirs[label]:
+                faults = [f"their order differs: class {label + 1} is {name} to the student, and {other} in the data"]
+                break
+    raise DataError(
+        f"{source.name}: the student was trained on {len(known)} classes, and {'; '.join(faults)}; use data with the "
+        "classes that it was trained on, in their order (for a folder: a class list, with a name a line)"
+    )
