@@ -22,6 +22,7 @@ from comkd_cli.flows.evaluate import Bench, evaluate
 from comkd_cli.progress import Event, Notice
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.results import Record
+from comkd_cli.terminal import figures_text
 from comkd_cli.training import make_accelerator
 from tests import tiny
 
@@ -303,6 +304,24 @@ def test_scores_say_how_many_test_images_they_lack(half_damaged: Path, tmp_path:
     told = [e.text for e in events if isinstance(e, Notice) and "test images can't be read" in e.text]
     assert len(told) == 2  # by the teacher's training and the student's, each once
     assert all(text.startswith("6 of 20") and text.count(".png: ") == 6 for text in told)
+
+
+def test_the_line_of_an_epoch_tells_unreadable_test_images_where_there_are_some() -> None:
+    figures = {"loss": 0.152, "test_top1_percent": 93.6, "test_images": 14, "test_unreadable": 6}
+    assert figures_text(figures) == "loss 0.152  test top-1 93.60 %  6 of 20 test images could not be read"
+    assert figures_text({**figures, "test_unreadable": 0}) == "loss 0.152  test top-1 93.60 %"
+
+
+def test_where_no_test_image_can_be_read_there_is_a_count_and_no_score(half_damaged: Path, tmp_path: Path) -> None:
+    for path in (half_damaged / "test").glob("*/*.png"):
+        path.write_bytes(b"no picture")
+    data = {"folder": str(half_damaged), "unreadable_limit_percent": 100.0, "workers": 0}
+    run = train(tmp_path / "runs", data=data)
+    kept = load_student_record(run.student_file).metrics
+    assert (kept["test_images"], kept["test_unreadable"]) == (0, 20)
+    assert "test_top1_percent" not in kept
+    with pytest.raises(DataError, match="none could be read; use selection: last"):
+        train(tmp_path / "selected", data=data, selection="promptkd")
 
 
 def test_too_many_unreadable_test_images_stop_training_and_evaluation(half_damaged: Path, tmp_path: Path) -> None:
