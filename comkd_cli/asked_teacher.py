@@ -14,13 +14,13 @@ from torch import Tensor
 from comkd_cli import launch, processes
 from comkd_cli.data.loaders import Batch, view_batches, worker_count
 from comkd_cli.data.source import ImageSet
+from comkd_cli.data.unreadable import MOST_NAMED, check_unreadable
 from comkd_cli.devices import failures_explained, to_device
 from comkd_cli.method.teacher import Teacher, TeacherOutput
 from comkd_cli.progress import Notice, Progress, Report
 from comkd_cli.recipe import Recipe
 from comkd_cli.teacher_cache import TeacherCache
 from comkd_cli.teachers import ReadyTeacher
-from comkd_cli.training import MOST_NAMED, check_unreadable
 
 BATCH_SIZE = 64
 TORCH_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}

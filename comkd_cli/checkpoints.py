@@ -40,7 +40,7 @@ class StudentRecord:
     identity: str
     """A digest of all that decided this student."""
     metrics: dict[str, float]
-    """Of the last epoch."""
+    """Of the epoch whose weights are kept."""
     identity_parts: dict[str, Any] | None = None
     """What `identity` is a digest of, by name; None in files of versions that did not record it."""
 

@@ -58,9 +58,14 @@ def failures_explained() -> Iterator[None]:
                 "the image tower has weights that take no part in its features, which several processes can't train; "
                 "use one process, or student.train: prompts"
             ) from error
-        if "DataLoader worker" in said:
+        if "DataLoader worker (pid" in said:
             raise TrainingError(
                 f"a process that decodes images died ({said.splitlines()[0]}); it may have lacked memory or shared "
-                "memory: try data.workers=0"
+                "memory: use fewer with data.workers, or none with data.workers=0"
+            ) from error
+        if "in DataLoader worker process" in said and "/torch_" in said:  # the name of a file of shared memory
+            raise TrainingError(
+                f"there is not enough shared memory for decoded images ({said.strip().splitlines()[-1]}); enlarge "
+                "/dev/shm, or set data.workers=0"
             ) from error
         raise

@@ -12,28 +12,35 @@ or, from Python, `Classifier(bundle_folder).predict("image.jpg")`.
 from __future__ import annotations
 
 import argparse
+import codecs
 import hashlib
 import io
 import json
+import logging
 import os
 import sys
 import unicodedata
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from comkd_cli.clip_tokenizer import Tokenizer
 
 BUNDLE_FORMAT = "comkd-bundle/1"
+MOST_PIXELS = 178_956_970  # of an image that is decoded: where Pillow too sees a decompression bomb
+# What a resized picture may take before its crop is resized alone. A line of 65,000 x 1 pixels, resized to 224 pixels
+# on its short side, would take 13 GB of which the crop shows 0.0015 %.
+MOST_RESIZED_PIXELS = 2**26
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 ORIENTATION = 0x0112  # the EXIF tag
-# What turns a picture of each orientation upright. Pillow's exif_transpose would also write the EXIF data
-# anew, which fails where any other tag of it is damaged.
+# What turns a picture of each orientation upright. Pillow's exif_transpose would also rewrite the EXIF data,
+# which fails where any other tag of it is damaged.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,6 +51,11 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 JOINERS = "\u200c\u200d"  # invisible, and part of the spelling of Persian, Hindi and of emoji
+PILLOW = r"PIL(\.|$)"  # its modules, as a warnings filter matches them
+NOWHERE = logging.NullHandler()
+
+ImageSource = str | os.PathLike[str] | IO[bytes] | bytes
+"""An image file: its path, an open binary file, or its content."""
 
 
 class BundleProblem(Exception):
@@ -67,40 +79,160 @@ class Preprocessing:
     """`shortest` resizes the short side and crops the centre; `squash` resizes both sides."""
 
 
-def open_image(path: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
-    """The picture a person sees in the file, given by path or opened, as 8-bit RGB.
+def open_image(file: ImageSource) -> Image.Image:
+    """The picture a person sees in an image file, as 8-bit RGB.
 
-    EXIF rotation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits, and of an
-    animation the first frame is taken. Raises UnreadableImage, naming the file and the reason.
+    file: a path, an open binary file, or the content as bytes. EXIF rotation is applied, transparency is laid on
+    white, 16-bit grey is scaled to 8 bits, and of an animation the first frame is taken. Pillow's warnings are ignored
+    from the first call on. Raises UnreadableImage, naming the file and the reason, whatever the decoder raises.
     """
-    try:
-        with warnings.catch_warnings(), Image.open(path) as opened:
-            warnings.simplefilter("ignore")  # what is shown is shown, whatever the file's metadata lacks
-            opened.load()
-            turn = UPRIGHT.get(opened.getexif().get(ORIENTATION, 1))
-            return as_rgb(opened if turn is None else opened.transpose(turn))
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        # Pillow's decoders raise all of these for damaged files.
-        reason = str(error) or type(error).__name__
-        raise UnreadableImage(f"{path}: {reason}") from error
+    with _decoding(_name(file)), Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
+        return as_rgb(opened)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as 8-bit RGB; see `open_image`."""
+    """The picture a person sees in a Pillow image of any mode, as 8-bit RGB; see `open_image`.
+
+    Raises what Pillow raises, or ValueError for an image without pixels, with too many, or without its palette.
+    """
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ValueError(f"{width} x {height} pixels show no picture")
+    if width * height > MOST_PIXELS:
+        raise ValueError(
+            f"{width} x {height} pixels: the image size exceeds the limit of {MOST_PIXELS:,} pixels; make it smaller"
+        )
+    low_bytes = _prepare_transparency(image)
+    image.load()
+    rgb = _on_white(image, low_bytes)
+    turn = _turn(image)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _on_white(image: Image.Image, low_bytes: np.ndarray | None) -> Image.Image:
+    """A loaded image as RGB, its transparency laid on white. low_bytes: see `_prepare_transparency`."""
+    key = image.info.get("transparency")
     if image.mode == "I" or image.mode.startswith("I;16"):
+        levels = np.asarray(image)
         # Pillow would clip 16-bit greys at 255, turning most of such a picture white.
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        coloured = image.convert("RGBA")
-        white = Image.new("RGBA", coloured.size, "white")
-        return Image.alpha_composite(white, coloured).convert("RGB")
-    return image.convert("RGB")
+        rgb = Image.fromarray((np.clip(levels, 0, 65535).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+        return _erased(rgb, levels == key) if isinstance(key, int) else rgb
+    if low_bytes is not None:
+        high_bytes, colour = np.asarray(image), np.asarray(key)
+        transparent = (high_bytes == colour >> 8) & (low_bytes == colour & 0xFF)
+        return _erased(Image.fromarray(high_bytes), transparent.all(axis=2))
+    if image.mode == "P" and image.palette is None:
+        raise ValueError("a palette image without its palette")
+    if image.mode == "La":  # which Pillow converts to nothing else
+        image = image.convert("LA")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    coloured = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured).convert("RGB")
+
+
+def _erased(rgb: Image.Image, transparent: np.ndarray) -> Image.Image:
+    """An RGB image with white where it is transparent, bool (height, width)."""
+    rgb.paste((255, 255, 255), mask=Image.fromarray(transparent.astype(np.uint8) * 255))
+    return rgb
+
+
+def _prepare_transparency(image: Image.Image) -> np.ndarray | None:
+    """Make a PNG's transparent colour fit the pixels that Pillow decodes; call it before the image is loaded.
+
+    The file gives the colour in its own bit depth, Pillow decodes greys of 2 and 4 bits to 8. Of 16-bit RGB it decodes
+    the high bytes alone; the low ones, which the colour is compared with too, are returned, uint8 (height, width, 3).
+    """
+    key, tiles = image.info.get("transparency"), getattr(image, "tile", None)
+    if image.format != "PNG" or not tiles or key is None:
+        return None
+    layout = tiles[0][3]  # how the file stores a pixel, in Pillow's words
+    if layout == "RGB;16B":
+        return _low_bytes(image)
+    if layout == "RGB":
+        image.info["transparency"] = tuple(level % 256 for level in key)
+    elif layout in ("L", "L;2", "L;4"):
+        levels = 2 ** int(layout[2:] or 8)
+        image.info["transparency"] = key % levels * (255 // (levels - 1))
+    return None
+
+
+def _low_bytes(image: Image.Image) -> np.ndarray:
+    """The low bytes of a 16-bit RGB PNG that was opened and not loaded yet, uint8 (height, width, 3)."""
+    file: IO[bytes] = image.fp  # type: ignore[attr-defined]
+    position = file.tell()
+    file.seek(0)
+    content = file.read()
+    file.seek(position)
+    with Image.open(io.BytesIO(content)) as again:
+        # Read as little-endian, so that what Pillow takes for the high byte is the low one.
+        again.tile = [(*tile[:3], "RGB;16L") for tile in again.tile]  # type: ignore[misc]
+        return np.array(again)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns an image upright by its EXIF orientation; None where it has none or its EXIF data are damaged."""
+    try:
+        return UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # of many kinds; the picture itself can be shown
+        return None
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Within the block Pillow does not warn, and whatever it raises becomes UnreadableImage with that name."""
+    _silence_pillow()
+    try:
+        yield
+    except UnreadableImage:
+        raise
+    except Exception as error:  # decoders by many authors, each with errors of its own
+        raise UnreadableImage(f"{name}: {_reason(error)}") from error
+
+
+def _silence_pillow() -> None:
+    """Ignore Pillow's warnings from now on: they concern metadata and sizes, which do not change what is shown.
+
+    A filter for Pillow's modules alone. `warnings.catch_warnings` would be no choice: it changes the filters of all
+    threads, and makes warnings of other libraries appear again. The filter is looked for at each call because whoever
+    restores older filters removes it.
+    """
+    first = warnings.filters[0] if warnings.filters else ("",) * 5
+    if first[0] != "ignore" or getattr(first[3], "pattern", None) != PILLOW:
+        warnings.filterwarnings("ignore", module=PILLOW)
+        logging.getLogger("PIL").addHandler(NOWHERE)  # else logging prints its errors
+
+
+def _name(image: ImageSource | Image.Image) -> str:
+    """What messages call an image: its path where it has one."""
+    if isinstance(image, str | os.PathLike):
+        return str(image)
+    named = getattr(image, "filename", "") or getattr(image, "name", "")
+    if named:
+        return str(named)
+    return "the image" if isinstance(image, bytes | Image.Image) or type(image) is io.BytesIO else str(image)
+
+
+def _reason(error: Exception) -> str:
+    """Why an image can't be decoded, in one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "is not an image of a format that Pillow can read"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory to decode it"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    said = " ".join(str(error).split())
+    if said and isinstance(error, OSError | ValueError | SyntaxError | EOFError | Image.DecompressionBombError):
+        return said  # what Pillow's own decoders raise of damaged files
+    return f"its decoder failed: {type(error).__name__}" + (f": {said}" if said else "")
 
 
 def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     """An RGB image as the model's square input, before normalisation.
 
-    Sizes and offsets are rounded as torchvision's Resize and CenterCrop round them.
+    Sizes and offsets are rounded as torchvision's Resize and CenterCrop round them. Of a shape so long that the whole
+    would exceed MOST_RESIZED_PIXELS, only the crop is resized. Pillow may then resize rows before columns, and levels
+    differ a little.
     """
     size, resampling = preprocessing.size, RESAMPLING[preprocessing.interpolation]
     if preprocessing.resize_mode == "squash":
@@ -110,8 +242,12 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
         width, height = size, int(size * height / width)
     else:
         width, height = int(size * width / height), size
-    image = image.resize((width, height), resampling)
     left, top = round((width - size) / 2.0), round((height - size) / 2.0)
+    if width * height > MOST_RESIZED_PIXELS:
+        x, y = image.width / width, image.height / height
+        box = (left * x, top * y, (left + size) * x, (top + size) * y)
+        return image.resize((size, size), resampling, box=box)
+    image = image.resize((width, height), resampling)
     return image.crop((left, top, left + size, top + size))
 
 
@@ -250,10 +386,16 @@ class Classifier:
         self._class_vectors = np.concatenate([self._class_vectors, vectors])
         self.class_names = [*self.class_names, *names]
 
-    def predict(self, image: str | os.PathLike[str] | Image.Image, top: int = 5) -> list[Prediction]:
-        """The `top` likeliest classes of an image, likeliest first. Raises UnreadableImage."""
-        rgb = as_rgb(image) if isinstance(image, Image.Image) else open_image(image)
-        (logits,) = self.logits(prepare(rgb, self.preprocessing)[None]).astype(np.float64)
+    def predict(self, image: ImageSource | Image.Image, top: int = 5) -> list[Prediction]:
+        """The `top` likeliest classes of an image, likeliest first. Raises UnreadableImage.
+
+        image: a path, an open binary file, its content as bytes, or a Pillow image. The last is turned as its EXIF data
+        say, like a file, unless `PIL.ImageOps.exif_transpose` did so before and removed the orientation.
+        """
+        with _decoding(_name(image)):
+            rgb = as_rgb(image) if isinstance(image, Image.Image) else open_image(image)
+            prepared = prepare(rgb, self.preprocessing)
+        (logits,) = self.logits(prepared[None]).astype(np.float64)
         weights = np.exp(logits - logits.max())
         probabilities = weights / weights.sum()
         order = np.argsort(-probabilities, kind="stable")[:top]
@@ -379,6 +521,20 @@ def predict_all(classifier: Classifier, images: Iterable[str], top: int) -> list
     return records
 
 
+def json_text(document: object, encoding: str | None) -> str:
+    """A JSON document for a stream with this encoding: as it is where that is UTF-8, else in ASCII with escapes.
+
+    JSON is UTF-8 by its standard (RFC 8259, section 8.1); names that are no text are escaped too.
+    """
+    text = json.dumps(document, ensure_ascii=False, indent=2)
+    try:
+        text.encode("utf-8")
+        as_it_is = codecs.lookup(encoding or "ascii").name == "utf-8"
+    except (UnicodeEncodeError, LookupError):
+        as_it_is = False
+    return text if as_it_is else json.dumps(document, indent=2)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of predict.py; returns its exit status."""
     for stream in (sys.stdout, sys.stderr):  # a file's name need not be text that they can encode
@@ -403,7 +559,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if options.json:
-        print(json.dumps({"predictions": records}, ensure_ascii=False, indent=2))
+        print(json_text({"predictions": records}, sys.stdout.encoding))
     for record in records:
         if "error" in record:
             print(f"error: {record['error']}", file=sys.stderr)

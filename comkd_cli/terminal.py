@@ -47,11 +47,17 @@ def messages() -> Console:
 def figures_text(figures: Mapping[str, float]) -> str:
     """`loss 0.152  refinement 0.144 (97%)  gate 0.063  test top-1 93.61 %`.
 
-    In brackets stands a term's share of the gradient, where it was measured.
+    In brackets stands a term's share of the gradient, where it was measured. Test images that could not be read are
+    told where there are some.
     """
     parts = []
     for name, value in figures.items():
-        if name.endswith("_gradient_share"):
+        if name.endswith("_gradient_share") or name == "test_images":
+            continue
+        if name == "test_unreadable":
+            if value:
+                total = value + figures.get("test_images", 0)
+                parts.append(f"{value:.0f} of {total:.0f} test images could not be read")
             continue
         if name.endswith("_percent"):
             parts.append(f"{name.removesuffix('_percent').replace('top1', 'top-1').replace('_', ' ')} {value:.2f} %")

@@ -6,10 +6,9 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from comkd_cli.allocator import keep_freed_memory
 from comkd_cli.checkpoints import save_plain
 from comkd_cli.data.loaders import Batch, TrainingLoader
 from comkd_cli.data.transforms import stable_seed
+from comkd_cli.data.unreadable import MOST_NAMED, check_unreadable
 from comkd_cli.devices import failures_explained, needs_cpu
 from comkd_cli.errors import CheckpointError, DataError, Interrupted, TrainingError
 from comkd_cli.files import remove_folder, write_text
@@ -34,7 +34,6 @@ from comkd_cli.schedule import learning_rate
 
 STATE_FORMAT = "comkd-state/4"
 REPORT_EVERY_SECONDS = 0.5
-MOST_NAMED = 10  # unreadable images that are named one by one; all are counted
 KEEP_EVERY_STEPS = 50
 
 
@@ -75,8 +74,9 @@ class Task:
     evaluate: Callable[[], dict[str, float]] | None = None
     """Figures at the end of an epoch."""
     evaluate_every_epochs: int = 0
-    select: Callable[[], float] | None = None
-    """A score at the end of an epoch; the weights of the best epoch are kept, not the last's."""
+    select_by: str | None = None
+    """One of the figures of `evaluate`, which is then called at every epoch's end: the weights of the epoch with the
+    highest are kept, of several the first's; not the last epoch's."""
     average: Sequence[float] | None = None
     """A weight for each epoch, summing to 1: what is kept is the average of the epochs' weights."""
     keep: Callable[[bool], None] | None = None
@@ -103,9 +103,9 @@ class _Position:
     history: list[dict[str, float]] = field(default_factory=list)
     unreadable: dict[str, None] = field(default_factory=dict)
     best_score: float = -math.inf
-    """With `select`: of the best epoch so far."""
+    """With `select_by`: of the best epoch so far."""
     kept: dict[str, Tensor] = field(default_factory=dict)
-    """With `select` the tensors of the best epoch so far, with `average` their weighted sum."""
+    """With `select_by` the tensors of the best epoch so far, with `average` their weighted sum."""
     reported_at: float = 0.0
 
 
@@ -139,8 +139,8 @@ def fit(task: Task, accelerator: Accelerator, report: Report) -> list[dict[str, 
     """Train to the last epoch, going on from a saved state where there is one.
 
     The state is saved at every epoch's end and when a stop is asked for; what comes out does not depend
-    on how often that happened. Returns the figures of every epoch. Raises Interrupted, TrainingError,
-    DataError (too many unreadable images) or CheckpointError (a state of something else).
+    on how often that happened. Returns the figures of every epoch (see `kept_figures`). Raises Interrupted,
+    TrainingError, DataError (too many unreadable images) or CheckpointError (a state of something else).
     """
     if launch.world_size() > 1:
         share_batch_norms(task.model, accelerator.device)
@@ -171,11 +171,22 @@ def fit(task: Task, accelerator: Accelerator, report: Report) -> list[dict[str, 
                 raise Interrupted(_stopped_message(task, position), code)
     if position.kept:
         task.model.load_state_dict(position.kept, strict=False)
+    if task.select_by is not None:
+        kept = kept_figures(task, position.history)
+        report(Notice(f"kept the weights of epoch {kept['epoch']:.0f}, which has the best {task.select_by}"))
     if position.unreadable:
         count = len(position.unreadable)
         report(Notice(f"{count} of {task.loader.image_count} images could not be read and were left out"))
     accelerator.free_memory()  # it would hold on to every model and optimiser that it was given
     return position.history
+
+
+def kept_figures(task: Task, history: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The figures of the weights that the task keeps: the last epoch's, or those of the epoch that was selected."""
+    if task.select_by is None:
+        return history[-1]
+    key = task.select_by
+    return max(history, key=lambda line: line[key])  # of several the first, as the weights are
 
 
 def _seed(seed: int) -> None:
@@ -331,13 +342,12 @@ def _finish_epoch(
         _add_to_average(task.model, task.average[position.epoch], position)
         if last:  # what is scored is what is kept
             task.model.load_state_dict(position.kept, strict=False)
-    if task.evaluate is not None and (last or (task.evaluate_every_epochs and epoch % task.evaluate_every_epochs == 0)):
+    due = task.evaluate_every_epochs and epoch % task.evaluate_every_epochs == 0
+    if task.evaluate is not None and (last or due or task.select_by is not None):
         figures |= task.evaluate()
-    if task.select is not None:
-        figures["selection_score_percent"] = score = task.select()
-        if score > position.best_score:
-            tensors = {name: value.detach().clone() for name, value in _learned(task.model).items()}
-            position.best_score, position.kept = score, tensors
+    if task.select_by is not None and (score := figures[task.select_by]) > position.best_score:
+        tensors = {name: value.detach().clone() for name, value in _learned(task.model).items()}
+        position.best_score, position.kept = score, tensors
     line = {
         "epoch": epoch,
         "learning_rate": rate,
@@ -345,6 +355,8 @@ def _finish_epoch(
         "unreadable": len(position.unreadable),
         "images_per_second": images_per_second,
     }
+    if task.select_by is not None:
+        line["kept_epoch"] = kept_figures(task, [*position.history, line])["epoch"]
     position.history.append(line)
     if launch.is_main():
         write_text(task.folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in position.history))
@@ -380,17 +392,6 @@ def _note_unreadable(task: Task, problems: Sequence[str], position: _Position, r
                 report(Notice(f"unreadable, left out: {problem}"))
     if problems:
         check_unreadable(position.unreadable, task.loader.image_count, task.unreadable_limit_percent)
-
-
-def check_unreadable(problems: Collection[str], images: int, limit_percent: float) -> None:
-    """Raise DataError, naming them, where more than the limit of so many images can't be read."""
-    share = 100 * len(problems) / images
-    if share > limit_percent:
-        named = "\n".join(f"  {problem}" for problem in islice(problems, MOST_NAMED))
-        raise DataError(
-            f"{len(problems)} of {images} images ({share:.3g} %) can't be read, more than "
-            f"data.unreadable_limit_percent ({limit_percent:g} %); mend or remove them, or raise the limit:\n{named}"
-        )
 
 
 def _stopped_message(task: Task, position: _Position) -> str:

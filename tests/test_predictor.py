@@ -1,11 +1,14 @@
 import hashlib
 import json
+import os
 import random
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import transforms
 
 from comkd_cli import predictor
@@ -258,6 +261,174 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path, suffix: str) -
     assert open_image(tmp_path / f"moving.{suffix}").getpixel((1, 1)) == (255, 0, 0)
 
 
+# --- reading pictures: transparent colours of PNG ------------------------------------------------------
+
+GREY, COLOUR, PALETTE = 0, 2, 3  # PNG's colour types
+BIT_DEPTHS = [(GREY, 1), (GREY, 2), (GREY, 4), (GREY, 8), (GREY, 16), (COLOUR, 8), (COLOUR, 16)]
+# Adam7, by the PNG standard: first column, first row, and the steps between columns and rows of each pass.
+PASSES = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def packed(samples: np.ndarray, depth: int) -> bytes:
+    """Rows of samples (height, width, channels) as PNG stores them: without a filter, most significant bit first."""
+    rows = b""
+    for row in samples.reshape(len(samples), -1).tolist():
+        bits = "".join(format(sample, f"0{depth}b") for sample in row)
+        bits += "0" * (-len(bits) % 8)
+        rows += b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
+    return rows
+
+
+def png(
+    samples: np.ndarray,
+    depth: int,
+    colour_type: int,
+    transparent: bytes | None = None,
+    palette: bytes | None = None,
+    interlaced: bool = False,
+) -> bytes:
+    """A PNG file of integer samples (height, width, channels), written by the standard and without Pillow."""
+    height, width, _ = samples.shape
+    parts = [samples[y::dy, x::dx] for x, y, dx, dy in PASSES] if interlaced else [samples]
+    content = b"".join(packed(part, depth) for part in parts if part.size)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, interlaced)
+    return b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header),
+            chunk(b"PLTE", palette) if palette else b"",
+            chunk(b"tRNS", transparent) if transparent else b"",
+            chunk(b"IDAT", zlib.compress(content)) + chunk(b"IEND", b""),
+        ]
+    )
+
+
+def some_samples(colour_type: int, depth: int) -> np.ndarray:
+    """Samples (9, 11, channels) whose first pixel comes again, and beside it pixels that differ from it by one bit."""
+    channels = 3 if colour_type == COLOUR else 1
+    samples = np.random.default_rng(depth).integers(0, 2**depth, (9, 11, channels))
+    samples[3, 5:8] = samples[0, 0]
+    samples[4, 5] = samples[0, 0] ^ 1
+    samples[4, 6] = samples[0, 0] ^ (1 << (depth - 1))
+    samples[4, 7, :-1] = samples[0, 0, :-1]
+    return samples
+
+
+def shown_on_white(samples: np.ndarray, depth: int, key: np.ndarray | None) -> np.ndarray:
+    """By the PNG standard: samples scaled to 8 bits, and white where all of a pixel's are the key's."""
+    scaled = samples >> 8 if depth == 16 else samples * 255 // (2**depth - 1)
+    rgb = np.broadcast_to(scaled, (*samples.shape[:2], 3)).copy()
+    if key is not None:
+        rgb[(samples == key).all(axis=2)] = 255
+    return rgb
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("keyed", [True, False])
+@pytest.mark.parametrize(("colour_type", "depth"), BIT_DEPTHS)
+def test_a_transparent_colour_of_any_bit_depth_shows_white_and_no_other_does(
+    tmp_path: Path, colour_type: int, depth: int, keyed: bool, interlaced: bool
+) -> None:
+    samples = some_samples(colour_type, depth)
+    key = samples[0, 0] if keyed else None
+    content = png(
+        samples,
+        depth,
+        colour_type,
+        transparent=None if key is None else struct.pack(f">{len(key)}H", *key),
+        interlaced=interlaced,
+    )
+    expected = shown_on_white(samples, depth, key)
+    (tmp_path / "keyed.png").write_bytes(content)
+    for file in (tmp_path / "keyed.png", content, BytesIO(content)):
+        assert np.array_equal(np.asarray(open_image(file)), expected)
+    with Image.open(tmp_path / "keyed.png") as opened:
+        assert np.array_equal(np.asarray(as_rgb(opened)), expected)
+
+
+def test_bits_of_a_transparent_colour_beyond_its_depth_do_not_count() -> None:
+    samples = some_samples(COLOUR, 8)
+    content = png(samples, 8, COLOUR, struct.pack(">3H", *(samples[0, 0] + 0x300)))
+    assert np.array_equal(np.asarray(open_image(content)), shown_on_white(samples, 8, samples[0, 0]))
+    grey = some_samples(GREY, 4)
+    content = png(grey, 4, GREY, struct.pack(">H", grey[0, 0, 0] + 16))
+    assert np.array_equal(np.asarray(open_image(content)), shown_on_white(grey, 4, grey[0, 0]))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_a_palette_with_transparency_is_laid_on_white(depth: int) -> None:
+    indices = some_samples(PALETTE, depth) % 4
+    colours = np.random.default_rng(1).integers(0, 256, (2**depth, 3), dtype=np.uint8)
+    alpha = np.array([0, 255, 0, 255][: 2**depth], dtype=np.uint8)
+    content = png(indices, depth, PALETTE, alpha.tobytes(), colours.tobytes())
+    expected = np.where(alpha[indices] == 0, 255, colours[indices[..., 0]])
+    assert np.array_equal(np.asarray(open_image(content)), expected)
+
+
+def test_16_bit_alpha_is_laid_on_white() -> None:
+    samples = np.array([[[0x1234, 0x8000, 0xFF00, 0xFFFF], [0x1234, 0x8000, 0xFF00, 0]]])
+    assert pixels(open_image(png(samples, 16, 6))) == [[(0x12, 0x80, 0xFF), (255, 255, 255)]]
+    grey = np.array([[[0x4D12, 0xFFFF], [0x4D12, 0]]])
+    assert pixels(open_image(png(grey, 16, 4))) == [[(0x4D, 0x4D, 0x4D), (255, 255, 255)]]
+
+
+# --- reading pictures: images in memory ----------------------------------------------------------------
+
+
+def half_clear(mode: str) -> Image.Image:
+    """A pixel of (200, 100, 50) and the same with no opacity, in a mode with alpha."""
+    image = Image.new("RGBA", (2, 1))
+    image.putdata([(200, 100, 50, 255), (200, 100, 50, 0)])
+    if mode == "La":
+        return image.convert("LA").convert("La")
+    if mode == "PA":
+        palette = Image.new("PA", (2, 1))
+        palette.putpalette([0, 0, 0, 200, 100, 50])
+        palette.putdata([(1, 255), (1, 0)])
+        return palette
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "La", "PA"])
+def test_alpha_of_every_mode_is_laid_on_white(mode: str) -> None:
+    grey = half_clear("LA").getpixel((0, 0))[0]  # type: ignore[index]
+    colour = (grey, grey, grey) if mode in ("LA", "La") else (200, 100, 50)
+    assert pixels(as_rgb(half_clear(mode))) == [[colour, (255, 255, 255)]]
+
+
+@pytest.mark.parametrize("byte_order", ["<", ">"])
+def test_16_bit_grey_of_either_byte_order_is_scaled(tmp_path: Path, byte_order: str) -> None:
+    levels = np.array([[0, 255, 256, 0x4D00, 0x8000, 0xFFFF]], dtype=f"{byte_order}u2")
+    Image.fromarray(levels).save(tmp_path / "deep.tif")
+    expected = [[(v, v, v) for v in (0, 0, 1, 0x4D, 0x80, 0xFF)]]
+    assert pixels(open_image(tmp_path / "deep.tif")) == pixels(as_rgb(Image.fromarray(levels))) == expected
+
+
+def test_grey_beyond_16_bits_is_clipped_and_does_not_wrap_around() -> None:
+    levels = np.array([[-1, 0x4D00, 0x10000, 2**31 - 1]], dtype=np.int32)
+    assert pixels(as_rgb(Image.fromarray(levels))) == [[(v, v, v) for v in (0, 0x4D, 255, 255)]]
+
+
+def test_floating_point_grey_is_taken_as_levels_of_8_bits() -> None:
+    levels = np.array([[-5.0, 77.0, 300.0]], dtype=np.float32)
+    assert pixels(as_rgb(Image.fromarray(levels))) == [[(v, v, v) for v in (0, 77, 255)]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr", "I", "I;16", "F", "HSV"])
+def test_a_picture_of_any_mode_is_turned_by_its_exif_data(noise: Noise, mode: str) -> None:
+    image = Image.new("PA", (5, 3)) if mode == "PA" else noise(5, 3).convert("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    plain = np.asarray(as_rgb(image.copy()))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.info["exif"] = exif.tobytes()
+    assert np.array_equal(np.asarray(as_rgb(image)), np.rot90(plain, -1))
+
+
 # --- reading pictures: damaged -------------------------------------------------------------------------
 
 
@@ -292,18 +463,177 @@ def test_a_missing_file_and_a_folder_are_unreadable_by_name(tmp_path: Path) -> N
 
 
 def test_a_picture_that_would_fill_the_memory_is_unreadable_by_name(tmp_path: Path) -> None:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     path = tmp_path / "bomb.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")))
-    with pytest.raises(UnreadableImage, match=r"bomb\.png: .*exceeds limit"):
+    with pytest.raises(UnreadableImage, match=r"bomb\.png: .*3600000000 pixels.*exceeds limit"):
         open_image(path)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow warns of what is damaged
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_the_limit_of_pixels_is_our_own_and_told_before_anything_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # a program around it may do without Pillow's limit
+    header = struct.pack(">IIBBBBB", 20000, 9000, 8, 2, 0, 0, 0)
+    path = tmp_path / "large.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")))
+    with pytest.raises(UnreadableImage, match=r"large\.png: 20000 x 9000 pixels: .* exceeds the limit of 178,956,970"):
+        open_image(path)
+    monkeypatch.setattr(predictor, "MOST_PIXELS", 11)
+    with pytest.raises(ValueError, match="4 x 3 pixels"):
+        as_rgb(Image.new("RGB", (4, 3)))
+    assert as_rgb(Image.new("RGB", (11, 1))).size == (11, 1)
+
+
+def test_an_image_without_pixels_is_unreadable(colour_bundle: Path) -> None:
+    with pytest.raises(UnreadableImage, match="the image: 0 x 5 pixels show no picture"):
+        Classifier(colour_bundle).predict(Image.new("RGB", (0, 5)))
+
+
+def test_a_palette_png_without_its_palette_is_unreadable(tmp_path: Path) -> None:
+    path = tmp_path / "bare.png"
+    path.write_bytes(png(some_samples(PALETTE, 8), 8, PALETTE))
+    with pytest.raises(UnreadableImage, match=r"bare\.png: a palette image without its palette"):
+        open_image(path)
+
+
+ERRORS = [
+    RuntimeError("Failed to decode image"),
+    NotImplementedError("Unimplemented pixel format"),
+    AttributeError("'NoneType' object has no attribute 'x'"),
+    AssertionError(),
+    KeyError("compression"),
+    struct.error("unpack requires a buffer of 4 bytes"),
+    zlib.error("Error -3"),
+    ZeroDivisionError("division by zero"),
+    RecursionError("maximum recursion depth exceeded"),
+    MemoryError(),
+    OverflowError("too large"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("step", ["open", "load"])
+def test_whatever_a_decoder_raises_is_an_unreadable_image_with_name_and_reason(
+    tmp_path: Path, noise: Noise, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
+) -> None:
+    noise(4, 4).save(tmp_path / "x.png")
+
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(*((Image, "open") if step == "open" else ("PIL.PngImagePlugin.PngImageFile.load",)), fail)
+    with pytest.raises(UnreadableImage) as caught:
+        open_image(tmp_path / "x.png")
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path / 'x.png'}: ")
+    assert "memory" in said if isinstance(error, MemoryError) else type(error).__name__ in said
+    assert "\n" not in said
+
+
+def warnings_of(file: Path | bytes) -> list[str]:
+    """What Pillow warns of where nobody filters it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as opened:
+            opened.load()
+            opened.convert("RGB")
+    return [str(warning.message) for warning in caught]
+
+
+def noisy_pictures() -> dict[str, bytes]:
+    """Files that Pillow warns of, by what it warns of."""
+    clear = Image.new("P", (3, 1))
+    clear.putpalette([0, 0, 0, 40, 50, 60, 100, 0, 200])
+    made = {name: BytesIO() for name in ("transparency", "large")}
+    clear.save(made["transparency"], "PNG", transparency=bytes([0, 128, 255]))
+    Image.new("L", (15, 10)).save(made["large"], "PNG")
+    found = {name: buffer.getvalue() for name, buffer in made.items()}
+    bare = found["transparency"]
+    at = bare.index(b"PLTE") - 4
+    # An APNG control chunk that promises no frame: Pillow warns while it opens the file.
+    return {**found, "animation": bare[:at] + chunk(b"acTL", bytes(8)) + bare[at:]}
+
+
+@pytest.mark.parametrize("name", ["transparency", "large", "animation"])
+@pytest.mark.parametrize("action", ["error", "always"])
+def test_no_warning_of_pillow_reaches_a_user_or_makes_a_picture_unreadable(
+    name: str, action: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # up to twice as many it warns
+    content = noisy_pictures()[name]
+    assert warnings_of(content)  # else this proves nothing
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter(action)
+        for _ in range(2):  # also where filters were changed since
+            open_image(content)
+            warnings.simplefilter(action)
+        open_image(content)
+    assert caught == []
+
+
+def test_warnings_of_others_are_shown_as_often_as_before() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")  # once for each place
+        for _ in range(3):
+            open_image(png(some_samples(GREY, 8), 8, GREY))
+            warnings.warn("of mine", stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["of mine"]
+
+
+def test_threads_that_read_at_once_add_one_filter_and_hear_no_warning() -> None:
+    content = noisy_pictures()["animation"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(open_image, [content] * 200))
+        own = [entry for entry in warnings.filters if "PIL" in getattr(entry[3], "pattern", "")]
+        assert len(own) == 1
+    assert caught == []
+
+
+# --- reading pictures: extreme shapes ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(3000, 2), (2, 3000), (901, 3), (7, 5000)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_the_crop_of_a_long_shape_is_resized_alone_to_the_same_picture(
+    noise: Noise, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], interpolation: str
+) -> None:
+    settings = Preprocessing(32, MEAN, STD, interpolation)
+    whole = np.asarray(resize_and_crop(noise(*size), settings)).astype(int)
+    monkeypatch.setattr(predictor, "MOST_RESIZED_PIXELS", 0)
+    crop = np.asarray(resize_and_crop(noise(*size), settings)).astype(int)
+    assert np.abs(whole - crop).max() <= 16  # noise is the worst case
+    shifted = np.roll(crop, 1, axis=1 if size[0] > size[1] else 0)
+    assert np.abs(whole - crop).mean() < np.abs(whole - shifted).mean() / 4
+
+
+LINE = """
+import resource, sys
+from comkd_cli.predictor import Preprocessing, open_image, prepare
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[1:]:
+    prepare(open_image(path), Preprocessing(224, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_line_of_a_picture_takes_little_memory(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("wide.png", "high.png")]
+    Image.new("RGB", (65000, 1), "red").save(paths[0])
+    Image.new("RGB", (1, 65000), "red").save(paths[1])
+    done = subprocess.run(
+        [sys.executable, "-c", LINE, *map(str, paths)], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert int(done.stdout) < 50_000  # KiB; the whole resized line would be 13 GB
+    shown = prepare(open_image(paths[0]), Preprocessing(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+    assert np.array_equal(shown, np.broadcast_to(np.array([1, 0, 0], np.float32)[:, None, None], (3, 8, 8)))
+
+
+# --- reading pictures: damage at random ----------------------------------------------------------------
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
 def test_damage_of_any_kind_leaves_a_picture_or_an_unreadable_file(tmp_path: Path, noise: Noise, suffix: str) -> None:
     exif = Image.Exif()
@@ -355,6 +685,52 @@ def test_a_picture_in_memory_is_classified_as_its_file_is(colour_bundle: Path, t
     half_clear = Image.new("RGBA", (9, 30), (200, 10, 10, 128))
     half_clear.save(tmp_path / "one.png")
     assert classifier.predict(half_clear) == classifier.predict(str(tmp_path / "one.png"))
+
+
+def turned(folder: Path, suffix: str) -> Path:
+    """A picture, red above blue, that its EXIF data turn by a quarter; upright it is not what the file holds."""
+    picture = Image.new("RGB", (40, 20), "red")
+    picture.paste("blue", (0, 10, 40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(folder / f"turned.{suffix}", exif=exif)
+    return folder / f"turned.{suffix}"
+
+
+class Sides(Classifier):
+    """Answers by the left half of what it is shown."""
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        return images[:, :, :, :4].mean(axis=(2, 3))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_a_picture_is_turned_alike_from_path_file_bytes_and_memory(
+    colour_bundle: Path, tmp_path: Path, suffix: str
+) -> None:
+    path = turned(tmp_path, suffix)
+    classifier = Sides(colour_bundle)
+    expected = classifier.predict(path)
+    assert expected[0].class_name == "blue"  # of the stored picture it would be red as much as blue
+    content = path.read_bytes()
+    with path.open("rb") as file, Image.open(path) as lazy, Image.open(path) as loaded:
+        loaded.load()
+        for given in (str(path), file, content, BytesIO(content), lazy, loaded, lazy, ImageOps.exif_transpose(loaded)):
+            assert classifier.predict(given) == expected
+
+
+def test_a_damaged_picture_in_memory_is_unreadable_by_its_name(colour_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut.png"
+    noise_of = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise_of).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    classifier = Classifier(colour_bundle)
+    with Image.open(path) as lazy, pytest.raises(UnreadableImage, match=r"cut\.png: image file is truncated"):
+        classifier.predict(lazy)
+    with pytest.raises(UnreadableImage, match=r"^the image: image file is truncated"):
+        classifier.predict(path.read_bytes())
+    with path.open("rb") as file, pytest.raises(UnreadableImage, match=r"cut\.png: image file is truncated"):
+        classifier.predict(file)
 
 
 def test_no_more_classes_are_named_than_asked_for_or_there(colour_bundle: Path) -> None:
@@ -537,6 +913,26 @@ def test_the_file_is_a_command_that_finds_its_bundle_around_it(delivered: Path, 
     odd, red = json.loads(done.stdout)["predictions"]
     assert "classes" not in odd
     assert [entry["class"] for entry in red["classes"]] == ["red"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252", "latin-1", "utf-16"])
+@pytest.mark.parametrize("name", ["red.png", "caf\u00e9.png", "\U0001f98a \u20ac.png", os.fsdecode(b"caf\xe9.png")])
+def test_json_is_utf8_or_ascii_whatever_the_terminal_speaks(
+    delivered: Path, tmp_path: Path, encoding: str, name: str
+) -> None:
+    (tmp_path / "red.png").rename(tmp_path / name)
+    done = subprocess.run(
+        [sys.executable, str(delivered / "predict.py"), "--json", "--top", "1", name],
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": ""},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    text = done.stdout.decode("utf-16" if encoding == "utf-16" else "utf-8")
+    (record,) = json.loads(text)["predictions"]
+    assert (record["image"], record["classes"][0]["class"]) == (name, "red")
 
 
 def test_the_command_prints_lines_and_says_what_is_wrong_by_its_status(

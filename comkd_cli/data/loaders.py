@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing.util  # its handler at exit must be registered before ours: the last one runs first
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 
 import numpy as np
@@ -204,6 +206,8 @@ def _item(images: ImageSet, index: int, prepare: Callable[[Image], tuple[Tensor 
         return _Item(index, prepare(images.open(index)), label)
     except UnreadableImage as error:
         return _Item(index, None, label, str(error))
+    except MemoryError:
+        return _Item(index, None, label, f"{images.keys[index]}: there is not enough memory to prepare it")
 
 
 class _EpochBatches(Sampler[list[tuple[int, int, bool]]]):
@@ -275,6 +279,8 @@ def _data_loader(
     workers: int,
     persistent: bool,
 ) -> DataLoader[_Item]:
+    if workers:
+        _end_workers_at_exit()
     return DataLoader(
         items,
         batch_sampler=batches,
@@ -287,6 +293,24 @@ def _data_loader(
         # run differ from an uninterrupted one.
         generator=torch.Generator(),
     )
+
+
+@cache
+def _end_workers_at_exit() -> None:
+    """Make sure that this process can exit while workers live, as after an error in the middle of an epoch.
+
+    multiprocessing ends its children by one SIGTERM, then waits for them without a limit. Workers ignore the first
+    SIGTERM (`_ignore_interrupts`), so they would never end.
+    """
+    atexit.register(_kill_workers)
+
+
+def _kill_workers() -> None:
+    if hasattr(signal, "SIGCHLD"):  # else torch's handler raises an error for each worker that ends so
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _ignore_interrupts(_worker: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -59,15 +59,29 @@ class Subject:
 def student_subject(
     student: Student, record: StudentRecord, identity: str, model: str, device: torch.device
 ) -> Subject:
-    """A student; its projected features are kept, since EduAttention may depend on the label set."""
-    student.to(device).eval()
-    return Subject(
+    """A student that was loaded from its file."""
+    subject = live_student(student, record.preprocessing, device)
+    return replace(
+        subject,
         model=model,
-        role="student",
         seed=record.recipe.seed,
         selection=record.recipe.selection,
+        encoder=replace(subject.encoder, identity=identity),
+    )
+
+
+def live_student(student: Student, preprocessing: Preprocessing, device: torch.device) -> Subject:
+    """A student as its weights are now; also while it trains, which leaves it in inference mode.
+
+    Its projected features are kept, since EduAttention may depend on the label set.
+    """
+    student.to(device).eval()
+    return Subject(
+        model="",
+        role="student",
+        seed=None,
         parameters=parameters(student),
-        encoder=Encoder(identity, record.preprocessing, student.project),
+        encoder=Encoder("", preprocessing, student.project),
         class_vectors=student.class_vectors.cpu().clone(),
         logit_scale=float(student.logit_scale),
         attend=lambda kept, vectors: student.attend(kept.to(device), vectors.to(device)).cpu(),
@@ -77,14 +91,26 @@ def student_subject(
 def teacher_subject(
     teacher: Teacher, preprocessing: Preprocessing, identity: str, model: str, role: Role, device: torch.device
 ) -> Subject:
-    """A teacher or a plain CLIP; its features do not depend on the label set."""
+    """A teacher or a plain CLIP that was loaded."""
+    teacher.to(device)
+    subject = live_teacher(teacher.image_tower, teacher.class_vectors, teacher.logit_scale, preprocessing)
+    return replace(subject, model=model, role=role, encoder=replace(subject.encoder, identity=identity))
+
+
+def live_teacher(
+    image_tower: nn.Module, class_vectors: Tensor, logit_scale: Tensor, preprocessing: Preprocessing
+) -> Subject:
+    """A teacher as its weights are now, also while it trains; its features do not depend on the label set.
+
+    The image tower must be in inference mode. class_vectors: (classes, dim), L2-normalised.
+    """
     return Subject(
-        model=model,
-        role=role,
+        model="",
+        role="teacher",
         seed=None,
-        parameters=parameters(teacher),
-        encoder=Encoder(identity, preprocessing, teacher.to(device).image_tower),
-        class_vectors=teacher.class_vectors.cpu().clone(),
-        logit_scale=float(teacher.logit_scale),
+        parameters=parameters(image_tower),
+        encoder=Encoder("", preprocessing, image_tower),
+        class_vectors=class_vectors.cpu().clone(),
+        logit_scale=float(logit_scale),
         attend=lambda kept, _vectors: nn.functional.normalize(kept, dim=-1),
     )

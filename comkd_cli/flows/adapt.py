@@ -30,10 +30,10 @@ from comkd_cli.data.sources import open_source
 from comkd_cli.data.splits import draw_shots, halves
 from comkd_cli.data.transforms import stable_seed
 from comkd_cli.errors import DataError
-from comkd_cli.evaluation.zero_shot import score_on_test
+from comkd_cli.evaluation.subjects import live_teacher
+from comkd_cli.evaluation.zero_shot import Scorer
 from comkd_cli.files import sha256_of_data
 from comkd_cli.method.prompt_src import epoch_weights, frozen_class_vectors, prompt_src_terms
-from comkd_cli.method.refinement import class_logits
 from comkd_cli.method.teacher import PromptClassifier
 from comkd_cli.progress import Notice, Report, Stage
 from comkd_cli.recipe import Recipe
@@ -212,19 +212,14 @@ def _train_fully(stage: Stage1, adapt: FullAdapt, accelerator: Accelerator, repo
     clip = build_clip(recipe.teacher, stable_seed("teacher", adapt.seed))
     if recipe.checkpointing:
         recompute_activations(clip.model.visual)  # type: ignore[arg-type]
-    workers = worker_count(recipe.data)
     classifier = PromptClassifier(clip.model, tokenize_apart(clip, source.prompts)).to(accelerator.device)
+    scorer = _scorer(stage, source, accelerator.device, report)
 
     def score() -> dict[str, float]:
         classifier.eval()
-        with torch.no_grad():
-            vectors = classifier.encode_classes()
-
-        def logits(images: Tensor) -> Tensor:
-            found: Tensor = classifier(images, vectors)
-            return found
-
-        return score_on_test(classifier, logits, source, clip.preprocessing, accelerator.device, workers, report)
+        vectors = encode_prompts(clip, source.prompts, accelerator.device)
+        tower: nn.Module = clip.model.visual  # type: ignore[assignment]
+        return scorer(live_teacher(tower, vectors, classifier.logit_scale.detach(), clip.preprocessing))
 
     def loss(model: nn.Module, batch: Batch, _probe: bool) -> StepResult:
         return _cross_entropy(model, batch, adapt.label_smoothing)
@@ -260,7 +255,7 @@ def _learn_prompts(
     prompted = prompted_clip(clip, adapt.vision_depth, adapt.text_depth, adapt.tokens, seed)
     module = prompted.module.to(device)
     tokens = prompted.tokens(source.class_names).to(device)
-    workers = worker_count(recipe.data)
+    scorer = _scorer(stage, source, device, report)
 
     def loss(model: nn.Module, batch: Batch, _probe: bool) -> StepResult:
         output = model(batch.inputs[0], tokens, frozen_classes, adapt.classes_at_once)
@@ -274,11 +269,7 @@ def _learn_prompts(
         module.eval()
         with torch.no_grad():
             vectors = module.encode_classes(tokens)
-
-        def logits(images: Tensor) -> Tensor:
-            return class_logits(module.encode_images(images), vectors, module.logit_scale)
-
-        return score_on_test(module, logits, source, clip.preprocessing, device, workers, report)
+        return scorer(live_teacher(module.vision, vectors, module.logit_scale, clip.preprocessing))
 
     task = _task(stage, adapt, source, clip, module, loss, score, resume_line)
     history = fit(replace(task, average=_epoch_weights(adapt), uses_all_parameters=True), accelerator, report)
@@ -288,6 +279,11 @@ def _learn_prompts(
     record = replace(_record(stage, source, clip, history), backbone_sha256=backbone_sha256)
     state = {f"prompts.{name}": value for name, value in module.prompts().items()}
     _save(stage, SavedTeacher(record, vectors, module.logit_scale, state), report)
+
+
+def _scorer(stage: Stage1, source: Source, device: torch.device, report: Report) -> Scorer:
+    data = stage.recipe.data
+    return Scorer(source, device, worker_count(data), report, data.unreadable_limit_percent)
 
 
 def _task(

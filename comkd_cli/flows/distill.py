@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -28,10 +29,10 @@ from comkd_cli.checkpoints import StudentRecord, load_student_record, save_stude
 from comkd_cli.costs import multiply_adds, parameters
 from comkd_cli.data.loaders import Batch, TrainingLoader, check_shares, worker_count
 from comkd_cli.data.source import Source
-from comkd_cli.data.splits import halves
 from comkd_cli.data.transforms import stable_seed
 from comkd_cli.errors import CheckpointError, DataError, MisuseError
-from comkd_cli.evaluation.zero_shot import score_on_test
+from comkd_cli.evaluation.subjects import live_student
+from comkd_cli.evaluation.zero_shot import SELECTION_SCORE, Scorer
 from comkd_cli.files import remove_folder, sha256_of_data, sha256_of_file, write_text
 from comkd_cli.method.objective import gradient_shares, loss_terms
 from comkd_cli.method.student import Student
@@ -39,9 +40,10 @@ from comkd_cli.progress import Notice, Report, Stage
 from comkd_cli.recipe import Recipe, to_yaml
 from comkd_cli.recipe.identity import Identity, described, recipe_settings
 from comkd_cli.recipe.model import PromptSrcAdapt
+from comkd_cli.tables import VARIANTS
 from comkd_cli.teacher_cache import CacheKey, TeacherCache
 from comkd_cli.teachers import ReadyTeacher, prompted_clip
-from comkd_cli.training import StepResult, Task, check_state, fit, forget_state
+from comkd_cli.training import StepResult, Task, check_state, fit, forget_state, kept_figures
 
 IDLE_GATE = 0.01  # below this EduAttention adds less than a hundredth of a unit vector to a feature
 
@@ -199,6 +201,7 @@ def distill(
     """
     recipe, source = run.recipe, run.source
     _check_images(run)
+    _check_selection(run)
     if not fresh:
         check_state(run.folder, run.identity)
     # What can be refused is refused before hours go into a teacher.
@@ -224,60 +227,45 @@ def distill(
     if launch.is_main():
         write_text(run.folder / "recipe.yaml", to_yaml(recipe))
 
-    def score(classes: range | None = None) -> dict[str, float]:
-        return score_on_test(
-            student,
-            lambda images: student(images).logits,
-            source,
-            tower.preprocessing,
-            accelerator.device,
-            workers,
-            report,
-            classes,
-        )
+    scorer = Scorer(source, accelerator.device, workers, report, recipe.data.unreadable_limit_percent)
 
-    def select() -> float:
-        found = score(halves(len(source.class_names))["base"])
-        if not found:
-            raise DataError(f"{source.name}: selection: promptkd needs labelled test images; use selection: last")
-        return found["test_top1_percent"]
+    def score() -> dict[str, float]:
+        with _uncompiled(recipe):
+            return scorer(live_student(student, tower.preprocessing, accelerator.device), selection_classes(recipe))
 
     asked = AskedTeacher(teacher, _open_cache(run, ready, report))
     settings = recipe.teacher_cache
-    history = fit(
-        Task(
-            model=student,
-            loss=lambda model, batch, probe: _distillation_loss(model, batch, probe, asked, recipe, student),
-            loader=TrainingLoader(
-                source.train,
-                [ready.preprocessing, tower.preprocessing],
-                recipe.augment,
-                recipe.optim.batch_size,
-                recipe.seed,
-                workers,
-                views=settings.views if settings else None,
-                crop_seed=settings.seed if settings else None,
-                known=asked.known if asked.cache else None,
-                parts=recipe.optim.accumulation_steps,
-            ),
-            optim=recipe.optim,
-            folder=run.folder,
-            identity=run.identity,
-            seed=stable_seed("student training", recipe.seed),
-            label="student",
-            resume_line=resume_line,
-            unreadable_limit_percent=recipe.data.unreadable_limit_percent,
-            rate_factors=_rate_factors(recipe),
-            evaluate=score,
-            evaluate_every_epochs=recipe.evaluate_every_epochs,
-            select=select if recipe.selection == "promptkd" else None,
-            keep=asked.keep,
-            # EduAttention acts on the logits alone, which refinement alone looks at.
-            uses_all_parameters=recipe.loss.edu_attention is None or recipe.loss.refinement is not None,
+    task = Task(
+        model=student,
+        loss=lambda model, batch, probe: _distillation_loss(model, batch, probe, asked, recipe, student),
+        loader=TrainingLoader(
+            source.train,
+            [ready.preprocessing, tower.preprocessing],
+            recipe.augment,
+            recipe.optim.batch_size,
+            recipe.seed,
+            workers,
+            views=settings.views if settings else None,
+            crop_seed=settings.seed if settings else None,
+            known=asked.known if asked.cache else None,
+            parts=recipe.optim.accumulation_steps,
         ),
-        accelerator,
-        report,
+        optim=recipe.optim,
+        folder=run.folder,
+        identity=run.identity,
+        seed=stable_seed("student training", recipe.seed),
+        label="student",
+        resume_line=resume_line,
+        unreadable_limit_percent=recipe.data.unreadable_limit_percent,
+        rate_factors=_rate_factors(recipe),
+        evaluate=score,
+        evaluate_every_epochs=recipe.evaluate_every_epochs,
+        select_by=SELECTION_SCORE if selection_classes(recipe) else None,
+        keep=asked.keep,
+        # EduAttention acts on the logits alone, which refinement alone looks at.
+        uses_all_parameters=recipe.loss.edu_attention is None or recipe.loss.refinement is not None,
     )
+    history = fit(task, accelerator, report)
     asked.tell(report)
     _report_idle_gate(recipe, student, report)
     record = StudentRecord(
@@ -292,7 +280,7 @@ def distill(
         teacher=os.path.relpath(ready.checkpoint, run.folder) if ready.checkpoint else None,
         identity=run.identity.digest,
         identity_parts=dict(run.identity.parts),
-        metrics=history[-1],
+        metrics=kept_figures(task, history),
     )
     if launch.is_main():
         _remove_what_was_made_of_an_older_student(run.folder)
@@ -300,6 +288,34 @@ def distill(
     forget_state(run.folder)
     processes.wait_for_all()
     return run.student_file
+
+
+def selection_classes(recipe: Recipe) -> Literal["all", "base"] | None:
+    """Whose test images the kept epoch is chosen on; None keeps the last epoch.
+
+    PromptKD's validation split is its test split: that of the base classes where the teacher learned from these alone
+    (base-to-novel), that of all classes where it learned from another dataset (cross-dataset, domain generalisation).
+    """
+    if recipe.selection == "last":
+        return None
+    if recipe.selection_classes is not None:
+        return recipe.selection_classes
+    adapt = recipe.teacher.adapt
+    if not isinstance(adapt, PromptSrcAdapt) or adapt.classes == "all" or recipe.data.dataset in VARIANTS:
+        return "all"
+    return "base" if adapt.data in (None, recipe.data) else "all"
+
+
+def _check_selection(run: Run) -> None:
+    """Refuse to select an epoch on test images that have no labels, before anything is trained."""
+    test = run.source.test
+    if selection_classes(run.recipe) and (test is None or not test.labels):
+        raise DataError(f"{run.source.name}: selection: promptkd needs labelled test images; use selection: last")
+
+
+def _uncompiled(recipe: Recipe) -> AbstractContextManager[object]:
+    """Within it compiled towers run as they are, as when the finished student is evaluated."""
+    return torch.compiler.set_stance("force_eager") if recipe.compile else nullcontext()
 
 
 def _remove_what_was_made_of_an_older_student(folder: Path) -> None:

@@ -18,6 +18,7 @@ from comkd_cli.checkpoints import StudentRecord, load_student
 from comkd_cli.data.loaders import worker_count
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.data.sources import open_source
+from comkd_cli.data.unreadable import check_unreadable
 from comkd_cli.devices import failures_explained
 from comkd_cli.errors import CheckpointError, ComkdError, DataError, MisuseError, ModelError
 from comkd_cli.evaluation.classes import check_classes
@@ -150,11 +151,12 @@ def _score_student(path: Path, bench: Bench) -> list[Record]:
     subject = student_subject(student, record, sha256_of_file(path), str(path), bench.device)
     images = _scored_images(source, bench.report)
     store = _store(bench, data)
-    records, predicted = _score(subject, source, images, store, bench, "student")
+    limit = data.unreadable_limit_percent
+    records, predicted = _score(subject, source, images, store, bench, "student", limit)
     teacher = _teacher_of(path, record, bench)
     if teacher is None:
         return records
-    taught, teacher_predicted = _score(teacher, source, images, store, bench, "teacher")
+    taught, teacher_predicted = _score(teacher, source, images, store, bench, "teacher", limit)
     agreement = agreement_percent(*_on_common(predicted, teacher_predicted))
     whole = [replace(entry, agreement_percent=agreement) if entry.classes == "all" else entry for entry in records]
     return [*whole, *taught]
@@ -174,7 +176,8 @@ def _score_baseline(argument: str, bench: Bench) -> list[Record]:
     identity = _identity(model)
     subject = teacher_subject(ready.teacher, ready.preprocessing, identity, argument, "baseline", bench.device)
     store = _store(bench, bench.data)
-    records, _ = _score(subject, source, images, store, bench, "baseline")
+    limit = bench.data.unreadable_limit_percent
+    records, _ = _score(subject, source, images, store, bench, "baseline", limit)
     if source.name in IMAGENET_FAMILY:
         vectors = encode_ensemble(clip, source.class_names, IMAGENET_TEMPLATES, bench.device).cpu()
         ensemble = replace(subject, class_vectors=vectors)
@@ -184,13 +187,20 @@ def _score_baseline(argument: str, bench: Bench) -> list[Record]:
 
 
 def _score(
-    subject: Subject, source: Source, images: ImageSet, store: FeatureStore, bench: Bench, label: str
+    subject: Subject,
+    source: Source,
+    images: ImageSet,
+    store: FeatureStore,
+    bench: Bench,
+    label: str,
+    unreadable_limit_percent: float,
 ) -> tuple[list[Record], dict[int, int]]:
     """The records of each protocol, and the zero-shot answer to each image by its position."""
     bench.report(Stage(f"Scoring {label} {subject.model} on {len(images)} images of {source.name}"))
     test = store.features(subject.encoder, images, f"scoring {label} on {source.name}")
     if not len(test.indices):
         raise DataError(f"{source.name}: none of the {len(images)} images could be read")
+    check_unreadable(test.unreadable, len(images), unreadable_limit_percent, f"images of {source.name}")
     if label != "teacher":  # the teacher meets the same files
         _report_unreadable(test, bench.report)
     scored = zero_shot(subject, source, images, test)

@@ -92,6 +92,8 @@ def complete_bundle(folder: Path, contents: Contents) -> dict[str, Any]:
         "text": None,
         "latency": [asdict(measured) for measured in contents.latency],
         "test_top1_percent": record.metrics.get("test_top1_percent"),
+        "test_images": record.metrics.get("test_images"),
+        "test_unreadable": record.metrics.get("test_unreadable"),
         "license": contents.license,
     }
     if contents.text is not None:

@@ -59,8 +59,13 @@ def _metadata(manifest: Mapping[str, Any]) -> str:
 
 
 def _summary(manifest: Mapping[str, Any]) -> str:
-    score = manifest["test_top1_percent"]
-    scored = f" Top-1 on the test images, in PyTorch: {score:.2f} %." if score is not None else ""
+    score, images, unreadable = (manifest.get(f"test_{what}") for what in ("top1_percent", "images", "unreadable"))
+    scored = ""
+    if score is not None:
+        # A student that was saved before the images were counted has the score alone.
+        on = f"{images:,} test images" if images is not None else "the test images"
+        lacking = f" ({unreadable:,} of {images + unreadable:,} could not be read)" if unreadable else ""
+        scored = f" Top-1 on {on}{lacking}, in PyTorch: {score:.2f} %."
     return (
         f"Distilled by {manifest['made_by']} (ComKD-CLIP, arXiv 2408.04145) on the images of {manifest['data']}, "
         f"without labels, from the teacher {manifest['teacher']} into {manifest['student']}.{scored}"

@@ -407,8 +407,12 @@ class Recipe(Closed):
     teacher_cache: TeacherCacheSettings | None = None
     """Ask the teacher once for each crop; null asks it at every step."""
     selection: Literal["last", "promptkd"] = "last"
-    """Which epoch is kept: the `last`, or as PromptKD's released code does, the one that is best on the test
-    images of the base classes. Only for comparison with its table: results are marked `selected on test`."""
+    """Which epoch is kept: the `last`, or as PromptKD's released code does, the one that is best on test images (see
+    `selection_classes`). Only for comparison with its table: results are marked `selected on test`."""
+    selection_classes: Literal["base", "all"] | None = None
+    """With `selection: promptkd`: the classes whose test images the epoch is chosen on. Left out: `base` where the
+    teacher is adapted on the recipe's own data with `classes: base` (base-to-novel), else `all`. Say `base` with a
+    released teacher of base classes."""
     checkpointing: bool = False
     """Of the towers that train, keep only what goes into their blocks and compute the rest again for the backward
     pass: a third more time, far less memory, the same result. Not for towers with batch norms."""
@@ -418,4 +422,11 @@ class Recipe(Closed):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the forward and backward passes; losses are always fp32, weights too."""
     evaluate_every_epochs: Annotated[int, Field(ge=0)] = 1
-    """Score the test images after every so many epochs, where they have labels; 0 scores at the end only."""
+    """Score the test images after every so many epochs, where they have labels; 0 scores at the end only. Scores are
+    always computed in fp32, as `comkd evaluate` computes them; `selection: promptkd` needs one after every epoch."""
+
+    @model_validator(mode="after")
+    def _selects(self) -> Recipe:
+        if self.selection_classes is not None and self.selection == "last":
+            raise ValueError("`selection_classes` belongs to `selection: promptkd`")
+        return self

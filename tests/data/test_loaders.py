@@ -2,8 +2,11 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -331,3 +334,72 @@ def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatc
     be_process(monkeypatch, 0, 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert worker_count(Data(folder="x")) == 3
+
+
+# --- workers that fail ---------------------------------------------------------------------------------
+
+ENDING = """
+import os, signal, sys
+from PIL import Image
+from comkd_cli.data.loaders import TrainingLoader, scoring_batches
+from comkd_cli.data.source import ImageSet
+from comkd_cli.devices import failures_explained
+from comkd_cli.errors import ComkdError
+from comkd_cli.predictor import Preprocessing
+from comkd_cli.recipe.model import Augment
+
+SETTINGS = Preprocessing(8, (0.5,) * 3, (0.5,) * 3)
+
+def open_key(key):
+    if key == "5" and sys.argv[2] == "raise":
+        raise KeyError("a bug")
+    if key == "5" and sys.argv[2] == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Image.new("RGB", (8, 8))
+
+def batches(images):
+    if sys.argv[1] == "scoring":
+        return scoring_batches(images, SETTINGS, 2, 2)
+    return TrainingLoader(images, [SETTINGS], Augment(), 2, 1, 2).epoch(0)
+
+if __name__ == "__main__":
+    try:
+        with failures_explained():
+            for batch in batches(ImageSet(tuple(map(str, range(40))), None, open_key)):
+                if sys.argv[2] == "stop":
+                    raise ComkdError("no more of them")
+    except ComkdError as error:
+        sys.exit(f"error: {error}")
+"""
+
+
+@pytest.mark.parametrize("use", ["scoring", "training"])
+@pytest.mark.parametrize(
+    ("event", "said"),
+    [
+        ("raise", "KeyError: 'a bug'"),
+        ("die", "error: a process that decodes images died"),
+        ("stop", "error: no more of them"),
+    ],
+)
+def test_a_process_ends_whatever_happens_while_workers_decode(tmp_path: Path, use: str, event: str, said: str) -> None:
+    (tmp_path / "ending.py").write_text(ENDING)
+    command = [sys.executable, "-W", "ignore", "ending.py", use, event]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 1
+    assert said in done.stderr
+    if event == "die":
+        assert "data.workers=0" in done.stderr
+    if event != "raise":
+        assert done.stderr.startswith("error: ")
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_image_that_there_is_no_memory_for_is_unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("comkd_cli.data.loaders.scoring_input", no_memory)
+    (batch,) = scoring_batches(image_set(2), STUDENT, 4, 0)
+    assert len(batch) == 0
+    assert batch.unreadable == tuple(f"{key}: there is not enough memory to prepare it" for key in "01")

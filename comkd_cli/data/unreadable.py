@@ -1,0 +1,24 @@
+"""Images that can't be read: how many may be left out before a result would mislead."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import islice
+
+from comkd_cli.errors import DataError
+
+MOST_NAMED = 10  # unreadable images that are named one by one; all are counted
+
+
+def check_unreadable(problems: Collection[str], images: int, limit_percent: float, what: str = "images") -> None:
+    """Raise DataError, naming them, where more than the limit of so many images can't be read.
+
+    problems: a line for each unreadable image. what: names the images in the message, such as "test images".
+    """
+    share = 100 * len(problems) / images if problems else 0.0
+    if share > limit_percent:
+        named = "\n".join(f"  {problem}" for problem in islice(problems, MOST_NAMED))
+        raise DataError(
+            f"{len(problems)} of {images} {what} ({share:.3g} %) can't be read, more than "
+            f"data.unreadable_limit_percent ({limit_percent:g} %); mend or remove them, or raise the limit:\n{named}"
+        )
