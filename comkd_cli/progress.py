@@ -46,3 +46,7 @@ class Notice:
 
 Event = Stage | Progress | Epoch | Notice
 Report = Callable[[Event], None]
+
+
+def unheard(_event: Event) -> None:
+    """A report for work whose user was told already, or that has none."""
