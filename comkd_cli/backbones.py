@@ -190,13 +190,18 @@ def load_clip_state(clip: Clip, state: Mapping[str, Tensor], path: Path) -> None
     The table of word embeddings may be missing from them, nothing else. Raises ModelError.
     """
     own = {name: value.shape for name, value in clip.model.state_dict().items()}
-    renamed = {f"text.{name}" if f"text.{name}" in own else name: value for name, value in state.items()}
+    renamed = _as_named_in(own, state)
     check_finite(renamed, path)
     given = {name: value.shape for name, value in renamed.items()}
     needed = {name: shape for name, shape in own.items() if name in given or not name.endswith(WORD_EMBEDDINGS)}
     if told := differences(needed, given):
         raise ModelError(f"{path}: does not hold weights of {clip.origin.architecture}: it {told}")
     clip.model.load_state_dict(renamed, strict=False)
+
+
+def _as_named_in(own: Mapping[str, object], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names of open_clip's CLIP, as a model has them whose text tower is a module of its own."""
+    return {f"text.{name}" if f"text.{name}" in own else name: value for name, value in state.items()}
 
 
 def bpe_merges(clip: Clip) -> str:
@@ -242,6 +247,7 @@ def _from_name(model: Model, load_weights: bool) -> Any:
         close = difflib.get_close_matches(arch, known_architectures(), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; see open_clip.list_models()"
         raise ModelError(f"{arch}: open_clip has no such architecture{hint}")
+    _check_folder(model)
     _check_activation(model)
     of_file = model.weights is not None and not _tag_of(model)
     load_weights = load_weights and not of_file
@@ -262,7 +268,7 @@ def _from_name(model: Model, load_weights: bool) -> Any:
             )
     except Exception as error:  # open_clip, torch, pickle and the Hub's client each raise their own
         what = f"the weights {model.weights}" if model.weights and not of_file else "it"
-        raise ModelError(f"{arch}: {what} could not be loaded: {_why(error, arch, model)}") from error
+        raise ModelError(f"{arch}: {what} could not be loaded: {_why(error, model)}") from error
 
 
 def _from_its_config(arch: str) -> Any:
@@ -423,6 +429,16 @@ def _weights_file(model: Model) -> Path:
     raise ModelError(f"weights: {model.weights} is neither a file nor a tag that open_clip knows; {known}")
 
 
+def _check_folder(model: Model) -> None:
+    """Refuse a `local-dir:` that open_clip can't read."""
+    if model.arch is not None and model.arch.startswith("local-dir:"):
+        folder = Path(model.arch.removeprefix("local-dir:"))
+        if not folder.is_dir():
+            raise ModelError(f"{model.arch}: no such folder")
+        if not (folder / OPEN_CLIP_CONFIG).is_file():
+            raise ModelError(f"{model.arch}: {_about_folder(folder)}")
+
+
 def _about_folder(folder: Path) -> str:
     """What to do with a folder that open_clip can't read."""
     try:
@@ -468,7 +484,9 @@ def _misfit(
     """Why a file does not fit, and what to do."""
     told = remedy(path, held, shapes)
     if told is None:
-        differing = differences_told(error)
+        given = {name: value.shape for name, value in _as_named_in(shapes, state_of(held)).items()}
+        # open_clip also stops at what it should stretch, with an assertion of its own.
+        differing = differences_told(error) or (differences(shapes, given) if given else None)
         told = f"it {differing}; give the architecture that the file was made with" if differing else first_line(error)
     return f"{path}: does not hold weights of {architecture}: {told}"
 
@@ -490,12 +508,8 @@ def _tell_resized(path: Path, held: Mapping[str, Any], shapes: Mapping[str, torc
             )
 
 
-def _why(error: Exception, arch: str, model: Model) -> str:
+def _why(error: Exception, model: Model) -> str:
     """Why a model by name could not be loaded, in one line."""
-    if arch.startswith("local-dir:"):
-        folder = Path(arch.removeprefix("local-dir:"))
-        if folder.is_dir() and not (folder / OPEN_CLIP_CONFIG).is_file():
-            return _about_folder(folder)
     if (refused := _not_fetched(error, _named_elsewhere(model))) is not None:
         return refused
     differing = differences_told(error)
@@ -530,6 +544,7 @@ def _not_fetched(error: Exception, what: str | None) -> str | None:
 
 
 def _tokenizer(model: Model) -> Callable[[Sequence[str]], Tensor]:
+    _check_folder(model)
     try:
         with _quiet():
             return _find_tokenizer(model)

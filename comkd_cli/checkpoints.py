@@ -163,6 +163,8 @@ def _read_student(path: Path) -> tuple[StudentRecord, dict[str, Any]]:
             identity_parts=_mapping_or_none(data.get("identity_parts")),
             teacher_sha256=data.get("teacher_sha256"),
         )
+        if not all(isinstance(part, str) for item in (record.teacher_sha256 or {}).items() for part in item):
+            raise ValueError("teacher_sha256 holds more than names and digests")
         _check_tensors(path, data, record.class_names)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: is a damaged student checkpoint: {error!r}") from error

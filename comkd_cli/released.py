@@ -81,9 +81,9 @@ class ReleasedTeacher:
     text_tokens: Tensor
     """(depth, tokens, width)."""
     start_embedding: Tensor | None
-    """(1, width): of the start token, as the CLIP had it that the prompts were learned on; None where it is not kept."""
+    """(1, width): of the start token in the CLIP that the prompts were learned on; None where the file lacks it."""
     word_embeddings: Tensor | None
-    """(words, width): of tokens of the class prompts, as that CLIP had them, each once; None where they are not kept."""
+    """(words, width): of tokens of class prompts in that CLIP, each once; None where the file lacks them."""
 
 
 class _Refused(pickle.UnpicklingError):
@@ -180,7 +180,9 @@ def _embeddings(held: Tensor | None, path: Path, name: str) -> Tensor | None:
             f"{path}: {name} should be (classes, tokens, width) in numbers; it is {tuple(held.shape)}"
         )
     check_finite({name: held}, path, CheckpointError)
-    return held[:COMPARED_CLASSES].reshape(-1, held.shape[2]).float().unique(dim=0)
+    tokens = held[:COMPARED_CLASSES].reshape(-1, held.shape[2]).float()
+    distinct: Tensor = torch.unique(tokens, dim=0)
+    return distinct
 
 
 def _deep(state: dict[str, Tensor], path: Path, first: str, prefix: str) -> Tensor:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -165,7 +166,8 @@ def _check_word_embeddings(clip: Clip, released: ReleasedTeacher, path: Path, ba
 
     base: the CLIP that the table came from, as the recipe names it; None for the file's own.
     """
-    table: Tensor = getattr(clip.model, "text", clip.model).token_embedding.weight.detach()  # type: ignore[union-attr]
+    text: Any = getattr(clip.model, "text", clip.model)
+    table: Tensor = text.token_embedding.weight.detach()
     known = {START_EMBEDDING: released.start_embedding, WORD_EMBEDDINGS: released.word_embeddings}
     start = table[int(clip.tokenize([""])[0, 0])][None]
     for name, kept in known.items():
