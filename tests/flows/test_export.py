@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -176,7 +177,7 @@ def test_the_first_precision_is_the_one_that_is_taken(whole: Path) -> None:
 def test_a_class_that_is_added_on_the_device_has_pytorchs_logits(whole: Path, tiny_student: Path) -> None:
     student, record = load_student(tiny_student)
     encoder = class_encoder(record, tiny_student)
-    names = ("red fox", "Ünïcode, 3½ “wolves”")
+    names = ("red fox", "Ü½")
     with torch.no_grad():
         added = encode_classes(encoder.clip.model, encoder.tokens(names))
         images = np.stack([prepare(digits_source().train.open(i), record.preprocessing) for i in range(6)])
@@ -271,6 +272,16 @@ def test_text_without_the_teacher_is_told_before_anything_is_made(tiny_student: 
     assert not (tmp_path / "bundle").exists()
 
 
+def test_text_of_a_teacher_that_was_trained_again_is_not_exported(tiny_student: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(tiny_student.parents[3], runs)
+    student = runs / tiny_student.relative_to(tiny_student.parents[3])
+    (teacher,) = runs.glob("teachers/*/teacher.pt")
+    torch.save({**torch.load(teacher, weights_only=True), "metrics": {}}, teacher)
+    with pytest.raises(ExportError, match=r"teacher\.pt: is not the teacher that \S+student\.pt learned from.*sha256"):
+        export(student, tmp_path / "bundle", Path("data"), quietly, wishes=Wishes(text=True))
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -278,6 +289,10 @@ def test_text_without_the_teacher_is_told_before_anything_is_made(tiny_student: 
         ([" 3"], "'3' is one of the classes already"),
         (["  "], "has no name"),
         ([f"{'very ' * 20}long name {end}" for end in ("alpha", "beta")], "can't tell them apart"),
+        (
+            ["owl", "Ünïcode, 3½ “wolves”"],
+            "'Ünïcode, 3½ “wolves”': too long for the text encoder, which reads 10 tokens",
+        ),
     ],
 )
 def test_class_names_that_cannot_be_added_are_told(whole: Path, names: list[str], message: str) -> None:
