@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comkd_cli import downloads
 from comkd_cli.backbones import Origin, build_image_tower, state_sha256
 from comkd_cli.errors import CheckpointError, ComkdError
 from comkd_cli.files import written_whole
 from comkd_cli.method.student import Student
 from comkd_cli.predictor import Preprocessing
 from comkd_cli.recipe import Recipe, parse_recipe
+from comkd_cli.weights import check_finite
 
 STUDENT_FORMAT = "comkd-student/1"
 TEACHER_FORMAT = "comkd-teacher/1"
@@ -43,6 +46,9 @@ class StudentRecord:
     """Of the epoch whose weights are kept."""
     identity_parts: dict[str, Any] | None = None
     """What `identity` is a digest of, by name; None in files of versions that did not record it."""
+    teacher_sha256: dict[str, str] | None = None
+    """Of the local files that the teacher was loaded from, by the recipe's field that names each, or `teacher`
+    for teacher.pt; empty for a teacher from a tag or a repository. None: an earlier version did not record it."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +106,18 @@ def save_student(path: Path, student: Student, record: StudentRecord) -> None:
     )
 
 
-def load_student(path: Path) -> tuple[Student, StudentRecord]:
+def load_student(path: Path, allow_download: bool = False) -> tuple[Student, StudentRecord]:
     """The student of a checkpoint, on the CPU and in inference mode, and its record.
 
-    Raises CheckpointError for a file that is no student, ModelError where the backbone that a
+    allow_download: fetch what the file names and this machine lacks, such as the backbone of a prompts-only
+    student. Raises CheckpointError for a file that is no student, ModelError where the backbone that a
     prompts-only student needs can't be built.
     """
     record, data = _read_student(path)
     settings = record.recipe.student
-    # A fully trained student holds every weight: what it started from need not be at hand.
-    tower = build_image_tower(settings, load_weights=settings.train == "prompts")
+    with downloads.forbidden(unless=allow_download):
+        # A fully trained student holds every weight: what it started from need not be at hand.
+        tower = build_image_tower(settings, load_weights=settings.train == "prompts")
     if settings.train == "prompts" and state_sha256(tower.module) != record.backbone_sha256:
         raise CheckpointError(
             f"{path}: its prompts were learned on other weights than {settings.weights or settings.arch} holds now "
@@ -153,8 +161,12 @@ def _read_student(path: Path) -> tuple[StudentRecord, dict[str, Any]]:
             identity=data["identity"],
             metrics=data["metrics"],
             identity_parts=_mapping_or_none(data.get("identity_parts")),
+            teacher_sha256=data.get("teacher_sha256"),
         )
-    except (KeyError, TypeError, ValueError) as error:
+        if not all(isinstance(part, str) for item in (record.teacher_sha256 or {}).items() for part in item):
+            raise ValueError("teacher_sha256 holds more than names and digests")
+        _check_tensors(path, data, record.class_names)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: is a damaged student checkpoint: {error!r}") from error
     return record, data
 
@@ -163,6 +175,19 @@ def _mapping_or_none(value: Any) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
         raise TypeError(f"identity_parts should be a mapping, not {value!r}")
     return value
+
+
+def _check_tensors(path: Path, data: Mapping[str, Any], class_names: Sequence[str]) -> None:
+    """Refuse tensors that are no numbers, or do not have the shapes that every checkpoint has."""
+    vectors, scale = data["class_vectors"], data["logit_scale"]
+    if not isinstance(vectors, Tensor) or vectors.ndim != 2 or len(vectors) != len(class_names):
+        found = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
+        raise CheckpointError(
+            f"{path}: is damaged: its class vectors should be ({len(class_names)} classes, width); they are {found}"
+        )
+    if not isinstance(scale, Tensor) or scale.numel() != 1:
+        raise CheckpointError(f"{path}: is damaged: its logit scale should be one number")
+    check_finite({**data["state_dict"], "class_vectors": vectors, "logit_scale": scale}, path, CheckpointError)
 
 
 def save_teacher(path: Path, saved: SavedTeacher) -> None:
@@ -195,8 +220,9 @@ def load_teacher(path: Path) -> SavedTeacher:
             backbone_sha256=data.get("backbone_sha256"),
             made_of=data.get("made_of"),
         )
+        _check_tensors(path, data, record.class_names)
         return SavedTeacher(record, data["class_vectors"], data["logit_scale"], data["state_dict"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: is a damaged teacher checkpoint: {error!r}") from error
 
 
@@ -216,6 +242,8 @@ def _load(path: Path, expected: str, what: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such file")
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: can't be read: permission denied") from error
     except Exception as error:  # torch, zipfile and pickle raise many kinds
         raise CheckpointError(f"{path}: is not {what} that comkd saved: it can't be read as a checkpoint") from error
     if not isinstance(data, dict) or data.get("format") != expected:

@@ -207,6 +207,10 @@ class Tokenizer:
         """All tokens of a text, without those of its start and end."""
         return [token for word in split_words(clean(text)) for token in self._cached_word_ids(word)]
 
+    def cut(self, text: str) -> int:
+        """How many tokens of a text are cut, 0 where it fits into the context."""
+        return max(0, len(self.encode(text)) + 2 - self.context_length)
+
     def _word_ids(self, word: str) -> tuple[int, ...]:
         return tuple(self._ids[symbol] for piece in split_pieces(word) for symbol in self._merged(piece))
 

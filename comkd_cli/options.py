@@ -22,6 +22,11 @@ data_root_option = click.option(
     help="Folder of data sets.",
     show_envvar=True,
 )
+allow_download_option = click.option(
+    "--allow-download",
+    is_flag=True,
+    help="Download what a student.pt names and this machine lacks, such as its backbone or its teacher.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 

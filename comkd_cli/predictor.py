@@ -369,6 +369,7 @@ class Classifier:
             merges = verified_bytes(self._folder, self._manifest, text["merges"]).decode("utf-8")
             tokenizer = Tokenizer(merges, int(text["context_length"]))
             tokens = tokenizer([text["prompt"].replace("{}", name) for name in (*self.class_names, *names)])
+            cut = [name for name in names if tokenizer.cut(text["prompt"].replace("{}", name))]
             graph = self._start(text["file"], "all")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleProblem(f"{manifest}: text: is damaged: {error!r}") from error
@@ -376,6 +377,11 @@ class Classifier:
             raise BundleProblem(
                 f"{', '.join(names)}: the text encoder can't tell them apart, from one another or from the "
                 f"classes that there are: it sees {tokens.shape[1]} tokens; shorten the names"
+            )
+        if cut:
+            raise BundleProblem(
+                f"{', '.join(map(repr, cut))}: too long for the text encoder, which reads {tokens.shape[1]} tokens of "
+                "a prompt; shorten the names"
             )
         (vectors,) = graph.run(["text_features"], {"tokens": tokens[len(self.class_names) :]})
         if self._class_vectors is None:

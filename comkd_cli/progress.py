@@ -62,3 +62,7 @@ def once(report: Report, told: set[str]) -> Report:
         report(event)
 
     return pass_on
+
+
+def unheard(_event: Event) -> None:
+    """A report for work whose user was told already, or that has none."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from comkd_cli.errors import CheckpointError
+from comkd_cli.weights import check_finite, is_torchscript
 
 
 class Inert:
@@ -63,9 +64,10 @@ PLAIN_TYPES = {
     "tuple": tuple,
     "set": set,
 }
-ZIP_START = b"PK\x03\x04"  # by which torch.load, too, takes a file for an archive
 DEEP_PROMPT = re.compile(r"transformer\.resblocks\.(\d+)\.VPT_shallow")
-IGNORED = ("prompt_learner.token_prefix", "prompt_learner.token_suffix", "prompt_learner.ZS_image_encoder.")
+START_EMBEDDING, WORD_EMBEDDINGS = "prompt_learner.token_prefix", "prompt_learner.token_suffix"
+COMPARED_CLASSES = 64  # whose tokens tell a table of word embeddings from another with certainty
+IGNORED = (START_EMBEDDING, WORD_EMBEDDINGS, "prompt_learner.ZS_image_encoder.")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,10 @@ class ReleasedTeacher:
     """(depth, tokens, width)."""
     text_tokens: Tensor
     """(depth, tokens, width)."""
+    start_embedding: Tensor | None
+    """(1, width): of the start token in the CLIP that the prompts were learned on; None where the file lacks it."""
+    word_embeddings: Tensor | None
+    """(words, width): of tokens of class prompts in that CLIP, each once; None where the file lacks them."""
 
 
 class _Refused(pickle.UnpicklingError):
@@ -152,15 +158,31 @@ def read_released(path: Path) -> ReleasedTeacher:
         state = {str(name): value.float() for name, value in dict.items(found) if not str(name).startswith(IGNORED)}
     except RuntimeError as error:  # a tensor that claims more than there is
         raise CheckpointError(f"{path}: holds a tensor that can't be used: {str(error).splitlines()[0]}") from error
+    start, words = (_embeddings(dict.get(found, name), path, name) for name in (START_EMBEDDING, WORD_EMBEDDINGS))
     vision = _deep(state, path, "image_encoder.VPT", "image_encoder.")
     text = _deep(state, path, "prompt_learner.ctx", "text_encoder.")
+    check_finite(state, path, CheckpointError)
     clip_state = {}
     for name, value in state.items():
         if name.startswith("image_encoder."):
             clip_state[f"visual.{name.removeprefix('image_encoder.')}"] = value
         else:
             clip_state[name.removeprefix("text_encoder.")] = value
-    return ReleasedTeacher(clip_state, vision, text)
+    return ReleasedTeacher(clip_state, vision, text, start, words)
+
+
+def _embeddings(held: Tensor | None, path: Path, name: str) -> Tensor | None:
+    """The distinct embeddings of tokens that a file keeps for each class, (tokens, width) float32."""
+    if held is None:
+        return None
+    if held.ndim != 3 or not held.numel() or not held.is_floating_point():
+        raise CheckpointError(
+            f"{path}: {name} should be (classes, tokens, width) in numbers; it is {tuple(held.shape)}"
+        )
+    check_finite({name: held}, path, CheckpointError)
+    tokens = held[:COMPARED_CLASSES].reshape(-1, held.shape[2]).float()
+    distinct: Tensor = torch.unique(tokens, dim=0)
+    return distinct
 
 
 def _deep(state: dict[str, Tensor], path: Path, first: str, prefix: str) -> Tensor:
@@ -189,13 +211,12 @@ def _read_inert(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
-        # Asked of torch's own reader, which sees archives that Python's does not.
-        with path.open("rb") as file:
-            zipped = file.read(len(ZIP_START)) == ZIP_START
-        if zipped and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+        if is_torchscript(path):
             raise _Refused("it is a TorchScript program")
         return torch.load(path, map_location="cpu", pickle_module=INERT_PICKLE, weights_only=False)
     except _Refused as error:
         raise CheckpointError(f"{path}: is refused: {error}, which reading weights does not need") from error
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: can't be read: permission denied") from error
     except Exception as error:  # torch, zipfile and pickle raise many kinds for a damaged file
         raise CheckpointError(f"{path}: can't be read as a checkpoint: {error or type(error).__name__}") from error

@@ -2,17 +2,20 @@
 
 import collections
 import pickle
+import re
 import sys
 import types
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 
 from comkd_cli.backbones import build_clip
 from comkd_cli.errors import CheckpointError, ModelError
+from comkd_cli.progress import Event, Notice
 from comkd_cli.recipe.model import Model, Teacher
 from comkd_cli.released import read_released
 from comkd_cli.teachers import made_teacher, released_clip
@@ -26,6 +29,7 @@ CONFIG = {
     "text_cfg": {"context_length": 12, "width": 16, "heads": 2, "layers": 3},
 }
 NAMES = ("cat", "red panda")
+LEARNED_NAMES = ("owl", "yak", "ant")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,8 @@ def released_state(base: Path, depth: int, tokens: int = 4) -> dict[str, torch.T
     """The names that PromptSRC's CustomCLIP has, in half precision as its checkpoints are."""
     generator = torch.Generator().manual_seed(depth)
     state = {}
-    for name, value in torch.load(base, weights_only=True).items():
+    held = torch.load(base, weights_only=True)
+    for name, value in held.items():
         if name.startswith("visual."):
             state[name.replace("visual.", "image_encoder.", 1)] = value
             state[name.replace("visual.", "prompt_learner.ZS_image_encoder.", 1)] = value + 1
@@ -54,8 +59,11 @@ def released_state(base: Path, depth: int, tokens: int = 4) -> dict[str, torch.T
         for tower, width in (("image", 32), ("text", 16)):
             name = f"{tower}_encoder.transformer.resblocks.{layer}.VPT_shallow"
             state[name] = torch.randn(tokens, width, generator=generator)
-    state["prompt_learner.token_prefix"] = torch.randn(7, 1, 16)
-    state["prompt_learner.token_suffix"] = torch.randn(7, 7, 16)
+    # As PromptSRC keeps them: the embeddings of the class prompts, without the places of the learned tokens.
+    words = open_clip.SimpleTokenizer(context_length=12)([f"{'X ' * tokens}{name}." for name in LEARNED_NAMES])
+    embedded = held["token_embedding.weight"][words]
+    state["prompt_learner.token_prefix"] = embedded[:, :1]
+    state["prompt_learner.token_suffix"] = embedded[:, 1 + tokens :]
     return {name: value.half() for name, value in state.items()}
 
 
@@ -254,3 +262,70 @@ def test_a_table_of_word_embeddings_in_the_file_is_taken(base: Path, tmp_path: P
     path = write(tmp_path / "model.pt", state)
     alone = released_clip(settings(base, path, backbone_weights=None)).clip.model
     assert torch.equal(alone.token_embedding.weight, state["text_encoder.token_embedding.weight"])
+
+
+def test_the_word_embeddings_of_another_clip_are_refused(base: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "model.pt", released_state(base, 2))
+    other = tmp_path / "other.pt"
+    torch.save(build_clip(Model(config=CONFIG), seed=6).model.state_dict(), other)
+    message = r"model\.pt: the word embeddings of \S+other\.pt are not .*token_prefix is off by .*backbone_weights"
+    with pytest.raises(ModelError, match=message):
+        released_clip(settings(other, path))
+    held = torch.load(base, weights_only=True)
+    table = held["token_embedding.weight"]
+    start = open_clip.SimpleTokenizer().sot_token_id
+    changed = torch.randn(table.shape, generator=torch.Generator().manual_seed(1)) * 0.02
+    changed[start] = table[start]  # so that the words alone differ
+    torch.save({**held, "token_embedding.weight": changed}, other)
+    with pytest.raises(ModelError, match="token_suffix is off by"):
+        released_clip(settings(other, path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_right_word_embeddings_pass_in_any_precision(base: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    start = torch.load(base, weights_only=True)["token_embedding.weight"][-2]
+    state = {**released_state(base, 2), "prompt_learner.token_prefix": start.to(dtype)[None, None]}
+    events: list[Event] = []
+    released_clip(settings(base, write(tmp_path / "model.pt", state)), events.append)
+    assert events == []
+
+
+def test_a_file_that_keeps_no_embeddings_is_told_and_taken(base: Path, tmp_path: Path) -> None:
+    state = {name: value for name, value in released_state(base, 2).items() if "prompt_learner.token_" not in name}
+    path = write(tmp_path / "model.pt", state)
+    events: list[Event] = []
+    released_clip(settings(base, path), events.append)
+    (told,) = events
+    assert isinstance(told, Notice)
+    assert re.search(rf"model\.pt: keeps no prompt_learner\.token_prefix.*{re.escape(str(base))}", told.text)
+
+
+def test_a_table_in_the_file_must_be_the_one_of_its_prompts(base: Path, tmp_path: Path) -> None:
+    state = released_state(base, 2)
+    state["text_encoder.token_embedding.weight"] = torch.randn(49408, 16)
+    path = write(tmp_path / "model.pt", state)
+    with pytest.raises(ModelError, match=r"model\.pt: its own table of word embeddings is not"):
+        released_clip(settings(base, path, backbone_weights=None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_learner.token_prefix": torch.zeros(7, 16)}, r"token_prefix should be .* in numbers; it is \(7, 16\)"),
+        ({"prompt_learner.token_suffix": torch.full((1, 2, 16), torch.nan)}, "NaN or infinite .*token_suffix"),
+        ({"image_encoder.proj": torch.full((32, 16), torch.inf)}, "NaN or infinite .*image_encoder.proj"),
+        ({"logit_scale": torch.tensor(torch.nan)}, "NaN or infinite .*logit_scale"),
+    ],
+)
+def test_tensors_that_are_no_numbers_are_told(
+    base: Path, tmp_path: Path, changes: dict[str, torch.Tensor], message: str
+) -> None:
+    path = write(tmp_path / "odd.pt", released_state(base, 1) | changes)
+    with pytest.raises(CheckpointError, match=rf"odd\.pt: .*{message}"):
+        read_released(path)
+
+
+def test_embeddings_of_another_width_are_told(base: Path, tmp_path: Path) -> None:
+    state = {**released_state(base, 1), "prompt_learner.token_prefix": torch.zeros(7, 1, 24)}
+    with pytest.raises(ModelError, match="token_prefix is 24 wide, and the table 16"):
+        released_clip(settings(base, write(tmp_path / "model.pt", state)))

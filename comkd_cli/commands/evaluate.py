@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from comkd_cli import launch
-from comkd_cli.options import data_root_option, json_option, numbers, runs_option
+from comkd_cli.options import allow_download_option, data_root_option, json_option, numbers, runs_option
 
 if TYPE_CHECKING:
     from comkd_cli.recipe.model import Data
@@ -50,6 +50,7 @@ PROTOCOLS = ("zero-shot", "base-to-novel", "few-shot", "cross-dataset", "domain-
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for results.json, .csv, .md and .tex. Left out: the student's own, or RUNS.",
 )
+@allow_download_option
 @json_option
 def command(
     model: str | None,
@@ -64,6 +65,7 @@ def command(
     runs: Path,
     data_root: Path,
     out: Path | None,
+    allow_download: bool,
     as_json: bool,
 ) -> None:
     """Score students beside their teachers, or any CLIP, on test images.
@@ -97,6 +99,7 @@ def command(
             protocols=protocols or (PROTOCOLS if whole_suite else ("zero-shot",)),
             shots=shots,
             seeds=seeds,
+            allow_download=allow_download,
         )
         results = evaluate.evaluate(model, runs, bench)
     processes.leave()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from comkd_cli.options import data_root_option, json_option, runs_option
+from comkd_cli.options import allow_download_option, data_root_option, json_option, runs_option
 
 if TYPE_CHECKING:
     from comkd_cli.packaging.parity import Gate
@@ -66,6 +66,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 @click.option("--license", "license_", default="unknown", show_default=True, help="Licence in the model card.")
 @runs_option
 @data_root_option
+@allow_download_option
 @click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
 @json_option
 def command(
@@ -84,6 +85,7 @@ def command(
     license_: str,
     runs: Path,
     data_root: Path,
+    allow_download: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -110,6 +112,7 @@ def command(
         check_images=check_images,
         pictures=images,
         runs=runs,
+        allow_download=allow_download,
         license=license_,
     )
     with reporting(quiet=as_json) as report:

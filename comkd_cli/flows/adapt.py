@@ -39,7 +39,15 @@ from comkd_cli.progress import Notice, Report, Stage
 from comkd_cli.recipe import Recipe
 from comkd_cli.recipe.identity import Identity
 from comkd_cli.recipe.model import FullAdapt, Model, NoAdapt, PromptSrcAdapt, Teacher
-from comkd_cli.teachers import ReadyTeacher, encode_prompts, made_teacher, prompted_clip, saved_teacher, tokenize_apart
+from comkd_cli.teachers import (
+    ReadyTeacher,
+    encode_prompts,
+    made_teacher,
+    prompted_clip,
+    report_cut,
+    saved_teacher,
+    tokenize_apart,
+)
 from comkd_cli.training import StepResult, Task, fit, forget_state
 
 
@@ -133,7 +141,7 @@ def ready_teacher(stage: Stage1, accelerator: Accelerator, report: Report, resum
     settings, adapt, names = stage.settings, stage.settings.adapt, stage.source.class_names
     if isinstance(adapt, NoAdapt):
         report(Stage(f"Teacher: {_name(settings)}, {_as_it_is(settings)}"))
-        return made_teacher(settings, names, stage.source.template, accelerator.device)
+        return made_teacher(settings, names, stage.source.template, accelerator.device, report)
     if processes.as_main_sees(stage.file.is_file()):
         report(Stage(f"Teacher: reused from {stage.file}"))
     elif isinstance(adapt, FullAdapt):
@@ -148,7 +156,7 @@ def ready_teacher(stage: Stage1, accelerator: Accelerator, report: Report, resum
             )
         )
         _learn_prompts(stage, adapt, lessons, accelerator, report, resume_line)
-    return saved_teacher(stage.file, names, accelerator.device, stage.key)
+    return saved_teacher(stage.file, names, accelerator.device, stage.key, report)
 
 
 def describe_stage(stage: Stage1) -> str:
@@ -209,15 +217,16 @@ def _lessons(stage: Stage1, adapt: PromptSrcAdapt) -> Source:
 def _train_fully(stage: Stage1, adapt: FullAdapt, accelerator: Accelerator, report: Report, resume_line: str) -> None:
     recipe, source = stage.recipe, stage.lessons
     _check_labels(source, adapt.method)
-    clip = build_clip(recipe.teacher, stable_seed("teacher", adapt.seed))
+    clip = build_clip(recipe.teacher, stable_seed("teacher", adapt.seed), report=report)
     if recipe.checkpointing:
         recompute_activations(clip.model.visual)  # type: ignore[arg-type]
-    classifier = PromptClassifier(clip.model, tokenize_apart(clip, source.prompts)).to(accelerator.device)
+    tokens = tokenize_apart(clip, source.class_names, source.template, report)
+    classifier = PromptClassifier(clip.model, tokens).to(accelerator.device)
     scorer = _scorer(stage, source, accelerator.device, report)
 
     def score() -> dict[str, float]:
         classifier.eval()
-        vectors = encode_prompts(clip, source.prompts, accelerator.device)
+        vectors = encode_prompts(clip, source.class_names, source.template, accelerator.device)
         tower: nn.Module = clip.model.visual  # type: ignore[assignment]
         return scorer(live_teacher(tower, vectors, classifier.logit_scale.detach(), clip.preprocessing))
 
@@ -227,7 +236,7 @@ def _train_fully(stage: Stage1, adapt: FullAdapt, accelerator: Accelerator, repo
     task = _task(stage, adapt, source, clip, classifier, loss, score, resume_line)
     history = fit(replace(task, uses_all_parameters=uses_all_parameters(clip.model)), accelerator, report)
     classifier.eval()
-    vectors = encode_prompts(clip, source.prompts, accelerator.device)
+    vectors = encode_prompts(clip, source.class_names, source.template, accelerator.device)
     record = _record(stage, source, clip, history)
     _save(stage, SavedTeacher(record, vectors, classifier.logit_scale.detach(), clip.model.state_dict()), report)
 
@@ -241,11 +250,12 @@ def _learn_prompts(
     resume_line: str,
 ) -> None:
     recipe, device = stage.recipe, accelerator.device
-    clip = build_clip(recipe.teacher)
+    clip = build_clip(recipe.teacher, report=report)
     if recipe.checkpointing:
         recompute_activations(clip.model.visual)  # type: ignore[arg-type]
     clip.model.to(device)
     backbone_sha256 = state_sha256(clip.model)
+    report_cut(clip, source.class_names, PROMPTSRC_TEMPLATES, report)
     templates = [
         clip.tokenize([template.replace("{}", name) for name in source.class_names]).to(device)
         for template in PROMPTSRC_TEMPLATES

@@ -206,7 +206,7 @@ def distill(
         check_state(run.folder, run.identity)
     # What can be refused is refused before hours go into a teacher.
     check_shares(min(recipe.optim.batch_size, len(source.train)), recipe.optim.accumulation_steps)
-    tower = build_image_tower(recipe.student, stable_seed("backbone", recipe.seed))
+    tower = build_image_tower(recipe.student, stable_seed("backbone", recipe.seed), report=report)
     if recipe.checkpointing:
         recompute_activations(tower.module)
     ready = make_teacher()
@@ -281,6 +281,7 @@ def distill(
         identity=run.identity.digest,
         identity_parts=dict(run.identity.parts),
         metrics=kept_figures(task, history),
+        teacher_sha256=dict(ready.sha256),
     )
     if launch.is_main():
         _remove_what_was_made_of_an_older_student(run.folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,10 +26,11 @@ from comkd_cli.evaluation.metrics import agreement_percent
 from comkd_cli.evaluation.protocols import STANDARD_SEEDS, STANDARD_SHOTS, base_to_novel, few_shot, zero_shot
 from comkd_cli.evaluation.subjects import Subject, student_subject, teacher_subject
 from comkd_cli.files import sha256_of_data, sha256_of_file
+from comkd_cli.method.student import Student
 from comkd_cli.progress import Notice, Report, Stage, once
 from comkd_cli.recipe.model import SCHEMES, Data, Model, Teacher
 from comkd_cli.results import Missing, Record, Results
-from comkd_cli.teachers import encode_ensemble, made_teacher, saved_teacher, teacher_of_clip
+from comkd_cli.teachers import encode_ensemble, teacher_of_clip, teacher_of_student
 
 IMAGENET_FAMILY = tuple(name for name, dataset in CATALOG.items() if dataset.layout.startswith("imagenet"))
 VARIANTS = tuple(name for name, dataset in CATALOG.items() if dataset.layout == "imagenet-variant")
@@ -56,6 +56,8 @@ class Bench:
     protocols: tuple[str, ...] = ("zero-shot",)
     shots: tuple[int, ...] = STANDARD_SHOTS
     seeds: tuple[int, ...] = STANDARD_SEEDS
+    allow_download: bool = False
+    """Fetch what a student.pt names and this machine lacks."""
     clips: dict[str, Clip] = field(default_factory=dict)
     """Plain CLIPs that were loaded, by argument: one serves every data set."""
     told: set[str] = field(default_factory=set)
@@ -143,7 +145,7 @@ def _score_student(path: Path, bench: Bench) -> list[Record]:
     Where there are no test images, or none with labels, what is left is how often the two agree. A teacher
     that can't be found is a notice, and the student is scored alone.
     """
-    student, record = load_student(path)
+    student, record = load_student(path, bench.allow_download)
     data = bench.data or record.recipe.data
     source = bench.open_source(data)
     check_classes(record, source)
@@ -153,7 +155,7 @@ def _score_student(path: Path, bench: Bench) -> list[Record]:
     store = _store(bench, data)
     limit = data.unreadable_limit_percent
     records, predicted = _score(subject, source, images, store, bench, "student", limit)
-    teacher = _teacher_of(path, record, bench)
+    teacher = _teacher_of(path, student, record, bench)
     if teacher is None:
         return records
     taught, teacher_predicted = _score(teacher, source, images, store, bench, "teacher", limit)
@@ -170,16 +172,16 @@ def _score_baseline(argument: str, bench: Bench) -> list[Record]:
     source = bench.open_source(bench.data)
     images = _scored_images(source, bench.report)
     if argument not in bench.clips:
-        bench.clips[argument] = build_clip(model)
+        bench.clips[argument] = build_clip(model, report=bench.report)
     clip = bench.clips[argument]
-    ready = teacher_of_clip(clip, source.prompts, bench.device)
+    ready = teacher_of_clip(clip, source.class_names, source.template, bench.device, bench.report)
     identity = _identity(model)
     subject = teacher_subject(ready.teacher, ready.preprocessing, identity, argument, "baseline", bench.device)
     store = _store(bench, bench.data)
     limit = bench.data.unreadable_limit_percent
     records, _ = _score(subject, source, images, store, bench, "baseline", limit)
     if source.name in IMAGENET_FAMILY:
-        vectors = encode_ensemble(clip, source.class_names, IMAGENET_TEMPLATES, bench.device).cpu()
+        vectors = encode_ensemble(clip, source.class_names, IMAGENET_TEMPLATES, bench.device, bench.report).cpu()
         ensemble = replace(subject, class_vectors=vectors)
         test = store.features(subject.encoder, images, f"scoring baseline on {source.name}")
         records.append(replace(zero_shot(ensemble, source, images, test).record, method="clip-ensemble"))
@@ -284,16 +286,14 @@ def _scored_images(source: Source, report: Report) -> ImageSet:
     return replace(source.train.subset(chosen), labels=None)
 
 
-def _teacher_of(path: Path, record: StudentRecord, bench: Bench) -> Subject | None:
-    # The names and prompts that the student learned from, in its spelling, whatever the data at hand would prompt.
+def _teacher_of(path: Path, student: Student, record: StudentRecord, bench: Bench) -> Subject | None:
     try:
-        if record.teacher is not None:
-            checkpoint = Path(os.path.normpath(path.parent / record.teacher))
-            ready = saved_teacher(checkpoint, record.class_names, bench.device)
-            name, identity = str(checkpoint), sha256_of_file(checkpoint)
+        # With the prompts that the student learned from, whatever the data at hand would prompt.
+        ready = teacher_of_student(path, student, record, bench.device, bench.allow_download, bench.report)
+        if ready.checkpoint is not None:
+            name, identity = str(ready.checkpoint), sha256_of_file(ready.checkpoint)
         else:
             settings = record.recipe.teacher
-            ready = made_teacher(settings, record.class_names, record.template, bench.device)
             name = ":".join(part for part in (settings.arch or "inline model", settings.weights) if part)
             identity = _identity(settings)
     except (CheckpointError, ModelError) as error:

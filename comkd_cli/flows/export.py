@@ -65,6 +65,8 @@ class Wishes:
     """A folder of real images for checks and calibration; None takes those of the student's data."""
     runs: Path = Path("runs")
     """Folder of all runs, where the index of shards is kept."""
+    allow_download: bool = False
+    """Fetch what student.pt names and this machine lacks."""
     license: str = "unknown"
 
 
@@ -86,8 +88,8 @@ def export(
     """
     wishes = wishes or Wishes()
     _check_target(out, force)
-    student, record = load_student(student_file)
-    teacher = _text_teacher(student_file, record) if wishes.text else None
+    student, record = load_student(student_file, wishes.allow_download)
+    teacher = _text_teacher(student_file, record, wishes, report) if wishes.text else None
     checked, calibration = _image_sets(record, data_root, wishes, report)
     reference = _reference(student, checked, record.preprocessing, wishes.check_images, report)
     contents = Contents(
@@ -194,10 +196,10 @@ def _remove_graphs(folder: Path, precision: str, keep_source: bool) -> None:
             (folder / graph_name(what, precision)).unlink(missing_ok=True)
 
 
-def _text_teacher(student_file: Path, record: StudentRecord) -> ClassEncoder:
+def _text_teacher(student_file: Path, record: StudentRecord, wishes: Wishes, report: Report) -> ClassEncoder:
     """Whose text encoder --text exports, before work goes into the rest."""
     try:
-        teacher = class_encoder(record, student_file)
+        teacher = class_encoder(record, student_file, wishes.allow_download, report)
         bpe_merges(teacher.clip)
         return teacher
     except (CheckpointError, ModelError) as error:
@@ -212,7 +214,7 @@ def _add_text(
 ) -> Text:
     """The teacher's text encoder, with the class vectors of the run's own names as the check."""
     report(Stage("Exporting the teacher's text encoder"))
-    tokens = teacher.tokens(record.class_names)
+    tokens = teacher.tokens(record.class_names, report)
     write_text(folder / MERGES, bpe_merges(teacher.clip))
     export_text_encoder(teacher.clip.model, tokens.shape[1], folder / TEXT_ENCODER, opset)
     check_graph(folder / TEXT_ENCODER, standard_only=True)

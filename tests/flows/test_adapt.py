@@ -1,6 +1,7 @@
 """Stage 1 with prompts: what is learned, what is kept, and who shares it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from comkd_cli.data.sources import open_source
 from comkd_cli.errors import CheckpointError, DataError, RecipeError
 from comkd_cli.flows import adapt, distill
 from comkd_cli.flows.evaluate import Bench, evaluate
-from comkd_cli.progress import Event, Stage
+from comkd_cli.progress import Event, Notice, Stage
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Model
 from comkd_cli.training import make_accelerator
@@ -125,6 +126,10 @@ def test_a_teacher_of_one_data_set_teaches_the_classes_of_another(
     assert ready.teacher.class_vectors.shape == (2, 16)
     other = make_stage(done.runs, weights, data={**data, "classes": ("cat", "wolf")}, adapt=stage_data())
     assert (other.key, other.contents) == (stage.key, stage.contents)
+    long = {**data, "classes": ("cat", "wolf in the very dark forest")}
+    teach(make_stage(done.runs, weights, data=long, adapt=stage_data()), events)
+    (told,) = [event.text for event in events if isinstance(event, Notice)]
+    assert "the prompts of 1 of 2 classes are cut ('wolf in the very dark forest')" in told
 
 
 def stage_data() -> dict[str, Any]:
@@ -153,6 +158,25 @@ def test_a_student_of_a_prompted_teacher_is_scored_beside_it(done: adapt.Stage1,
     student, teacher = evaluate(str(path), tmp_path, bench).records
     assert (student.role, teacher.role) == ("student", "teacher")
     assert teacher.top1_percent == pytest.approx(load_teacher(done.file).record.metrics["test_top1_percent"])
+
+
+def test_prompts_that_are_cut_are_told_while_a_teacher_learns(
+    done: adapt.Stage1, weights: Path, tmp_path: Path, write_image: Callable[..., Path]
+) -> None:
+    """By either way of training, before hours pass; the 60 templates count apart from the class prompts."""
+    for name in ("cat", "wolf in the very dark forest"):
+        for index in range(4):
+            write_image(tmp_path / "pictures" / "train" / name / f"{index}.png", seed=index)
+    data = {"folder": str(tmp_path / "pictures")}
+    for adapts, count in (({"method": "full", "epochs": 1, "batch_size": 4}, 1), ({**PROMPTS, "epochs": 1}, 2)):
+        teacher = {"config": tiny.CLIP, "weights": str(weights), "adapt": adapts}
+        recipe = parse_recipe(tiny.recipe(teacher=teacher, data=data))
+        events: list[Event] = []
+        teach(adapt.stage_1(recipe, open_source(recipe.data, tmp_path), tmp_path, tmp_path / "runs"), events)
+        told = [event.text for event in events if isinstance(event, Notice) and "are cut" in event.text]
+        assert len(told) == count
+        assert all("'wolf in the very dark forest'" in text for text in told)
+        assert any("of 120 prompts" in text for text in told) == (count == 2)
 
 
 def test_what_cannot_be_learned_is_told(weights: Path, tmp_path: Path, write_image: Any) -> None:

@@ -47,6 +47,22 @@ def test_a_student_without_its_teacher_is_scored_alone(tiny_student: Path, tmp_p
     assert any(isinstance(event, Notice) and "teacher can't be scored" in event.text for event in events)
 
 
+def test_a_teacher_that_was_trained_again_is_not_scored_as_the_teacher(tiny_student: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(tiny_student.parents[3], runs)
+    student = runs / tiny_student.relative_to(tiny_student.parents[3])
+    (teacher,) = runs.glob("teachers/*/teacher.pt")
+    saved = torch.load(teacher, weights_only=True)
+    saved["state_dict"]["visual.proj"] += 1
+    torch.save(saved, teacher)
+    events: list[Event] = []
+    (record,) = evaluate(str(student), runs, bench(events)).records
+    assert record.role == "student"
+    (told,) = [event.text for event in events if isinstance(event, Notice)]
+    assert f"{teacher}: is not the teacher that {student} learned from" in told
+    assert "sha256" in told
+
+
 def test_unlabelled_images_give_agreement_alone(tiny_student: Path, tmp_path: Path) -> None:
     for index in range(12):
         digits_source().train.open(index).save(tmp_path / f"{index}.png")

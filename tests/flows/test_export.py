@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -176,7 +177,7 @@ def test_the_first_precision_is_the_one_that_is_taken(whole: Path) -> None:
 def test_a_class_that_is_added_on_the_device_has_pytorchs_logits(whole: Path, tiny_student: Path) -> None:
     student, record = load_student(tiny_student)
     encoder = class_encoder(record, tiny_student)
-    names = ("red fox", "Ünïcode, 3½ “wolves”")
+    names = ("red fox", "Ü 日")
     with torch.no_grad():
         added = encode_classes(encoder.clip.model, encoder.tokens(names))
         images = np.stack([prepare(digits_source().train.open(i), record.preprocessing) for i in range(6)])
@@ -289,6 +290,16 @@ def test_names_that_an_older_version_stored_are_a_line_each(tiny_student: Path, 
     assert Classifier(tmp_path / "bundle").class_names == [str(digit) for digit in range(10)]
 
 
+def test_text_of_a_teacher_that_was_trained_again_is_not_exported(tiny_student: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(tiny_student.parents[3], runs)
+    student = runs / tiny_student.relative_to(tiny_student.parents[3])
+    (teacher,) = runs.glob("teachers/*/teacher.pt")
+    torch.save({**torch.load(teacher, weights_only=True), "metrics": {}}, teacher)
+    with pytest.raises(ExportError, match=r"teacher\.pt: is not the teacher that \S+student\.pt learned from.*sha256"):
+        export(student, tmp_path / "bundle", Path("data"), quietly, wishes=Wishes(text=True))
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -298,6 +309,10 @@ def test_names_that_an_older_version_stored_are_a_line_each(tiny_student: Path, 
         (["  "], "a class to add is empty"),
         (["a\nb"], "a class to add has a line break within it"),
         ([f"{'very ' * 20}long name {end}" for end in ("alpha", "beta")], "can't tell them apart"),
+        (
+            ["owl", "Ünïcode, 3½ “wolves”"],
+            "'Ünïcode, 3½ “wolves”': too long for the text encoder, which reads 10 tokens",
+        ),
     ],
 )
 def test_class_names_that_cannot_be_added_are_told(whole: Path, names: list[str], message: str) -> None:
