@@ -8,15 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from benchmarks.ablation import rows, running, tables
 from benchmarks.ablation.__main__ import main
 from benchmarks.ablation.figures import calibration_error_percent, interval
+from comkd_cli.checkpoints import load_student
 from comkd_cli.data.digits import digits_source
+from comkd_cli.data.folder import folder_source
+from comkd_cli.data.loaders import scoring_batches
 from comkd_cli.errors import ComkdError
 from comkd_cli.flows.distill import outline
 from comkd_cli.recipe import parse_recipe
+from comkd_cli.teachers import made_teacher
 from tests import tiny
 
 TINY = replace(
@@ -54,9 +59,12 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_row_is_a_recipe_with_its_terms_alone(row: rows.Row) -> None:
     recipe = parse_recipe(rows.recipe_of(row, rows.CIFAR10, CHOSEN, "data/all"))
     terms = ("refinement", "if_align", "edu_attention", "feature_mse", "feature_cosine", "labels")
-    assert {name for name in terms if getattr(recipe.loss, name) is not None} == set(row.terms)
+    wanted = {"edu_attention" if name == rows.CANDIDATES else name for name in row.terms}
+    assert {name for name in terms if getattr(recipe.loss, name) is not None} == wanted
     if recipe.loss.refinement is not None:
-        assert recipe.loss.refinement.weight == 10  # KL / (images * 10 classes)
+        assert recipe.loss.refinement.weight == (5 if row.half else 10)  # of KL / (images * classes)
+    if recipe.loss.edu_attention is not None:
+        assert (recipe.loss.edu_attention.memory == "candidates") == (rows.CANDIDATES in row.terms)
 
 
 def test_rows_have_names_of_their_own_and_are_compared_with_rows_that_differ_in_the_objective_alone() -> None:
@@ -65,7 +73,7 @@ def test_rows_have_names_of_their_own_and_are_compared_with_rows_that_differ_in_
     for row in EVERY_ROW:
         base = by_name[row.base]
         assert base.terms == ("refinement",)
-        assert (base.images, base.epochs, base.student) == (row.images, row.epochs, row.student)
+        assert (base.images, base.half, base.epochs, base.student) == (row.images, row.half, row.epochs, row.student)
 
 
 def test_equal_steps_show_as_many_images_as_all_of_them_do() -> None:
@@ -189,15 +197,66 @@ def test_a_dry_run_lists_every_run_and_leaves_nothing(
     assert not (tmp_path / "study").exists()
 
 
-@pytest.mark.slow
-def test_a_small_study_from_end_to_end(
-    digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_row_that_does_not_exist_is_refused_and_not_left_out(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--data", str(digits), "--out", str(tmp_path), "--rows", "refinement", "refinment"])
+    assert "--rows: refinment: not among refinement, refinement_if_align" in capsys.readouterr().err
+
+
+def test_half_of_the_classes_are_kept_from_the_student(digits: Path, tmp_path: Path) -> None:
+    study = running.Study(TINY, tmp_path, digits)
+    row = rows.base_to_novel_rows(TINY)[0]
+    for _ in range(2):  # made once, found again
+        assert study.folder_of(row) == "data/base"
+    for split in ("train", "test"):
+        assert sorted(path.name for path in (tmp_path / "data" / "base" / split).iterdir()) == list("01234")
+        assert sorted(path.name for path in (tmp_path / "data" / "novel" / split).iterdir()) == list("56789")
+
+
+@pytest.fixture
+def short_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs choose the weight of IFAlign; EduAttention's needs none."""
     monkeypatch.setattr(rows, "TERMS", {"if_align": rows.TERMS["if_align"]})
     monkeypatch.setattr(rows, "FACTORS", (0.2, 1.0))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_student_of_half_of_the_classes_answers_about_the_others_as_its_checkpoint_does(
+    digits: Path, tmp_path: Path
+) -> None:
+    study = running.Study(TINY, tmp_path, digits)
+    row = next(row for row in rows.base_to_novel_rows(TINY) if rows.CANDIDATES in row.terms)
+    figures = study.run(running.Job(row, 1), {"edu_attention": 25.0})["figures"]
+    assert (figures["images"], figures["gradient_shares"]) == (20, {})
+    (student_file,) = (tmp_path / "runs" / row.name).glob("*/seed1/student.pt")
+    student, record = load_student(student_file)
+    assert record.class_names == tuple("01234")
+    assert student.uses_candidates
+    novel = folder_source(tmp_path / "data" / "novel", None, record.template)
+    ready = made_teacher(
+        record.recipe.teacher.model_copy(update={"weights": str(tmp_path / "teacher.pt")}),
+        novel.class_names,
+        record.template,
+        torch.device("cpu"),
+    )
+    assert novel.test is not None
+    (batch,) = scoring_batches(novel.test, record.preprocessing, 20, 0)
+    assert batch.labels is not None
+    with torch.inference_mode():
+        right = student(batch.inputs[0], ready.teacher.class_vectors).logits.argmax(dim=1) == batch.labels
+    assert figures["novel_top1_percent"] == pytest.approx(100 * right.double().mean().item())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("short_grid")
+def test_a_small_study_from_end_to_end(digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "study"
     arguments = ["--data", str(digits), "--out", str(out), "--seeds", "1"]
-    first = [*arguments, "--rows", "refinement", "refinement_if_align"]
+    first = [*arguments, "--rows", "refinement_if_align"]
     assert main(first, TINY) == 0
     document = json.loads((out / "ablation.json").read_text())
     grid = document["grid"]["validation_top1_percent"]["if_align"]
@@ -205,7 +264,7 @@ def test_a_small_study_from_end_to_end(
     chosen = document["grid"]["chosen"]["if_align"]
     assert grid[f"{chosen:g}"] == max(grid.values())
     runs = {run["row"]: run for run in document["runs"]}
-    assert set(runs) == {"grid_if_align_0.002", "grid_if_align_0.01", "refinement", "refinement_if_align"}
+    assert set(runs) == {"grid_if_align_0.002", "grid_if_align_0.01", "refinement_if_align"}
     assert runs["grid_if_align_0.01"]["figures"]["images"] == 10  # of the training images
     row = runs["refinement_if_align"]
     assert row["recipe"]["loss"]["if_align"] == {"weight": chosen}

@@ -1,13 +1,13 @@
-"""Students of one teacher that differ in one thing: objectives, images, sizes.
+"""Students of one teacher that differ in one thing: the objective, the images, the size, the classes.
 
-    python -m benchmarks.ablation --data FOLDER --out FOLDER [--study objectives images size] [--seeds 1 2 3]
     python -m benchmarks.ablation --data FOLDER --out FOLDER --dry-run
+    python -m benchmarks.ablation --data FOLDER --out FOLDER [--study objectives] [--seeds 1 2 3] [--rows refinement]
 
-FOLDER of --data holds train/ and test/ with a sub-folder for each class, such as CIFAR-10's. The teacher is trained
-once; each row is an ordinary `comkd distill` over a recipe in OUT/recipes, and any of them can be repeated in OUT by
-the command that stands in the recipe's first line. Stopped and started again, the study continues where it was.
-Weights are chosen by a grid on training images that the student was not given. Writes OUT/ablation.json and
-OUT/ablation.md after every run.
+The studies are objectives, images, size and base_to_novel. FOLDER of --data holds train/ and test/ with a sub-folder
+for each class, such as CIFAR-10's. The teacher is trained once; each row is an ordinary `comkd distill` over a recipe
+in OUT/recipes, and any of them can be repeated in OUT by the command in the recipe's first line. Stopped and started
+again, the study continues where it was. Weights are chosen by a grid on training images that the student was not
+given. Writes OUT/ablation.json and OUT/ablation.md after every run.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ from comkd_cli.files import write_text
 
 def main(arguments: Sequence[str] | None = None, settings: Settings = CIFAR10) -> int:
     """Run what is missing; the exit code: 1 where a run failed, 130 where one was interrupted."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     study = Study(settings, options.out, options.data)
     rows = [row for name in options.study for row in STUDIES[name](settings)]
     if options.rows:
+        if unknown := sorted(set(options.rows) - {row.name for row in rows}):
+            parser.error(f"--rows: {', '.join(unknown)}: not among {', '.join(row.name for row in rows)}")
         rows = [row for row in rows if row.name in options.rows]
     jobs = jobs_of(rows, options.seeds)
     if options.dry_run:
@@ -106,10 +109,11 @@ def _write(study: Study, grid: Mapping[str, Mapping[str, float]], chosen: Mappin
         "runs": [*searched, *finished.values()],
         **circumstances(),
     }
-    parts = [f"## Weights\n\n{grid_markdown(grid, chosen)}"]
+    origins = sorted({f"{run['revision']} on {run['machine']}" for run in document["runs"]})
+    parts = [f"Code and machine: {'; '.join(origins)}.\n", f"## Weights\n\n{grid_markdown(grid, chosen)}"]
     for name in STUDIES:
         if of_study := [row for row in found if row["study"] == name]:
-            parts.append(f"## {name.capitalize()}\n\n{markdown(of_study)}")
+            parts.append(f"## {name.replace('_', ' ').capitalize()}\n\n{markdown(of_study)}")
     text = "\n".join(parts)
     write_text(study.out / "ablation.json", json.dumps(document, indent=1) + "\n")
     write_text(study.out / "ablation.md", text)
@@ -121,7 +125,7 @@ def _plan(study: Study, jobs: Sequence[Job], rate: float) -> str:
     grid = [Job(row, 1) for rows in grid_rows(study.settings).values() for row in rows]
     lines, total = [f"{'run':60} {'images':>8} {'epochs':>6}  minutes"], 0.0
     for job in [*grid, *jobs]:
-        images = job.row.images or study.settings.image_counts[-1]
+        images = job.row.images or study.settings.image_counts[-1] // (2 if job.row.half else 1)
         minutes = 0.0 if study.record(job) is not None else images * job.row.epochs / rate / 60
         total += minutes
         state = f"{minutes:.1f}" if minutes else "finished"

@@ -16,11 +16,11 @@ from comkd_cli.checkpoints import StudentRecord, load_student
 from comkd_cli.costs import multiply_adds, parameters
 from comkd_cli.data.folder import folder_source
 from comkd_cli.data.loaders import worker_count
-from comkd_cli.data.source import ImageSet
+from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.evaluation.features import Encoder, FeatureStore
 from comkd_cli.evaluation.metrics import agreement_percent, top1_percent
 from comkd_cli.predictor import Preprocessing
-from comkd_cli.teachers import made_teacher
+from comkd_cli.teachers import ReadyTeacher, made_teacher
 
 BINS = 15
 CONFIDENCE = 0.95
@@ -37,14 +37,14 @@ class Scorer:
         self._weights = weights
         self._taught: dict[Path, np.ndarray] = {}
 
-    def figures(self, student_file: Path, images: Path) -> dict[str, Any]:
-        """Of a student on labelled images, a sub-folder for each class: percentages, gate, gradient shares, costs."""
+    def figures(self, student_file: Path, folder: Path) -> dict[str, Any]:
+        """Of a student on the test images of a folder: percentages, gate, gradient shares, costs."""
         student, record = load_student(student_file)
-        test = folder_source(images.parent, record.class_names, record.template).test
-        assert test is not None  # rows are scored on labelled images
-        logits = _logits(lambda batch: student(batch).logits, record.preprocessing, test, record)
-        taught = self._teacher_logits(images.resolve(), test, record)
-        labels = np.asarray(test.labels)
+        source = folder_source(folder, record.class_names, record.template)
+        assert source.test is not None  # rows are scored on labelled images
+        logits = _logits(lambda batch: student(batch).logits, record.preprocessing, source.test, record)
+        taught = self._teacher_logits(folder, source, record)
+        labels = np.asarray(source.test.labels)
         lines = [json.loads(line) for line in (student_file.parent / "metrics.jsonl").read_text().splitlines()]
         shares = [name for name in lines[-1] if name.endswith("_gradient_share")]
         return {
@@ -62,11 +62,32 @@ class Scorer:
             "multiply_adds": multiply_adds(student, record.preprocessing.size),
         }
 
-    def _teacher_logits(self, images: Path, test: ImageSet, record: StudentRecord) -> np.ndarray:
+    def novel_figures(self, student_file: Path, folder: Path) -> dict[str, Any]:
+        """Of a student on the test images of classes that it was not taught, by the teacher's class vectors of them."""
+        student, record = load_student(student_file)
+        source = folder_source(folder, None, record.template)
+        assert source.test is not None
+        vectors = self._teacher(source, record).teacher.class_vectors
+        logits = _logits(lambda batch: student(batch, vectors).logits, record.preprocessing, source.test, record)
+        taught = self._teacher_logits(folder, source, record)
+        labels = np.asarray(source.test.labels)
+        return {
+            "novel_top1_percent": top1_percent(logits.argmax(axis=1), labels),
+            "teacher_novel_top1_percent": top1_percent(taught.argmax(axis=1), labels),
+        }
+
+    def _teacher(self, source: Source, record: StudentRecord) -> ReadyTeacher:
+        settings = record.recipe.teacher.model_copy(update={"weights": str(self._weights)})
+        return made_teacher(settings, source.class_names, record.template, CPU)
+
+    def _teacher_logits(self, folder: Path, source: Source, record: StudentRecord) -> np.ndarray:
+        images = (folder / "test").resolve()
         if images not in self._taught:
-            settings = record.recipe.teacher.model_copy(update={"weights": str(self._weights)})
-            ready = made_teacher(settings, record.class_names, record.template, CPU)
-            self._taught[images] = _logits(lambda batch: ready.teacher(batch).logits, ready.preprocessing, test, record)
+            assert source.test is not None
+            ready = self._teacher(source, record)
+            self._taught[images] = _logits(
+                lambda batch: ready.teacher(batch).logits, ready.preprocessing, source.test, record
+            )
         return self._taught[images]
 
 

@@ -37,8 +37,11 @@ TERMS = {
     "labels": Term("labels.weight", 1.0),
 }
 
+# EduAttention whose memory is the classes at hand. On the classes of the run it is `edu_attention` bit for bit, so it
+# is compared on other classes alone, and takes the weight that was chosen for `edu_attention`.
+CANDIDATES = "edu_attention_candidates"
+
 # Which terms an objective has. `feature_mse` is `feature_cosine` with another weight, since features have unit length.
-# EduAttention's `memory: candidates` trains the same student as `training`: the two differ on other classes alone.
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     BASE: ("refinement",),
     "refinement_if_align": ("refinement", "if_align"),
@@ -69,6 +72,8 @@ class Row:
     """Of terms, instead of those that the grid chose."""
     base: str = BASE
     """The row that this one is compared with, seed by seed."""
+    half: bool = False
+    """Learn from the images of the first half of the classes alone, and answer about the others too."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,28 @@ def size_rows(settings: Settings) -> list[Row]:
     ]
 
 
+def base_to_novel_rows(settings: Settings) -> list[Row]:
+    """Objectives on the images of half of the classes, scored on the images and class vectors of the others too."""
+    objectives = {name: OBJECTIVES[name] for name in (BASE, "refinement_if_align", "refinement_edu_attention", "comkd")}
+    objectives |= {
+        f"{name}_candidates": tuple(CANDIDATES if term == "edu_attention" else term for term in OBJECTIVES[name])
+        for name in ("refinement_edu_attention", "comkd")
+    }
+    return [
+        Row(
+            "base_to_novel",
+            f"{name}_base",
+            terms,
+            settings.student,
+            settings.epochs,
+            settings.fewer_seeds,
+            base=f"{BASE}_base",
+            half=True,
+        )
+        for name, terms in objectives.items()
+    ]
+
+
 def grid_rows(settings: Settings) -> dict[str, list[Row]]:
     """By term, the short runs that choose its weight, from the least weight on."""
     return {
@@ -194,7 +221,12 @@ def grid_rows(settings: Settings) -> dict[str, list[Row]]:
     }
 
 
-STUDIES = {"objectives": objective_rows, "images": image_rows, "size": size_rows}
+STUDIES = {
+    "objectives": objective_rows,
+    "images": image_rows,
+    "size": size_rows,
+    "base_to_novel": base_to_novel_rows,
+}
 
 
 def loss_of(row: Row, settings: Settings, chosen: Mapping[str, float]) -> dict[str, Any]:
@@ -206,7 +238,10 @@ def loss_of(row: Row, settings: Settings, chosen: Mapping[str, float]) -> dict[s
     loss: dict[str, Any] = {"refinement": None, "if_align": None, "edu_attention": None}
     for name in row.terms:
         if name == "refinement":
-            loss["refinement"] = {"weight": float(settings.classes)}
+            loss["refinement"] = {"weight": float(settings.classes // 2 if row.half else settings.classes)}
+        elif name == CANDIDATES:
+            loss |= TERMS["edu_attention"].fields(chosen["edu_attention"])
+            loss["edu_attention"]["memory"] = "candidates"
         else:
             alone = len(row.terms) == 1
             weight = row.weights[name] if name in row.weights else 1.0 if alone else chosen[name]

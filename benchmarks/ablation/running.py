@@ -74,7 +74,18 @@ class Study:
         """The images of a row, below the study's folder, made of links where they are not all images."""
         if row.study == "grid":
             return self._linked("grid", row.images, held_out=True)
+        if row.half:
+            self._halve()
+            return "data/base"
         return self._linked("all" if row.images is None else f"train-{row.images}", row.images)
+
+    def _halve(self) -> None:
+        names = sorted(path.name for path in (self.data / "train").iterdir() if path.is_dir())
+        middle = (len(names) + 1) // 2
+        for half, classes in (("base", names[:middle]), ("novel", names[middle:])):
+            for split in ("train", "test"):
+                for name in classes:
+                    _link(self.data / split / name, self.out / "data" / half / split / name)
 
     def _linked(self, name: str, count: int | None, held_out: bool = False) -> str:
         folder = self.out / "data" / name
@@ -161,7 +172,7 @@ class Study:
         runs = self.out / "runs" / job.row.name / (self.out / folder).resolve().name / f"seed{job.seed}"
         if self._scorer is None:
             self._scorer = Scorer(self.out / TEACHER)
-        record = {
+        record: dict[str, Any] = {
             "study": job.row.study,
             "row": job.row.name,
             "seed": job.seed,
@@ -171,8 +182,10 @@ class Study:
             "wall_seconds": seconds,
             "training_seconds": training_seconds(runs / "metrics.jsonl", images_of(self.out / folder / "train")),
             **circumstances(),
-            "figures": self._scorer.figures(runs / "student.pt", self.out / folder / "test"),
+            "figures": self._scorer.figures(runs / "student.pt", self.out / folder),
         }
+        if job.row.half:
+            record["figures"] |= self._scorer.novel_figures(runs / "student.pt", self.out / "data" / "novel")
         write_text(self.record_file(job), json.dumps(record, indent=2) + "\n")
         return record
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ def statistics_of(row: Row, records: Records) -> dict[str, Any] | None:
     pairs = sorted(mine.keys() & base.keys()) if row.name != row.base else []
     differences = [mine[seed]["top1_percent"] - base[seed]["top1_percent"] for seed in pairs]
     first = next(iter(mine.values()))
+    novel = {"novel_top1_percent": _spread(mine, "novel_top1_percent")} if row.half else {}
     return {
         "study": row.study,
         "row": row.name,
@@ -34,6 +35,7 @@ def statistics_of(row: Row, records: Records) -> dict[str, Any] | None:
             "mean": float(np.mean(differences)) if pairs else None,
             "interval_95": interval(differences),
         },
+        **novel,
         "agreement_percent": _spread(mine, "agreement_percent"),
         "calibration_error_percent": _spread(mine, "calibration_error_percent"),
         "gate": None if first["gate"] is None else _spread(mine, "gate"),
@@ -57,25 +59,26 @@ def _spread(figures: Mapping[int, Mapping[str, Any]], name: str) -> dict[str, fl
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The statistics of rows of one study as a table."""
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "row": lambda row: str(row["row"]),
+        "seeds": lambda row: str(len(row["seeds"])),
+        "top-1, %": lambda row: _with_deviation(row["top1_percent"]),
+        "difference, 95 % interval": lambda row: _difference(row["difference"]),
+        "other classes' top-1, %": lambda row: _with_deviation(row["novel_top1_percent"]),
+        "agreement, %": lambda row: _with_deviation(row["agreement_percent"]),
+        "calibration error, %": lambda row: _with_deviation(row["calibration_error_percent"]),
+        "gate": lambda row: "" if row["gate"] is None else f"{row['gate']['mean']:.3f}",
+        "gradient shares": lambda row: ", ".join(f"{term} {of:.0%}" for term, of in row["gradient_shares"].items()),
+        "parameters": lambda row: f"{row['parameters']:,}",
+    }
+    if not all("novel_top1_percent" in row for row in rows):
+        del columns["other classes' top-1, %"]
+    right = {name: name not in ("row", "gradient shares") for name in columns}
     lines = [
-        "| row | seeds | top-1, % | difference, 95 % interval | agreement, % | calibration error, % | gate | "
-        "gradient shares | parameters |",
-        "|---|---:|---:|---:|---:|---:|---:|---|---:|",
+        f"| {' | '.join(columns)} |",
+        f"|{'|'.join('---:' if right[name] else '---' for name in columns)}|",
+        *(f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows),
     ]
-    for row in rows:
-        shares = ", ".join(f"{term} {share:.0%}" for term, share in row["gradient_shares"].items())
-        cells = [
-            row["row"],
-            str(len(row["seeds"])),
-            _with_deviation(row["top1_percent"]),
-            _difference(row["difference"]),
-            _with_deviation(row["agreement_percent"]),
-            _with_deviation(row["calibration_error_percent"]),
-            "" if row["gate"] is None else f"{row['gate']['mean']:.3f}",
-            shares,
-            f"{row['parameters']:,}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
