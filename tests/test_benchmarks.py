@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "__init__")
+MODULES = [
+    *sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "__init__"),
+    *sorted(f"{path.parent.name}.__main__" for path in (ROOT / "benchmarks").glob("*/__main__.py")),
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_each_benchmark_loads_and_says_its_own_command(name: str) -> None:
     module = importlib.import_module(f"benchmarks.{name}")
     assert callable(module.main)
-    assert f"python -m benchmarks.{name}" in module.__doc__
+    assert f"python -m benchmarks.{name.removesuffix('.__main__')}" in module.__doc__
 
 
 @pytest.mark.slow

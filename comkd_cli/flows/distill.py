@@ -1,4 +1,4 @@
-"""Stage 2: a student learns from a frozen teacher, without labels."""
+"""Stage 2: a student learns from a frozen teacher, without labels unless the recipe asks for them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -34,7 +35,7 @@ from comkd_cli.errors import CheckpointError, DataError, MisuseError
 from comkd_cli.evaluation.subjects import live_student
 from comkd_cli.evaluation.zero_shot import SELECTION_SCORE, Scorer
 from comkd_cli.files import remove_folder, sha256_of_data, sha256_of_file, write_text
-from comkd_cli.method.objective import gradient_shares, loss_terms
+from comkd_cli.method.objective import NO_LABELS, gradient_shares, loss_terms
 from comkd_cli.method.student import Student
 from comkd_cli.progress import Notice, Report, Stage
 from comkd_cli.recipe import Recipe, to_yaml
@@ -222,7 +223,8 @@ def distill(
         # The towers alone: the rest is small, and gradients are looked at between it and the tower.
         student.backbone.compile()
         teacher.image_tower.compile()
-    report(Stage(f"Student: {_size(student)} parameters learn from {len(source.train)} images, no labels"))
+    labels = "and their labels" if recipe.loss.labels else "no labels"
+    report(Stage(f"Student: {_size(student)} parameters learn from {len(source.train)} images, {labels}"))
     workers = worker_count(recipe.data)
     if launch.is_main():
         write_text(run.folder / "recipe.yaml", to_yaml(recipe))
@@ -233,7 +235,7 @@ def distill(
         with _uncompiled(recipe):
             return scorer(live_student(student, tower.preprocessing, accelerator.device), selection_classes(recipe))
 
-    asked = AskedTeacher(teacher, _open_cache(run, ready, report))
+    asked = AskedTeacher(teacher, _open_cache(run, ready, report) if recipe.loss.needs_teacher else None)
     settings = recipe.teacher_cache
     task = Task(
         model=student,
@@ -247,7 +249,7 @@ def distill(
             workers,
             views=settings.views if settings else None,
             crop_seed=settings.seed if settings else None,
-            known=asked.known if asked.cache else None,
+            known=_known(recipe, asked),
             parts=recipe.optim.accumulation_steps,
         ),
         optim=recipe.optim,
@@ -262,8 +264,8 @@ def distill(
         evaluate_every_epochs=recipe.evaluate_every_epochs,
         select_by=SELECTION_SCORE if selection_classes(recipe) else None,
         keep=asked.keep,
-        # EduAttention acts on the logits alone, which refinement alone looks at.
-        uses_all_parameters=recipe.loss.edu_attention is None or recipe.loss.refinement is not None,
+        # EduAttention acts on the logits alone.
+        uses_all_parameters=recipe.loss.edu_attention is None or recipe.loss.uses_logits,
     )
     history = fit(task, accelerator, report)
     asked.tell(report)
@@ -328,6 +330,8 @@ def _remove_what_was_made_of_an_older_student(folder: Path) -> None:
 def _check_images(run: Run) -> None:
     if len(run.source.train) < 2:
         raise DataError(f"{run.source.name}: has {len(run.source.train)} training images; distillation needs more")
+    if run.recipe.loss.labels is not None and run.source.train.labels is None:
+        raise DataError(f"{run.source.name}: {NO_LABELS}")
 
 
 def _build_student(
@@ -388,7 +392,8 @@ def _distillation_loss(
     model: nn.Module, batch: Batch, probe: bool, asked: AskedTeacher, recipe: Recipe, student: Student
 ) -> StepResult:
     output = model(batch.inputs[1])
-    terms = loss_terms(output, asked(batch), recipe.loss)
+    taught = asked(batch) if recipe.loss.needs_teacher else None
+    terms = loss_terms(output, taught, recipe.loss, batch.labels)
     figures = dict(terms)
     if student.edu_attention is not None:
         figures["gate"] = student.edu_attention.gate
@@ -397,6 +402,13 @@ def _distillation_loss(
         shares = gradient_shares(terms, output.projected)
         probed = {f"{name}_gradient_share": share for name, share in shares.items()}
     return StepResult(torch.stack(list(terms.values())).sum(), figures, probed)
+
+
+def _known(recipe: Recipe, asked: AskedTeacher) -> Callable[[int, np.ndarray], np.ndarray] | None:
+    """For the loader, which crops the teacher need not see; None: it sees every crop."""
+    if not recipe.loss.needs_teacher:
+        return lambda _view, indices: np.ones(len(indices), dtype=bool)
+    return asked.known if asked.cache else None
 
 
 def _rate_factors(recipe: Recipe) -> dict[str, float]:

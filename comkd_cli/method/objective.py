@@ -1,4 +1,4 @@
-"""The student's objective: L = w_kd * L_kd + w_align * L_align, each term by name."""
+"""The student's objective: a weighted sum of the terms that the recipe leaves on, each by name."""
 
 from __future__ import annotations
 
@@ -9,25 +9,46 @@ from torch import Tensor
 from torch.nn import functional
 
 from comkd_cli import processes
+from comkd_cli.errors import DataError
+from comkd_cli.method.feature_cosine import feature_cosine
+from comkd_cli.method.feature_mse import feature_mse
 from comkd_cli.method.if_align import if_align
+from comkd_cli.method.labels import labels_loss
 from comkd_cli.method.refinement import refinement
 from comkd_cli.method.student import StudentOutput
 from comkd_cli.method.teacher import TeacherOutput
 from comkd_cli.recipe.model import Loss
 
+NO_LABELS = "loss.labels needs labelled training images, and these have no labels; set loss.labels to null"
 
-def loss_terms(student: StudentOutput, teacher: TeacherOutput, loss: Loss) -> dict[str, Tensor]:
+
+def loss_terms(
+    student: StudentOutput, teacher: TeacherOutput | None, loss: Loss, labels: Tensor | None = None
+) -> dict[str, Tensor]:
     """The weighted terms that the recipe leaves on; the objective is their sum.
 
-    With `if_align` and `edu_attention` off, what is left is PromptKD's objective.
+    teacher: None where no term compares with it (`Loss.needs_teacher`). labels: (batch,) int64, for `loss.labels`.
+    With `if_align` and `edu_attention` off, and nothing added, what is left is PromptKD's objective.
     """
+    terms = {} if teacher is None else _taught_terms(student, teacher, loss)
+    if loss.labels is not None:
+        if labels is None:
+            raise DataError(NO_LABELS)
+        terms["labels"] = loss.labels.weight * labels_loss(student.logits, labels)
+    return terms
+
+
+def _taught_terms(student: StudentOutput, teacher: TeacherOutput, loss: Loss) -> dict[str, Tensor]:
+    """The terms that compare the student with its teacher; those of features look at n(u_s)."""
     terms = {}
     if loss.refinement is not None:
         divergence = refinement(student.logits, teacher.logits, loss.refinement.temperature)
         terms["refinement"] = loss.refinement.weight * divergence
-    if loss.if_align is not None:
-        aligned = functional.normalize(student.projected.float(), dim=-1)
-        terms["if_align"] = loss.if_align.weight * if_align(aligned, teacher.features)
+    compared = {"if_align": if_align, "feature_mse": feature_mse, "feature_cosine": feature_cosine}
+    chosen = {name: settings for name in compared if (settings := getattr(loss, name)) is not None}
+    if chosen:
+        projected = functional.normalize(student.projected.float(), dim=-1)
+        terms |= {name: term.weight * compared[name](projected, teacher.features) for name, term in chosen.items()}
     return terms
 
 

@@ -26,7 +26,7 @@ def model_card(manifest: Mapping[str, Any], record: StudentRecord, sizes: Mappin
     sections = [
         f"---\n{_metadata(manifest)}---",
         f"# {manifest['recipe']}: an image classifier for {manifest['classes']} classes",
-        _summary(manifest),
+        _summary(manifest, record),
         _use(manifest),
         _files(manifest, sizes),
         _numbers(manifest, sizes),
@@ -58,7 +58,7 @@ def _metadata(manifest: Mapping[str, Any]) -> str:
     return stream.getvalue()
 
 
-def _summary(manifest: Mapping[str, Any]) -> str:
+def _summary(manifest: Mapping[str, Any], record: StudentRecord) -> str:
     score, images, unreadable = (manifest.get(f"test_{what}") for what in ("top1_percent", "images", "unreadable"))
     scored = ""
     if score is not None:
@@ -66,9 +66,15 @@ def _summary(manifest: Mapping[str, Any]) -> str:
         on = f"{images:,} test images" if images is not None else "the test images"
         lacking = f" ({unreadable:,} of {images + unreadable:,} could not be read)" if unreadable else ""
         scored = f" Top-1 on {on}{lacking}, in PyTorch: {score:.2f} %."
+    if not record.recipe.loss.needs_teacher:
+        return (
+            f"Trained by {manifest['made_by']} on the labelled images of {manifest['data']}, without distillation, on "
+            f"the class vectors of {manifest['teacher']}: {manifest['student']}.{scored}"
+        )
+    labels = "with their labels" if record.recipe.loss.labels else "without labels"
     return (
         f"Distilled by {manifest['made_by']} (ComKD-CLIP, arXiv 2408.04145) on the images of {manifest['data']}, "
-        f"without labels, from the teacher {manifest['teacher']} into {manifest['student']}.{scored}"
+        f"{labels}, from the teacher {manifest['teacher']} into {manifest['student']}.{scored}"
     )
 
 

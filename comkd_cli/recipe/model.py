@@ -340,6 +340,27 @@ class IFAlign(Closed):
     """Of the sum over the feature dimensions [C]."""
 
 
+class FeatureMse(Closed):
+    """Mean squared difference of teacher and student image features, as CLIP-KD's feature distillation has it."""
+
+    weight: Weight = 2000.0
+    """Of the mean over images and dimensions (CLIP-KD's code)."""
+
+
+class FeatureCosine(Closed):
+    """One less the cosine of teacher and student image features."""
+
+    weight: Weight = 1.0
+    """Of the mean over the images; `feature_mse` is 2 / dimensions times this term [C]."""
+
+
+class Labels(Closed):
+    """Cross-entropy on the labels of the training images, for a student that learns from labels too."""
+
+    weight: Weight = 1.0
+    """Of the mean over the images [C]."""
+
+
 class EduAttention(Closed):
     """Attention from the student's image feature to the teacher's class vectors."""
 
@@ -362,12 +383,32 @@ class Loss(Closed):
     """The teacher's feature statistics [P]."""
     edu_attention: EduAttention | None = EduAttention()
     """The teacher's class vectors, attended to [P]."""
+    feature_mse: FeatureMse | None = None
+    """The teacher's feature of each image, by squared error."""
+    feature_cosine: FeatureCosine | None = None
+    """The teacher's feature of each image, by its direction."""
+    labels: Labels | None = None
+    """The labels of the training images, which must then have some. With the other terms null, the teacher gives
+    the class vectors alone and does not see the images."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a term compares the student with its teacher."""
+        return any((self.refinement, self.if_align, self.feature_mse, self.feature_cosine))
+
+    @property
+    def uses_logits(self) -> bool:
+        """Whether a term looks at the student's logits, which is all that EduAttention acts on."""
+        return any((self.refinement, self.labels))
 
     @model_validator(mode="after")
     def _teaches_something(self) -> Loss:
-        weights = [term.weight for term in (self.refinement, self.if_align) if term is not None]
-        if not any(weights):
-            raise ValueError("teaches nothing: give `refinement` or `if_align` a weight above 0")
+        terms = (self.refinement, self.if_align, self.feature_mse, self.feature_cosine, self.labels)
+        if not any(term.weight for term in terms if term is not None):
+            raise ValueError(
+                "teaches nothing: give `refinement`, `if_align`, `feature_mse`, `feature_cosine` or `labels` a weight "
+                "above 0"
+            )
         return self
 
 

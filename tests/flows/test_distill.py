@@ -126,6 +126,42 @@ def test_fresh_replaces_what_is_there(tmp_path: Path) -> None:
     assert distill.finished(changed)
 
 
+def test_a_student_of_labels_alone_does_not_ask_the_teacher_about_images(tmp_path: Path, seen: list[int]) -> None:
+    events: list[Event] = []
+    loss = {"refinement": None, "if_align": None, "labels": {}, "edu_attention": {"gate_start": 0.1}}
+    student = do(make_run(tmp_path, loss=loss, teacher_cache={"views": 2}), events)
+    assert not seen
+    assert not (tmp_path / "cache").exists()
+    assert any(isinstance(event, Stage) and "and their labels" in event.title for event in events)
+    lines = [json.loads(line) for line in (student.parent / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] == pytest.approx(lines[-1]["labels"])
+    assert lines[-1]["labels"] < lines[0]["labels"]
+    assert lines[-1]["gate"] != pytest.approx(0.1, abs=1e-7)  # the labels' logits reach EduAttention
+
+
+def test_labels_beside_the_teacher_make_another_student_of_the_same_teacher(done: distill.Run) -> None:
+    run = make_run(done.runs, seed=8, loss={**tiny.recipe()["loss"], "labels": {"weight": 0.5}})
+    last = json.loads((do(run).parent / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["loss"] == pytest.approx(last["refinement"] + last["if_align"] + last["labels"], rel=1e-5)
+    shares = [last[f"{name}_gradient_share"] for name in ("refinement", "if_align", "labels")]
+    assert sum(shares) == pytest.approx(1)
+    assert min(shares) > 0
+    assert run.identity != make_run(done.runs, seed=8).identity
+
+
+def test_labels_are_refused_where_the_images_have_none(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for index in range(4):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    run = make_run(
+        tmp_path / "runs", data={"folder": str(tmp_path), "classes": ["a cat", "a dog"]}, loss={"labels": {}}
+    )
+    for refused in (do, distill.plan):
+        with pytest.raises(DataError, match=rf"^{tmp_path.name}: loss\.labels needs labelled training images"):
+            refused(run)  # type: ignore[operator]
+
+
 def test_full_adaptation_without_labels_is_refused(tmp_path: Path) -> None:
     from PIL import Image
 

@@ -1,0 +1,121 @@
+"""What a finished student is worth: accuracy, agreement with its teacher, calibration, and what its training told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import special, stats
+from torch import Tensor
+
+from comkd_cli.checkpoints import StudentRecord, load_student
+from comkd_cli.costs import multiply_adds, parameters
+from comkd_cli.data.folder import folder_source
+from comkd_cli.data.loaders import worker_count
+from comkd_cli.data.source import ImageSet, Source
+from comkd_cli.evaluation.features import Encoder, FeatureStore
+from comkd_cli.evaluation.metrics import agreement_percent, top1_percent
+from comkd_cli.predictor import Preprocessing
+from comkd_cli.teachers import ReadyTeacher, made_teacher
+
+BINS = 15
+CONFIDENCE = 0.95
+CPU = torch.device("cpu")
+
+
+class Scorer:
+    """Scores students beside the study's teacher, whose answers are computed once for each set of images.
+
+    weights: the teacher's, as recipes of the study name them.
+    """
+
+    def __init__(self, weights: Path) -> None:
+        self._weights = weights
+        self._taught: dict[Path, np.ndarray] = {}
+
+    def figures(self, student_file: Path, folder: Path) -> dict[str, Any]:
+        """Of a student on the test images of a folder: percentages, gate, gradient shares, costs."""
+        student, record = load_student(student_file)
+        source = folder_source(folder, record.class_names, record.template)
+        assert source.test is not None  # rows are scored on labelled images
+        logits = _logits(lambda batch: student(batch).logits, record.preprocessing, source.test, record)
+        taught = self._teacher_logits(folder, source, record)
+        labels = np.asarray(source.test.labels)
+        lines = [json.loads(line) for line in (student_file.parent / "metrics.jsonl").read_text().splitlines()]
+        shares = [name for name in lines[-1] if name.endswith("_gradient_share")]
+        return {
+            "images": len(labels),
+            "top1_percent": top1_percent(logits.argmax(axis=1), labels),
+            "teacher_top1_percent": top1_percent(taught.argmax(axis=1), labels),
+            "agreement_percent": agreement_percent(logits.argmax(axis=1), taught.argmax(axis=1)),
+            "calibration_error_percent": calibration_error_percent(logits, labels),
+            "teacher_calibration_error_percent": calibration_error_percent(taught, labels),
+            "gate": student.gate,
+            "gradient_shares": {
+                name.removesuffix("_gradient_share"): float(np.mean([line[name] for line in lines])) for name in shares
+            },
+            "parameters": parameters(student),
+            "multiply_adds": multiply_adds(student, record.preprocessing.size),
+        }
+
+    def novel_figures(self, student_file: Path, folder: Path) -> dict[str, Any]:
+        """Of a student on the test images of classes that it was not taught, by the teacher's class vectors of them."""
+        student, record = load_student(student_file)
+        source = folder_source(folder, None, record.template)
+        assert source.test is not None
+        vectors = self._teacher(source, record).teacher.class_vectors
+        logits = _logits(lambda batch: student(batch, vectors).logits, record.preprocessing, source.test, record)
+        taught = self._teacher_logits(folder, source, record)
+        labels = np.asarray(source.test.labels)
+        return {
+            "novel_top1_percent": top1_percent(logits.argmax(axis=1), labels),
+            "teacher_novel_top1_percent": top1_percent(taught.argmax(axis=1), labels),
+        }
+
+    def _teacher(self, source: Source, record: StudentRecord) -> ReadyTeacher:
+        settings = record.recipe.teacher.model_copy(update={"weights": str(self._weights)})
+        return made_teacher(settings, source.class_names, record.template, CPU)
+
+    def _teacher_logits(self, folder: Path, source: Source, record: StudentRecord) -> np.ndarray:
+        images = (folder / "test").resolve()
+        if images not in self._taught:
+            assert source.test is not None
+            ready = self._teacher(source, record)
+            self._taught[images] = _logits(
+                lambda batch: ready.teacher(batch).logits, ready.preprocessing, source.test, record
+            )
+        return self._taught[images]
+
+
+def _logits(
+    model: Callable[[Tensor], Tensor], preprocessing: Preprocessing, images: ImageSet, record: StudentRecord
+) -> np.ndarray:
+    store = FeatureStore(None, CPU, worker_count(record.recipe.data), lambda _event: None)
+    return store.features(Encoder("", preprocessing, model), images, "scoring").values
+
+
+def calibration_error_percent(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> float:
+    """Expected calibration error (Guo et al., arXiv 1706.04599) in percent, over equal bins of confidence.
+
+    The mean over images of |accuracy - mean confidence| of the bin that an image's likeliest class falls in. A bin
+    holds its upper end. logits: (images, classes); labels: (images,).
+    """
+    confidence = special.softmax(logits.astype(np.float64), axis=1).max(axis=1)
+    correct = logits.argmax(axis=1) == labels
+    which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(which, correct - confidence, bins)
+    return float(100 * np.abs(gaps).sum() / len(labels))
+
+
+def interval(differences: list[float]) -> tuple[float, float] | None:
+    """The 95 % confidence interval of the mean of paired differences, by Student's t; None for fewer than two."""
+    if len(differences) < 2:
+        return None
+    error = stats.sem(differences)
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1) * error)
+    mean = float(np.mean(differences))
+    return mean - reach, mean + reach

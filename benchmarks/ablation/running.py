@@ -1,0 +1,284 @@
+"""Runs the rows: links to images, the teacher, the grid of weights, and `comkd distill` for each row and seed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from ruamel.yaml import YAML
+
+from benchmarks.ablation.figures import Scorer
+from benchmarks.ablation.rows import Row, Settings, grid_rows, recipe_of, teacher_recipe
+from comkd_cli.checkpoints import load_teacher
+from comkd_cli.data.folder import images_below
+from comkd_cli.errors import ComkdError
+from comkd_cli.files import sha256_of_file, write_text
+
+ROOT = Path(__file__).parents[2]
+TEACHER = "teacher.pt"  # the CLIP's weights, as rows name them
+INTERRUPTED = 130
+
+
+class Stopped(Exception):
+    """A run was interrupted; the same command goes on where it stopped."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a row."""
+
+    row: Row
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its record."""
+        return f"{self.row.name}-seed{self.seed}"
+
+
+def jobs_of(rows: Sequence[Row], seeds: Sequence[int]) -> list[Job]:
+    """Every row with the first seed, then with the second, so that what is there at any time is balanced."""
+    return [Job(row, seed) for seed in seeds for row in rows if seed <= row.seeds]
+
+
+class Study:
+    """A folder with the images, the teacher, every run and a record of each.
+
+    out: the study's folder; it can be continued there at any time. data: a folder with train/ and test/, a sub-folder
+    for each class.
+    """
+
+    def __init__(self, settings: Settings, out: Path, data: Path) -> None:
+        self.settings = settings
+        self.out = out.resolve()
+        self.data = data.resolve()
+        self._scorer: Scorer | None = None
+
+    # Images
+
+    def folder_of(self, row: Row) -> str:
+        """The images of a row, below the study's folder, made of links where they are not all images."""
+        if row.study == "grid":
+            return self._linked("grid", row.images, held_out=True)
+        if row.half:
+            self._halve()
+            return "data/base"
+        return self._linked("all" if row.images is None else f"train-{row.images}", row.images)
+
+    def _halve(self) -> None:
+        names = sorted(path.name for path in (self.data / "train").iterdir() if path.is_dir())
+        middle = (len(names) + 1) // 2
+        for half, classes in (("base", names[:middle]), ("novel", names[middle:])):
+            for split in ("train", "test"):
+                for name in classes:
+                    _link(self.data / split / name, self.out / "data" / half / split / name)
+
+    def _linked(self, name: str, count: int | None, held_out: bool = False) -> str:
+        folder = self.out / "data" / name
+        if not folder.exists():
+            if count is None:
+                _link(self.data, folder)
+            else:
+                self._link_subset(folder, count, held_out)
+        return f"data/{name}"
+
+    def _link_subset(self, folder: Path, count: int, held_out: bool) -> None:
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        for label in sorted(path for path in (self.data / "train").iterdir() if path.is_dir()):
+            images = shuffled(label)
+            held = round(len(images) * self.settings.validation_share)
+            kept = count // self.settings.classes
+            if kept + held > len(images):
+                raise ComkdError(f"{label}: has {len(images)} images, and the study needs {kept + held} of each class")
+            for image in images[:kept]:
+                _link(image, unfinished / "train" / label.name / image.name)
+            if held_out:
+                for image in images[len(images) - held :]:
+                    _link(image, unfinished / "test" / label.name / image.name)
+        if not held_out:
+            _link(self.data / "test", unfinished / "test")
+        unfinished.rename(folder)
+
+    # Runs
+
+    def distill(self, name: str, recipe: Mapping[str, Any], *options: str) -> tuple[str, float]:
+        """Run `comkd distill` on a recipe, in the study's folder; the command and its wall time in seconds.
+
+        Raises Stopped for an interrupted run and ComkdError for a failed one.
+        """
+        words = ["distill", f"recipes/{name}.yaml", *options, "--runs", "runs"]
+        command = shlex.join(["comkd", *words])
+        write_text(self.out / "recipes" / f"{name}.yaml", f"# {command}\n{as_yaml(recipe)}")
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        started = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "comkd_cli", *words], cwd=self.out, env={**os.environ, "PYTHONPATH": path}
+        )
+        code = _wait(process)
+        if code in (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
+            raise Stopped(command)
+        if code:
+            raise ComkdError(f"{command}: exit code {code}; its message is above")
+        return command, time.monotonic() - started
+
+    def teach(self) -> str:
+        """Train the teacher unless it is there, and return the digest of its weights."""
+        weights = self.out / TEACHER
+        if not weights.is_file():
+            recipe = teacher_recipe(self.settings, self._linked("all", None))
+            command, seconds = self.distill("teacher", recipe, "--precompute")
+            (saved,) = (self.out / "runs" / "teachers").glob("*/teacher.pt")
+            record = {"command": command, "recipe": recipe, "wall_seconds": seconds, **circumstances()}
+            write_text(self.out / "teacher.json", json.dumps(record, indent=2) + "\n")
+            torch.save(load_teacher(saved).state_dict, weights)
+        return sha256_of_file(weights)
+
+    def choose(self) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+        """Each term's grid, as validation top-1 in percent by weight, and the weight that it chose.
+
+        Runs what is missing. The weight is the best one on training images that the student was not given, the least
+        of equals; the test images have no part in it.
+        """
+        grid = {
+            term: {f"{row.weights[term]:g}": self.run(Job(row, 1), {})["figures"]["top1_percent"] for row in rows}
+            for term, rows in grid_rows(self.settings).items()
+        }
+        return grid, {term: float(max(scores, key=lambda weight: scores[weight])) for term, scores in grid.items()}
+
+    def run(self, job: Job, chosen: Mapping[str, float]) -> dict[str, Any]:
+        """The record of a job, which is run unless it is there. Raises ComkdError where it fails."""
+        folder = self.folder_of(job.row)
+        recipe = recipe_of(job.row, self.settings, chosen, folder)
+        teacher = self.teach()
+        kept = self.record(job)
+        if kept is not None and kept["recipe"] == recipe and kept["teacher_sha256"] == teacher:
+            return kept
+        options = ["--seed", str(job.seed), *(["--fresh"] if kept is not None else [])]
+        command, seconds = self.distill(job.row.name, recipe, *options)
+        runs = self.out / "runs" / job.row.name / (self.out / folder).resolve().name / f"seed{job.seed}"
+        if self._scorer is None:
+            self._scorer = Scorer(self.out / TEACHER)
+        record: dict[str, Any] = {
+            "study": job.row.study,
+            "row": job.row.name,
+            "seed": job.seed,
+            "command": command.replace(" --fresh", ""),
+            "recipe": recipe,
+            "teacher_sha256": teacher,
+            "wall_seconds": seconds,
+            "training_seconds": training_seconds(runs / "metrics.jsonl", images_of(self.out / folder / "train")),
+            **circumstances(),
+            "figures": self._scorer.figures(runs / "student.pt", self.out / folder),
+        }
+        if job.row.half:
+            record["figures"] |= self._scorer.novel_figures(runs / "student.pt", self.out / "data" / "novel")
+        write_text(self.record_file(job), json.dumps(record, indent=2) + "\n")
+        return record
+
+    # Records
+
+    def record_file(self, job: Job) -> Path:
+        """Where a finished job's record is."""
+        return self.out / "records" / f"{job.name}.json"
+
+    def record(self, job: Job) -> dict[str, Any] | None:
+        """The record of a job that was finished, or None."""
+        path = self.record_file(job)
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def adopt(self, document: Mapping[str, Any]) -> int:
+        """Take over the records of an earlier study's JSON, but for those that are there; their number.
+
+        Raises ComkdError where they are of another teacher.
+        """
+        teacher, taken = self.teach(), 0
+        for record in document["runs"]:
+            if record["teacher_sha256"] != teacher:
+                raise ComkdError(
+                    f"{record['row']}: was taught by another teacher than {self.out / TEACHER}; its figures can't "
+                    "stand beside those of this study"
+                )
+            path = self.out / "records" / f"{record['row']}-seed{record['seed']}.json"
+            if not path.is_file():
+                write_text(path, json.dumps(record, indent=2) + "\n")
+                taken += 1
+        return taken
+
+
+def shuffled(folder: Path) -> list[Path]:
+    """The images of a folder in an order that depends on their names alone: the first n are a random sample."""
+    paths = [folder / key for key in images_below(folder).keys]
+    return sorted(paths, key=lambda path: hashlib.sha256(path.relative_to(folder).as_posix().encode()).digest())
+
+
+def images_of(folder: Path) -> int:
+    """How many images a folder holds."""
+    return len(images_below(folder))
+
+
+def training_seconds(metrics: Path, images: int) -> float:
+    """What the epochs took, whether or not the run was interrupted between them."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return sum(images / line["images_per_second"] for line in lines)
+
+
+def as_yaml(fields: Mapping[str, Any]) -> str:
+    """Plain data as YAML."""
+    stream = io.StringIO()
+    writer = YAML(typ="safe", pure=True)
+    writer.default_flow_style = False
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    writer.dump(dict(fields), stream)
+    return stream.getvalue()
+
+
+def circumstances() -> dict[str, Any]:
+    """When, by which code and on which machine."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "revision": _revision(),
+        "machine": _machine(),
+    }
+
+
+def _revision() -> str:
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _machine() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _link(target: Path, link: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(target)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """The exit code. An interruption from the keyboard reaches the run too, which then saves its state."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
