@@ -23,7 +23,7 @@ from comkd_cli.checkpoints import save_plain
 from comkd_cli.data.loaders import Batch, TrainingLoader
 from comkd_cli.data.transforms import stable_seed
 from comkd_cli.devices import failures_explained, needs_cpu
-from comkd_cli.errors import CheckpointError, DataError, Interrupted, TrainingError
+from comkd_cli.errors import CheckpointError, DataError, Interrupted, PeerError, TrainingError
 from comkd_cli.files import remove_folder, write_text
 from comkd_cli.interrupts import stop_wishes
 from comkd_cli.method.global_batch import share_batch_norms
@@ -109,9 +109,12 @@ class _Position:
 
 
 def make_accelerator(precision: str) -> Accelerator:
-    """accelerate's view of the machine: device, autocast, gradient scaling. Raises TrainingError."""
+    """accelerate's view of the machine: device, autocast, gradient scaling. Raises TrainingError.
+
+    Several processes wait for one another as long as processes.set_timeout says.
+    """
     handlers = [
-        InitProcessGroupKwargs(timeout=processes.PATIENCE),
+        InitProcessGroupKwargs(timeout=processes.timeout()),
         # Batch norms share their statistics, so that their buffers are equal without being sent around.
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
     ]
@@ -158,7 +161,7 @@ def fit(task: Task, accelerator: Accelerator, report: Report) -> list[dict[str, 
         while position.epoch < task.optim.epochs:
             try:
                 code = _run_epoch(task, model, optimizer, accelerator, position, wish, report)
-            except RuntimeError as error:
+            except (RuntimeError, PeerError) as error:
                 # A scheduler's SIGTERM reaches the workers too. Their death may be met in the middle of a
                 # step, so what is gone on with is the state of the last epoch's end.
                 if (code := wish()) is None:
@@ -404,11 +407,20 @@ def _save_state(task: Task, optimizer: Any, accelerator: Accelerator, position: 
     if task.keep is not None:
         task.keep(True)
     _share_sums(position)
-    scaler = accelerator.scaler
     random = processes.gathered((torch.get_rng_state(), _cuda_random()))
-    if not launch.is_main():
-        processes.wait_for_all()
-        return
+    with processes.unlimited():  # disks can be slow
+        if launch.is_main():
+            _write_state(task, optimizer, accelerator, position, random)
+
+
+def _write_state(
+    task: Task,
+    optimizer: Any,
+    accelerator: Accelerator,
+    position: _Position,
+    random: Sequence[tuple[Tensor, Tensor | None]],
+) -> None:
+    scaler = accelerator.scaler
     state = {
         "format": STATE_FORMAT,
         "identity": task.identity,
@@ -428,7 +440,6 @@ def _save_state(task: Task, optimizer: Any, accelerator: Accelerator, position: 
         "kept": position.kept,
     }
     save_plain(task.state_file, state)
-    processes.wait_for_all()
 
 
 def _cuda_random() -> Tensor | None:

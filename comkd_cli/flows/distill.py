@@ -45,7 +45,7 @@ IDLE_GATE = 0.01  # below this EduAttention adds less than a hundredth of a unit
 
 # What a recipe may change without changing the student that comes out. Of the data, what counts is in the
 # source's fingerprint.
-INDIFFERENT = {"about", "evaluate_every_epochs", "data", "checkpointing"}
+INDIFFERENT = {"about", "evaluate_every_epochs", "data", "checkpointing", "collective_timeout_minutes"}
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def distill(
         check_state(run.folder, run.identity)
     # What can be refused is refused before hours go into a teacher.
     check_shares(min(recipe.optim.batch_size, len(source.train)), recipe.optim.accumulation_steps)
-    tower = build_image_tower(recipe.student, stable_seed("backbone", recipe.seed))
+    tower = processes.together(lambda: build_image_tower(recipe.student, stable_seed("backbone", recipe.seed)))
     if recipe.checkpointing:
         recompute_activations(tower.module)
     ready = make_teacher()
@@ -275,9 +275,10 @@ def distill(
         identity=run.identity,
         metrics=history[-1],
     )
-    if launch.is_main():
-        _remove_what_was_made_of_an_older_student(run.folder)
-        save_student(run.student_file, student, record)
+    with processes.unlimited():  # disks can be slow
+        if launch.is_main():
+            _remove_what_was_made_of_an_older_student(run.folder)
+            save_student(run.student_file, student, record)
     forget_state(run.folder)
     processes.wait_for_all()
     return run.student_file

@@ -18,6 +18,7 @@ DATASETS = ("digits", *CATALOG)
 DEFAULT_TEMPLATE = "a photo of a {}."
 # open_clip names that start so bring their own weights.
 SCHEMES = ("hf-hub:", "local-dir:")
+MINUTES_A_WEEK = 7 * 24 * 60
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -411,5 +412,8 @@ class Recipe(Closed):
     later ones less: worth it on GPUs. Needs a C++ compiler; results differ by rounding."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the forward and backward passes; losses are always fp32, weights too."""
+    collective_timeout_minutes: Annotated[float, Field(gt=0, le=MINUTES_A_WEEK)] = 30.0
+    """How long one of several processes waits for the others in a step before the run fails, a week at most.
+    Downloads, indexing and saving are not limited by it [C]."""
     evaluate_every_epochs: Annotated[int, Field(ge=0)] = 1
     """Score the test images after every so many epochs, where they have labels; 0 scores at the end only."""
