@@ -64,6 +64,16 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
+def check_writable(folder: Path, remedy: str) -> None:
+    """Raise ComkdError, with the remedy, where a folder cannot be written to, or cannot be made. It is not made."""
+    try:
+        nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ComkdError(f"{folder}: can't be written to: {error.strerror or error}; {remedy}") from error
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder and what is in it, if it is there."""
     if path.exists():

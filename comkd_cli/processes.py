@@ -23,7 +23,13 @@ T = TypeVar("T")
 
 DEFAULT_TIMEOUT_MINUTES = 30.0
 # In the words of gloo, NCCL and torch's store.
-TIMEOUTS = ("Timed out waiting", "Application timeout", "collective operation timeout", "wait timeout", "Socket Timeout")
+TIMEOUTS = (
+    "Timed out waiting",
+    "Application timeout",
+    "collective operation timeout",
+    "wait timeout",
+    "Socket Timeout",
+)
 ENDINGS = ("closed by peer", "remote process exited", "Connection reset")
 BEAT_SECONDS = 5.0  # how often a process that works in an unlimited block tells the others that it is alive
 

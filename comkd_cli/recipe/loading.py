@@ -105,8 +105,11 @@ def parse_data(fields: Mapping[str, Any]) -> Data:
         raise RecipeError("\n".join(describe_faults(error, Data, {"": "data"}))) from error
 
 
-def to_yaml(recipe: Recipe) -> str:
-    """A recipe with every default written out, as YAML that reads back to the same recipe."""
+def to_yaml(recipe: Recipe, ascii_only: bool = False) -> str:
+    """A recipe with every default written out, as YAML that reads back to the same recipe.
+
+    ascii_only: write other characters as escapes.
+    """
     stream = io.StringIO()
     writer = YAML(typ="safe", pure=True)
     writer.default_flow_style = False
@@ -115,7 +118,8 @@ def to_yaml(recipe: Recipe) -> str:
     # ruamel can't read back every long text that it folds, nor these three, which are line breaks to its
     # writer and none to its reader, unless they are escaped.
     writer.width = 2**20
-    writer.allow_unicode = not set("\x85\u2028\u2029") & set(json.dumps(tree, ensure_ascii=False))
+    odd = set("\x85\u2028\u2029") & set(json.dumps(tree, ensure_ascii=False))
+    writer.allow_unicode = not (odd or ascii_only)
     writer.dump(tree, stream)
     return stream.getvalue()
 
