@@ -272,6 +272,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise BundleProblem(f"{folder} is not a bundle: it has no manifest.json") from error
     except (OSError, ValueError) as error:
         raise BundleProblem(f"{path}: can't be read: {error}") from error
+    if isinstance(manifest, dict) and _is_newer(manifest.get("format")):
+        raise BundleProblem(
+            f"{path}: has the format {manifest['format']} of a newer comkd; this one reads {BUNDLE_FORMAT}: upgrade "
+            "comkd, or run the bundle's own predict.py"
+        )
     if not isinstance(manifest, dict) or manifest.get("format") != BUNDLE_FORMAT:
         raise BundleProblem(f"{path}: is not a manifest of format {BUNDLE_FORMAT}")
     if missing := {"preprocessing", "files", "precisions"} - set(manifest):
@@ -280,6 +285,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(precisions, dict) or not precisions or not all(isinstance(p, dict) for p in precisions.values()):
         raise BundleProblem(f"{path}: precisions: should name the graphs of at least one precision")
     return manifest
+
+
+def _is_newer(found: object) -> bool:
+    """Whether a manifest's format is a later version of BUNDLE_FORMAT."""
+    kind, _, version = str(found).rpartition("/")
+    known_kind, _, known = BUNDLE_FORMAT.rpartition("/")
+    is_number = version.isascii() and version.isdigit() and len(version) < 10
+    return kind == known_kind and is_number and int(version) > int(known)
 
 
 def read_preprocessing(folder: Path, manifest: dict[str, Any]) -> Preprocessing:

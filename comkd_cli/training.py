@@ -24,7 +24,7 @@ from comkd_cli.data.loaders import Batch, TrainingLoader
 from comkd_cli.data.transforms import stable_seed
 from comkd_cli.devices import failures_explained, needs_cpu
 from comkd_cli.errors import CheckpointError, DataError, Interrupted, PeerError, TrainingError
-from comkd_cli.files import remove_folder, write_text
+from comkd_cli.files import is_newer_format, remove_folder, write_text
 from comkd_cli.interrupts import stop_wishes
 from comkd_cli.method.global_batch import share_batch_norms
 from comkd_cli.progress import Epoch, Notice, Progress, Report
@@ -492,6 +492,8 @@ def _read_state(folder: Path, identity: str) -> dict[str, Any] | None:
         return None
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if is_newer_format(state["format"], STATE_FORMAT):
+            raise ValueError(f"a newer comkd wrote it, with the format {state['format']}; upgrade comkd")
         if state["format"] != STATE_FORMAT:
             raise ValueError(f"its format is {state['format']}")
     except Exception as error:  # torch and pickle raise many kinds for a damaged file

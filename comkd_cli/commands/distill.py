@@ -68,7 +68,7 @@ def command(
     """
     from comkd_cli.files import check_writable
     from comkd_cli.recipe import find_recipe, load_recipe
-    from comkd_cli.terminal import messages, reporting, starting
+    from comkd_cli.terminal import messages, starting
 
     if datasets and whole_suite:
         raise click.UsageError("--dataset and --all exclude each other")

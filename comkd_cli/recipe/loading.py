@@ -14,7 +14,7 @@ from ruamel.yaml.error import YAMLError
 
 from comkd_cli.errors import MisuseError, RecipeError
 from comkd_cli.recipe.faults import describe_faults
-from comkd_cli.recipe.model import DATASETS, Data, Recipe
+from comkd_cli.recipe.model import DATASETS, SCHEMA_VERSION, Data, Recipe
 
 COMMAND_LINE = "--set"
 
@@ -89,6 +89,7 @@ def check_recipes(names: Sequence[str]) -> dict[str, str]:
 
 def parse_recipe(tree: Mapping[str, Any], origins: Mapping[str, str] | None = None, name: str = "recipe") -> Recipe:
     """A recipe from plain data. Raises RecipeError with every fault, a line each."""
+    _check_version(tree, (origins or {}).get("schema_version", name))
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -147,6 +148,7 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], 
     own = read_yaml(text, str(path))
     if not isinstance(own, dict):
         raise RecipeError(f"{path}: is not a recipe: its top level must be fields, such as `data:`")
+    _check_version(own, str(path))
     base = own.pop("extends", None)
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -159,10 +161,22 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], 
     return tree, origins
 
 
+def _check_version(tree: Mapping[str, Any], origin: str) -> None:
+    """Refuse a recipe of a later format at once: what else is wrong with it cannot be known."""
+    version = tree.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise RecipeError(
+            f"{origin}: schema_version {version} was written for a newer comkd; this one reads {SCHEMA_VERSION}: "
+            "upgrade comkd (pip install --upgrade comkd)"
+        )
+
+
 def _own_of_datasets(tree: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
     """Take `for_dataset` out of a recipe: by data set, the fields that it has differently."""
     own = tree.pop("for_dataset", None)
     own = {} if own is None else own
+    if isinstance(own, dict):  # a recipe that extends another one takes its fields back with null
+        own = {dataset: fields for dataset, fields in own.items() if fields is not None or dataset not in DATASETS}
     if not isinstance(own, dict) or not all(isinstance(fields, dict) for fields in own.values()):
         raise RecipeError(f"{name}: for_dataset: should be a mapping of data sets to fields")
     if strange := [dataset for dataset in own if dataset not in DATASETS]:

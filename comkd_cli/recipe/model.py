@@ -18,6 +18,7 @@ DATASETS = ("digits", *CATALOG)
 DEFAULT_TEMPLATE = "a photo of a {}."
 # open_clip names that start so bring their own weights.
 SCHEMES = ("hf-hub:", "local-dir:")
+SCHEMA_VERSION: Literal[1] = 1
 MINUTES_A_WEEK = 7 * 24 * 60
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -381,8 +382,8 @@ class TeacherCacheSettings(Closed):
 class Recipe(Closed):
     """One distillation: the images, the teacher, the student, and how the one learns from the other."""
 
-    schema_version: Literal[1] = 1
-    """Of this format."""
+    schema_version: Literal[1] = SCHEMA_VERSION
+    """Of this format. A recipe with a newer one than comkd knows is refused."""
     about: str = ""
     """One line for people."""
     seed: Annotated[int, Field(ge=0)] = 1
