@@ -28,11 +28,29 @@ def add_results(folder: Path, fresh: Results, report: Report) -> Results:
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         results = merged(_kept(folder / NAME, report), fresh)
-        write_text(folder / NAME, to_json(results))
-        write_text(folder / "results.csv", to_csv(results.records))
-        write_text(folder / "results.md", to_markdown(results))
-        write_text(folder / "results.tex", to_latex(results))
+        _write(folder, results)
     return results
+
+
+def _write(folder: Path, results: Results) -> None:
+    write_text(folder / NAME, to_json(results))
+    write_text(folder / "results.csv", to_csv(results.records))
+    write_text(folder / "results.md", to_markdown(results))
+    write_text(folder / "results.tex", to_latex(results))
+
+
+def forget_model(folder: Path, model: str, report: Report) -> None:
+    """Take the records of a model whose file was replaced out of a folder's results. A failure is a notice."""
+    if not (folder / NAME).is_file():
+        return
+    try:
+        with _locked(folder):
+            kept = _kept(folder / NAME, report)
+            records = [record for record in kept.records if record.model != model]
+            if len(records) < len(kept.records):
+                _write(folder, Results(records, kept.missing))
+    except (ComkdError, OSError) as error:
+        report(Notice(f"{folder / NAME}: still holds the scores of the older {model} ({error})"))
 
 
 class ResultFiles:

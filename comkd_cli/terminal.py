@@ -26,7 +26,7 @@ from comkd_cli.progress import Epoch, Event, Notice, Progress, Report, Stage
 
 PLAIN_LINE_EVERY_SECONDS = 60  # how often long work says where it is, where there is no terminal for a bar
 PLAIN_WIDTH = 200  # of tables where there is no terminal, in characters; wider ones are printed whole
-LEAST_TEXT_WIDTH = 12  # a column of text is not made narrower: the rows are stacked instead
+LEAST_TEXT_WIDTH = 16  # a column of text is not made narrower: the rows are stacked instead
 BAR_FROM_WIDTH = 80  # of the terminal, for a progress bar beside the figures
 GAP = 2  # characters between the columns of a table
 ASCII = {"±": "+/-", "…": "..."}
@@ -80,6 +80,7 @@ def print_table(
     cells = [[_text(cell) for cell in row] for row in rows]
     if not console.is_terminal:
         table = _beside(columns, heads, cells)
+        console.width = sys.maxsize  # to measure what it takes
         console.width = max(PLAIN_WIDTH, console.measure(table).maximum)
         console.print(table)
     elif _least_width(columns, heads, cells) <= console.width:

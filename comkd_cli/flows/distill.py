@@ -37,6 +37,7 @@ from comkd_cli.method.student import Student
 from comkd_cli.progress import Notice, Report, Stage
 from comkd_cli.recipe import Recipe, to_yaml
 from comkd_cli.recipe.model import PromptSrcAdapt
+from comkd_cli.result_files import forget_model
 from comkd_cli.teacher_cache import CacheKey, TeacherCache
 from comkd_cli.teachers import ReadyTeacher, prompted_clip
 from comkd_cli.training import StepResult, Task, check_state, fit, forget_state
@@ -279,6 +280,7 @@ def distill(
         if launch.is_main():
             _remove_what_was_made_of_an_older_student(run.folder)
             save_student(run.student_file, student, record)
+            forget_model(run.runs, str(run.student_file), report)
     forget_state(run.folder)
     processes.wait_for_all()
     return run.student_file

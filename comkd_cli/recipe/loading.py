@@ -175,12 +175,12 @@ def _own_of_datasets(tree: dict[str, Any], name: str) -> dict[str, dict[str, Any
     """Take `for_dataset` out of a recipe: by data set, the fields that it has differently."""
     own = tree.pop("for_dataset", None)
     own = {} if own is None else own
-    if isinstance(own, dict):  # a recipe that extends another one takes its fields back with null
-        own = {dataset: fields for dataset, fields in own.items() if fields is not None or dataset not in DATASETS}
-    if not isinstance(own, dict) or not all(isinstance(fields, dict) for fields in own.values()):
+    if not isinstance(own, dict) or not all(fields is None or isinstance(fields, dict) for fields in own.values()):
         raise RecipeError(f"{name}: for_dataset: should be a mapping of data sets to fields")
     if strange := [dataset for dataset in own if dataset not in DATASETS]:
         raise RecipeError(f"{name}: for_dataset: {strange[0]!r} is no data set that comkd knows")
+    # A recipe that extends another one takes that one's fields for a data set back with null.
+    own = {dataset: fields for dataset, fields in own.items() if fields is not None}
     if data := [dataset for dataset, fields in own.items() if "data" in fields]:
         raise RecipeError(f"{name}: for_dataset.{data[0]}: can't change `data`, by which it is chosen")
     return own
