@@ -145,6 +145,7 @@ def start_session(graph: bytes, threads: int | None, optimization: str = "all") 
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors: its warnings are about the graph, which nobody here can change
     if threads is not None:
         options.intra_op_num_threads = threads
     if optimization == "basic":
