@@ -13,7 +13,7 @@ from torch import Tensor
 from comkd_cli import downloads
 from comkd_cli.backbones import Origin, build_image_tower, state_sha256
 from comkd_cli.errors import CheckpointError, ComkdError
-from comkd_cli.files import written_whole
+from comkd_cli.files import is_newer_format, written_whole
 from comkd_cli.method.student import Student
 from comkd_cli.predictor import Preprocessing
 from comkd_cli.recipe import Recipe, parse_recipe
@@ -246,6 +246,11 @@ def _load(path: Path, expected: str, what: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: can't be read: permission denied") from error
     except Exception as error:  # torch, zipfile and pickle raise many kinds
         raise CheckpointError(f"{path}: is not {what} that comkd saved: it can't be read as a checkpoint") from error
+    if isinstance(data, dict) and is_newer_format(data.get("format"), expected):
+        raise CheckpointError(
+            f"{path}: has the format {data['format']} of a newer comkd; this one reads {expected}: upgrade comkd "
+            "(pip install --upgrade comkd)"
+        )
     if not isinstance(data, dict) or data.get("format") != expected:
         found = data.get("format", "no format") if isinstance(data, dict) else type(data).__name__
         raise CheckpointError(f"{path}: is not {what} that comkd saved (it holds {found}, not {expected})")

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
+import os
 import pkgutil
 import sys
 import time
+from contextlib import nullcontext, suppress
 from typing import Any, NoReturn
 
 import click
 
 from comkd_cli import commands, launch
 from comkd_cli.errors import ComkdError
+from comkd_cli.quiet import quiet_libraries
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 OTHERS_WAIT_SECONDS = 3
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class CommandFolder(click.Group):
@@ -37,24 +42,40 @@ class CommandFolder(click.Group):
         command: click.Command = module.command
         return command
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command behind the error boundary."""
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line; whatever the terminal's encoding, a text never ends it."""
         for stream in (sys.stdout, sys.stderr):  # a file's name need not be text that they can encode
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command behind the error boundary."""
+        debug = ctx.params["debug"]
         try:
-            return super().invoke(ctx)
+            with nullcontext() if debug else quiet_libraries():
+                result = super().invoke(ctx)
+                sys.stdout.flush()  # a full disk is met here, not when Python ends
+                return result
         except ComkdError as error:
-            if ctx.params["debug"]:
+            if debug:
                 raise
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail("interrupted; what was finished is kept, and the same command goes on from it", INTERRUPTED)
+            _fail("interrupted; finished work is kept, and the same command resumes the rest", INTERRUPTED)
         except OSError as error:
-            # Broken pipes are Click's; without a file name it is not the user's to mend.
-            if ctx.params["debug"] or isinstance(error, BrokenPipeError) or error.filename is None:
+            # Broken pipes are Click's; what has neither a file's name nor to do with a disk is not the user's to mend.
+            if debug or isinstance(error, BrokenPipeError) or (error.filename is None and error.errno not in NO_SPACE):
                 raise
-            _fail(f"{error.filename}: {error.strerror}", 1)
+            if error.filename is None:
+                _drop_output()
+            _fail(f"{error.filename or 'output'}: {error.strerror}", 1)
+
+
+def _drop_output() -> None:
+    """Let what could not be written to standard output go nowhere, or Python tries once more when it ends."""
+    with suppress(OSError, ValueError):  # a test's stream has no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

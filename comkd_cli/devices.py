@@ -8,9 +8,11 @@ from contextlib import contextmanager
 import torch
 from accelerate import PartialState
 
-from comkd_cli import launch
+from comkd_cli import launch, processes
 from comkd_cli.allocator import keep_freed_memory
 from comkd_cli.errors import TrainingError
+
+FOR_MEMORY = "lower the batch size, or use precision bf16 or fp16"
 
 
 def needs_cpu() -> bool:
@@ -23,7 +25,8 @@ def best_device() -> torch.device:
 
     On a CPU the memory allocator is set up for work on large blocks.
     """
-    device: torch.device = PartialState(cpu=needs_cpu()).device
+    limits = {"timeout": processes.timeout()} if launch.world_size() > 1 else {}
+    device: torch.device = PartialState(cpu=needs_cpu(), **limits).device
     if device.type == "cpu":
         keep_freed_memory()
     return device
@@ -35,24 +38,27 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 @contextmanager
-def failures_explained() -> Iterator[None]:
-    """Turn a lack of memory, or the death of a worker process, into an error with a remedy."""
+def failures_explained(for_memory: str = FOR_MEMORY) -> Iterator[None]:
+    """Turn a lack of memory, or the death of a worker process, into an error with a remedy.
+
+    for_memory: what to do where memory is short. Raises TrainingError.
+    """
     try:
         yield
+    except MemoryError as error:
+        raise TrainingError(f"out of memory; {for_memory}") from error
     except RuntimeError as error:
         said = str(error)
         # CUDA has a class of its own; MPS and the CPU say it in words.
         if isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "can't allocate memory" in said:
-            raise TrainingError(
-                f"out of memory; lower the batch size, or use precision bf16 or fp16 ({said.splitlines()[0]})"
-            ) from error
+            raise TrainingError(f"out of memory; {for_memory} ({said.splitlines()[0]})") from error
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise TrainingError(
                 f"compile: torch.compile failed ({said.strip().splitlines()[0]}); leave `compile` off, or install what "
                 "it needs, a C++ compiler on a CPU"
             ) from error
-        if "closed by peer" in said or "remote process exited" in said:  # gloo's words, and NCCL's
-            raise TrainingError("another process of this run ended; what it says tells why") from error
+        if (peer := processes.peer_error(error)) is not None:
+            raise peer from error
         if "Expected to have finished reduction" in said:
             raise TrainingError(
                 "the image tower has weights that take no part in its features, which several processes can't train; "

@@ -33,6 +33,10 @@ class TrainingError(ComkdError):
     """A run that can't go on: memory, precision, or losses that are no longer numbers."""
 
 
+class PeerError(TrainingError):
+    """Another process of the run that ended, or did not answer in time."""
+
+
 class BatchTooSmallError(ComkdError):
     """A batch without enough images for a batch statistic."""
 

@@ -64,6 +64,26 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
+def check_writable(folder: Path, remedy: str) -> None:
+    """Raise ComkdError, with the remedy, where a folder cannot be written to, or cannot be made. It is not made."""
+    try:
+        nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ComkdError(f"{folder}: can't be written to: {error.strerror or error}; {remedy}") from error
+
+
+def is_newer_format(found: object, known: str) -> bool:
+    """Whether a file's format, such as `comkd-student/2`, is a later version of the known one."""
+    kind, _, version = known.rpartition("/")
+    if not isinstance(found, str):
+        return False
+    found_kind, _, found_version = found.rpartition("/")
+    is_number = found_version.isascii() and found_version.isdigit() and len(found_version) < 10
+    return found_kind == kind and is_number and int(found_version) > int(version)
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder and what is in it, if it is there."""
     if path.exists():

@@ -304,6 +304,7 @@ def start_session(graph: bytes, threads: int | None, optimization: str = "all") 
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors: its warnings are about the graph, which nobody here can change
     if threads is not None:
         options.intra_op_num_threads = threads
     if optimization == "basic":
@@ -455,6 +456,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise BundleProblem(f"{folder} is not a bundle: it has no manifest.json") from error
     except (OSError, ValueError) as error:
         raise BundleProblem(f"{path}: can't be read: {error}") from error
+    if isinstance(manifest, dict) and _is_newer(manifest.get("format")):
+        raise BundleProblem(
+            f"{path}: has the format {manifest['format']} of a newer comkd; this one reads {BUNDLE_FORMAT}: upgrade "
+            "comkd, or run the bundle's own predict.py"
+        )
     if not isinstance(manifest, dict) or manifest.get("format") != BUNDLE_FORMAT:
         raise BundleProblem(f"{path}: is not a manifest of format {BUNDLE_FORMAT}")
     if missing := {"preprocessing", "files", "precisions"} - set(manifest):
@@ -463,6 +469,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(precisions, dict) or not precisions or not all(isinstance(p, dict) for p in precisions.values()):
         raise BundleProblem(f"{path}: precisions: should name the graphs of at least one precision")
     return manifest
+
+
+def _is_newer(found: object) -> bool:
+    """Whether a manifest's format is a later version of BUNDLE_FORMAT."""
+    kind, _, version = str(found).rpartition("/")
+    known_kind, _, known = BUNDLE_FORMAT.rpartition("/")
+    is_number = version.isascii() and version.isdigit() and len(version) < 10
+    return kind == known_kind and is_number and int(version) > int(known)
 
 
 def read_preprocessing(folder: Path, manifest: dict[str, Any]) -> Preprocessing:

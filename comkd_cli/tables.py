@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -21,6 +22,8 @@ TRANSDUCTIVE = (
     "(transductive); published PromptKD rows were selected on test."
 )
 
+NAMES = ("model", "data", "prompts", "method")  # the columns that hold no figures
+
 
 @dataclass(frozen=True)
 class Table:
@@ -30,6 +33,10 @@ class Table:
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+
+    def is_figures(self, head: str) -> bool:
+        """Whether a column holds figures, not names."""
+        return head not in NAMES
 
 
 def harmonic_mean(base: float, new: float) -> float:
@@ -118,7 +125,7 @@ def _base_to_novel(records: Sequence[Record]) -> Table | None:
     if not own:
         return None
     rows: list[tuple[str, ...]] = []
-    for name, models in _group(own, _model_of).items():
+    for name, models in _by_model(own).items():
         datasets = _group(models, lambda record: record.dataset)
         means: list[tuple[float, float]] = []
         for dataset, scores in datasets.items():
@@ -152,7 +159,7 @@ def _by_dataset(
     if not own:
         return None
     rows = []
-    for name, models in _group(own, _model_of).items():
+    for name, models in _by_model(own).items():
         by_dataset = {d: _scores(scores, "all") for d, scores in _group(models, lambda record: record.dataset).items()}
         cells = [_spread(by_dataset.get(column, [])) for column in columns]
         means = [statistics.fmean(by_dataset[column]) for column in columns if by_dataset.get(column)]
@@ -170,11 +177,12 @@ def _few_shot(records: Sequence[Record]) -> Table | None:
         return None
     shots = sorted({record.shots for record in own if record.shots is not None})
     rows = []
-    for (name, dataset, method), scores in _group(own, lambda r: (_model_of(r), r.dataset, r.method)).items():
-        cells = [
-            _spread([s.top1_percent for s in scores if s.shots == k and s.top1_percent is not None]) for k in shots
-        ]
-        rows.append((name, dataset, method, *cells))
+    for name, models in _by_model(own).items():
+        for (dataset, method), scores in _group(models, lambda record: (record.dataset, record.method)).items():
+            cells = [
+                _spread([s.top1_percent for s in scores if s.shots == k and s.top1_percent is not None]) for k in shots
+            ]
+            rows.append((name, dataset, method, *cells))
     heads = ("model", "data", "method", *(f"{count} shots" for count in shots))
     return Table("Few-shot, top-1 %, mean ± spread over seeds", heads, tuple(rows))
 
@@ -186,12 +194,33 @@ def _group(records: Iterable[Record], key: Callable[[Record], K]) -> dict[K, lis
     return groups
 
 
-def _model_of(record: Record) -> str:
-    """What the seeds of a run share: `runs/<recipe>` for a student or teacher of its, else the model."""
-    if record.role == "student":
-        parts = record.model.split("/")
-        return "student " + ("/".join(parts[:-3]) if len(parts) > 3 else record.model)
-    return f"{record.role} {record.model}" if record.role == "baseline" else record.role
+def _by_model(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Records by row of a table: the students of a recipe share one, over data sets and seeds, and so do teachers.
+
+    Where that would take the mean of different models on one data set, each model has a row of its own.
+    """
+    groups: dict[str, list[Record]] = {}
+    for name, own in _group(records, _shared_name).items():
+        of_datasets = _group(own, lambda record: record.dataset).values()
+        if all(len({_family(record) for record in scores}) == 1 for scores in of_datasets):
+            groups[name] = own
+        else:
+            groups |= _group(own, lambda record: f"{record.role} {_family(record)}")
+    return groups
+
+
+def _shared_name(record: Record) -> str:
+    """`student runs/<recipe>` for runs/<recipe>/<data set>/seed<k>/student.pt, `teacher` for any teacher."""
+    if record.role == "teacher":
+        return record.role
+    family = _family(record)
+    recipe = family if family == record.model else family.rpartition("/")[0].rpartition("/")[0]
+    return f"{record.role} {recipe or record.model}"
+
+
+def _family(record: Record) -> str:
+    """What the seeds of a student share: its path without seed<k>. Any other model is a family of its own."""
+    return re.sub(r"(^|/)seed\d+/(?=[^/]*$)", r"\1", record.model) if record.role == "student" else record.model
 
 
 def _scores(records: Sequence[Record], half: str) -> list[float]:

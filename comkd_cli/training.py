@@ -23,8 +23,8 @@ from comkd_cli.data.loaders import Batch, TrainingLoader
 from comkd_cli.data.transforms import stable_seed
 from comkd_cli.data.unreadable import MOST_NAMED, check_unreadable
 from comkd_cli.devices import failures_explained, needs_cpu
-from comkd_cli.errors import CheckpointError, DataError, Interrupted, TrainingError
-from comkd_cli.files import remove_folder, write_text
+from comkd_cli.errors import CheckpointError, DataError, Interrupted, PeerError, TrainingError
+from comkd_cli.files import is_newer_format, remove_folder, write_text
 from comkd_cli.interrupts import stop_wishes
 from comkd_cli.method.global_batch import share_batch_norms
 from comkd_cli.progress import Epoch, Notice, Progress, Report
@@ -110,9 +110,12 @@ class _Position:
 
 
 def make_accelerator(precision: str) -> Accelerator:
-    """accelerate's view of the machine: device, autocast, gradient scaling. Raises TrainingError."""
+    """accelerate's view of the machine: device, autocast, gradient scaling. Raises TrainingError.
+
+    Several processes wait for one another as long as processes.set_timeout says.
+    """
     handlers = [
-        InitProcessGroupKwargs(timeout=processes.PATIENCE),
+        InitProcessGroupKwargs(timeout=processes.timeout()),
         # Batch norms share their statistics, so that their buffers are equal without being sent around.
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
     ]
@@ -159,7 +162,7 @@ def fit(task: Task, accelerator: Accelerator, report: Report) -> list[dict[str, 
         while position.epoch < task.optim.epochs:
             try:
                 code = _run_epoch(task, model, optimizer, accelerator, position, wish, report)
-            except RuntimeError as error:
+            except (RuntimeError, PeerError) as error:
                 # A scheduler's SIGTERM reaches the workers too. Their death may be met in the middle of a
                 # step, so what is gone on with is the state of the last epoch's end.
                 if (code := wish()) is None:
@@ -406,11 +409,20 @@ def _save_state(task: Task, optimizer: Any, accelerator: Accelerator, position: 
     if task.keep is not None:
         task.keep(True)
     _share_sums(position)
-    scaler = accelerator.scaler
     random = processes.gathered((torch.get_rng_state(), _cuda_random()))
-    if not launch.is_main():
-        processes.wait_for_all()
-        return
+    with processes.unlimited():  # disks can be slow
+        if launch.is_main():
+            _write_state(task, optimizer, accelerator, position, random)
+
+
+def _write_state(
+    task: Task,
+    optimizer: Any,
+    accelerator: Accelerator,
+    position: _Position,
+    random: Sequence[tuple[Tensor, Tensor | None]],
+) -> None:
+    scaler = accelerator.scaler
     state = {
         "format": STATE_FORMAT,
         "identity": dict(task.identity.parts),
@@ -430,7 +442,6 @@ def _save_state(task: Task, optimizer: Any, accelerator: Accelerator, position: 
         "kept": position.kept,
     }
     save_plain(task.state_file, state)
-    processes.wait_for_all()
 
 
 def _cuda_random() -> Tensor | None:
@@ -483,6 +494,8 @@ def _read_state(folder: Path, identity: Identity) -> dict[str, Any] | None:
         return None
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if is_newer_format(state["format"], STATE_FORMAT):
+            raise ValueError(f"a newer comkd wrote it, with the format {state['format']}; upgrade comkd")
         if state["format"] != STATE_FORMAT:
             raise ValueError(f"its format is {state['format']}, of another version of comkd")
     except Exception as error:  # torch and pickle raise many kinds for a damaged file

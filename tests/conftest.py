@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,33 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from PIL import Image
+
+# With COMKD_REQUIRE_TOOLS=1, as .ci/run sets it, a test whose tool is not installed fails instead of being skipped.
+REQUIRE_TOOLS = "COMKD_REQUIRE_TOOLS"
+
+
+@pytest.hookimpl(tryfirst=True)  # before any fixture
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose tools are not installed, or fail it where they are required."""
+    needed = [name for mark in item.iter_markers("needs_tool") for name in mark.args]
+    absent = [name for name in needed if not any(map(shutil.which, name.split("|")))]
+    if not absent:
+        return
+    reason = f"{', '.join(name.split('|')[0] for name in absent)} is not installed"
+    if os.environ.get(REQUIRE_TOOLS) == "1":
+        pytest.fail(f"{reason}, and {REQUIRE_TOOLS}=1 requires it", pytrace=False)
+    pytest.skip(reason)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End a run with the number of skipped tests and the reasons, so that `passed` hides none of them."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter is not None else []
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        told = "; ".join(f"{count} because {reason}" for reason, count in reasons.most_common())
+        reporter.write_line(f"{len(skipped)} tests were skipped: {told}", yellow=True)
+
 
 # The same examples at every run, and no deadline: machines differ.
 settings.register_profile("comkd", deadline=None, derandomize=True, database=None)

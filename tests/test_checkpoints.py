@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from comkd_cli.checkpoints import load_student, load_teacher
+from comkd_cli.checkpoints import STUDENT_FORMAT, TEACHER_FORMAT, load_student, load_teacher
 from comkd_cli.errors import CheckpointError
 
 
@@ -45,3 +45,15 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         load_student(path)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(("load", "known"), [(load_student, STUDENT_FORMAT), (load_teacher, TEACHER_FORMAT)])
+def test_a_file_of_a_newer_comkd_asks_for_an_upgrade(load, known: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    kind, _, version = known.rpartition("/")
+    path = tmp_path / "some.pt"
+    torch.save({"format": f"{kind}/{int(version) + 1}", "odd": 1}, path)
+    with pytest.raises(CheckpointError, match=rf"some\.pt: has the format {kind}/\d+ of a newer comkd.*upgrade comkd"):
+        load(path)
+    torch.save({"format": f"{kind}/new"}, path)
+    with pytest.raises(CheckpointError, match=f"it holds {kind}/new, not {known}"):
+        load(path)

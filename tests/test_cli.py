@@ -150,7 +150,7 @@ def test_a_module_put_into_the_folder_is_a_command(fails: Callable[..., Result])
     [
         ("data", 1, "error: pets: no such folder\n  look again\n"),
         ("stopped", 143, "note: stopped; the state is saved\n"),
-        ("ctrl-c", 130, "note: interrupted; what was finished is kept, and the same command goes on from it\n"),
+        ("ctrl-c", 130, "note: interrupted; finished work is kept, and the same command resumes the rest\n"),
         ("missing", 1, "error: /no/such/file: No such file or directory\n"),
     ],
 )
@@ -220,7 +220,7 @@ def test_ctrl_c_ends_a_command_with_130_and_without_a_traceback(tmp_path: Path) 
             out, err = process.communicate(timeout=60)
         finally:
             os.close(writer)
-    message = "note: interrupted; what was finished is kept, and the same command goes on from it\n"
+    message = "note: interrupted; finished work is kept, and the same command resumes the rest\n"
     assert (process.returncode, out, err) == (130, "", message)
 
 

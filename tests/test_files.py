@@ -11,8 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from comkd_cli.errors import ComkdError
 from comkd_cli.files import (
+    check_writable,
     folder_written_whole,
+    is_newer_format,
     remove_folder,
     sha256_of_data,
     sha256_of_file,
@@ -210,3 +213,35 @@ def test_the_sha256_of_data_is_a_fixed_number() -> None:
 def test_names_that_are_not_utf8_have_a_sha256_of_their_own() -> None:
     first, second = (sha256_of_data([os.fsdecode(name)]) for name in (b"\xe9.png", b"\xe8.png"))
     assert first != second
+
+
+# --- before work begins --------------------------------------------------------------------------------
+
+
+def test_a_folder_that_can_be_made_and_written_to_passes_and_is_not_made(tmp_path: Path) -> None:
+    check_writable(tmp_path, "remedy")
+    check_writable(tmp_path / "a/b/c", "remedy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nothing_can_be_written_the_folder_and_the_remedy_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/runs", Path("/proc/runs")):
+        with pytest.raises(ComkdError, match=f"^{folder}: can't be written to: .*; give another one"):
+            check_writable(folder, "give another one")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o555)
+    with pytest.raises(ComkdError, match="Permission denied"):
+        check_writable(tmp_path / "closed/runs", "")
+
+
+@pytest.mark.parametrize(
+    ("found", "newer"),
+    [("kind/2", True), ("kind/10", True), ("kind/1", False), ("kind/0", False), ("other/2", False), ("kind", False),
+     ("kind/2b", False), ("kind/²", False), (None, False), (2, False), ("kind/" + "9" * 5000, False)],
+)  # fmt: skip
+def test_a_later_version_of_the_same_format_is_newer(found: object, newer: bool) -> None:
+    assert is_newer_format(found, "kind/1") is newer

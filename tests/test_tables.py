@@ -59,6 +59,61 @@ def test_published_rows_stand_beside_ours_and_unknown_cells_are_empty() -> None:
     assert "transductive" in table.note
 
 
+def test_teachers_of_two_recipes_are_never_averaged() -> None:
+    first = record(role="teacher", model="runs/teachers/eurosat-a/teacher.pt", seed=None, protocol="base-to-novel")
+    second = {**vars(first), "model": "runs/teachers/eurosat-b/teacher.pt"}
+    scores = [
+        Record(**{**vars(first), "classes": "base", "top1_percent": 90.0}),
+        Record(**{**vars(first), "classes": "new", "top1_percent": 60.0}),
+        Record(**{**second, "classes": "base", "top1_percent": 50.0}),
+    ]
+    (table,) = tables(scores)
+    ours = [row[:4] for row in table.rows if "published" not in row[0]]
+    assert ours == [
+        ("teacher runs/teachers/eurosat-a/teacher.pt", "eurosat", "90.00", "60.00"),
+        ("teacher runs/teachers/eurosat-b/teacher.pt", "eurosat", "50.00", ""),
+    ]
+
+
+def test_teachers_of_several_data_sets_are_one_row_each_of_one_model() -> None:
+    scores = [
+        record(role="teacher", model=f"runs/teachers/{name}-a/teacher.pt", dataset=name, protocol="cross-dataset")
+        for name in ("eurosat", "dtd")
+    ]
+    (table,) = tables(scores)
+    assert [row[0] for row in table.rows if "published" not in row[0]] == ["teacher"]
+
+
+def test_students_that_learned_from_different_data_are_never_averaged() -> None:
+    """Two students of one recipe, both scored on a third data set."""
+    scores = [
+        record(model=f"runs/mine/{own}/seed1/student.pt", dataset="pets", protocol="few-shot", shots=1, method="m")
+        for own in ("cats", "dogs")
+    ]
+    (table,) = tables(scores)
+    assert [row[0] for row in table.rows] == [f"student runs/mine/{own}/student.pt" for own in ("cats", "dogs")]
+    seeds = [
+        record(
+            model=f"runs/mine/cats/seed{k}/student.pt",
+            dataset="pets",
+            seed=k,
+            protocol="few-shot",
+            shots=1,
+            method="m",
+            top1_percent=80.0 + k,
+        )
+        for k in (1, 3)
+    ]
+    (table,) = tables(seeds)
+    assert table.rows == (("student runs/mine", "pets", "m", "82.00 ± 1.00"),)
+
+
+def test_students_in_folders_of_ones_own_are_rows_of_their_own() -> None:
+    scores = [record(model=f"a/b/c/{name}.pt", protocol="few-shot", shots=1, method="m") for name in ("one", "two")]
+    (table,) = tables(scores)
+    assert [row[0] for row in table.rows] == ["student a/b/c/one.pt", "student a/b/c/two.pt"]
+
+
 def test_selection_protocols_never_share_a_table() -> None:
     made = tables([record(protocol="zero-shot"), record(protocol="zero-shot", selection="promptkd")])
     assert [table.title for table in made] == [

@@ -210,3 +210,34 @@ def test_without_a_launcher_a_scripts_own_variables_do_not_count(workshop: Path)
     ended = subprocess.run(command, cwd=workshop, env=env, capture_output=True, text=True, check=False, timeout=100)
     assert ended.returncode == 0, ended.stderr
     assert "1,437 to learn from" in ended.stdout
+
+
+def test_a_process_that_hangs_ends_the_run_within_its_timeout(workshop: Path) -> None:
+    settings = ["--set", "collective_timeout_minutes=0.1", "--set", "optim.epochs=500"]
+    started = together.launch(
+        2, "-m", "comkd_cli", "distill", "tiny.yaml", "--runs", "hanging", *settings, cwd=workshop
+    )
+    file = workshop / "hanging" / RUN / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not file.exists():
+        assert started.poll() is None, started.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    environments = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
+    (other,) = (int(pid) for pid, variables in environments.items() if b"RANK=1" in variables)
+    stopped_at = time.monotonic()
+    os.kill(other, signal.SIGSTOP)
+    assert started.stderr is not None
+    said = ""
+    try:
+        while "did not answer within 0.1 minutes" not in said:
+            line = started.stderr.readline()
+            assert line, said
+            said += line
+        assert time.monotonic() - stopped_at < 6 + 30
+        assert "Traceback" not in said
+    finally:
+        os.kill(other, signal.SIGKILL)
+        started.communicate(timeout=100)
+    assert started.returncode != 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,21 +26,19 @@ def list_(as_json: bool) -> None:
     """List the data sets that comkd knows, with their published counts."""
     from dataclasses import asdict
 
-    from rich.table import Table
-
     from comkd_cli.catalog import CATALOG
-    from comkd_cli.terminal import output
+    from comkd_cli.terminal import Column, print_json, print_table
 
     if as_json:
-        click.echo(json.dumps([asdict(dataset) for dataset in CATALOG.values()], indent=2))
+        print_json([asdict(dataset) for dataset in CATALOG.values()])
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("data set", "folder", "classes", "train", "val", "test", "prompt"):
-        table.add_column(title, justify="right" if title in ("classes", "train", "val", "test") else "left")
+    figures = [Column(head) for head in ("classes", "train", "val", "test")]
+    columns = [Column("data set", "word"), Column("folder", "word"), *figures, Column("prompt", "text")]
+    rows = []
     for dataset in CATALOG.values():
         counts = (dataset.classes, dataset.train, dataset.val, dataset.test)
-        table.add_row(dataset.name, dataset.folder, *(f"{n:,}" if n else "-" for n in counts), dataset.template)
-    output().print(table)
+        rows.append((dataset.name, dataset.folder, *(f"{n:,}" if n else "-" for n in counts), dataset.template))
+    print_table(columns, rows)
 
 
 @command.command()
@@ -58,7 +55,7 @@ def check(names: tuple[str, ...], deep: bool, data_root: Path, as_json: bool) ->
     from comkd_cli.data.check import check_dataset
     from comkd_cli.errors import DataError
     from comkd_cli.progress import Progress
-    from comkd_cli.terminal import output, reporting
+    from comkd_cli.terminal import print_json, reporting
 
     checks = []
     with reporting(quiet=as_json) as report:
@@ -70,9 +67,9 @@ def check(names: tuple[str, ...], deep: bool, data_root: Path, as_json: bool) ->
 
             checks.append(check_dataset(dataset, data_root, deep, tick))
     if as_json:
-        click.echo(json.dumps([entry.as_plain() for entry in checks], indent=2, ensure_ascii=False))
+        print_json([entry.as_plain() for entry in checks])
     else:
-        output().print(_table(checks))
+        _print_checks(checks)
     wanting = [entry.dataset for entry in checks if entry.state != "ready"]
     if wanting and (names or len(wanting) == len(checks)):
         raise DataError(f"not ready below {data_root}: {', '.join(wanting)}")
@@ -99,6 +96,7 @@ def split(name: str, shots: int | None, seed: int, half: str, data_root: Path, a
     relative to the data set's folder; else a line an image. --shots draws as CoOp and Dassl do.
     """
     from comkd_cli.data.splits import read_splits, sample_shots, select_half
+    from comkd_cli.terminal import print_json
 
     (dataset,) = _chosen((name,))
     splits = read_splits(dataset, data_root)
@@ -106,7 +104,7 @@ def split(name: str, shots: int | None, seed: int, half: str, data_root: Path, a
         splits = sample_shots(splits, shots, seed)
     plain = select_half(splits, half).as_plain()  # type: ignore[arg-type]
     if as_json:
-        click.echo(json.dumps(plain, ensure_ascii=False))
+        print_json(plain, indent=None)
         return
     for part, entries in plain.items():
         for path, label, class_name in entries:
@@ -126,7 +124,7 @@ def fetch(names: tuple[str, ...], data_root: Path, as_json: bool) -> None:
     from comkd_cli.data.fetch import fetch_dataset
     from comkd_cli.errors import DataError
     from comkd_cli.progress import Progress, Stage
-    from comkd_cli.terminal import output, reporting
+    from comkd_cli.terminal import print_json, reporting
 
     checks = []
     for dataset in _chosen(names):
@@ -138,9 +136,9 @@ def fetch(names: tuple[str, ...], data_root: Path, as_json: bool) -> None:
 
             checks.append(fetch_dataset(dataset, data_root, tick))
     if as_json:
-        click.echo(json.dumps([entry.as_plain() for entry in checks], indent=2, ensure_ascii=False))
+        print_json([entry.as_plain() for entry in checks])
     else:
-        output().print(_table(checks))
+        _print_checks(checks)
     if wanting := [entry.dataset for entry in checks if entry.state != "ready"]:
         raise DataError(f"fetched, and still not ready: {', '.join(wanting)}")
 
@@ -154,18 +152,16 @@ def _chosen(names: Sequence[str]) -> list[Dataset]:
     return [CATALOG[name] for name in names] or list(CATALOG.values())
 
 
-def _table(checks: Sequence[Check]) -> object:
-    from rich.markup import escape
-    from rich.table import Table
+def _print_checks(checks: Sequence[Check]) -> None:
+    from rich.text import Text
+
+    from comkd_cli.terminal import Column, print_table
 
     colours = {"ready": "green", "incomplete": "yellow", "missing": "red"}
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("data set", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    table.add_column("images", justify="right", no_wrap=True)
-    table.add_column("what to do", overflow="fold")
+    columns = [Column("data set", "word"), Column("state", "word"), Column("images"), Column("what to do", "text")]
+    rows = []
     for entry in checks:
-        state = f"[{colours[entry.state]}]{entry.state}[/]"
-        told = escape("\n".join([*entry.problems, *entry.notes, *([entry.remedy] if entry.remedy else [])]))
-        table.add_row(entry.dataset, state, f"{entry.train + entry.val + entry.test:,}", told)
-    return table
+        told = "\n".join([*entry.problems, *entry.notes, *([entry.remedy] if entry.remedy else [])])
+        images = f"{entry.train + entry.val + entry.test:,}"
+        rows.append((entry.dataset, Text(entry.state, colours[entry.state]), images, told))
+    print_table(columns, rows)

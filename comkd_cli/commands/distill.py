@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from functools import partial
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -15,10 +16,14 @@ from comkd_cli import launch
 from comkd_cli.options import data_root_option, runs_option
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from comkd_cli.data.source import Source
     from comkd_cli.flows.distill import Outline
     from comkd_cli.progress import Report
     from comkd_cli.recipe import Recipe
+
+ELSEWHERE = "give another folder with --runs"
 
 
 @click.command()
@@ -62,8 +67,9 @@ def command(
     RUNS/<recipe>/<dataset>/seed<k>/student.pt. A run that was stopped goes on where it was; a finished
     one is not repeated. Several GPUs: torchrun --nproc-per-node N -m comkd_cli distill RECIPE.
     """
+    from comkd_cli.files import check_writable
     from comkd_cli.recipe import find_recipe, load_recipe
-    from comkd_cli.terminal import messages, reporting
+    from comkd_cli.terminal import messages, starting
 
     if datasets and whole_suite:
         raise click.UsageError("--dataset and --all exclude each other")
@@ -73,58 +79,95 @@ def command(
         )
     if whole_suite:
         datasets = _suite_below(data_root)
-    choices = product(
-        [[f"data.dataset={dataset}"] for dataset in datasets] or [[]], [[f"seed={seed}"] for seed in seeds] or [[]]
-    )
-    loaded = [load_recipe(recipe, [*settings, *dataset, *seed]) for dataset, seed in choices]
+    choices = list(product(datasets or [None], seeds or [None]))
+    loaded = [load_recipe(recipe, [*settings, *_settings(choice)]) for choice in choices]
     if len(precisions := sorted({chosen.precision for chosen in loaded})) > 1:
         raise click.UsageError(f"the data sets differ in precision ({', '.join(precisions)}); run them one at a time")
     name = find_recipe(recipe).stem
-    with messages().status("starting"):  # importing torch takes seconds
+    with starting():
         from comkd_cli import processes
-        from comkd_cli.data.sources import open_source
-        from comkd_cli.devices import failures_explained
-        from comkd_cli.errors import CheckpointError, ComkdError, DataError, ModelError
-        from comkd_cli.flows import adapt, distill
-        from comkd_cli.progress import once
+        from comkd_cli.errors import CheckpointError, ComkdError, DataError, Interrupted, ModelError
         from comkd_cli.training import make_accelerator
 
+        processes.set_timeout(max(chosen.collective_timeout_minutes for chosen in loaded))
         accelerator = make_accelerator(loaded[0].precision)
-
     told: set[str] = set()  # of a dataset, which every seed opens
-    problems: list[ComkdError] = []
-    for chosen in loaded:
-        if dry_run:
+    if dry_run:
+        for chosen in loaded:
             _print_plan(chosen, name, runs, data_root, accelerator.device.type, told)
-            continue
+        processes.leave()
+        return
+    processes.agreed(partial(check_writable, runs, ELSEWHERE))
+    problems: list[ComkdError] = []
+    for position, chosen in enumerate(loaded):
+        repeat = _resume_line(choices, position, fresh, repeats=fresh)
+        resume = Resume(repeat, _resume_line(choices, position, fresh))
         try:
-            with reporting() as report:
-                new = once(report, told)
-                opened = partial(open_source, chosen.data, data_root, runs, new, fetch=True)
-                source = processes.agreed(opened)
-                stage = processes.agreed(partial(adapt.stage_1, chosen, source, data_root, runs, new))
-                run = distill.Run(chosen, name, source, runs, stage.contents, stage.key)
-                done = not precompute and not fresh and distill.finished(run, new)
-            if done:
-                messages().print(f"already finished: {run.student_file} (--fresh repeats it)", markup=False)
-                continue
-            line = _resume_line()
-            with reporting() as report, failures_explained():
-                teach = partial(adapt.ready_teacher, stage, accelerator, report, line)
-                if precompute:
-                    distill.precompute(run, teach, accelerator, report)
-                    continue
-                distill.distill(run, teach, accelerator, report, line, fresh)
+            student = _distil(chosen, name, runs, data_root, accelerator, fresh, precompute, resume, told)
+        except KeyboardInterrupt:
+            if not fresh:
+                raise
+            raise Interrupted(f"interrupted. To resume:\n  {repeat}") from None
         except (DataError, CheckpointError, ModelError) as error:
             if len(loaded) == 1:
                 raise
             messages().print(f"left out: {error}", style="yellow", markup=False)  # the others go on
             problems.append(error)
             continue
-        _print_next_steps(run.student_file)
+        if student is not None:
+            _print_next_steps(student)
     processes.leave()
     if problems:
         raise DataError(f"{len(problems)} of {len(loaded)} runs could not be made; the reasons stand above")
+
+
+class Resume(NamedTuple):
+    """The commands that resume a run stopped in one of its stages."""
+
+    teacher: str
+    """With --fresh still, which has forgotten nothing of the student before its teacher is ready."""
+    student: str
+
+
+def _distil(
+    recipe: Recipe,
+    name: str,
+    runs: Path,
+    data_root: Path,
+    accelerator: Accelerator,
+    fresh: bool,
+    precompute: bool,
+    resume: Resume,
+    told: set[str],
+) -> Path | None:
+    """One run. Returns its student.pt; None where it was finished before, or the cache alone was filled."""
+    from comkd_cli import processes
+    from comkd_cli.data.sources import open_source
+    from comkd_cli.devices import failures_explained
+    from comkd_cli.files import check_writable
+    from comkd_cli.flows import adapt, distill
+    from comkd_cli.progress import once
+    from comkd_cli.terminal import messages, reporting
+
+    with reporting() as report:
+        new = once(report, told)
+        source = processes.agreed(partial(open_source, recipe.data, data_root, runs, new, fetch=True))
+        stage = processes.agreed(partial(adapt.stage_1, recipe, source, data_root, runs, new))
+        with processes.unlimited():  # reading the contents of many images takes long
+            run = distill.Run(recipe, name, source, runs, stage.contents, stage.key)
+            run.identity.digest  # noqa: B018  reads them now
+        done = not precompute and not fresh and distill.finished(run, new)
+    if done:
+        messages().print(f"already finished: {run.student_file} (--fresh repeats it)", markup=False)
+        return None
+    for folder in (run.folder, stage.folder) if stage.adapts else (run.folder,):
+        processes.agreed(partial(check_writable, folder, ELSEWHERE))
+    with reporting() as report, failures_explained():
+        teach = partial(adapt.ready_teacher, stage, accelerator, report, resume.teacher)
+        if precompute:
+            distill.precompute(run, teach, accelerator, report)
+            return None
+        return distill.distill(run, teach, accelerator, report, resume.student, fresh)
 
 
 def _suite_below(data_root: Path) -> tuple[str, ...]:
@@ -142,9 +185,65 @@ def _suite_below(data_root: Path) -> tuple[str, ...]:
     return there
 
 
-def _resume_line() -> str:
-    """The command as it was typed, less --fresh, which would throw away what is to be gone on with."""
-    words = [word for word in sys.argv[1:] if word != "--fresh"]
+Choice = tuple[str | None, int | None]
+"""A data set and a seed, as the command line names them; None where it names none."""
+
+
+def _settings(choice: Choice) -> list[str]:
+    dataset, seed = choice
+    named = [] if dataset is None else [f"data.dataset={dataset}"]
+    return named if seed is None else [*named, f"seed={seed}"]
+
+
+def _resume_line(choices: Sequence[Choice], position: int, fresh: bool, repeats: bool = False) -> str:
+    """What resumes a command that was stopped in one of its runs: the command as it was typed.
+
+    With --fresh it is several commands: the stopped run without it, lest its state be thrown away (unless it
+    `repeats`), and the runs that were not begun with it. Finished runs are not repeated.
+    """
+    words = sys.argv[1:]
+    if not fresh:
+        return _command(words)
+    rest = [word for word in words if word != "--fresh"]
+    if len(choices) == 1:
+        return _command(words if repeats else rest)
+    rest = _without_choices(rest)
+    begun = [] if repeats else [_with_choices(rest, choices[position : position + 1])]
+    later = choices[position:] if repeats else choices[position + 1 :]
+    grouped = [list(group) for _, group in groupby(later, key=lambda choice: choice[0])]
+    # Data sets with the same seeds are one command.
+    commands = [
+        [choice for group in groups for choice in group]
+        for _, groups in ((seeds, list(alike)) for seeds, alike in groupby(grouped, key=_seeds))
+    ]
+    return " &&\n  ".join(map(_command, [*begun, *(_with_choices(rest, runs, "--fresh") for runs in commands)]))
+
+
+def _seeds(choices: Sequence[Choice]) -> list[int | None]:
+    return [seed for _, seed in choices]
+
+
+def _without_choices(words: Sequence[str]) -> list[str]:
+    """The words of a command less --all, --dataset and --seed."""
+    kept: list[str] = []
+    remaining = iter(words)
+    for word in remaining:
+        if word in ("--dataset", "--seed"):
+            next(remaining, None)
+        elif word != "--all" and not word.startswith(("--dataset=", "--seed=")):
+            kept.append(word)
+    return kept
+
+
+def _with_choices(words: Sequence[str], choices: Sequence[Choice], *more: str) -> list[str]:
+    """The words of a command with options for all of these data sets and seeds; before what `--` may end."""
+    datasets = [f"--dataset={name}" for name in dict.fromkeys(name for name, _ in choices) if name is not None]
+    seeds = [f"--seed={seed}" for seed in dict.fromkeys(seed for _, seed in choices) if seed is not None]
+    at = words.index("distill") + 1 if "distill" in words else 0
+    return [*words[:at], *datasets, *seeds, *more, *words[at:]]
+
+
+def _command(words: Sequence[str]) -> str:
     if launch.world_size() == 1:
         return shlex.join(["comkd", *words])
     launcher = "torchrun ..." if launch.on_several_machines() else f"torchrun --nproc-per-node {launch.per_machine()}"
@@ -156,16 +255,13 @@ def _print_plan(recipe: Recipe, name: str, runs: Path, data_root: Path, device: 
 
     told: notices that need not be said again.
     """
-    from rich.markup import escape
-    from rich.table import Table
-
     from comkd_cli import processes
     from comkd_cli.catalog import CATALOG
     from comkd_cli.data.sources import open_source
     from comkd_cli.errors import DataError
     from comkd_cli.flows import distill
     from comkd_cli.progress import once
-    from comkd_cli.terminal import output, reporting
+    from comkd_cli.terminal import print_pairs, reporting
 
     rows: dict[str, str] = {}
     try:
@@ -194,12 +290,8 @@ def _print_plan(recipe: Recipe, name: str, runs: Path, data_root: Path, device: 
     )
     together = f", {launch.world_size()} processes" if launch.world_size() > 1 else ""
     rows["device"] = f"{device}, {recipe.precision}{together}"
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    for row in ("images", "teacher", "stage 1", "student", "stage 2", "cache", "device", "writes", "state"):
-        if row in rows:
-            table.add_row(row, escape(rows[row]))
-    output().print(table)
+    order = ("images", "teacher", "stage 1", "student", "stage 2", "cache", "device", "writes", "state")
+    print_pairs({row: rows[row] for row in order if row in rows})
 
 
 def _data_rows(

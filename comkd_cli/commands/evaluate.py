@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,7 @@ from comkd_cli.options import allow_download_option, data_root_option, json_opti
 
 if TYPE_CHECKING:
     from comkd_cli.recipe.model import Data
-    from comkd_cli.results import Results
+    from comkd_cli.results import Missing, Results
 
 PROTOCOLS = ("zero-shot", "base-to-novel", "few-shot", "cross-dataset", "domain-generalization")
 
@@ -73,21 +75,30 @@ def command(
     MODEL is a student.pt, or ARCH:WEIGHTS for any open_clip model (then say on what, with --dataset, --all or
     --folder). Left out, the newest finished students of each data set under RUNS are scored. Each image goes
     through a model once: features are kept in RUNS/features, and every protocol is derived from them.
+
+    The records are added to those of results.json; of the same score the latest counts. A model or data set that
+    cannot be scored is named, the others are scored, and the exit code is 1; data sets of --all that are not there
+    are named alone.
     """
     if bool(datasets) + whole_suite + (folder is not None) > 1:
         raise click.UsageError("--dataset, --all and --folder exclude one another")
     if (classes or template) and not folder:
         raise click.UsageError("--classes and --template describe --folder")
     from comkd_cli.catalog import CATALOG
-    from comkd_cli.terminal import messages, output, reporting
+    from comkd_cli.errors import DataError
+    from comkd_cli.files import check_writable
+    from comkd_cli.result_files import NAME, ResultFiles
+    from comkd_cli.results import as_plain
+    from comkd_cli.terminal import print_json, reporting, starting
 
     names = tuple(CATALOG) if whole_suite else datasets
     data = _data(names, folder, classes, template)
-    with messages().status("starting"):  # importing torch takes seconds
+    with starting():
         from comkd_cli import processes
         from comkd_cli.devices import best_device
         from comkd_cli.flows import evaluate
 
+    home = out or evaluate.home_of(model, runs, own_data=not names and data is None)
     with reporting(quiet=as_json) as report:
         bench = evaluate.Bench(
             device=best_device(),
@@ -97,26 +108,36 @@ def command(
             data=None if names and model is None else data,
             datasets=names if len(names) > 1 or (names and model is None) else (),
             protocols=protocols or (PROTOCOLS if whole_suite else ("zero-shot",)),
+            protocols_named=bool(protocols),
             shots=shots,
             seeds=seeds,
             allow_download=allow_download,
         )
-        results = evaluate.evaluate(model, runs, bench)
+        processes.agreed(partial(check_writable, home, "give another folder for the results with --out"))
+        files = ResultFiles(home, report)
+        results = evaluate.evaluate(model, runs, bench, files.add if launch.is_main() else _ignore)
     processes.leave()
     if not launch.is_main():
         return
-    home = out or evaluate.home_of(model, runs, own_data=data is None)
-    _write(results, home)
+    failed = [entry for entry in results.missing if entry.failed or not whole_suite]
     if as_json:
-        from comkd_cli.results import to_json
+        print_json(as_plain(results))
+    else:
+        _print(results, [entry for entry in results.missing if entry not in failed])
+    if files.problem is not None:
+        raise files.problem
+    if not as_json:
+        _print_place(home / NAME, files.records_in_all)
+    if failed:
+        raise DataError(f"{len(failed)} of what was asked for could not be scored:\n" + "\n".join(map(_line, failed)))
 
-        click.echo(to_json(results), nl=False)
-        return
-    for table in _tables(results):
-        output().print(table)
-    for entry in results.missing:
-        output().print(f"not scored: {entry.problem}", style="yellow", markup=False)
-    output().print(str(home / "results.json"), style="dim", markup=False, soft_wrap=True)
+
+def _ignore(_results: Results) -> None:
+    """Of several processes the main one writes."""
+
+
+def _line(entry: Missing) -> str:
+    return "  " + entry.problem.replace("\n", "\n  ")
 
 
 def _data(names: tuple[str, ...], folder: str | None, classes: str | None, template: str | None) -> Data | None:
@@ -128,34 +149,19 @@ def _data(names: tuple[str, ...], folder: str | None, classes: str | None, templ
     return checked[0] if len(checked) == 1 else None
 
 
-def _write(results: Results, home: Path) -> None:
-    from comkd_cli.files import write_text
-    from comkd_cli.results import to_json
-    from comkd_cli.tables import to_csv, to_latex, to_markdown
-
-    write_text(home / "results.json", to_json(results))
-    write_text(home / "results.csv", to_csv(results.records))
-    write_text(home / "results.md", to_markdown(results))
-    write_text(home / "results.tex", to_latex(results))
-
-
-def _tables(results: Results) -> list[object]:
-    """The tables of results.md for the terminal."""
-    from rich.markup import escape
-    from rich.table import Table
-
+def _print(results: Results, absent: Sequence[Missing]) -> None:
+    """The tables of results.md, and the data sets that are not there."""
     from comkd_cli.tables import tables
+    from comkd_cli.terminal import Column, output, print_table
 
-    shown: list[object] = []
     for made in tables(results.records):
-        table = Table(title=made.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-        table.caption, table.caption_justify = made.note or None, "left"
-        for position, head in enumerate(made.heads):
-            if position:
-                table.add_column(head, justify="right")
-            else:
-                table.add_column(head, overflow="fold")
-        for row in made.rows:
-            table.add_row(*map(escape, row))
-        shown.append(table)
-    return shown
+        columns = [Column(head, "figure" if made.is_figures(head) else "text") for head in made.heads]
+        print_table(columns, made.rows, made.title, made.note)
+    for entry in absent:
+        output().print(f"not scored: {entry.problem}", style="yellow", markup=False)
+
+
+def _print_place(path: Path, records: int) -> None:
+    from comkd_cli.terminal import output
+
+    output().print(f"{path}: {records} records in all", style="dim", markup=False, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import fields, replace
 from pathlib import Path
@@ -96,10 +95,10 @@ def command(
     cosine_min, agreement_min_percent, top1_loss_max_points, difference_max.
     """
     from comkd_cli.errors import ExportError
-    from comkd_cli.terminal import messages, reporting
+    from comkd_cli.terminal import print_json, reporting, starting
 
     target = out or student.parent / "bundle"
-    with messages().status("starting"):  # importing torch takes seconds
+    with starting():
         from comkd_cli.flows import export
     wishes = export.Wishes(
         precisions=precisions,
@@ -118,7 +117,7 @@ def command(
     with reporting(quiet=as_json) as report:
         exported = export.export(student, target, data_root, report, force, wishes)
     if as_json:
-        click.echo(json.dumps(exported.manifest, indent=2, ensure_ascii=False))
+        print_json(exported.manifest)
     else:
         _print_bundle(target, exported.manifest)
     if exported.failed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -30,11 +29,11 @@ def command(
     """Print the likeliest classes of each IMAGE, by the exported BUNDLE. Needs no torch."""
     from comkd_cli.errors import DataError
     from comkd_cli.flows.predict import predict
-    from comkd_cli.terminal import output
+    from comkd_cli.terminal import output, print_json
 
     records = predict(bundle, images, top, precision, add_classes)
     if as_json:
-        click.echo(json.dumps({"predictions": records}, indent=2, ensure_ascii=False))
+        print_json({"predictions": records})
     else:
         console = output()
         for record in records:

@@ -13,16 +13,11 @@ def command() -> None:
 @command.command("list")
 def list_() -> None:
     """List the recipes that come with comkd."""
-    from rich.markup import escape
-    from rich.table import Table
-
     from comkd_cli.recipe import bundled_recipes, load_recipe
-    from comkd_cli.terminal import output
+    from comkd_cli.terminal import Column, print_table
 
-    table = Table("recipe", "about", box=None, pad_edge=False, header_style="bold")
-    for name, path in bundled_recipes().items():
-        table.add_row(name, escape(load_recipe(path).about))
-    output().print(table)
+    rows = [(name, load_recipe(path).about) for name, path in bundled_recipes().items()]
+    print_table([Column("recipe", "word"), Column("about", "text")], rows)
 
 
 @command.command()
@@ -34,8 +29,11 @@ def show(name: str, settings: tuple[str, ...]) -> None:
     NAME is a bundled recipe or a file.
     """
     from comkd_cli.recipe import load_recipe, to_yaml
+    from comkd_cli.terminal import encodable
 
-    click.echo(to_yaml(load_recipe(name, settings)), nl=False)
+    recipe = load_recipe(name, settings)
+    text = to_yaml(recipe)
+    click.echo(text if encodable(text) else to_yaml(recipe, ascii_only=True), nl=False)
 
 
 @command.command()

@@ -15,10 +15,10 @@ from torch import Tensor
 from comkd_cli import launch, processes
 from comkd_cli.data.loaders import scoring_batches
 from comkd_cli.data.source import ImageSet
-from comkd_cli.errors import TrainingError
+from comkd_cli.errors import ComkdError, TrainingError
 from comkd_cli.files import sha256_of_data, written_whole
 from comkd_cli.predictor import Preprocessing
-from comkd_cli.progress import Progress, Report
+from comkd_cli.progress import Notice, Progress, Report
 
 BATCH_SIZE = 64  # on CPUs the activations of larger batches of 224 pixels fall out of the caches
 STORE_FORMAT = "comkd-features/2"
@@ -65,7 +65,8 @@ class FeatureStore:
         """
         if self.folder is None:
             return self._compute(encoder, images, label)
-        path = self.folder / f"{store_key(encoder, images)}.safetensors"
+        with processes.unlimited():  # it reads the images that are not remembered
+            path = self.folder / f"{store_key(encoder, images)}.safetensors"
         kept = _read(path)
         if len({row[0] for row in processes.table([-1 if kept is None else len(kept.indices)])}) > 1:
             kept = None  # for all processes: they compute together
@@ -74,15 +75,26 @@ class FeatureStore:
         made = self._compute(encoder, images, label) if kept is None else self._mended(kept, encoder, images, label)
         if made is kept:
             return kept
-        if launch.is_main():
+        with processes.unlimited():  # disks can be slow
+            if launch.is_main():
+                self._keep(path, made)
+        return made
+
+    def _keep(self, path: Path, made: Features) -> None:
+        """Write features; a folder that cannot be written to, or a full disk, costs time later and no score now."""
+        try:
             with written_whole(path) as unfinished:
                 save_file(
                     {"values": made.values, "indices": made.indices},
                     unfinished,
                     {"format": STORE_FORMAT, "unreadable": "\n".join(made.unreadable)},
                 )
-        processes.wait_for_all()
-        return made
+        except (ComkdError, OSError, SafetensorError) as error:
+            cause = error.__cause__ or error
+            reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+            self.report(
+                Notice(f"features are not kept in {path.parent}: {reason}; the next evaluation computes them again")
+            )
 
     def _mended(self, kept: Features, encoder: Encoder, images: ImageSet, label: str) -> Features:
         """Kept features with those of images that could not be read then, and can now."""

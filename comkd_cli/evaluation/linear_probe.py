@@ -61,4 +61,6 @@ def _fit(features: np.ndarray, labels: np.ndarray, c: float):  # type: ignore[no
     with warnings.catch_warnings():
         # At the largest C the optimum lies far away; the paper stops after 1,000 iterations as well.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        # One image of each of many classes is what one shot means; scikit-learn takes it for a regression's targets.
+        warnings.filterwarnings("ignore", "The number of unique classes is greater than", UserWarning)
         return LogisticRegression(C=c, max_iter=MOST_ITERATIONS).fit(features, labels)

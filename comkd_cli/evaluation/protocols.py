@@ -46,6 +46,7 @@ def zero_shot(subject: Subject, source: Source, images: ImageSet, test: Features
         seed=subject.seed,
         unreadable=len(test.unreadable),
         selection=subject.selection,
+        model_sha256=subject.encoder.identity,
     )
     return Scored(record, predicted)
 
@@ -164,6 +165,13 @@ class _Pool:
     ) -> dict[int, torch.Tensor]:
         positions = sorted({position for draw in draws for position in draw})
         kept = store.features(subject.encoder, images.subset(positions), f"encoding {split} images")
+        if kept.unreadable:
+            store.report(
+                Notice(
+                    f"{len(kept.unreadable)} of {len(positions)} {split} images of the few-shot draws can't be read, "
+                    f"left out; the first: {kept.unreadable[0]}"
+                )
+            )
         if not len(kept.indices):
             return {}
         features = subject.features(kept.values, classes)

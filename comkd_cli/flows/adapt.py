@@ -141,7 +141,8 @@ def ready_teacher(stage: Stage1, accelerator: Accelerator, report: Report, resum
     settings, adapt, names = stage.settings, stage.settings.adapt, stage.source.class_names
     if isinstance(adapt, NoAdapt):
         report(Stage(f"Teacher: {_name(settings)}, {_as_it_is(settings)}"))
-        return made_teacher(settings, names, stage.source.template, accelerator.device, report)
+        template, device = stage.source.template, accelerator.device
+        return processes.together(lambda: made_teacher(settings, names, template, device, report))
     if processes.as_main_sees(stage.file.is_file()):
         report(Stage(f"Teacher: reused from {stage.file}"))
     elif isinstance(adapt, FullAdapt):
@@ -156,7 +157,7 @@ def ready_teacher(stage: Stage1, accelerator: Accelerator, report: Report, resum
             )
         )
         _learn_prompts(stage, adapt, lessons, accelerator, report, resume_line)
-    return saved_teacher(stage.file, names, accelerator.device, stage.key, report)
+    return processes.together(lambda: saved_teacher(stage.file, names, accelerator.device, stage.key, report))
 
 
 def describe_stage(stage: Stage1) -> str:
@@ -217,7 +218,8 @@ def _lessons(stage: Stage1, adapt: PromptSrcAdapt) -> Source:
 def _train_fully(stage: Stage1, adapt: FullAdapt, accelerator: Accelerator, report: Report, resume_line: str) -> None:
     recipe, source = stage.recipe, stage.lessons
     _check_labels(source, adapt.method)
-    clip = build_clip(recipe.teacher, stable_seed("teacher", adapt.seed), report=report)
+    seed = stable_seed("teacher", adapt.seed)
+    clip = processes.together(lambda: build_clip(recipe.teacher, seed, report=report))
     if recipe.checkpointing:
         recompute_activations(clip.model.visual)  # type: ignore[arg-type]
     tokens = tokenize_apart(clip, source.class_names, source.template, report)
@@ -250,7 +252,7 @@ def _learn_prompts(
     resume_line: str,
 ) -> None:
     recipe, device = stage.recipe, accelerator.device
-    clip = build_clip(recipe.teacher, report=report)
+    clip = processes.together(lambda: build_clip(recipe.teacher, report=report))
     if recipe.checkpointing:
         recompute_activations(clip.model.visual)  # type: ignore[arg-type]
     clip.model.to(device)
@@ -355,8 +357,9 @@ def _record(stage: Stage1, source: Source, clip: Clip, history: list[dict[str, f
 
 
 def _save(stage: Stage1, saved: SavedTeacher, report: Report) -> None:
-    if launch.is_main():
-        save_teacher(stage.file, saved)
+    with processes.unlimited():  # disks can be slow
+        if launch.is_main():
+            save_teacher(stage.file, saved)
     forget_state(stage.folder)
     processes.wait_for_all()
     report(Notice(f"teacher saved in {stage.folder}; later runs reuse it"))

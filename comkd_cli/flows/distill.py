@@ -41,6 +41,7 @@ from comkd_cli.progress import Notice, Report, Stage
 from comkd_cli.recipe import Recipe, to_yaml
 from comkd_cli.recipe.identity import Identity, described, recipe_settings
 from comkd_cli.recipe.model import PromptSrcAdapt
+from comkd_cli.result_files import forget_model
 from comkd_cli.tables import VARIANTS
 from comkd_cli.teacher_cache import CacheKey, TeacherCache
 from comkd_cli.teachers import ReadyTeacher, prompted_clip
@@ -207,7 +208,8 @@ def distill(
         check_state(run.folder, run.identity)
     # What can be refused is refused before hours go into a teacher.
     check_shares(min(recipe.optim.batch_size, len(source.train)), recipe.optim.accumulation_steps)
-    tower = build_image_tower(recipe.student, stable_seed("backbone", recipe.seed), report=report)
+    seed = stable_seed("backbone", recipe.seed)
+    tower = processes.together(lambda: build_image_tower(recipe.student, seed, report=report))
     if recipe.checkpointing:
         recompute_activations(tower.module)
     ready = make_teacher()
@@ -285,9 +287,11 @@ def distill(
         metrics=kept_figures(task, history),
         teacher_sha256=dict(ready.sha256),
     )
-    if launch.is_main():
-        _remove_what_was_made_of_an_older_student(run.folder)
-        save_student(run.student_file, student, record)
+    with processes.unlimited():  # disks can be slow
+        if launch.is_main():
+            _remove_what_was_made_of_an_older_student(run.folder)
+            save_student(run.student_file, student, record)
+            forget_model(run.runs, str(run.student_file), report)
     forget_state(run.folder)
     processes.wait_for_all()
     return run.student_file

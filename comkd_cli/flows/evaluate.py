@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from comkd_cli import processes
+from comkd_cli import launch, processes
 from comkd_cli.backbones import IMAGENET_TEMPLATES, Clip, build_clip, weights_sha256
 from comkd_cli.catalog import CATALOG
 from comkd_cli.checkpoints import StudentRecord, load_student
@@ -27,14 +28,18 @@ from comkd_cli.evaluation.protocols import STANDARD_SEEDS, STANDARD_SHOTS, base_
 from comkd_cli.evaluation.subjects import Subject, student_subject, teacher_subject
 from comkd_cli.files import sha256_of_data, sha256_of_file
 from comkd_cli.method.student import Student
-from comkd_cli.progress import Notice, Report, Stage, once
+from comkd_cli.progress import Event, Notice, Report, Stage
+from comkd_cli.recipe import Recipe
 from comkd_cli.recipe.model import SCHEMES, Data, Model, Teacher
-from comkd_cli.results import Missing, Record, Results
+from comkd_cli.results import Missing, Record, Results, merged
 from comkd_cli.teachers import encode_ensemble, teacher_of_clip, teacher_of_student
 
 IMAGENET_FAMILY = tuple(name for name, dataset in CATALOG.items() if dataset.layout.startswith("imagenet"))
 VARIANTS = tuple(name for name, dataset in CATALOG.items() if dataset.layout == "imagenet-variant")
 MOST_NAMED = 10
+FOR_MEMORY = "end other programs, or use a machine with more memory"
+# What students that count as seeds of one recipe may differ in.
+NOT_SETTINGS = {"about", "seed", "data", "evaluate_every_epochs", "checkpointing", "collective_timeout_minutes"}
 MOST_FOR_AGREEMENT = 50_000  # training images to compare answers on: more would change the share by under 0.5 points
 
 
@@ -54,43 +59,68 @@ class Bench:
     datasets: tuple[str, ...] = ()
     """Several data sets, by name; each that can't be scored is a row of its own."""
     protocols: tuple[str, ...] = ("zero-shot",)
+    protocols_named: bool = False
+    """Whether the user chose the protocols: one that does not apply to some data is then a notice."""
     shots: tuple[int, ...] = STANDARD_SHOTS
     seeds: tuple[int, ...] = STANDARD_SEEDS
     allow_download: bool = False
     """Fetch what a student.pt names and this machine lacks."""
     clips: dict[str, Clip] = field(default_factory=dict)
     """Plain CLIPs that were loaded, by argument: one serves every data set."""
-    told: set[str] = field(default_factory=set)
-    """What was said of the data already: several students open the same."""
+    recipes: dict[Path, tuple[Path, Recipe]] = field(default_factory=dict)
+    """By folder of a run's seeds, the first student that was scored and its recipe."""
 
     def open_source(self, data: Data) -> Source:
-        """The images and classes of some data, the same in every process; each notice of them is said once."""
-        return processes.agreed(partial(open_source, data, self.data_root, self.runs, once(self.report, self.told)))
+        """The images and classes of some data, the same in every process."""
+        return processes.agreed(partial(open_source, data, self.data_root, self.runs, self.report))
 
 
-def evaluate(model: str | None, runs: Path, bench: Bench) -> Results:
+@dataclass(frozen=True)
+class Job:
+    """One model to score on one data set."""
+
+    work: Callable[[], Results]
+    dataset: str = ""
+    """Its name, where there are several."""
+    model: str | None = None
+    """None where no student was found."""
+    absent: bool = False
+    """Whether the data set or its student is not there at all, so that the work can only fail."""
+
+
+def evaluate(
+    model: str | None, runs: Path, bench: Bench, keep: Callable[[Results], None] = lambda results: None
+) -> Results:
     """The scores of a student.pt, of ARCH:WEIGHTS, or with None of each data set's newest students.
 
-    With several data sets, one that is missing is a row that says what to do. Raises the error of what was
-    asked for where nothing at all could be scored.
+    With several models or data sets, one that cannot be scored is a row that says why. keep: called with the new
+    results whenever a model is scored on a data set, so that a process that is killed loses none of them. Raises the
+    error of what was asked for where nothing at all could be scored.
     """
-    jobs = _jobs(model, runs, replace(bench, runs=runs))
-    records: list[Record] = []
-    missing: list[Missing] = []
-    problems: list[ComkdError] = []
-    for dataset, job in jobs:
+    bench = replace(bench, runs=runs, report=_each_notice_once(bench.report))
+    results = Results([])
+    problems: list[Exception] = []
+    for job in _jobs(model, runs, bench):
         try:
-            with failures_explained():
-                records += job()
-        except (DataError, CheckpointError) as error:
+            with failures_explained(FOR_MEMORY):
+                found = job.work()
+        except _mendable() as error:
             problems.append(error)
-            missing.append(Missing(dataset, str(error)))
-    if not records and not problems:
+            entry = Missing(job.dataset, _told(error), job.model, failed=not job.absent)
+            results = merged(results, Results([], [entry]))
+            continue
+        if found.records:
+            keep(found)
+        results = merged(results, found)
+        _report_inapplicable(job, found, bench)
+    if not results.records and not problems:
         asked = ", ".join(bench.protocols)
         raise DataError(f"nothing to score: {asked} does not apply to the models and data sets that were given")
-    if not records:
-        raise problems[0] if len(problems) == 1 else DataError("\n".join(str(problem) for problem in problems))
-    return Results(records, missing)
+    if not results.records:
+        raise problems[0] if len(problems) == 1 else DataError("\n".join(map(_told, problems)))
+    if results.missing:
+        keep(Results([], results.missing))
+    return results
 
 
 def home_of(model: str | None, runs: Path, own_data: bool) -> Path:
@@ -106,19 +136,54 @@ def newest_students(runs: Path) -> dict[str, list[Path]]:
     return {name: sorted(folder.glob("seed*/student.pt")) for name, folder in newest.items()}
 
 
-Job = tuple[str, Callable[[], list[Record]]]
+def _mendable() -> tuple[type[Exception], ...]:
+    """The errors of one model on one data set that leave the others to be scored.
+
+    With several processes only those that all of them meet: one that failed alone would leave the others waiting.
+    """
+    alone = launch.world_size() == 1
+    return (ComkdError, OSError) if alone else (DataError, CheckpointError, ModelError)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _each_notice_once(report: Report) -> Report:
+    """The same callback, less notices that were given before: many models meet the same."""
+    given: set[str] = set()
+
+    def once(event: Event) -> None:
+        if isinstance(event, Notice):
+            if event.text in given:
+                return
+            given.add(event.text)
+        report(event)
+
+    return once
+
+
+def _report_inapplicable(job: Job, found: Results, bench: Bench) -> None:
+    """Name the protocols that a user asked for and that gave no record."""
+    lacking = [name for name in bench.protocols if name not in {record.protocol for record in found.records}]
+    if bench.protocols_named and lacking:
+        on = " on ".join(filter(None, (job.model, job.dataset)))
+        bench.report(Notice(f"{on}: {', '.join(lacking)} does not apply there and was left out"))
 
 
 def _jobs(model: str | None, runs: Path, bench: Bench) -> list[Job]:
-    """What to score, a data set's name and the work each."""
+    """What to score, one model on one data set each."""
     if model is None:
         return _student_jobs(runs, bench)
-    if Path(model).exists() or (model.endswith(".pt") and ":" not in model):
-        return [("", partial(_score_student, Path(model), bench))]
-    if bench.datasets:
-        own = {name: replace(bench, data=Data(dataset=name)) for name in bench.datasets}
-        return [(name, partial(_score_baseline, model, own_bench)) for name, own_bench in own.items()]
-    return [("", partial(_score_baseline, model, bench))]
+    path = Path(model)
+    is_student = path.exists() or (model.endswith(".pt") and ":" not in model)
+    score: Callable[[Bench], Results] = partial(_score_student, path) if is_student else partial(_score_baseline, model)
+    if not bench.datasets:
+        return [Job(partial(score, bench), model=model)]
+    own = {name: replace(bench, data=Data(dataset=name)) for name in bench.datasets}
+    return [Job(partial(score, own[name]), name, model, _data_is_absent(name, bench)) for name in bench.datasets]
 
 
 def _student_jobs(runs: Path, bench: Bench) -> list[Job]:
@@ -126,26 +191,36 @@ def _student_jobs(runs: Path, bench: Bench) -> list[Job]:
     if not bench.datasets:
         if not students:
             raise DataError(f"{runs}: holds no finished student; make one with `comkd distill digits`")
-        return [(name, partial(_score_student, path, bench)) for name, seeds in students.items() for path in seeds]
+        return [
+            Job(partial(_score_student, path, bench), name, str(path))
+            for name, seeds in students.items()
+            for path in seeds
+        ]
 
-    def absent(name: str) -> list[Record]:
+    def no_student(name: str) -> Results:
         raise DataError(f"{name}: no student below {runs}; make one with `comkd distill RECIPE --dataset {name}`")
 
     jobs: list[Job] = []
     for name in bench.datasets:
-        jobs += [(name, partial(_score_student, path, bench)) for path in students.get(name, [])]
+        absent = _data_is_absent(name, bench)
+        jobs += [Job(partial(_score_student, path, bench), name, str(path), absent) for path in students.get(name, [])]
         if name not in students:
-            jobs.append((name, partial(absent, name)))
+            jobs.append(Job(partial(no_student, name), name, absent=True))
     return jobs
 
 
-def _score_student(path: Path, bench: Bench) -> list[Record]:
+def _data_is_absent(name: str, bench: Bench) -> bool:
+    return name in CATALOG and not (bench.data_root / CATALOG[name].folder).is_dir()
+
+
+def _score_student(path: Path, bench: Bench) -> Results:
     """A student and its teacher on the test images of its data, or of the bench's.
 
     Where there are no test images, or none with labels, what is left is how often the two agree. A teacher
     that can't be found is a notice, and the student is scored alone.
     """
-    student, record = load_student(path, bench.allow_download)
+    student, record = processes.together(partial(load_student, path, bench.allow_download))
+    _report_other_settings(path, record, bench)
     data = bench.data or record.recipe.data
     source = bench.open_source(data)
     check_classes(record, source)
@@ -155,16 +230,43 @@ def _score_student(path: Path, bench: Bench) -> list[Record]:
     store = _store(bench, data)
     limit = data.unreadable_limit_percent
     records, predicted = _score(subject, source, images, store, bench, "student", limit)
-    teacher = _teacher_of(path, student, record, bench)
-    if teacher is None:
-        return records
-    taught, teacher_predicted = _score(teacher, source, images, store, bench, "teacher", limit)
+    try:
+        teacher = processes.together(partial(_teacher_of, path, student, record, bench))
+    except (ComkdError, OSError) as error:
+        bench.report(Notice(f"the teacher can't be scored beside the student: {_told(error)}"))
+        return Results(records)
+    try:
+        with failures_explained(FOR_MEMORY):
+            taught, teacher_predicted = _score(teacher, source, images, store, bench, "teacher", limit)
+    except _mendable() as error:  # what was found of the student counts
+        return Results(records, [Missing(source.name, _told(error), teacher.model, failed=True)])
     agreement = agreement_percent(*_on_common(predicted, teacher_predicted))
     whole = [replace(entry, agreement_percent=agreement) if entry.classes == "all" else entry for entry in records]
-    return [*whole, *taught]
+    return Results([*whole, *taught])
 
 
-def _score_baseline(argument: str, bench: Bench) -> list[Record]:
+def _report_other_settings(path: Path, record: StudentRecord, bench: Bench) -> None:
+    """Say so where the seeds of one folder, which tables take the mean of, were made by different recipes."""
+    first, recipe = bench.recipes.setdefault(path.parent.parent, (path, record.recipe))
+    left, right = (_flat(of.model_dump(mode="json", exclude=NOT_SETTINGS)) for of in (recipe, record.recipe))
+    if differing := sorted(name for name in left.keys() | right.keys() if left.get(name) != right.get(name)):
+        bench.report(
+            Notice(
+                f"{path}: was made by other settings than {first} ({', '.join(differing[:5])}), and tables take the "
+                "mean of both as seeds of one recipe; distil one of them again with --fresh"
+            )
+        )
+
+
+def _flat(fields: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted paths."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{at}{name}.") if isinstance(value, dict) else {f"{at}{name}": value}
+    return flat
+
+
+def _score_baseline(argument: str, bench: Bench) -> Results:
     """A plain CLIP, given as ARCH:WEIGHTS, on the test images of the bench's data."""
     if bench.data is None:
         raise MisuseError(f"{argument}: say on what to score it, with --dataset, --folder or --all")
@@ -172,7 +274,7 @@ def _score_baseline(argument: str, bench: Bench) -> list[Record]:
     source = bench.open_source(bench.data)
     images = _scored_images(source, bench.report)
     if argument not in bench.clips:
-        bench.clips[argument] = build_clip(model, report=bench.report)
+        bench.clips[argument] = processes.together(partial(build_clip, model, report=bench.report))
     clip = bench.clips[argument]
     ready = teacher_of_clip(clip, source.class_names, source.template, bench.device, bench.report)
     identity = _identity(model)
@@ -185,7 +287,7 @@ def _score_baseline(argument: str, bench: Bench) -> list[Record]:
         ensemble = replace(subject, class_vectors=vectors)
         test = store.features(subject.encoder, images, f"scoring baseline on {source.name}")
         records.append(replace(zero_shot(ensemble, source, images, test).record, method="clip-ensemble"))
-    return records
+    return Results(records)
 
 
 def _score(
@@ -286,17 +388,14 @@ def _scored_images(source: Source, report: Report) -> ImageSet:
     return replace(source.train.subset(chosen), labels=None)
 
 
-def _teacher_of(path: Path, student: Student, record: StudentRecord, bench: Bench) -> Subject | None:
-    try:
-        # With the prompts that the student learned from, whatever the data at hand would prompt.
-        ready = teacher_of_student(path, student, record, bench.device, bench.allow_download, bench.report)
-        if ready.checkpoint is not None:
-            name, identity = str(ready.checkpoint), sha256_of_file(ready.checkpoint)
-        else:
-            settings = record.recipe.teacher
-            name = ":".join(part for part in (settings.arch or "inline model", settings.weights) if part)
-            identity = _identity(settings)
-    except (CheckpointError, ModelError) as error:
-        bench.report(Notice(f"the teacher can't be scored beside the student: {error}"))
-        return None
+def _teacher_of(path: Path, student: Student, record: StudentRecord, bench: Bench) -> Subject:
+    """The teacher that a student learned from. Raises CheckpointError or ModelError where it is not to be found."""
+    # With the prompts that the student learned from, whatever the data at hand would prompt.
+    ready = teacher_of_student(path, student, record, bench.device, bench.allow_download, bench.report)
+    if ready.checkpoint is not None:
+        name, identity = str(ready.checkpoint), sha256_of_file(ready.checkpoint)
+    else:
+        settings = record.recipe.teacher
+        name = ":".join(part for part in (settings.arch or "inline model", settings.weights) if part)
+        identity = _identity(settings)
     return teacher_subject(ready.teacher, ready.preprocessing, identity, name, "teacher", bench.device)

@@ -19,6 +19,7 @@ INDIFFERENT: dict[str, Any] = {
     "data": True,
     "evaluate_every_epochs": True,
     "checkpointing": True,
+    "collective_timeout_minutes": True,
     "teacher": {"adapt": {"data": True, "classes_at_once": True}},
 }
 MOST_NAMED = 5

@@ -14,7 +14,7 @@ from ruamel.yaml.error import YAMLError
 
 from comkd_cli.errors import MisuseError, RecipeError
 from comkd_cli.recipe.faults import describe_faults
-from comkd_cli.recipe.model import DATASETS, Data, Recipe
+from comkd_cli.recipe.model import DATASETS, SCHEMA_VERSION, Data, Recipe
 
 COMMAND_LINE = "--set"
 
@@ -89,6 +89,7 @@ def check_recipes(names: Sequence[str]) -> dict[str, str]:
 
 def parse_recipe(tree: Mapping[str, Any], origins: Mapping[str, str] | None = None, name: str = "recipe") -> Recipe:
     """A recipe from plain data. Raises RecipeError with every fault, a line each."""
+    _check_version(tree, (origins or {}).get("schema_version", name))
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -105,8 +106,11 @@ def parse_data(fields: Mapping[str, Any]) -> Data:
         raise RecipeError("\n".join(describe_faults(error, Data, {"": "data"}))) from error
 
 
-def to_yaml(recipe: Recipe) -> str:
-    """A recipe with every default written out, as YAML that reads back to the same recipe."""
+def to_yaml(recipe: Recipe, ascii_only: bool = False) -> str:
+    """A recipe with every default written out, as YAML that reads back to the same recipe.
+
+    ascii_only: write other characters as escapes.
+    """
     stream = io.StringIO()
     writer = YAML(typ="safe", pure=True)
     writer.default_flow_style = False
@@ -115,7 +119,8 @@ def to_yaml(recipe: Recipe) -> str:
     # ruamel can't read back every long text that it folds, nor these three, which are line breaks to its
     # writer and none to its reader, unless they are escaped.
     writer.width = 2**20
-    writer.allow_unicode = not set("\x85\u2028\u2029") & set(json.dumps(tree, ensure_ascii=False))
+    odd = set("\x85\u2028\u2029") & set(json.dumps(tree, ensure_ascii=False))
+    writer.allow_unicode = not (odd or ascii_only)
     writer.dump(tree, stream)
     return stream.getvalue()
 
@@ -143,6 +148,7 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], 
     own = read_yaml(text, str(path))
     if not isinstance(own, dict):
         raise RecipeError(f"{path}: is not a recipe: its top level must be fields, such as `data:`")
+    _check_version(own, str(path))
     base = own.pop("extends", None)
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -155,14 +161,26 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], 
     return tree, origins
 
 
+def _check_version(tree: Mapping[str, Any], origin: str) -> None:
+    """Refuse a recipe of a later format at once: what else is wrong with it cannot be known."""
+    version = tree.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise RecipeError(
+            f"{origin}: schema_version {version} was written for a newer comkd; this one reads {SCHEMA_VERSION}: "
+            "upgrade comkd (pip install --upgrade comkd)"
+        )
+
+
 def _own_of_datasets(tree: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
     """Take `for_dataset` out of a recipe: by data set, the fields that it has differently."""
     own = tree.pop("for_dataset", None)
     own = {} if own is None else own
-    if not isinstance(own, dict) or not all(isinstance(fields, dict) for fields in own.values()):
+    if not isinstance(own, dict) or not all(fields is None or isinstance(fields, dict) for fields in own.values()):
         raise RecipeError(f"{name}: for_dataset: should be a mapping of data sets to fields")
     if strange := [dataset for dataset in own if dataset not in DATASETS]:
         raise RecipeError(f"{name}: for_dataset: {strange[0]!r} is no data set that comkd knows")
+    # A recipe that extends another one takes that one's fields for a data set back with null.
+    own = {dataset: fields for dataset, fields in own.items() if fields is not None}
     if data := [dataset for dataset, fields in own.items() if "data" in fields]:
         raise RecipeError(f"{name}: for_dataset.{data[0]}: can't change `data`, by which it is chosen")
     return own

@@ -18,6 +18,8 @@ DATASETS = ("digits", *CATALOG)
 DEFAULT_TEMPLATE = "a photo of a {}."
 # open_clip names that start so bring their own weights.
 SCHEMES = ("hf-hub:", "local-dir:")
+SCHEMA_VERSION: Literal[1] = 1
+MINUTES_A_WEEK = 7 * 24 * 60
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -427,8 +429,8 @@ class TeacherCacheSettings(Closed):
 class Recipe(Closed):
     """One distillation: the images, the teacher, the student, and how the one learns from the other."""
 
-    schema_version: Literal[1] = 1
-    """Of this format."""
+    schema_version: Literal[1] = SCHEMA_VERSION
+    """Of this format. A recipe with a newer one than comkd knows is refused."""
     about: str = ""
     """One line for people."""
     seed: Annotated[int, Field(ge=0)] = 1
@@ -462,6 +464,9 @@ class Recipe(Closed):
     later ones less: worth it on GPUs. Needs a C++ compiler; results differ by rounding."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the forward and backward passes; losses are always fp32, weights too."""
+    collective_timeout_minutes: Annotated[float, Field(gt=0, le=MINUTES_A_WEEK)] = 30.0
+    """How long one of several processes waits for the others in a step before the run fails, a week at most.
+    Downloads, indexing and saving are not limited by it [C]."""
     evaluate_every_epochs: Annotated[int, Field(ge=0)] = 1
     """Score the test images after every so many epochs, where they have labels; 0 scores at the end only. Scores are
     always computed in fp32, as `comkd evaluate` computes them; `selection: promptkd` needs one after every epoch."""

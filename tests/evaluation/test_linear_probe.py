@@ -46,3 +46,12 @@ def test_the_c_that_is_best_on_validation_images_is_taken() -> None:
     c = best_c(accuracy)
     assert accuracy(c) >= max(accuracy(10.0**e) for e in range(-6, 7, 2))
     assert np.array_equal(found, LogisticRegression(C=c, max_iter=1000).fit(train, train_labels).predict(test))
+
+
+def test_one_image_of_each_of_many_classes_is_learned_without_a_warning() -> None:
+    """scikit-learn takes as many classes as images for a regression; warnings are errors here."""
+    random = np.random.default_rng(0)
+    train, labels = 3 * random.normal(size=(40, 64)), np.arange(40)
+    test = np.repeat(train, 2, axis=0) + 0.01 * random.normal(size=(80, 64))
+    found = linear_probe(train, labels, train, labels, test)
+    assert np.array_equal(found, np.repeat(labels, 2))

@@ -1,4 +1,6 @@
+import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,13 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from comkd_cli.checkpoints import load_student
 from comkd_cli.data.digits import digits_source
 from comkd_cli.errors import CheckpointError, DataError, ModelError
+from comkd_cli.evaluation.subjects import Subject
+from comkd_cli.flows import evaluate as flow
 from comkd_cli.flows.evaluate import Bench, evaluate, home_of, newest_students
 from comkd_cli.predictor import prepare
 from comkd_cli.progress import Event, Notice
 from comkd_cli.recipe.model import Data
+from comkd_cli.results import Results
 
 
 def bench(events: list[Event] | None = None, data: Data | None = None) -> Bench:
@@ -171,6 +176,113 @@ def test_a_plain_clip_from_a_local_file_is_scored_as_open_clip_scores_it(tmp_pat
 def test_a_model_that_is_none_is_explained(model: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         evaluate(model, Path("runs"), bench(data=Data(dataset="digits")))
+
+
+def test_one_student_that_fails_is_a_row_and_what_was_scored_is_handed_on_at_once(
+    tiny_student: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "tiny/digits/seed1"
+    shutil.copytree(tiny_student.parent, own)
+    broken = tmp_path / "other/letters/seed1/student.pt"
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"no student")
+    kept: list[Results] = []
+    results = evaluate(None, tmp_path, bench(), kept.append)
+    assert {record.model for record in results.records} == {str(own / "student.pt")}
+    (missing,) = results.missing
+    assert (missing.dataset, missing.model, missing.failed) == ("letters", str(broken), True)
+    assert [(len(part.records), len(part.missing)) for part in kept] == [(1, 0), (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModelError("no such model"),
+        OSError(13, "Permission denied", "x.pt"),
+        MemoryError(),
+        RuntimeError("out of memory"),
+    ],
+)
+def test_whatever_one_model_fails_of_the_others_are_scored(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    for seed in (1, 2):
+        shutil.copytree(tiny_student.parent, tmp_path / f"tiny/digits/seed{seed}")
+    load = flow.load_student
+
+    def failing(path: Path) -> object:
+        if "seed1" in str(path):
+            raise error
+        return load(path)
+
+    monkeypatch.setattr(flow, "load_student", failing)
+    results = evaluate(None, tmp_path, bench())
+    assert [record.model for record in results.records] == [str(tmp_path / "tiny/digits/seed2/student.pt")]
+    assert [entry.failed for entry in results.missing] == [True]
+
+
+def test_a_bug_is_no_row(tiny_student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def buggy(path: Path) -> object:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(flow, "load_student", buggy)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(str(tiny_student), Path("runs"), bench())
+
+
+def test_a_teacher_that_fails_leaves_the_students_scores(tiny_student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    score = flow._score
+
+    def failing(subject: Subject, *more: object) -> object:
+        if subject.role == "teacher":
+            raise RuntimeError("[enforce fail] can't allocate memory: 9 bytes")
+        return score(subject, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(flow, "_score", failing)
+    results = evaluate(str(tiny_student), Path("runs"), bench())
+    assert [record.role for record in results.records] == ["student"]
+    assert "more memory" in results.missing[0].problem
+
+
+def test_a_student_is_scored_on_the_data_sets_that_are_named(tiny_student: Path, tmp_path: Path) -> None:
+    named = replace(bench(), datasets=("digits", "dtd"), data_root=tmp_path)
+    results = evaluate(str(tiny_student), tmp_path, named)
+    assert {record.dataset for record in results.records} == {"digits"}
+    (missing,) = results.missing
+    assert (missing.dataset, missing.failed) == ("dtd", False)
+
+
+def test_records_say_which_weights_were_scored(tiny_student: Path) -> None:
+    student, teacher = evaluate(str(tiny_student), Path("runs"), bench()).records
+    assert student.model_sha256 == hashlib.sha256(tiny_student.read_bytes()).hexdigest()
+    assert teacher.model_sha256 not in (None, student.model_sha256)
+
+
+def test_seeds_of_other_settings_are_told(tiny_student: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        shutil.copytree(tiny_student.parent, tmp_path / f"tiny/digits/seed{seed}")
+    events: list[Event] = []
+    evaluate(None, tmp_path, bench(events))
+    assert not any("other settings" in str(event) for event in events)
+    path = tmp_path / "tiny/digits/seed2/student.pt"
+    data = torch.load(path, weights_only=True)
+    data["recipe"]["optim"]["epochs"] = 7
+    torch.save(data, path)
+    evaluate(None, tmp_path, bench(events))
+    told = [event.text for event in events if isinstance(event, Notice) and "other settings" in event.text]
+    assert len(told) == 1
+    assert "optim.epochs" in told[0]
+
+
+def test_a_protocol_that_was_named_and_does_not_apply_is_a_notice(tiny_student: Path) -> None:
+    events: list[Event] = []
+    protocols = ("zero-shot", "domain-generalization")
+    named = replace(bench(events), protocols=protocols, protocols_named=True)
+    assert evaluate(str(tiny_student), Path("runs"), named).records
+    assert any("domain-generalization does not apply" in str(event) for event in events)
+    by_default = replace(bench(events := []), protocols=protocols)
+    assert evaluate(str(tiny_student), Path("runs"), by_default).records
+    assert not any("does not apply" in str(event) for event in events)
 
 
 def test_results_go_beside_the_student_or_into_the_runs(tiny_student: Path) -> None:

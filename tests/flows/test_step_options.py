@@ -1,7 +1,6 @@
 """Recipe fields that change how a student's step is computed, and what they leave as it is."""
 
 import copy
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +114,7 @@ def test_more_parts_than_pairs_of_images_are_refused_before_a_teacher_is_trained
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.needs_tool("g++")
 @pytest.mark.filterwarnings("ignore")  # of what torch.compile loads
 def test_compiled_towers_train_the_same_student(runs: Path) -> None:
     # Not AdamW, which makes steps of the rounding errors where a gradient is nothing.

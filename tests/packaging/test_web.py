@@ -24,7 +24,7 @@ from comkd_cli.errors import ExportError
 from comkd_cli.packaging import web
 from comkd_cli.packaging.web import INTEGRITY, PAGE, PAGE_FILES, RUNTIME_FILES, VERSION, add_web_page
 from comkd_cli.predictor import Classifier, Preprocessing, open_image, prepare
-from tests.chromium import Chromium, Tab, find_chromium
+from tests.chromium import NAMES, Chromium, Tab, find_chromium
 
 ADDED = {*PAGE_FILES, "ort/LICENSE", *(f"ort/{name}" for name in RUNTIME_FILES)}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -275,10 +275,7 @@ def test_where_the_runtime_cannot_be_kept_is_named(
 
 slow = pytest.mark.slow
 PROGRAM = find_chromium()
-NO_BROWSER = pytest.mark.skipif(
-    PROGRAM is None or shutil.which("npm") is None,
-    reason=f"{'chromium' if PROGRAM is None else 'npm'} is not installed",
-)
+NEEDS_BROWSER = pytest.mark.needs_tool("|".join(NAMES), "npm")
 # Until version 13 Pillow scaled the width first, whatever the picture; the page does as newer ones do.
 WIDTH_FIRST = int(PIL.__version__.partition(".")[0]) < 13
 UNKNOWN_HOST = "bundle.test"
@@ -458,7 +455,7 @@ def agree(record: dict[str, Any], expected: Sequence[Any]) -> None:
 
 
 @slow
-@NO_BROWSER
+@NEEDS_BROWSER
 @pytest.mark.parametrize("picture", PICTURES)
 def test_the_page_answers_as_the_predictor(bundle: Path, browser: Chromium, picture: str) -> None:
     with served(bundle) as address:
@@ -468,7 +465,7 @@ def test_the_page_answers_as_the_predictor(bundle: Path, browser: Chromium, pict
 
 
 @slow
-@NO_BROWSER
+@NEEDS_BROWSER
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_the_page_prepares_pictures_as_the_predictor_bit_by_bit(
@@ -494,7 +491,7 @@ def test_the_page_prepares_pictures_as_the_predictor_bit_by_bit(
 
 
 @slow
-@NO_BROWSER
+@NEEDS_BROWSER
 def test_the_page_tells_colours_apart_and_knows_a_manifests_defaults(colour_bundle: Path, browser: Chromium) -> None:
     add_web_page(colour_bundle)
     for name, colour in {"red": (250, 10, 20), "green": (15, 240, 5), "blue": (0, 30, 255)}.items():
@@ -507,7 +504,7 @@ def test_the_page_tells_colours_apart_and_knows_a_manifests_defaults(colour_bund
 
 
 @slow
-@NO_BROWSER
+@NEEDS_BROWSER
 def test_another_precision_can_be_asked_for(bundle: Path, browser: Chromium) -> None:
     with served(bundle) as address:
         record = answer(browser, named(address, "photo.jpg", precision="fp16"))
@@ -517,7 +514,7 @@ def test_another_precision_can_be_asked_for(bundle: Path, browser: Chromium) -> 
 
 
 @slow
-@NO_BROWSER
+@NEEDS_BROWSER
 def test_class_vectors_that_are_an_input_are_given(tmp_path: Path, browser: Chromium) -> None:
     from onnx import TensorProto, helper, save
 
@@ -547,7 +544,7 @@ def test_class_vectors_that_are_an_input_are_given(tmp_path: Path, browser: Chro
 
 
 @slow
-@NO_BROWSER
+@NEEDS_BROWSER
 def test_pictures_are_chosen_dropped_and_pasted(bundle: Path, browser: Chromium) -> None:
     event = """(async (kind, name) => {
         const transfer = new DataTransfer();
@@ -572,7 +569,7 @@ def test_pictures_are_chosen_dropped_and_pasted(bundle: Path, browser: Chromium)
 
 
 @slow
-@NO_BROWSER
+@NEEDS_BROWSER
 def test_of_pictures_in_quick_succession_the_last_is_answered(bundle: Path, browser: Chromium) -> None:
     script = """(async () => {
         const files = await Promise.all(["photo.jpg", "grey.png", "tall.png"].map(async (name) =>
@@ -588,7 +585,7 @@ def test_of_pictures_in_quick_succession_the_last_is_answered(bundle: Path, brow
 
 
 @slow
-@NO_BROWSER
+@NEEDS_BROWSER
 def test_what_the_page_shows_comes_from_the_bundle(bundle: Path, browser: Chromium) -> None:
     with served(bundle) as address, browser.open(named(address, "photo.jpg")) as tab:
         record = record_of(tab)
@@ -607,7 +604,7 @@ def test_what_the_page_shows_comes_from_the_bundle(bundle: Path, browser: Chromi
 
 
 @slow
-@NO_BROWSER
+@NEEDS_BROWSER
 def test_the_camera_is_offered_where_there_is_one(bundle: Path, browser: Chromium, tmp_path: Path) -> None:
     hidden = "document.getElementById('camera')?.hidden"
     with served(bundle) as address:
@@ -640,7 +637,7 @@ def damaged(bundle: Path, tmp_path: Path) -> Path:
 
 
 @slow
-@NO_BROWSER
+@NEEDS_BROWSER
 def test_a_page_opened_as_a_file_says_how_to_serve_it(bundle: Path, browser: Chromium) -> None:
     with browser.open((bundle / "index.html").as_uri()) as tab:
         assert "python -m http.server" in record_of(tab)["error"]
@@ -648,7 +645,7 @@ def test_a_page_opened_as_a_file_says_how_to_serve_it(bundle: Path, browser: Chr
 
 
 @slow
-@NO_BROWSER
+@NEEDS_BROWSER
 @pytest.mark.parametrize("name", ["manifest.json", "classes.txt", "classifier.onnx", f"ort/{RUNTIME_FILES[0]}"])
 def test_a_missing_file_is_named(damaged: Path, browser: Chromium, name: str) -> None:
     (damaged / name).unlink()
@@ -658,7 +655,7 @@ def test_a_missing_file_is_named(damaged: Path, browser: Chromium, name: str) ->
 
 
 @slow
-@NO_BROWSER
+@NEEDS_BROWSER
 @pytest.mark.parametrize("name", ["classes.txt", "classifier.onnx"])
 def test_a_changed_file_is_named(damaged: Path, browser: Chromium, name: str) -> None:
     content = bytearray((damaged / name).read_bytes())
@@ -670,7 +667,7 @@ def test_a_changed_file_is_named(damaged: Path, browser: Chromium, name: str) ->
 
 
 @slow
-@NO_BROWSER
+@NEEDS_BROWSER
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -694,7 +691,7 @@ def test_a_manifest_that_cannot_be_used_is_named(
 
 
 @slow
-@NO_BROWSER
+@NEEDS_BROWSER
 def test_a_graph_that_the_runtime_refuses_is_named(damaged: Path, browser: Chromium) -> None:
     (damaged / "classifier.onnx").write_bytes(b"no graph")
     sign(damaged, Preprocessing(32, MEAN, STD))
@@ -704,7 +701,7 @@ def test_a_graph_that_the_runtime_refuses_is_named(damaged: Path, browser: Chrom
 
 
 @slow
-@NO_BROWSER
+@NEEDS_BROWSER
 def test_a_picture_that_cannot_be_had_is_named_and_the_next_is_answered(bundle: Path, browser: Chromium) -> None:
     (bundle / "odd.png").write_text("no picture")
     with served(bundle) as address:
@@ -724,7 +721,7 @@ def test_a_picture_that_cannot_be_had_is_named_and_the_next_is_answered(bundle: 
 
 
 @slow
-@NO_BROWSER
+@NEEDS_BROWSER
 def test_without_a_secure_page_files_are_not_checked_and_the_page_says_so(bundle: Path, browser: Chromium) -> None:
     with served(bundle, UNKNOWN_HOST) as address, browser.open(named(address, "photo.jpg")) as tab:
         record = record_of(tab)

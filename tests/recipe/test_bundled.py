@@ -47,6 +47,15 @@ def test_the_weight_of_the_refinement_is_promptkds_for_each_data_set(dataset: st
     assert recipe.loss.refinement.weight == expected
 
 
+@pytest.mark.parametrize("name", ["vitl_to_vitb_cross", "vitl_to_vitb_dg"])
+@pytest.mark.parametrize("dataset", [*CATALOG])
+def test_across_data_sets_and_domains_refinement_weighs_the_same_everywhere(name: str, dataset: str) -> None:
+    """PromptKD's cross-dataset and domain generalisation scripts have no other weight for any data set."""
+    recipe = load_recipe(name, [f"data.dataset={dataset}"])
+    assert recipe.loss.refinement is not None
+    assert recipe.loss.refinement.weight == 1000
+
+
 def differences(first: Any, second: Any, at: str = "") -> set[str]:
     if isinstance(first, dict) and isinstance(second, dict):
         return {

@@ -527,3 +527,49 @@ def test_mistakes_in_the_fields_of_a_data_set_are_told(tmp_path: Path, own: str,
     path.write_text(OWN[: OWN.index("for_dataset")] + own)
     faults = check_recipes([str(path)])
     assert re.search(message, faults[str(path)])
+
+
+# --- versions ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extended", [False, True])
+def test_a_recipe_of_a_newer_comkd_is_named_as_such_before_its_other_faults(tmp_path: Path, extended: bool) -> None:
+    (tmp_path / "new.yaml").write_text("schema_version: 2\nhyperdrive: {factor: 9}\nfor_dataset: [odd]\n")
+    path = tmp_path / "new.yaml"
+    if extended:
+        path = tmp_path / "own.yaml"
+        path.write_text("extends: new.yaml\nschema_version: 1\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    told = str(caught.value)
+    assert told.startswith(f"{tmp_path / 'new.yaml'}: schema_version 2 was written for a newer comkd; this one reads 1")
+    assert "hyperdrive" not in told
+
+
+def test_a_newer_version_of_the_command_line_or_of_plain_data_is_refused(minimal_recipe: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="--set: schema_version 3 was written for a newer comkd"):
+        load_recipe("digits", ["schema_version=3"])
+    with pytest.raises(RecipeError, match=r"student\.pt: recipe: schema_version 2 was written for a newer comkd"):
+        parse_recipe({**minimal_recipe, "schema_version": 2, "odd": 1}, name="student.pt: recipe")
+
+
+@pytest.mark.parametrize("version", [0, "2", None, 1.5])
+def test_what_is_no_version_is_a_fault_like_others(minimal_recipe: dict[str, Any], version: object) -> None:
+    with pytest.raises(RecipeError, match="schema_version: should be"):
+        parse_recipe({**minimal_recipe, "schema_version": version})
+
+
+def test_an_extending_recipe_takes_back_what_a_base_has_for_single_data_sets(tmp_path: Path) -> None:
+    (tmp_path / "all.yaml").write_text("extends: vitl_to_vitb.yaml\nfor_dataset: null\n")
+    (tmp_path / "one.yaml").write_text("extends: vitl_to_vitb.yaml\nfor_dataset: {dtd: null}\n")
+
+    def weight(name: str, dataset: str) -> float:
+        refinement = load_recipe(tmp_path / name, [f"data.dataset={dataset}"]).loss.refinement
+        assert refinement is not None
+        return refinement.weight
+
+    assert [weight("all.yaml", name) for name in ("dtd", "fgvc_aircraft")] == [1000, 1000]
+    assert [weight("one.yaml", name) for name in ("dtd", "fgvc_aircraft")] == [1000, 200]
+    (tmp_path / "odd.yaml").write_text("extends: vitl_to_vitb.yaml\nfor_dataset: {no_such: null}\n")
+    with pytest.raises(RecipeError, match="'no_such' is no data set"):
+        load_recipe(tmp_path / "odd.yaml")
