@@ -47,6 +47,7 @@ def zero_shot(subject: Subject, source: Source, images: ImageSet, test: Features
         unreadable=len(test.unreadable),
         selection=subject.selection,
         model_sha256=subject.encoder.identity,
+        images_sha256=images.digest,
     )
     return Scored(record, predicted)
 
