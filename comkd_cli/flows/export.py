@@ -24,7 +24,8 @@ from comkd_cli.packaging.bundle import (
     TEXT_ENCODER,
     Contents,
     Text,
-    check_classes,
+    changed_score,
+    check_head,
     complete_bundle,
     graph_name,
 )
@@ -114,7 +115,7 @@ def _export(
     student, record = load_student(student_file)
     teacher = _text_teacher(student_file, record) if wishes.text else None
     class_vectors, logit_scale = student.class_vectors.numpy(), float(student.logit_scale)
-    check_classes(student_file, record.class_names, class_vectors, logit_scale)
+    check_head(student_file, record.class_names, class_vectors, logit_scale)
     extra = {CLASS_VECTORS: class_vectors} if student.uses_candidates else {}
     with folder_written_whole(out) as folder:  # first, for an unwritable place should not cost the work below
         parts = _parts(record, data_root, wishes, report)
@@ -150,6 +151,8 @@ def _export(
         if not contents.parities:
             reasons = "; ".join(f"{precision}: {why}" for precision, why in contents.failed.items())
             raise ExportError(f"the graphs do not answer as the student does; no bundle was made: {reasons}")
+        if changed := changed_score(contents):
+            report(Notice(changed))
         if teacher is not None:
             contents.text = _add_text(teacher, record, student, folder, wishes.opset, report)
         if wishes.benchmark:

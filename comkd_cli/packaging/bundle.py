@@ -75,18 +75,17 @@ def graph_name(what: str, precision: str) -> str:
     return f"{what}.onnx" if precision == "fp32" else f"{what}.{precision}.onnx"
 
 
-def check_classes(student_file: Path, names: tuple[str, ...], vectors: np.ndarray, logit_scale: float) -> None:
+def check_head(student_file: Path, names: Sequence[str], vectors: np.ndarray, logit_scale: float) -> None:
     """Refuse a student whose class names and vectors do not go together in a bundle. Raises ExportError."""
     if len(names) != len(vectors):
         raise ExportError(
             f"{student_file}: has {len(names)} class names and {len(vectors)} class vectors; train the student again"
         )
-    # As a bundle's readers take it apart; a name with a line break would give every later class another's name.
-    if class_list(names).splitlines() != list(names):
-        odd = next(name for name in names if f"{name}\n".splitlines() != [name])
+    # As a bundle's readers take the list apart: a line too many or too few would give every later class another's name.
+    lines = class_list(names).splitlines()
+    if len(lines) != len(names) or not all(lines):
         raise ExportError(
-            f"{student_file}: the class name {odd!r} has a line break, and classes.txt has a name a line; correct it "
-            "in data.classes and train the student again"
+            f"{student_file}: has a class without a name; correct data.classes and train the student again"
         )
     if not (np.isfinite(vectors).all() and np.isfinite(logit_scale)):
         raise ExportError(
@@ -95,8 +94,30 @@ def check_classes(student_file: Path, names: tuple[str, ...], vectors: np.ndarra
 
 
 def class_list(names: Sequence[str]) -> str:
-    """The content of classes.txt."""
-    return "".join(f"{name}\n" for name in names)
+    """The content of classes.txt.
+
+    A line each, whatever an older version stored: a line break in a name would move every name after it.
+    """
+    return "".join(f"{' '.join(name.split())}\n" for name in names)
+
+
+def changed_score(contents: Contents) -> str | None:
+    """A sentence where the test images are not those that the student's score is of; None where they may be.
+
+    It is compared where the gate has as many test images as were scored: then both are the student's top-1 on all.
+    """
+    scored, images = (contents.record.metrics.get(name) for name in ("test_top1_percent", "test_images"))
+    gate = contents.parts.gate.size
+    parity = next(iter(contents.parities.values()), None)
+    if scored is None or parity is None or parity.student_top1_percent is None or images != gate.images:
+        return None
+    # One image may go either way where another batch size rounds otherwise.
+    if abs(scored - parity.student_top1_percent) < 150 / gate.images:
+        return None
+    return (
+        f"The student's top-1 on its {gate.images} test images was {scored:.2f} % when it was trained and is "
+        f"{parity.student_top1_percent:.2f} % now: the test images or their labels have changed since."
+    )
 
 
 def complete_bundle(folder: Path, contents: Contents) -> dict[str, Any]:
@@ -129,6 +150,7 @@ def complete_bundle(folder: Path, contents: Contents) -> dict[str, Any]:
         # Of the training, where it had held-out test images with labels; the gates' images never count here.
         **{name: record.metrics.get(name) for name in ("test_top1_percent", "test_images", "test_unreadable")},
         "test_images_were_learned_from": _learns_from_test_images(record),
+        "test_top1_changed": changed_score(contents),
         "selection": record.recipe.selection,
         "license": contents.license,
     }

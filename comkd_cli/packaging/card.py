@@ -87,7 +87,8 @@ def _score(manifest: Mapping[str, Any]) -> str:
         text += f"; {int(unreadable)} more could not be read"
     if manifest["test_images_were_learned_from"]:
         text += "; the student learned from these images, without their labels"
-    return f"{text}."
+    changed = manifest["test_top1_changed"]
+    return f"{text}. {changed}" if changed else f"{text}."
 
 
 def _interval(interval: Sequence[float]) -> str:

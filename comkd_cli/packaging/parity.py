@@ -109,8 +109,12 @@ class Parity:
         return self.student_top1_percent - self.top1_percent
 
     def failures(self, gate: Gate) -> list[str]:
-        """Each figure beyond its limit, with both; nothing where the gate is passed."""
+        """Each figure beyond its limit, with both; nothing where the gate is passed.
+
+        Features that are not numbers pass no gate, however wide.
+        """
         checks = {
+            "features that are not numbers": bool(np.isfinite(self.feature_difference_max)),
             f"max |difference| {self.feature_difference_max:.2e} (limit {gate.difference_max:.0e})": (
                 self.feature_difference_max <= gate.difference_max
             ),

@@ -25,6 +25,7 @@ MOST_TO_CALIBRATE, MOST_TO_CHOOSE = 144, 48
 # intervals beside the figures are wide, which is said; from fewer the figures would mean nothing.
 LEAST_TO_CALIBRATE, LEAST_TO_CHOOSE, LEAST_FOR_GATE = 16, 8, 8
 MOST_NAMED = 10
+SPARE = 100
 
 Origin = Literal["test", "training", "given"]
 ORIGINS: dict[Origin, str] = {
@@ -235,7 +236,7 @@ def _read(
 
 
 def _candidates(images: ImageSet, most: int) -> Sequence[int]:
-    """At least `most` positions where there are so many, at most about twice that: some images may be of no use.
+    """At least `most` positions where there are so many, and about as many to spare: some may be copies or unreadable.
 
     They are those whose names have the least digests, so that they are spread over the set in whatever order it is,
     by class for instance.
@@ -246,4 +247,4 @@ def _candidates(images: ImageSet, most: int) -> Sequence[int]:
     def rank(position: int) -> bytes:
         return hashlib.sha256(images.keys[position].encode("utf-8", "surrogatepass")).digest()
 
-    return heapq.nsmallest(2 * most, range(len(images)), key=rank)
+    return heapq.nsmallest(2 * most + SPARE, range(len(images)), key=rank)
