@@ -49,6 +49,14 @@ class BundleError(ComkdError):
     """A bundle with a missing, changed or unreadable file."""
 
 
+class WriteError(ComkdError):
+    """A file or folder that the system refuses to write, such as on a full disk."""
+
+    def __init__(self, path: object, reason: str, remedy: str) -> None:
+        super().__init__(f"{path}: can't be written: {reason}; {remedy}")
+        self.reason = reason
+
+
 class Interrupted(ComkdError):
     """The user or the scheduler asked the run to stop; its state is saved."""
 

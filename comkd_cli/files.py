@@ -2,60 +2,187 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from comkd_cli.errors import ComkdError
+from comkd_cli.errors import WriteError
+
+# Why the system refuses to write, and what a user can do about it.
+REMEDIES = {
+    errno.ENOSPC: "free space there and in the folder for temporary files",
+    errno.EDQUOT: "free space in your quota, or choose another folder",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or choose another folder",
+    errno.EIO: "check the disk, or choose another folder",
+    errno.EROFS: "choose a folder on a file system that is not read-only",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.ENOTDIR: "a part of the path is a file; choose another path",
+    errno.EEXIST: "a part of the path is a file; choose another path",
+    errno.EISDIR: "a folder has that name; choose another path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+WITHOUT_A_NAME = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What a write to an open file can fail with; Python does not say which file it was."""
+EMPTY_LEFTOVER_SECONDS = 3600
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the place of `path` when the block ends well.
 
-    A block that fails, or a process that dies in it, leaves `path` as it was. Raises ComkdError, naming the
+    A block that fails, or a process that dies in it, leaves `path` as it was. Raises WriteError, naming the
     file, where it can't be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise write_error(path, error) from error
     os.close(handle)
     unfinished = Path(name)
     try:
         yield unfinished
         unfinished.chmod(0o666 & ~_umask())  # mkstemp keeps files to their owner
-        with unfinished.open("r+b") as written:
-            os.fsync(written.fileno())
+        _sync(unfinished)
         unfinished.replace(path)
     except OSError as error:  # a full disk has no file name of its own
-        raise ComkdError(f"{path}: can't be written: {error.strerror or error}") from error
+        raise write_error(path, error) from error
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
 def folder_written_whole(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to fill; it takes the place of `path` when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as name:
-        unfinished = Path(name) / "new"
-        unfinished.mkdir()
-        yield unfinished
-        if not path.exists():
-            unfinished.replace(path)
-            return
-        old = Path(name) / "old"
-        path.replace(old)
+    """A folder beside `path` to fill; it takes the place of `path` when the block ends well.
+
+    A block that fails or is interrupted leaves `path` as it was and nothing beside it; what processes that were
+    killed have left beside it is removed first. Raises WriteError, naming `path`, where the system refuses to
+    write there; the block's other errors pass.
+    """
+    place = path.resolve()  # renaming `.` or a link would not replace the folder
+    if place.is_mount():
+        raise WriteError(path, "a mount point can't be replaced", f"choose a folder in it, such as {path / 'bundle'}")
+    with _scratch_beside(place, path) as scratch:
+        unfinished = scratch / "new"
         try:
-            unfinished.replace(path)
-        except OSError:
-            old.replace(path)
-            raise
+            unfinished.mkdir()
+            yield unfinished
+            for file in unfinished.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            _move_in(scratch, place)
+        except OSError as error:
+            if not _is_refusal(error, scratch):
+                raise
+            raise write_error(path, error) from error
+
+
+def write_error(path: Path, error: OSError) -> WriteError:
+    """The error of a path that the system refuses to write, with the remedy."""
+    reason = error.strerror or str(error)
+    return WriteError(path, reason, REMEDIES.get(error.errno or 0, "choose another folder"))
+
+
+@contextmanager
+def _scratch_beside(place: Path, named: Path) -> Iterator[Path]:
+    """A folder beside `place` that is locked while the block lasts, and gone after it."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(place)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    except OSError as error:
+        raise write_error(named, error) from error
+    lock = None
+    try:
+        lock = _locked(scratch, wait=True)
+        yield scratch
+    finally:
+        _put_back(scratch, place)
+        shutil.rmtree(scratch, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _move_in(scratch: Path, place: Path) -> None:
+    """Put scratch/new in the place; what was there goes to scratch/old."""
+    if place.exists():
+        place.replace(scratch / "old")
+    (scratch / "new").replace(place)
+
+
+def _put_back(scratch: Path, place: Path) -> None:
+    """Undo the first half of a move that did not come to its second."""
+    if (scratch / "old").exists() and not place.exists():
+        (scratch / "old").replace(place)
+
+
+def _remove_leftovers(place: Path) -> None:
+    """Remove the scratch folders of processes that were killed while they wrote `place`.
+
+    A running process holds the lock of its own. It locks the folder before it puts anything in, so an empty one
+    may be just about to be locked.
+    """
+    for folder in place.parent.glob(f".{glob.escape(place.name)}.????????"):
+        if not folder.is_dir() or folder.is_symlink() or (lock := _locked(folder, wait=False)) is None:
+            continue
+        try:
+            held = {entry.name for entry in folder.iterdir()}
+            forgotten = time.time() - folder.stat().st_mtime > EMPTY_LEFTOVER_SECONDS
+            if held <= {"new", "old"} and (held or forgotten):
+                _put_back(folder, place)
+                shutil.rmtree(folder, ignore_errors=True)
+        except FileNotFoundError:  # another process removes the same one
+            continue
+        finally:
+            os.close(lock)
+
+
+def _locked(folder: Path, wait: bool) -> int | None:
+    """A handle that holds the folder's lock until it is closed; None where another process has the lock.
+
+    The lock ends with the process that took it, however it ends. None as well where the system or the file system
+    has no such locks: then nothing counts as left over.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _is_refusal(error: OSError, scratch: Path) -> bool:
+    """Whether the system refused to write in the scratch folder: an error of another file is not the folder's."""
+    if error.filename is None:
+        return error.errno in WITHOUT_A_NAME
+    if error.errno == errno.EEXIST:  # what some file systems say where another process has filled the place
+        return False
+    return error.errno in REMEDIES and Path(os.fsdecode(error.filename)).is_relative_to(scratch)
+
+
+def _sync(file: Path) -> None:
+    """Wait until the content is on the disk, which is where some file systems first notice that it is full."""
+    with file.open("r+b") as written:
+        os.fsync(written.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,7 +198,7 @@ def check_writable(folder: Path, remedy: str) -> None:
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise ComkdError(f"{folder}: can't be written to: {error.strerror or error}; {remedy}") from error
+        raise WriteError(f"{folder}: can't be written to: {error.strerror or error}; {remedy}") from error
 
 
 def is_newer_format(found: object, known: str) -> bool:

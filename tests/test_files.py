@@ -1,9 +1,12 @@
+import errno
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comkd_cli.errors import ComkdError
+from comkd_cli.errors import ComkdError, WriteError
 from comkd_cli.files import (
     check_writable,
     folder_written_whole,
@@ -164,6 +167,199 @@ def test_a_process_killed_while_writing_leaves_the_old_folder(old_folder: Path) 
     assert (old_folder / "file").read_bytes() == b"old"
     assert listing(old_folder) == ["file", "only old"]
     assert [name for name in listing(old_folder.parent) if not name.startswith(".")] == ["bundle"]
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one(old_folder: Path) -> None:
+    run_and_die(KILLED_WHILE_WRITING_A_FOLDER, old_folder)
+    run_and_die(KILLED_WHILE_WRITING_A_FOLDER, old_folder)  # which removes what the first one left
+    assert len(listing(old_folder.parent)) == 2
+    with folder_written_whole(old_folder) as unfinished:
+        (unfinished / "file").write_bytes(b"new")
+    assert listing(old_folder.parent) == ["bundle"]
+
+
+WRITES_AND_WAITS = """
+import sys
+from pathlib import Path
+from comkd_cli.files import folder_written_whole
+with folder_written_whole(Path(sys.argv[1])) as unfinished:
+    (unfinished / "file").write_bytes(b"of the other process")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_another_process_is_writing_stays(old_folder: Path) -> None:
+    command = [sys.executable, "-c", WRITES_AND_WAITS, str(old_folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "writing\n"
+        with folder_written_whole(old_folder) as unfinished:
+            (unfinished / "file").write_bytes(b"new")
+        assert (old_folder / "file").read_bytes() == b"new"
+        other.communicate("")
+    assert other.returncode == 0
+    assert (old_folder / "file").read_bytes() == b"of the other process"
+    assert listing(old_folder.parent) == ["bundle"]
+
+
+def test_folders_that_only_look_like_leftovers_stay(old_folder: Path) -> None:
+    for name in (".bundle.mine", ".bundle.12345678", ".bundle2.abcdefgh"):
+        (old_folder.parent / name).mkdir()
+        (old_folder.parent / name / "precious").write_bytes(b"x")
+    (old_folder.parent / ".bundle.aaaaaaaa").mkdir()  # as another process makes it, just before it is locked
+    before = listing(old_folder.parent)
+    with folder_written_whole(old_folder):
+        pass
+    assert listing(old_folder.parent) == before
+    hours_ago = time.time() - 7200
+    os.utime(old_folder.parent / ".bundle.aaaaaaaa", (hours_ago, hours_ago))
+    with folder_written_whole(old_folder):
+        pass
+    assert ".bundle.aaaaaaaa" not in listing(old_folder.parent)
+
+
+def test_a_folder_that_a_killed_process_had_moved_aside_comes_back(old_folder: Path) -> None:
+    scratch = old_folder.parent / ".bundle.abcdefgh"
+    (scratch / "new").mkdir(parents=True)
+    old_folder.replace(scratch / "old")
+    with pytest.raises(RuntimeError, match="parity"):
+        fail_while_writing(folder_written_whole(old_folder), RuntimeError("parity"), "file")
+    assert listing(old_folder) == ["file", "only old"]
+    assert listing(old_folder.parent) == ["bundle"]
+
+
+def test_an_interruption_between_the_two_moves_brings_the_old_folder_back(
+    old_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), folder_written_whole(old_folder):
+        pass
+    assert listing(old_folder) == ["file", "only old"]
+    assert listing(old_folder.parent) == ["bundle"]
+
+
+def test_a_link_leads_to_the_folder_that_is_replaced(old_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(old_folder)
+    with folder_written_whole(tmp_path / "link") as unfinished:
+        (unfinished / "file").write_bytes(b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (old_folder / "file").read_bytes() == b"new"
+
+
+def test_the_current_folder_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with folder_written_whole(Path()) as unfinished:
+        (unfinished / "file").write_bytes(b"new")
+    assert listing(tmp_path / "here") == ["file"]
+    assert listing(tmp_path) == ["here"]
+
+
+# --- what the system refuses ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole", [written_whole, folder_written_whole])
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.ENOSPC, "No space left on device; free space there"),
+        (errno.EFBIG, "File too large; raise the limit on the size of files"),
+        (errno.EIO, "Input/output error; check the disk"),
+    ],
+)
+def test_a_full_disk_is_one_message_with_the_path_and_the_remedy(
+    tmp_path: Path, whole: Callable[[Path], AbstractContextManager[Path]], number: int, reason: str
+) -> None:
+    with pytest.raises(WriteError) as caught, whole(tmp_path / "target"):
+        raise OSError(number, os.strerror(number))  # as a write to an open file does, without a name
+    assert str(caught.value).startswith(f"{tmp_path}/target: can't be written: {reason}")
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("whole", [written_whole, folder_written_whole])
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.EROFS, "not read-only"), (errno.EACCES, "you may write to"), (errno.EPERM, "you may write to")],
+)
+def test_a_place_that_may_not_be_written_is_one_message_before_the_block_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: Callable[[Path], AbstractContextManager[Path]],
+    number: int,
+    remedy: str,
+) -> None:
+    def refused(path: object, *_: object) -> None:
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr(os, "mkdir", refused)  # root may write wherever the mode forbids it
+    with (
+        pytest.raises(WriteError, match=rf"^{tmp_path}/deep/target: can't be written: .*{remedy}"),
+        whole(tmp_path / "deep/target"),
+    ):
+        pytest.fail("the block must not run")
+
+
+@pytest.mark.parametrize("whole", [written_whole, folder_written_whole])
+def test_a_file_in_the_place_of_a_folder_above_is_said(
+    tmp_path: Path, whole: Callable[[Path], AbstractContextManager[Path]]
+) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    with (
+        pytest.raises(WriteError, match=r"file/deep/target: can't be written: .* is a file"),
+        whole(tmp_path / "file/deep/target"),
+    ):
+        pytest.fail("the block must not run")
+
+
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+from comkd_cli.errors import WriteError
+from comkd_cli.files import folder_written_whole, write_text
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+for write in (lambda path: write_text(path, "x" * 9999), None):
+    try:
+        if write:
+            write(Path(sys.argv[1], "file"))
+        else:
+            with folder_written_whole(Path(sys.argv[1], "bundle")) as folder:
+                (folder / "graph").write_bytes(b"x" * 9999)
+    except WriteError as error:
+        print(error)
+"""
+
+
+def test_a_real_limit_on_the_size_of_files_leaves_the_old_ones(old_folder: Path) -> None:
+    (old_folder.parent / "file").write_bytes(b"old")
+    command = [sys.executable, "-c", LIMITED, str(old_folder.parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    of_file, of_folder = done.stdout.splitlines()
+    assert of_file.startswith(f"{old_folder.parent}/file: can't be written: File too large")
+    assert of_folder.startswith(f"{old_folder}: can't be written: File too large")
+    assert listing(old_folder.parent) == ["bundle", "file"]
+    assert listing(old_folder) == ["file", "only old"]
+
+
+def test_an_error_of_another_file_is_not_said_to_be_the_folders(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), folder_written_whole(tmp_path / "bundle"):
+        (tmp_path / "absent").read_bytes()
+    with pytest.raises(PermissionError) as caught, folder_written_whole(tmp_path / "bundle"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "weights.pt"))
+    assert caught.value.filename == str(tmp_path / "weights.pt")
+    assert listing(tmp_path) == []
+
+
+def test_a_mount_point_is_refused_before_the_block_runs() -> None:
+    with pytest.raises(WriteError, match="a mount point can't be replaced"), folder_written_whole(Path("/proc")):
+        pytest.fail("the block must not run")
 
 
 def test_removing_a_folder_takes_all_that_is_in_it_and_minds_none_that_is_not_there(old_folder: Path) -> None:

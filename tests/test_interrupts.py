@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from comkd_cli.interrupts import stop_wishes
+from comkd_cli.interrupts import Stopped, stop_wishes, stopping_at_once
 
 WISHES = (signal.SIGINT, signal.SIGTERM)
 
@@ -123,3 +123,94 @@ def test_outside_the_main_thread_nobody_can_ask_and_nothing_is_changed() -> None
     thread.start()
     thread.join()
     assert answers == [None, before]
+
+
+# --- at once -------------------------------------------------------------------------------------------
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def send_and_wait(number: signal.Signals) -> None:
+    send(number)
+    time.sleep(10)
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_ends_the_block_with_cleanup_and_the_status_that_shells_report(number: signal.Signals) -> None:
+    cleaned = []
+    with pytest.raises(Stopped) as caught, stopping_at_once():  # noqa: PT012
+        try:
+            send(number)
+            time.sleep(10)
+        finally:
+            send(number)  # as `timeout` sends it twice: the cleanup goes on
+            time.sleep(0.01)
+            cleaned.append(True)
+    assert caught.value.exit_code == 128 + number
+    assert cleaned == [True]
+    assert isinstance(caught.value, KeyboardInterrupt)
+    assert not isinstance(caught.value, Exception)  # which libraries catch
+
+
+def test_a_stop_that_a_library_swallowed_is_raised_by_the_check() -> None:
+    with stopping_at_once() as check:
+        check()
+        with pytest.raises(Stopped):  # the library
+            send_and_wait(signal.SIGTERM)
+        with pytest.raises(Stopped) as caught:
+            check()
+    assert caught.value.exit_code == 143
+
+
+@pytest.mark.usefixtures("own_handlers")
+def test_a_block_that_stops_at_once_puts_the_handlers_back() -> None:
+    with pytest.raises(Stopped), stopping_at_once():
+        send_and_wait(signal.SIGTERM)
+    assert all(signal.getsignal(number) is own_handler for number in WISHES)
+
+
+def test_what_was_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with stopping_at_once():
+            send(signal.SIGHUP)
+            time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+LATE_SIGTERM = """
+import os, signal, time
+from comkd_cli import interrupts
+interrupts.TOGETHER_SECONDS = 0.05
+with interrupts.stopping_at_once():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    finally:
+        print("cleaning", flush=True)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+"""
+
+
+def test_a_later_signal_ends_a_cleanup_that_hangs() -> None:
+    command = [sys.executable, "-c", LATE_SIGTERM]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "cleaning\n")
+
+
+def test_outside_the_main_thread_nothing_is_changed() -> None:
+    before = [signal.getsignal(number) for number in STOPS]
+    found: list[object] = []
+
+    def work() -> None:
+        with stopping_at_once() as check:
+            check()
+            found.append([signal.getsignal(number) for number in STOPS])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [before]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import fields, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 
 @click.command()
 @click.argument("student", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--onnx", is_flag=True, help="Export to ONNX; the only format so far, and the default.")
+@click.option("--onnx", is_flag=True, expose_value=False, help="Export to ONNX, which is the default format.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -32,7 +33,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
     multiple=True,
     default=("fp32",),
     show_default=True,
-    help="Of the graphs; may be repeated. int8 is calibrated on the training images.",
+    help="Of the graphs; may be repeated. int8 is made with images that its gate does not use.",
 )
 @click.option("--text", is_flag=True, help="Add the teacher's text encoder, so that a device can add classes.")
 @click.option("--web", is_flag=True, help="Add a page that classifies in a browser, without a server's help.")
@@ -45,7 +46,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 @click.option(
     "--images",
     type=click.Path(file_okay=False, exists=True, path_type=Path),
-    help="Folder of real images for checks and calibration. Left out: the student's own data.",
+    help="Folder of real images for gates and int8. Left out: the student's own data.",
 )
 @click.option(
     "--check-images",
@@ -70,7 +71,6 @@ PRECISIONS = ("fp32", "fp16", "int8")
 @json_option
 def command(
     student: Path,
-    onnx: bool,
     out: Path | None,
     precisions: tuple[str, ...],
     text: bool,
@@ -91,8 +91,9 @@ def command(
     """Export STUDENT.pt to a bundle: ONNX graphs, checked in onnxruntime, and a predict.py without torch.
 
     The graphs must answer as the student does on real images, at batch sizes 1, 2 and 7 and over the label set.
-    A precision that does not is left out and told, with its figures, and the exit code is 1. Limits of --gate:
-    cosine_min, agreement_min_percent, top1_loss_max_points, difference_max.
+    A precision that does not is left out and told, with its figures, and the exit code is 1. int8 is calibrated and
+    chosen on other images than its gate's. Limits of --gate: cosine_min, agreement_min_percent,
+    top1_loss_max_points, difference_max.
     """
     from comkd_cli.errors import ExportError
     from comkd_cli.terminal import print_json, reporting, starting
@@ -139,9 +140,12 @@ def _gates(settings: tuple[str, ...]) -> dict[str, Gate]:
                 f"--gate {setting}: should be PRECISION.LIMIT=VALUE, with {', '.join(GATES)} and {', '.join(limits)}"
             )
         try:
-            changed[precision] = replace(changed[precision], **{limit: float(value)})
+            number = float(value)
         except ValueError as error:
             raise click.UsageError(f"--gate {setting}: {value!r} is no number") from error
+        if math.isnan(number):  # no figure is on either side of it
+            raise click.UsageError(f"--gate {setting}: {value!r} is no number")
+        changed[precision] = replace(changed[precision], **{limit: number})
     return changed
 
 
@@ -149,6 +153,7 @@ def _print_bundle(target: Path, manifest: dict[str, Any]) -> None:
     from rich.filesize import decimal
     from rich.table import Table
 
+    from comkd_cli.packaging.latency import disturbance
     from comkd_cli.terminal import output
 
     console = output()
@@ -159,9 +164,12 @@ def _print_bundle(target: Path, manifest: dict[str, Any]) -> None:
     console.print(table)
     console.print()
     console.print(_parity_table(manifest))
+    console.print(_image_sizes(manifest["images"]), style="dim", markup=False, soft_wrap=True)
     if manifest["latency"]:
         console.print()
         console.print(_latency_table(manifest))
+        if disturbed := disturbance(manifest["latency"]):
+            console.print(disturbed, style="yellow", markup=False, soft_wrap=True)
     quoted = shlex.quote(str(target))
     console.print(f"bundle: {target}\n  comkd predict {quoted} IMAGE...", markup=False, soft_wrap=True)
     if "index.html" in manifest["files"]:
@@ -172,7 +180,7 @@ def _parity_table(manifest: dict[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for head in ("precision", "of fp32's size", "least cosine", "same answers", "top-1"):
+    for head in ("precision", "of fp32's size", "least cosine", "same answers", "95 % interval", "top-1"):
         table.add_column(head, justify="left" if head == "precision" else "right")
     sizes = {p: manifest["files"][e["classifier"]]["bytes"] for p, e in manifest["precisions"].items()}
     for precision, entry in manifest["precisions"].items():
@@ -180,8 +188,25 @@ def _parity_table(manifest: dict[str, Any]) -> Any:
         share = f"{sizes[precision] / sizes['fp32']:.2f}" if "fp32" in sizes else "-"
         top1 = "-" if parity["top1_percent"] is None else f"{parity['top1_percent']:.2f} %"
         same = f"{parity['top1_agreement_percent']:.2f} %"
-        table.add_row(precision, share, f"{parity['feature_cosine_min']:.6f}", same, top1)
+        low, high = parity["top1_agreement_interval_percent"]
+        cosine = f"{parity['feature_cosine_min']:.6f}"
+        table.add_row(precision, share, cosine, same, f"{low:.1f} to {high:.1f} %", top1)
     return table
+
+
+def _image_sizes(images: dict[str, Any]) -> str:
+    """`gate: 360 test images; calibrate: 144 training images; choose: 48`, and why there may be no top-1."""
+    from comkd_cli.packaging.parts import PartSize
+
+    sizes = {name: PartSize(**images[name]) for name in ("gate", "calibrate", "choose")}
+    text = f"gate: {sizes['gate'].words(scored=True)}"
+    if sizes["calibrate"].images:
+        text += f"; int8 calibrated on {sizes['calibrate'].words()}, chosen on {sizes['choose'].words()}"
+    if images["unreadable"]:
+        text += f"; {images['unreadable']} could not be read"
+    if not sizes["gate"].labels:
+        text += "; no top-1: no held-out labelled images"
+    return text
 
 
 def _latency_table(manifest: dict[str, Any]) -> Any:

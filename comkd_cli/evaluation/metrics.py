@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+
+NORMAL_95 = 1.959963984540054  # the 0.975 quantile of the standard normal distribution
 
 
 def top1_percent(predicted: np.ndarray, labels: np.ndarray) -> float:
@@ -18,3 +22,17 @@ def mean_per_class_percent(predicted: np.ndarray, labels: np.ndarray) -> float:
 def agreement_percent(first: np.ndarray, second: np.ndarray) -> float:
     """The share of images that two models put in the same class, right or wrong, in percent."""
     return float(100 * np.mean(first == second))
+
+
+def wilson_interval_percent(share_percent: float, count: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a share that was measured on `count` images, in percent.
+
+    Wilson's score interval (E. B. Wilson, 1927): it does not shrink to a point at 0 and 100 %, as the usual one does.
+    Raises ValueError without images.
+    """
+    if count < 1:
+        raise ValueError("a share of no images has no interval")
+    share, z2 = share_percent / 100, NORMAL_95**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = NORMAL_95 * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)

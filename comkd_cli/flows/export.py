@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,22 @@ from comkd_cli.backbones import bpe_merges
 from comkd_cli.checkpoints import StudentRecord, load_student
 from comkd_cli.costs import multiply_adds, parameters
 from comkd_cli.data.folder import images_below
-from comkd_cli.data.source import ImageSet
 from comkd_cli.data.sources import open_source
-from comkd_cli.errors import CheckpointError, DataError, ExportError, ModelError
+from comkd_cli.errors import CheckpointError, DataError, ExportError, Interrupted, ModelError
 from comkd_cli.evaluation.classes import check_classes
 from comkd_cli.files import folder_written_whole, write_text
+from comkd_cli.interrupts import Stopped, stopping_at_once
 from comkd_cli.method.student import Student
-from comkd_cli.packaging.bundle import MERGES, TEXT_ENCODER, Contents, Text, complete_bundle, graph_name
+from comkd_cli.packaging.bundle import (
+    MERGES,
+    TEXT_ENCODER,
+    Contents,
+    Text,
+    changed_score,
+    check_head,
+    complete_bundle,
+    graph_name,
+)
 from comkd_cli.packaging.graphs import (
     CLASS_VECTORS,
     OPSET,
@@ -31,17 +40,18 @@ from comkd_cli.packaging.graphs import (
 )
 from comkd_cli.packaging.latency import Contender, measure_latency
 from comkd_cli.packaging.parity import BATCH_SIZES, GATES, Gate, Parity, Reference, measure_parity
-from comkd_cli.packaging.precisions import OPTIMIZATION, in_order, to_fp16, to_int8
+from comkd_cli.packaging.parts import Part, Parts, Pool, read_parts
+from comkd_cli.packaging.precisions import OPTIMIZATION, QuantisationImages, in_order, to_fp16, to_int8
 from comkd_cli.packaging.runner import run_graph
 from comkd_cli.packaging.web import add_web_page
-from comkd_cli.predictor import BundleProblem, Preprocessing, UnreadableImage, prepare, read_manifest
+from comkd_cli.predictor import BundleProblem, read_manifest
 from comkd_cli.progress import Notice, Progress, Report, Stage
 from comkd_cli.teachers import ClassEncoder, class_encoder
 
 CHECK_IMAGES = 512
-CALIBRATION_IMAGES = 192
 TEXT_DIFFERENCE_MAX = 1e-4
 STUDENT_BATCH = 32
+INTERRUPTED = 130  # 128 + SIGINT
 
 
 @dataclass(frozen=True)
@@ -60,9 +70,9 @@ class Wishes:
     opset: int = OPSET
     gates: Mapping[str, Gate] = field(default_factory=lambda: GATES)
     check_images: int = CHECK_IMAGES
-    """At most so many real images are compared."""
+    """At most so many real images are compared by the gates."""
     pictures: Path | None = None
-    """A folder of real images for checks and calibration; None takes those of the student's data."""
+    """A folder of real images for gates and int8; None takes those of the student's data."""
     runs: Path = Path("runs")
     """Folder of all runs, where the index of shards is kept."""
     allow_download: bool = False
@@ -84,45 +94,68 @@ def export(
     """Export a student, check it, and leave a bundle at `out`.
 
     The bundle appears whole or not at all; a precision that misses its gate is left out of it. Raises
-    ExportError where none passes, with the figures, and where `out` exists already unless `force`.
+    ExportError where none passes, with the figures, and where `out` exists already unless `force`; WriteError where
+    the system refuses to write there; Interrupted, with everything temporary removed, where a signal asked to stop.
     """
-    wishes = wishes or Wishes()
+    try:
+        with stopping_at_once() as check_stop:
+            return _export(student_file, out, data_root, report, force, wishes or Wishes(), check_stop)
+    except KeyboardInterrupt as error:
+        code = error.exit_code if isinstance(error, Stopped) else INTERRUPTED
+        raise Interrupted("the export was stopped; it leaves no unfinished bundle", code) from error
+
+
+def _export(
+    student_file: Path,
+    out: Path,
+    data_root: Path,
+    report: Report,
+    force: bool,
+    wishes: Wishes,
+    check_stop: Callable[[], None],
+) -> Exported:
     _check_target(out, force)
     student, record = load_student(student_file, wishes.allow_download)
     teacher = _text_teacher(student_file, record, wishes, report) if wishes.text else None
-    checked, calibration = _image_sets(record, data_root, wishes, report)
-    reference = _reference(student, checked, record.preprocessing, wishes.check_images, report)
-    contents = Contents(
-        record=record,
-        class_vectors=student.class_vectors.numpy(),
-        logit_scale=float(student.logit_scale),
-        candidates=student.uses_candidates,
-        opset=wishes.opset,
-        parameters=parameters(student),
-        multiply_adds=multiply_adds(student, record.preprocessing.size),
-        license=wishes.license,
-    )
-    extra = {CLASS_VECTORS: contents.class_vectors} if contents.candidates else {}
-    with folder_written_whole(out) as folder:
+    class_vectors, logit_scale = student.class_vectors.numpy(), float(student.logit_scale)
+    check_head(student_file, record.class_names, class_vectors, logit_scale)
+    extra = {CLASS_VECTORS: class_vectors} if student.uses_candidates else {}
+    with folder_written_whole(out) as folder:  # first, for an unwritable place should not cost the work below
+        parts = _parts(record, data_root, wishes, report)
+        contents = Contents(
+            record=record,
+            class_vectors=class_vectors,
+            logit_scale=logit_scale,
+            candidates=student.uses_candidates,
+            opset=wishes.opset,
+            parameters=parameters(student),
+            multiply_adds=multiply_adds(student, record.preprocessing.size),
+            parts=parts,
+            license=wishes.license,
+        )
+        reference = _reference(student_file, student, parts.gate, contents.head, report)
         report(Stage(f"Exporting {student_file} to ONNX opset {wishes.opset}"))
         source = folder / graph_name("image_encoder", "fp32")
         export_image_encoder(student, record.preprocessing, source, wishes.opset)
         check_graph(source, standard_only=True)
         for precision in in_order(wishes.precisions):
+            check_stop()
             try:
                 if precision == "int8":
-                    images, _ = _prepared(calibration, record.preprocessing, CALIBRATION_IMAGES, report)
-                    parity = _quantised(folder, contents, images, reference, extra, wishes, report)
+                    parity = _quantised(folder, contents, reference, extra, wishes, report)
                 else:
                     parity = _checked(precision, folder, contents, reference, extra, wishes, report)
                 contents.parities[precision] = parity
             except ExportError as error:
+                check_stop()  # Ctrl-C reaches the process that runs the graph, too
                 contents.failed[precision] = str(error)
                 report(Notice(f"{precision} is left out: {error}"))
                 _remove_graphs(folder, precision, keep_source=True)
         if not contents.parities:
             reasons = "; ".join(f"{precision}: {why}" for precision, why in contents.failed.items())
             raise ExportError(f"the graphs do not answer as the student does; no bundle was made: {reasons}")
+        if changed := changed_score(contents):
+            report(Notice(changed))
         if teacher is not None:
             contents.text = _add_text(teacher, record, student, folder, wishes.opset, report)
         if wishes.benchmark:
@@ -132,7 +165,9 @@ def export(
         if wishes.web:
             report(Stage("Adding the page for browsers"))
             add_web_page(folder, wishes.web_runtime)
-        return Exported(complete_bundle(folder, contents), contents.failed)
+        manifest = complete_bundle(folder, contents)
+        check_stop()
+    return Exported(manifest, contents.failed)
 
 
 def _checked(
@@ -155,38 +190,43 @@ def _checked(
     parity = measure_parity(encoder, classifier, reference, extra, OPTIMIZATION[precision])
     if missed := parity.failures(wishes.gates[precision]):
         raise ExportError(f"{', '.join(missed)} on {parity.images} images")
-    report(Notice(f"{precision} holds: {parity.figures()}"))
+    report(Notice(f"{precision} holds: {parity.figures()}, on {contents.parts.gate.size.words(scored=True)}"))
     return parity
 
 
 def _quantised(
     folder: Path,
     contents: Contents,
-    images: np.ndarray,
     reference: Reference,
     extra: dict[str, np.ndarray],
     wishes: Wishes,
     report: Report,
 ) -> Parity:
-    """The parity of the first way to int8 that passes the gate. Raises ExportError where none does."""
-    report(Stage(f"Quantising to int8, with {len(images)} images to calibrate and compare"))
-    ways = to_int8(folder / graph_name("image_encoder", "fp32"), images, extra)
-    missed = []
+    """The parity of int8, made in the way that does best on images of its own. Raises ExportError where it fails.
+
+    The gate's images are seen once: trying one way after the other on them until one passes would choose on them.
+    """
+    parts = contents.parts
+    if parts.too_few is not None:
+        raise ExportError(parts.too_few)
+    images = QuantisationImages(parts.calibrate.images, parts.choose.images)
+    report(
+        Stage(
+            f"Quantising to int8, with {parts.calibrate.size.words()} to calibrate and "
+            f"{parts.choose.size.images} to choose the way"
+        )
+    )
+    source = folder / graph_name("image_encoder", "fp32")
+    ways = to_int8(source, images, contents.head, wishes.gates["int8"], extra)
+    contents.quantisation = [way for way, _ in ways]
+    chosen, path = ways[0]
+    path.replace(folder / graph_name("image_encoder", "int8"))
+    for _, other in ways[1:]:
+        other.unlink()
     try:
-        for position, (way, path) in enumerate(ways):
-            path.replace(folder / graph_name("image_encoder", "int8"))
-            try:
-                parity = _checked("int8", folder, contents, reference, extra, wishes, report)
-            except ExportError as error:
-                missed.append(f"{way.method}: {error}")
-                continue
-            others = [other for other, _ in ways[:position] + ways[position + 1 :]]
-            contents.quantisation = [way, *others]
-            return parity
-        raise ExportError("; ".join(missed))
-    finally:
-        for _, path in ways:
-            path.unlink(missing_ok=True)
+        return _checked("int8", folder, contents, reference, extra, wishes, report)
+    except ExportError as error:
+        raise ExportError(f"{chosen.method}: {error}") from error
 
 
 def _remove_graphs(folder: Path, precision: str, keep_source: bool) -> None:
@@ -225,8 +265,8 @@ def _add_text(
     gaps = []
     for name, answer in answers.items():
         start = int(name.split("/")[1])
-        gaps.append(float(np.abs(answer - expected[start : start + len(answer)]).max()))
-    difference = max(gaps)
+        gaps.append(np.abs(answer - expected[start : start + len(answer)]).max())
+    difference = float(np.max(gaps))  # not a number where one of them is none, unlike Python's max
     if not difference <= TEXT_DIFFERENCE_MAX:
         raise ExportError(
             f"{TEXT_ENCODER}: its features are not the student's class vectors: max |difference| {difference:.2e} "
@@ -251,17 +291,30 @@ def _measure(
     return measure_latency(student_file, contenders, contents.record.preprocessing.size, extra, step)
 
 
-def _image_sets(record: StudentRecord, data_root: Path, wishes: Wishes, report: Report) -> tuple[ImageSet, ImageSet]:
-    """Images to check on, with their labels where there are some, and images to calibrate on."""
+def _parts(record: StudentRecord, data_root: Path, wishes: Wishes, report: Report) -> Parts:
+    """The images of the gates and those that int8 is made with."""
+    gate, others = _pools(record, data_root, wishes, report)
+    report(Stage("Reading real images"))
+    return read_parts(gate, others, record.preprocessing, wishes.check_images, "int8" in wishes.precisions, report)
+
+
+def _pools(record: StudentRecord, data_root: Path, wishes: Wishes, report: Report) -> tuple[Pool, Pool]:
+    """Where the gates' images come from, and where those to calibrate and to choose on."""
     if wishes.pictures is not None:
-        images = images_below(wishes.pictures, report)
-        return images, images
+        given = Pool(images_below(wishes.pictures, report), "given")
+        return given, given
     try:
         source = open_source(record.recipe.data, data_root, wishes.runs, report)
     except DataError as error:
         raise DataError(f"{error}; or give other real images for the checks with --images") from error
     check_classes(record, source)
-    return source.test or source.train, source.train
+    training = Pool(source.train, "training")
+    if source.test is None or not len(source.test):
+        report(
+            Notice(f"{source.name} has no test images: graphs are compared on training images, and no top-1 is given")
+        )
+        return training, training
+    return Pool(source.test, "test"), training
 
 
 def _check_target(out: Path, force: bool) -> None:
@@ -276,36 +329,20 @@ def _check_target(out: Path, force: bool) -> None:
         raise ExportError(f"{out}: is no bundle, so --force does not replace it; choose another --out") from error
 
 
-def _reference(
-    student: Student, images: ImageSet, preprocessing: Preprocessing, most: int, report: Report
-) -> Reference:
-    """What the student says of up to `most` images."""
-    prepared, positions = _prepared(images, preprocessing, most, report)
-    report(Stage(f"Asking the student in PyTorch about {len(prepared)} real images"))
+def _reference(student_file: Path, student: Student, part: Part, head: np.ndarray, report: Report) -> Reference:
+    """What the student says of images. Raises ExportError where its answers are not numbers."""
+    images = part.images
+    report(Stage(f"Running the student in PyTorch on {part.size.words()}"))
     answers = []
     with torch.inference_mode():
-        for start in range(0, len(prepared), STUDENT_BATCH):
-            answers.append(student(torch.from_numpy(prepared[start : start + STUDENT_BATCH])))
-            report(Progress("student", min(start + STUDENT_BATCH, len(prepared)), len(prepared)))
-    return Reference(
-        images=prepared,
-        features=torch.cat([answer.features for answer in answers]).numpy(),
-        logits=torch.cat([answer.logits for answer in answers]).numpy(),
-        labels=None if images.labels is None else np.asarray(images.labels)[positions],
-    )
-
-
-def _prepared(
-    images: ImageSet, preprocessing: Preprocessing, most: int, report: Report
-) -> tuple[np.ndarray, np.ndarray]:
-    """Up to `most` images, evenly spaced over the set, prepared: float32 (images, 3, size, size); their positions."""
-    prepared, positions = [], []
-    for index in np.unique(np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int)):
-        try:
-            prepared.append(prepare(images.open(int(index)), preprocessing))
-            positions.append(index)
-        except UnreadableImage as error:
-            report(Notice(f"unreadable, left out: {error}"))
-    if not prepared:  # none there, or none readable
-        raise DataError("none of the images for the checks could be read; give others with --images")
-    return np.stack(prepared), np.asarray(positions)
+        for start in range(0, len(images), STUDENT_BATCH):
+            answers.append(student(torch.from_numpy(images[start : start + STUDENT_BATCH])))
+            report(Progress("student", min(start + STUDENT_BATCH, len(images)), len(images)))
+    features = torch.cat([answer.features for answer in answers]).numpy()
+    logits = torch.cat([answer.logits for answer in answers]).numpy()
+    if odd := int((~np.isfinite(features).all(axis=1) | ~np.isfinite(logits).all(axis=1)).sum()):
+        raise ExportError(
+            f"{student_file}: its answers to {odd} of {len(images)} images are not numbers (NaN or infinite); "
+            "train it again, with a lower optim.learning_rate"
+        )
+    return Reference(images, features, logits, part.labels, part.different, head)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ruamel.yaml import YAML
 
 from comkd_cli.checkpoints import StudentRecord
+from comkd_cli.evaluation.metrics import wilson_interval_percent
+from comkd_cli.packaging.latency import disturbance
+from comkd_cli.packaging.parts import PartSize
 
 WHAT_FILES_ARE = {
     "class_vectors.npy": "one L2-normalised vector a class; logits = logit_scale * features @ vectors.T",
@@ -19,6 +22,7 @@ WHAT_FILES_ARE = {
     "index.html": "classifies in a browser; serve this folder with `python -m http.server`",
 }
 MOST_CLASSES = 20
+NO_SCORE = "no held-out labelled images"
 
 
 def model_card(manifest: Mapping[str, Any], record: StudentRecord, sizes: Mapping[str, int]) -> str:
@@ -44,7 +48,12 @@ def _metadata(manifest: Mapping[str, Any]) -> str:
         "tags": ["clip", "knowledge-distillation", "onnx"],
     }
     if manifest["test_top1_percent"] is not None:
-        metric = {"type": "accuracy", "value": round(manifest["test_top1_percent"], 2), "name": "top-1, percent"}
+        biased = ", epoch selected on test images" if manifest["selection"] == "promptkd" else ""
+        metric = {
+            "type": "accuracy",
+            "value": round(manifest["test_top1_percent"], 2),
+            "name": f"top-1, percent{biased}",
+        }
         result = {
             "task": {"type": "image-classification"},
             "dataset": {"name": manifest["data"], "type": manifest["data"]},
@@ -59,23 +68,38 @@ def _metadata(manifest: Mapping[str, Any]) -> str:
 
 
 def _summary(manifest: Mapping[str, Any], record: StudentRecord) -> str:
-    score, images, unreadable = (manifest.get(f"test_{what}") for what in ("top1_percent", "images", "unreadable"))
-    scored = ""
-    if score is not None:
-        # A student that was saved before the images were counted has the score alone.
-        on = f"{images:,} test images" if images is not None else "the test images"
-        lacking = f" ({unreadable:,} of {images + unreadable:,} could not be read)" if unreadable else ""
-        scored = f" Top-1 on {on}{lacking}, in PyTorch: {score:.2f} %."
     if not record.recipe.loss.needs_teacher:
         return (
             f"Trained by {manifest['made_by']} on the labelled images of {manifest['data']}, without distillation, on "
-            f"the class vectors of {manifest['teacher']}: {manifest['student']}.{scored}"
+            f"the class vectors of {manifest['teacher']}: {manifest['student']}. {_score(manifest)}"
         )
     labels = "with their labels" if record.recipe.loss.labels else "without labels"
     return (
         f"Distilled by {manifest['made_by']} (ComKD-CLIP, arXiv 2408.04145) on the images of {manifest['data']}, "
-        f"{labels}, from the teacher {manifest['teacher']} into {manifest['student']}.{scored}"
+        f"{labels}, from the teacher {manifest['teacher']} into {manifest['student']}. {_score(manifest)}"
     )
+
+
+def _score(manifest: Mapping[str, Any]) -> str:
+    """What the student's own score is, on what, and why there is none."""
+    score, images, unreadable = (manifest[name] for name in ("test_top1_percent", "test_images", "test_unreadable"))
+    if score is None:
+        return "Its accuracy is not known: no held-out labelled images were at hand when it was trained."
+    of = "the" if images is None else f"{int(images)}"
+    text = f"Top-1 on {of} test images, in PyTorch: {score:.2f} %"
+    if images:
+        text += f" ({_interval(wilson_interval_percent(score, int(images)))})"
+    if unreadable:
+        text += f"; {int(unreadable)} more could not be read"
+    if manifest["test_images_were_learned_from"]:
+        text += "; the student learned from these images, without their labels"
+    changed = manifest["test_top1_changed"]
+    return f"{text}. {changed}" if changed else f"{text}."
+
+
+def _interval(interval: Sequence[float]) -> str:
+    """`95 % interval 97.6 to 99.7 %`."""
+    return f"95 % interval {interval[0]:.1f} to {interval[1]:.1f} %"
 
 
 def _use(manifest: Mapping[str, Any]) -> str:
@@ -110,31 +134,42 @@ def _numbers(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
         f"{manifest['parameters']:,} parameters between image and feature, "
         f"{manifest['multiply_adds'] / 1e6:,.1f} million multiply-adds an image. ONNX opset {manifest['opset']}.",
         "",
+        _compared(manifest),
+        "",
         "| precision | classifier, MB | least cosine to PyTorch | answers as PyTorch's | top-1 (PyTorch's) |",
         "|---|---:|---:|---:|---:|",
     ]
     for precision, entry in manifest["precisions"].items():
         parity = entry["parity"]
-        top1 = (
-            f"{parity['top1_percent']:.2f} % ({parity['student_top1_percent']:.2f} %)"
-            if parity["top1_percent"] is not None
-            else "no labels"
-        )
+        top1 = NO_SCORE
+        if parity["top1_percent"] is not None:
+            top1 = (
+                f"{parity['top1_percent']:.2f} % ({parity['student_top1_percent']:.2f} %), "
+                f"{_interval(parity['top1_interval_percent'])}"
+            )
         lines.append(
             f"| {precision} | {sizes[entry['classifier']] / 1e6:.2f} | {parity['feature_cosine_min']:.6f} | "
-            f"{parity['top1_agreement_percent']:.2f} % of {parity['images']} | {top1} |"
+            f"{parity['top1_agreement_percent']:.2f} % of {parity['images']}, "
+            f"{_interval(parity['top1_agreement_interval_percent'])} | {top1} |"
         )
     if ways := manifest["precisions"].get("int8", {}).get("quantisation"):
+        parts = {name: PartSize(**manifest["images"][name]) for name in ("choose", "calibrate")}
         tried = ", ".join(
             f"{way['method']} {way['cosine_mean']:.5f} at {way['bytes'] / 1e6:.2f} MB and {way['milliseconds']:.2f} ms"
             for way in ways
         )
-        lines += ["", f"Ways to int8 with their mean cosine on held-out images, the first taken: {tried}."]
+        lines += [
+            "",
+            f"int8 was calibrated on {parts['calibrate'].words()}, and its way was chosen on "
+            f"{parts['choose'].images} others, none of which the table counts. The ways with their mean cosine on "
+            f"those {parts['choose'].images}, the first taken: {tried}.",
+        ]
     if manifest["latency"]:
+        disturbed = disturbance(manifest["latency"])
         lines += [
             "",
             "Batch 1, on the machine that made the bundle; speed-up and memory against eager PyTorch fp32, side by "
-            "side in one run:",
+            f"side in one run{'. ' + disturbed if disturbed else ':'}",
             "",
             "| what | threads | milliseconds | speed-up | peak memory, MiB | share |",
             "|---|---:|---:|---:|---:|---:|",
@@ -145,6 +180,15 @@ def _numbers(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
             ),
         ]
     return "\n".join(lines)
+
+
+def _compared(manifest: Mapping[str, Any]) -> str:
+    """On which images the graphs were compared with PyTorch."""
+    gate = PartSize(**manifest["images"]["gate"])
+    unreadable = manifest["images"]["unreadable"]
+    left_out = f"; {unreadable} images could not be read" if unreadable else ""
+    labels = "" if gate.labels else ". No top-1 is given, since these are not held-out labelled images"
+    return f"The graphs were compared with PyTorch on {gate.words(scored=True)}{left_out}{labels}."
 
 
 def _limits(manifest: Mapping[str, Any], record: StudentRecord) -> str:
@@ -158,7 +202,10 @@ def _limits(manifest: Mapping[str, Any], record: StudentRecord) -> str:
         "prefer; on other images measure it first.",
     ]
     if record.recipe.selection == "promptkd":
-        lines.append("Its epoch was selected on test images, as PromptKD's released code does: its score is too good.")
+        lines.append(
+            "Its epoch was selected on test images, as PromptKD's released code does: its score is "
+            "optimistically biased because its epoch was selected on test images."
+        )
     for precision, why in manifest["failed"].items():
         lines.append(f"{precision} is not in the bundle: {why}.")
     license_note = (

@@ -166,13 +166,18 @@ def _export(module: nn.Module, inputs: Mapping[str, tuple[Tensor, str]], output:
                 external_data=False,
                 verbose=False,
             )
-    except OSError as error:
-        raise ExportError(f"{path}: can't be written: {error.strerror or error}") from error
     except Exception as error:  # the exporter raises many kinds, none of them ours to list
+        pass_on_refusals(error)
         raise ExportError(f"torch can't export this model to ONNX opset {opset}: {_first_line(error)}") from error
     if (made := opset_of(path)) != opset:
         raise ExportError(f"torch's exporter could not bring this model to ONNX opset {opset}; it made {made}")
     save_graph(onnx.load(path), path)
+
+
+def pass_on_refusals(error: Exception) -> None:
+    """Raise again what the system refused, such as to write on a full disk: that is no fault of a graph."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
 
 
 def _first_line(error: Exception) -> str:

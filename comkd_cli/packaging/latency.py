@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ WARM_UP = 3
 MOST_SECONDS = 4.0
 MOST_RUNS = 200
 LEAST_RUNS = 5
+STEADY_SPREAD = 1.25
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Measured:
     """Resident memory of the whole process at its highest."""
     memory_share: float
     """Of PyTorch's peak."""
+    spread: float = 1.0
+    """The slowest round's median over the fastest one's: far from 1 where other programs ran at the same time."""
 
 
 def measure_latency(
@@ -74,6 +77,7 @@ def measure_latency(
     counts = sorted({1, usable_cores()})
     found = _in_turns(contenders, counts, size, extra, MOST_SECONDS, on_step)
     medians = {key: statistics.median(s for entry in runs for s in entry["seconds"]) for key, runs in found.items()}
+    rounds = {key: [statistics.median(entry["seconds"]) for entry in runs] for key, runs in found.items()}
     peaks = {key: max(int(entry["peak_bytes"]) for entry in runs) for key, runs in found.items()}
     return [
         Measured(
@@ -83,9 +87,21 @@ def measure_latency(
             speed_up=medians["pytorch", threads] / medians[name, threads],
             peak_bytes=peaks[name, threads],
             memory_share=peaks[name, threads] / peaks["pytorch", threads],
+            spread=max(rounds[name, threads]) / min(rounds[name, threads]),
         )
         for name, threads in found
     ]
+
+
+def disturbance(latency: Sequence[Mapping[str, Any]]) -> str | None:
+    """A sentence where the rounds of a measurement differ so much that its figures are not the machine's own."""
+    worst = max(latency, key=lambda entry: float(entry["spread"]), default=None)
+    if worst is None or worst["spread"] <= STEADY_SPREAD:
+        return None
+    return (
+        f"The rounds differ by up to {worst['spread']:.1f} times ({worst['name']}, threads: {worst['threads']}): other "
+        "programs were running. Measure again on an idle machine."
+    )
 
 
 def single_thread_seconds(graphs: list[Contender], size: int, extra: Mapping[str, np.ndarray]) -> dict[str, float]:

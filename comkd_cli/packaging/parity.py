@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from comkd_cli.evaluation.metrics import agreement_percent, top1_percent
+from comkd_cli.errors import ExportError
+from comkd_cli.evaluation.metrics import agreement_percent, top1_percent, wilson_interval_percent
 from comkd_cli.packaging.runner import run_graph
 
 BATCH_SIZES = (1, 2, 7)
 BATCH_IMAGES = 64
 """Images that are sent through at every batch size; the others once."""
 WHOLE_BATCH = 64
+NO_ANSWER = -1
+LOGIT_TOLERANCE = 0.01
+"""Of a logit, as a share of the logit scale: the two graphs run the same encoder, but need not round alike."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,10 @@ class Reference:
     """float32 (images, classes)."""
     labels: np.ndarray | None
     """int64 (images,), or None where the images have none."""
+    different: int | None = None
+    """How many of the images differ from all others; None: all."""
+    head: np.ndarray | None = None
+    """float32 (dim, classes): logits are features @ head; None: that is not checked."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,28 @@ class Parity:
     student_top1_percent: float | None
     """Of PyTorch's student on these images; None without labels."""
     top1_percent: float | None
-    """Of the graph."""
+    """Of the graph: an image that is wrong at one batch size is wrong."""
+    different: int | None = None
+    """How many of the images differ from all others, which is what the intervals go by; None: all."""
+
+    @property
+    def top1_agreement_interval_percent(self) -> tuple[float, float]:
+        """The 95 % confidence interval of the agreement."""
+        return wilson_interval_percent(self.top1_agreement_percent, self.different or self.images)
+
+    @property
+    def top1_interval_percent(self) -> tuple[float, float] | None:
+        """The 95 % confidence interval of the graph's top-1; None without labels."""
+        if self.top1_percent is None:
+            return None
+        return wilson_interval_percent(self.top1_percent, self.different or self.images)
+
+    def document(self) -> dict[str, Any]:
+        """All figures as plain data, for the manifest."""
+        return asdict(self) | {
+            "top1_agreement_interval_percent": self.top1_agreement_interval_percent,
+            "top1_interval_percent": self.top1_interval_percent,
+        }
 
     @property
     def top1_loss_points(self) -> float:
@@ -79,8 +109,12 @@ class Parity:
         return self.student_top1_percent - self.top1_percent
 
     def failures(self, gate: Gate) -> list[str]:
-        """Each figure beyond its limit, with both; nothing where the gate is passed."""
+        """Each figure beyond its limit, with both; nothing where the gate is passed.
+
+        Features that are not numbers pass no gate, however wide.
+        """
         checks = {
+            "features that are not numbers": bool(np.isfinite(self.feature_difference_max)),
             f"max |difference| {self.feature_difference_max:.2e} (limit {gate.difference_max:.0e})": (
                 self.feature_difference_max <= gate.difference_max
             ),
@@ -99,9 +133,10 @@ class Parity:
     def figures(self) -> str:
         """One line with what was measured."""
         labelled = f", top-1 {self.top1_percent:.2f} %" if self.top1_percent is not None else ""
+        low, high = self.top1_agreement_interval_percent
         return (
             f"max |difference| {self.feature_difference_max:.2e}, least cosine {self.feature_cosine_min:.6f}, "
-            f"top-1 agreement {self.top1_agreement_percent:.2f} %{labelled}, {self.images} images"
+            f"top-1 agreement {self.top1_agreement_percent:.2f} % (95 % interval {low:.1f} to {high:.1f} %){labelled}"
         )
 
 
@@ -114,27 +149,34 @@ def measure_parity(
 ) -> Parity:
     """Compare the two graphs with what PyTorch answered.
 
-    extra: the class vectors, where they are an input. Figures that are not numbers count as the worst there
-    is. Raises ExportError where a graph can't be run.
+    extra: the class vectors, where they are an input. Features and logits that are not numbers count as the worst
+    there are: no answer of theirs is the student's. Raises ExportError without images, where a graph can't be run,
+    and where the classifier's logits do not follow from the encoder's features.
     """
     images = reference.images
+    if not len(images):
+        raise ExportError(f"{encoder.name}: there are no images to compare it on; give some with --images")
     batches = _batches(len(images))
     sent = {name: images[part] for name, part in batches.items()}
     encoded = run_graph(encoder, sent, extra, optimization)
     classified = run_graph(classifier, sent, extra, optimization)
     difference, cosine, cosines = 0.0, 1.0, []
-    answers = np.full(len(images), -1)
     differing = np.zeros(len(images), dtype=bool)
+    wrong = np.zeros(len(images), dtype=bool)
     expected = reference.logits.argmax(axis=1)
+    labels = reference.labels
     for name, part in batches.items():
         gap = float(np.abs(encoded[name] - reference.features[part]).max())
         similarity = np.sum(encoded[name] * reference.features[part], axis=1) / np.linalg.norm(encoded[name], axis=1)
         difference = max(difference, gap) if np.isfinite(gap) else float("inf")
         cosine = min(cosine, float(similarity.min())) if np.isfinite(similarity).all() else -1.0
         cosines.append(similarity)
-        answers[part] = classified[name].argmax(axis=1)
-        differing[part] |= answers[part] != expected[part]
-    labels = reference.labels
+        _check_logits(classifier, classified[name], encoded[name], reference.head)
+        numbers = np.isfinite(classified[name]).all(axis=1)
+        answers = np.where(numbers, classified[name].argmax(axis=1), NO_ANSWER)
+        differing[part] |= answers != expected[part]
+        if labels is not None:
+            wrong[part] |= answers != labels[part]
     return Parity(
         images=len(images),
         batch_sizes=BATCH_SIZES,
@@ -143,8 +185,22 @@ def measure_parity(
         feature_cosine_mean=float(np.concatenate(cosines).mean()) if cosine > -1 else -1.0,
         top1_agreement_percent=agreement_percent(differing, np.zeros_like(differing)),
         student_top1_percent=None if labels is None else top1_percent(expected, labels),
-        top1_percent=None if labels is None else top1_percent(answers, labels),
+        top1_percent=None if labels is None else top1_percent(wrong, np.zeros_like(wrong)),
+        different=reference.different,
     )
+
+
+def _check_logits(classifier: Path, logits: np.ndarray, features: np.ndarray, head: np.ndarray | None) -> None:
+    """Agreement alone would not notice logits of a wrong scale, which are wrong probabilities. Raises ExportError."""
+    if head is None:
+        return
+    gap = np.abs(logits - features @ head).max()
+    limit = LOGIT_TOLERANCE * float(np.linalg.norm(head, axis=0).max())
+    if gap > limit:
+        raise ExportError(
+            f"{classifier.name}: its logits are not logit_scale * features @ class vectors: "
+            f"max |difference| {gap:.2e} (limit {limit:.0e})"
+        )
 
 
 def _batches(images: int) -> dict[str, slice]:

@@ -1,4 +1,4 @@
-"""The same graph in fewer bits: fp16, and int8 by whichever quantisation keeps more on held-out images."""
+"""The same graph in fewer bits: fp16, and int8 by whichever quantisation keeps more on images of their own."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import onnx
 from onnx import numpy_helper
 
 from comkd_cli.errors import ExportError
-from comkd_cli.packaging.graphs import IMAGE, quiet, save_graph
+from comkd_cli.evaluation.metrics import agreement_percent
+from comkd_cli.packaging.graphs import IMAGE, pass_on_refusals, quiet, save_graph
 from comkd_cli.packaging.latency import Contender, single_thread_seconds
+from comkd_cli.packaging.parity import Gate
 from comkd_cli.packaging.runner import run_graph
 
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -30,11 +32,15 @@ CALIBRATION_BATCH = 16
 
 @dataclass(frozen=True)
 class Quantisation:
-    """A way to int8, and how well it did on the images that were held out."""
+    """A way to int8, and how well it did on the images that the ways are chosen on."""
 
     method: str
     cosine_mean: float
-    """Of the quantised features with the float graph's, over the held-out images."""
+    """Of the quantised features with the float graph's, over those images."""
+    cosine_min: float
+    """The same of the worst image."""
+    agreement_percent: float
+    """Answers that are the float graph's."""
     bytes: int
     milliseconds: float
     """Of one image on one thread, measured beside the other ways."""
@@ -50,33 +56,44 @@ def to_fp16(source: Path, target: Path) -> None:
             converted = OnnxModel(convert_float_to_float16(onnx.load(source), keep_io_types=True))
             converted.topological_sort()  # the casts of inputs and outputs come last
     except Exception as error:  # the converter meets graphs that it was not written for
+        pass_on_refusals(error)
         raise ExportError(f"{target.name}: onnxruntime can't convert the graph to fp16: {error}") from error
     save_graph(converted.model, target)
 
 
-def to_int8(source: Path, images: np.ndarray, extra: dict[str, np.ndarray]) -> list[tuple[Quantisation, Path]]:
+@dataclass(frozen=True)
+class QuantisationImages:
+    """Real images of the domain for int8; those of the gate are not among them."""
+
+    calibrate: np.ndarray
+    """float32 (images, 3, size, size), from which the ranges of activations are taken."""
+    choose: np.ndarray
+    """float32 (images, 3, size, size), none of them in `calibrate`, on which the ways are compared."""
+
+
+def to_int8(
+    source: Path, images: QuantisationImages, head: np.ndarray, gate: Gate, extra: dict[str, np.ndarray]
+) -> list[tuple[Quantisation, Path]]:
     """The graph with 8-bit weights, made in each way that applies, the best first.
 
-    Better is, in this order: a file that is small enough, features that stay close on held-out images, and
-    speed. images: float32 (images, 3, size, size), real ones of the domain; every fourth is held out, the
-    others calibrate. extra: other inputs of the graph, the same for every batch. The graphs are written
-    beside the source; the caller keeps what it wants. Raises ExportError where none works.
+    Better is, in this order: within the gate's limits on the images to choose on, a file that is small enough,
+    features that stay close, and speed. head: float32 (dim, classes), the class vectors by which features are
+    answers. extra: other inputs of the graph, the same for every batch. The graphs are written beside the source;
+    the caller keeps what it wants. Raises ExportError where none works.
     """
-    held_out, calibration = images[::4], np.delete(images, np.s_[::4], axis=0)
-    if not len(calibration):
-        raise ExportError(f"{source.name}: int8 needs at least 2 real images to calibrate on; give more with --images")
     prepared = source.with_suffix(".prepared.onnx")
     try:
         _prepare(source, prepared)
     except Exception as error:  # whatever onnxruntime's shape inference and optimiser meet
+        pass_on_refusals(error)
         prepared.unlink(missing_ok=True)
         raise ExportError(f"{source.name}: onnxruntime can't prepare the graph for int8: {error}") from error
     made: dict[str, Path] = {}
     problems = []
     ways: dict[str, Callable[[Path], None]] = {
-        "static-channel-percentile": lambda out: _static(prepared, out, calibration, extra, "Percentile", True),
-        "static-channel-entropy": lambda out: _static(prepared, out, calibration, extra, "Entropy", True),
-        "static-tensor-percentile": lambda out: _static(prepared, out, calibration, extra, "Percentile", False),
+        "static-channel-percentile": lambda out: _static(prepared, out, images.calibrate, extra, "Percentile", True),
+        "static-channel-entropy": lambda out: _static(prepared, out, images.calibrate, extra, "Entropy", True),
+        "static-tensor-percentile": lambda out: _static(prepared, out, images.calibrate, extra, "Percentile", False),
         "dynamic-signed": lambda out: _dynamic(prepared, out, signed=True),
         "dynamic-unsigned": lambda out: _dynamic(prepared, out, signed=False),
     }
@@ -86,6 +103,7 @@ def to_int8(source: Path, images: np.ndarray, extra: dict[str, np.ndarray]) -> l
             with quiet():
                 quantise(out)
         except Exception as error:  # onnxruntime's quantiser raises whatever a graph makes it fail of
+            pass_on_refusals(error)
             problems.append(f"{method}: {error}")
             continue
         save_graph(_compact(onnx.load(out)), out)
@@ -93,44 +111,56 @@ def to_int8(source: Path, images: np.ndarray, extra: dict[str, np.ndarray]) -> l
     prepared.unlink()
     if not made:
         raise ExportError(f"{source.name}: onnxruntime can't quantise the graph: {'; '.join(problems)}")
-    return _ranked(source, made, held_out, extra)
+    return _ranked(source, made, images.choose, head, gate, extra)
 
 
 def _ranked(
-    source: Path, made: dict[str, Path], held_out: np.ndarray, extra: dict[str, np.ndarray]
+    source: Path,
+    made: dict[str, Path],
+    images: np.ndarray,
+    head: np.ndarray,
+    gate: Gate,
+    extra: dict[str, np.ndarray],
 ) -> list[tuple[Quantisation, Path]]:
     """Those that onnxruntime can run, best first; the files of the others are removed."""
-    batches = {str(i): held_out[i : i + CALIBRATION_BATCH] for i in range(0, len(held_out), CALIBRATION_BATCH)}
+    batches = {str(i): images[i : i + CALIBRATION_BATCH] for i in range(0, len(images), CALIBRATION_BATCH)}
     reference = np.concatenate(list(run_graph(source, batches, extra).values()))
-    cosines: dict[str, float] = {}
+    features: dict[str, np.ndarray] = {}
     problems = []
     for method, path in list(made.items()):
         try:
-            features = np.concatenate(list(run_graph(path, batches, extra).values()))
+            features[method] = np.concatenate(list(run_graph(path, batches, extra).values()))
         except ExportError as error:
             problems.append(f"{method}: {error}")
             path.unlink()
             del made[method]
-            continue
-        cosine = float(np.mean(np.sum(features * reference, axis=1) / np.linalg.norm(features, axis=1)))
-        cosines[method] = cosine if np.isfinite(cosine) else -1.0
     if not made:
         raise ExportError(f"{source.name}: onnxruntime can run no quantised graph: {'; '.join(problems)}")
     contenders = [Contender(method, path) for method, path in made.items()]
-    seconds = single_thread_seconds(contenders, held_out.shape[2], extra)
-    found = [
-        (Quantisation(method, cosines[method], path.stat().st_size, 1e3 * seconds[method]), path)
-        for method, path in made.items()
-    ]
+    seconds = single_thread_seconds(contenders, images.shape[2], extra)
+    found = []
+    for method, path in made.items():
+        cosines = _cosines(features[method], reference)
+        agreement = agreement_percent((features[method] @ head).argmax(axis=1), (reference @ head).argmax(axis=1))
+        figures = float(cosines.mean()), float(cosines.min()), agreement
+        found.append((Quantisation(method, *figures, path.stat().st_size, 1e3 * seconds[method]), path))
     most = MOST_OF_FP32 * source.stat().st_size
     fastest = min(seconds.values())
 
-    def worse(entry: tuple[Quantisation, Path]) -> tuple[bool, bool, bool, float]:
+    def worse(entry: tuple[Quantisation, Path]) -> tuple[bool, bool, bool, bool, float]:
         way = entry[0]
+        missed = way.cosine_min < gate.cosine_min or way.agreement_percent < gate.agreement_min_percent
         slow = way.milliseconds > SLOWER * 1e3 * fastest
-        return way.bytes > most, way.cosine_mean < CLOSE_COSINE, slow, -way.cosine_mean
+        return missed, way.bytes > most, way.cosine_mean < CLOSE_COSINE, slow, -way.cosine_mean
 
     return sorted(found, key=worse)
+
+
+def _cosines(features: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Of each image's features with the unit-length reference, (images,); -1 where they are not numbers."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = np.sum(features * reference, axis=1) / np.linalg.norm(features, axis=1)
+    return np.where(np.isfinite(found), found, -1.0)
 
 
 def _prepare(source: Path, target: Path) -> None:

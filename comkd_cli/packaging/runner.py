@@ -8,6 +8,8 @@ inputs, the same for every batch; OUTPUTS gets the answers under the batches' na
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,12 +32,13 @@ def run_graph(
 ) -> dict[str, np.ndarray]:
     """The graph's answers to batches for its first input, by the same names.
 
-    extra: arrays for its other inputs. optimization: onnxruntime's, `all` or `basic`. Raises ExportError where
-    onnxruntime refuses the graph or dies of it.
+    extra: arrays for its other inputs. optimization: onnxruntime's, `all` or `basic`. What is passed on lies beside
+    the graph while it runs. Raises ExportError where onnxruntime refuses the graph or dies of it, and OSError where
+    the system refuses to write, such as on a full disk: that is no fault of the graph.
     """
     arrays = {f"{BATCH}{name}": array for name, array in batches.items()}
     arrays |= {f"{OTHER_INPUT}{name}": array for name, array in (extra or {}).items()}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix=".run.", dir=graph.parent) as folder:
         inputs, outputs = Path(folder, "inputs.npz"), Path(folder, "outputs.npz")
         np.savez(inputs, **arrays)  # type: ignore[arg-type] # numpy types its own keywords only
         module = "comkd_cli.packaging.runner"
@@ -43,6 +46,9 @@ def run_graph(
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         if finished.returncode:
             said = finished.stderr.strip().splitlines()
+            if refused := re.match(r"OSError: \[Errno (\d+)\]", said[-1] if said else ""):
+                number = int(refused[1])
+                raise OSError(number, os.strerror(number), folder)
             died = f"signal {-finished.returncode}" if finished.returncode < 0 else f"exit {finished.returncode}"
             raise ExportError(f"{graph.name}: onnxruntime can't run it ({died}): {said[-1] if said else 'no message'}")
         with np.load(outputs) as answers:

@@ -17,7 +17,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from comkd_cli.errors import ExportError
+from comkd_cli.errors import ExportError, WriteError
 from comkd_cli.files import folder_written_whole
 
 PAGE = Path(__file__).with_name("web_page")
@@ -77,9 +77,9 @@ def _fetched_runtime() -> Path:
         try:
             with folder_written_whole(folder) as unfinished:
                 _unpack(package, unfinished)
-        except OSError as error:
+        except WriteError as error:
             raise ExportError(
-                f"{folder}: onnxruntime-web can't be kept there: {error.strerror or error}; "
+                f"{folder}: onnxruntime-web can't be kept there: {error.reason}; "
                 f"set XDG_CACHE_HOME to a folder that can be written, {OTHERWISE}"
             ) from error
     return folder

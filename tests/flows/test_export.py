@@ -1,10 +1,16 @@
+import errno
 import hashlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +19,13 @@ from ruamel.yaml import YAML
 
 from comkd_cli.checkpoints import load_student
 from comkd_cli.data.digits import digits_source
-from comkd_cli.errors import BundleError, DataError, ExportError
+from comkd_cli.errors import BundleError, DataError, ExportError, Interrupted, WriteError
 from comkd_cli.flows import export as export_flow
 from comkd_cli.flows.export import Wishes, export
 from comkd_cli.flows.predict import predict
 from comkd_cli.method.teacher import encode_classes
 from comkd_cli.packaging import precisions
+from comkd_cli.packaging.bundle import check_head
 from comkd_cli.packaging.parity import GATES, Gate, measure_parity
 from comkd_cli.packaging.runner import run_graph
 from comkd_cli.predictor import BundleProblem, Classifier, prepare
@@ -352,6 +359,12 @@ def test_pictures_for_the_check_can_come_from_a_folder(tiny_student: Path, tmp_p
     ).manifest
     assert manifest["precisions"]["fp32"]["parity"]["images"] == 9
     assert manifest["precisions"]["fp32"]["parity"]["top1_percent"] is None
+    assert manifest["images"]["gate"] == {"images": 9, "different": 9, "origin": "given", "labels": False}
+    card = (tmp_path / "bundle/README.md").read_text()
+    assert "compared with PyTorch on 9 images given with --images. No top-1 is given" in card
+    # 9 / (9 + 1.96 ** 2)
+    assert "| 100.00 % of 9, 95 % interval 70.1 to 100.0 % | no held-out labelled images |" in card
+    assert manifest["test_top1_percent"] is not None  # of the training's own test images, whatever is given here
 
 
 def test_force_never_replaces_what_is_no_bundle(tiny_student: Path, tmp_path: Path) -> None:
@@ -363,3 +376,336 @@ def test_force_never_replaces_what_is_no_bundle(tiny_student: Path, tmp_path: Pa
     (tmp_path / "empty").mkdir()
     export(tiny_student, tmp_path / "empty", Path("data"), quietly)
     assert (tmp_path / "empty" / "manifest.json").exists()
+
+
+# --- which images a figure is of -----------------------------------------------------------------------
+
+
+def digests(images: np.ndarray) -> set[bytes]:
+    return {hashlib.sha256(image.tobytes()).digest() for image in images}
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[set[bytes]]]:
+    """What the images showed that went to the gate, to calibration and to the choice, call by call."""
+    found: dict[str, list[set[bytes]]] = {"gate": [], "gate of int8": [], "calibrate": [], "choose": []}
+
+    def measured(encoder: Path, classifier: Path, reference: Any, *arguments: Any) -> Any:
+        found["gate of int8" if "int8" in encoder.name else "gate"].append(digests(reference.images))
+        return measure_parity(encoder, classifier, reference, *arguments)
+
+    def quantised(source: Path, images: precisions.QuantisationImages, *arguments: Any) -> Any:
+        found["calibrate"].append(digests(images.calibrate))
+        found["choose"].append(digests(images.choose))
+        return precisions.to_int8(source, images, *arguments)
+
+    monkeypatch.setattr(export_flow, "measure_parity", measured)
+    monkeypatch.setattr(export_flow, "to_int8", quantised)
+    return found
+
+
+def assert_three_disjoint_parts(seen: dict[str, list[set[bytes]]], sizes: dict[str, Any]) -> None:
+    (gate,), (gate_of_int8,), (calibrate,), (choose,) = seen.values()  # each once
+    assert gate == gate_of_int8
+    assert not gate & calibrate
+    assert not gate & choose
+    assert not calibrate & choose
+    assert [sizes[name]["images"] for name in ("gate", "calibrate", "choose")] == [
+        len(gate),
+        len(calibrate),
+        len(choose),
+    ]
+
+
+INT8 = Wishes(precisions=("fp32", "int8"), gates=WIDE)
+
+
+def test_int8_is_calibrated_and_chosen_on_training_images_and_tested_on_test_images(
+    tiny_student: Path, tmp_path: Path, seen: dict[str, list[set[bytes]]]
+) -> None:
+    manifest = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=INT8).manifest
+    assert_three_disjoint_parts(seen, manifest["images"])
+    assert [manifest["images"][name]["origin"] for name in ("gate", "calibrate", "choose")] == [
+        "test",
+        "training",
+        "training",
+    ]
+    card = (tmp_path / "bundle/README.md").read_text()
+    assert "compared with PyTorch on 360 test images." in card
+    assert "int8 was calibrated on 144 training images, and its way was chosen on 48 others" in card
+    parity = manifest["precisions"]["int8"]["parity"]
+    assert parity["top1_interval_percent"][0] < parity["top1_percent"] < parity["top1_interval_percent"][1]
+
+
+def test_a_folder_with_copies_gives_three_disjoint_parts(
+    tiny_student: Path, tmp_path: Path, seen: dict[str, list[set[bytes]]]
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    for index in range(50):
+        for name in (f"{index}.png", f"copy of {index}.bmp"):
+            digits_source().train.open(index).save(tmp_path / "pictures" / name)
+    # So small a student keeps little with so few images to calibrate on.
+    open_gate = dict.fromkeys(GATES, Gate(-1, 0, 100))
+    wishes = replace(INT8, pictures=tmp_path / "pictures", gates=open_gate)
+    manifest = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=wishes).manifest
+    assert_three_disjoint_parts(seen, manifest["images"])
+    assert sum(manifest["images"][name]["images"] for name in ("gate", "calibrate", "choose")) == 50
+    assert manifest["precisions"]["int8"]["parity"]["top1_percent"] is None
+
+
+@pytest.fixture
+def without_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digits as a folder with labelled training images alone."""
+    monkeypatch.setattr(export_flow, "open_source", lambda *_: replace(digits_source(), test=None))
+
+
+@pytest.fixture
+def unscored_student(tiny_student: Path, tmp_path: Path) -> Path:
+    """A student that was never scored, since there were no held-out labelled images."""
+    data = torch.load(tiny_student, weights_only=True)
+    data["metrics"] = {name: value for name, value in data["metrics"].items() if not name.startswith("test_")}
+    torch.save(data, tmp_path / "unscored.pt")
+    return tmp_path / "unscored.pt"
+
+
+@pytest.mark.usefixtures("without_test_images")
+def test_without_test_images_nothing_is_said_of_accuracy(
+    unscored_student: Path, tmp_path: Path, seen: dict[str, list[set[bytes]]]
+) -> None:
+    said: list[object] = []
+    manifest = export(unscored_student, tmp_path / "bundle", Path("data"), said.append, wishes=INT8).manifest
+    assert_three_disjoint_parts(seen, manifest["images"])
+    assert {manifest["images"][name]["origin"] for name in ("gate", "calibrate", "choose")} == {"training"}
+    assert not manifest["images"]["gate"]["labels"]
+    assert manifest["test_top1_percent"] is None
+    for entry in manifest["precisions"].values():
+        assert entry["parity"]["top1_percent"] is entry["parity"]["student_top1_percent"] is None
+    card = (tmp_path / "bundle/README.md").read_text()
+    _, metadata, text = card.split("---\n", 2)
+    assert "model-index" not in metadata
+    assert "accuracy" not in metadata
+    assert "training images, not held out. No top-1 is given" in text
+    assert "Its accuracy is not known: no held-out labelled images" in text
+    rows = [line for line in text.splitlines() if line.startswith(("| fp32 |", "| int8 |"))]
+    assert len(rows) == 2
+    assert all(row.endswith("| no held-out labelled images |") for row in rows)
+    assert any("digits has no test images" in str(event) for event in said)
+    assert "not held out" in str(said[-1])
+
+
+def test_the_card_gives_the_score_of_the_training_with_its_images(tiny_student: Path, tmp_path: Path) -> None:
+    data = torch.load(tiny_student, weights_only=True)
+    data["metrics"] = {"test_top1_percent": 90.0, "test_images": 10, "test_unreadable": 3}
+    data["recipe"]["selection"] = "promptkd"
+    torch.save(data, tmp_path / "student.pt")
+    manifest = export(tmp_path / "student.pt", tmp_path / "bundle", Path("data"), quietly).manifest
+    assert (manifest["test_images"], manifest["test_unreadable"]) == (10, 3)
+    card = (tmp_path / "bundle/README.md").read_text()
+    # Wilson: (9.5 to 10 of 10 are likely, 59.6 % not unlikely), by scipy.stats.binomtest(9, 10)
+    assert (
+        "Top-1 on 10 test images, in PyTorch: 90.00 % (95 % interval 59.6 to 98.2 %); 3 more could not be read" in card
+    )
+    assert "optimistically biased because its epoch was selected on test images" in card
+    assert "name: top-1, percent, epoch selected on test images" in card
+
+
+@pytest.mark.parametrize(("more", "changed"), [(0.0, False), (0.1, False), (5.0, True)])
+def test_test_images_that_give_another_score_now_are_said(
+    tiny_student: Path, tmp_path: Path, more: float, changed: bool
+) -> None:
+    data = torch.load(tiny_student, weights_only=True)
+    was = data["metrics"]["test_top1_percent"] - more
+    data["metrics"] = {"test_top1_percent": was, "test_images": 360, "test_unreadable": 0}
+    torch.save(data, tmp_path / "student.pt")
+    said: list[object] = []
+    export(tmp_path / "student.pt", tmp_path / "bundle", Path("data"), said.append)
+    sentence = f"top-1 on its 360 test images was {was:.2f} % when it was trained and is {was + more:.2f} % now"
+    assert (sentence in str(said)) is changed
+    assert (sentence in (tmp_path / "bundle/README.md").read_text()) is changed
+
+
+def test_int8_that_misses_its_gate_fails_with_its_figures_and_no_other_way_is_tried(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoders: list[str] = []
+
+    def counted(encoder: Path, *arguments: Any) -> Any:
+        encoders.append(encoder.name)
+        return failing("int8")(encoder, *arguments)
+
+    monkeypatch.setattr(export_flow, "measure_parity", counted)
+    exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=INT8)
+    assert encoders == ["image_encoder.onnx", "image_encoder.int8.onnx"]
+    assert "least cosine 0.500000 (limit 0.9)" in exported.failed["int8"]
+    assert exported.failed["int8"].startswith(("static-", "dynamic-"))
+    assert len(list((tmp_path / "bundle").glob("*.onnx"))) == 2
+
+
+@pytest.mark.usefixtures("without_test_images")
+def test_int8_with_too_few_images_is_refused_and_the_others_stay(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = replace(digits_source(), train=digits_source().train.subset(list(range(20))), test=None)
+    monkeypatch.setattr(export_flow, "open_source", lambda *_: few)
+    exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=INT8)
+    assert "int8 needs at least 32 different images" in exported.failed["int8"]
+    assert "there are 20 training images that can be read" in exported.failed["int8"]
+    assert exported.manifest["precisions"]["fp32"]["parity"]["images"] == 20
+    assert exported.manifest["images"]["calibrate"]["images"] == 0
+    assert "int8 is not in the bundle: int8 needs at least 32" in (tmp_path / "bundle/README.md").read_text()
+
+
+# --- students that can't be exported -------------------------------------------------------------------
+
+
+def test_a_student_whose_answers_are_no_numbers_is_refused(tiny_student: Path, tmp_path: Path) -> None:
+    data = torch.load(tiny_student, weights_only=True)
+    name = next(name for name, value in data["state_dict"].items() if name.startswith("projector") and value.ndim == 2)
+    data["state_dict"][name][:] = float("nan")
+    torch.save(data, tmp_path / "student.pt")
+    with pytest.raises(Exception, match=r"student\.pt(.|\n)*(NaN|not numbers|not finite)"):
+        export(tmp_path / "student.pt", tmp_path / "bundle", Path("data"), quietly)
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "vectors", "scale", "message"),
+    [
+        (("a", "b\n", "c\u2028"), 3, 1.0, None),
+        (("a", "\u2028"), 2, 1.0, "has a class without a name"),
+        (("a", "b"), 3, 1.0, "has 2 class names and 3 class vectors"),
+        (("a", "b"), 2, float("nan"), "are not numbers"),
+    ],
+)
+def test_class_names_and_vectors_go_together(
+    names: tuple[str, ...], vectors: int, scale: float, message: str | None
+) -> None:
+    if message is None:
+        check_head(Path("student.pt"), names, np.eye(vectors), scale)
+        return
+    with pytest.raises(ExportError, match=rf"^student\.pt: .*{message}"):
+        check_head(Path("student.pt"), names, np.eye(vectors), scale)
+
+
+def test_a_text_encoder_that_answers_no_numbers_is_refused(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def odd(graph: Path, batches: Any, *arguments: Any) -> Any:
+        answers = run_graph(graph, batches, *arguments)
+        last = list(answers)[-1]
+        return {**answers, last: answers[last] * np.nan}
+
+    monkeypatch.setattr(export_flow, "run_graph", odd)
+    with pytest.raises(ExportError, match=r"text_encoder\.onnx: its features are not the student's class vectors"):
+        export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=Wishes(text=True))
+
+
+# --- exports that do not end ---------------------------------------------------------------------------
+
+
+def test_an_unwritable_place_is_said_before_any_work(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    monkeypatch.setattr(export_flow, "read_parts", lambda *_: pytest.fail("images were read first"))
+    with pytest.raises(WriteError, match=r"file/bundle: can't be written: .* is a file"):
+        export(tiny_student, tmp_path / "file/bundle", Path("data"), quietly)
+
+
+@pytest.mark.parametrize(
+    "step", ["export_image_encoder", "add_classifier", "measure_parity", "to_fp16", "complete_bundle"]
+)
+def test_a_full_disk_keeps_the_old_bundle(
+    bundle: Path, tiny_student: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(export_flow, step, full)
+    before = {path.name: path.read_bytes() for path in bundle.iterdir()}
+    with pytest.raises(WriteError, match=rf"^{bundle}: can't be written: No space left on device; free space"):
+        export(tiny_student, bundle, Path("data"), quietly, force=True, wishes=Wishes(precisions=("fp32", "fp16")))
+    assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
+    assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_nothing_and_says_so(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    def measured(*_: object) -> None:
+        os.kill(os.getpid(), number)
+        threading.Event().wait(10)
+
+    monkeypatch.setattr(export_flow, "measure_parity", measured)
+    with pytest.raises(Interrupted, match="it leaves no unfinished bundle") as caught:
+        export(tiny_student, tmp_path / "bundle", Path("data"), quietly)
+    assert caught.value.exit_code == code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_that_ended_the_graphs_process_first_is_no_missed_gate(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(encoder: Path, *_: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Event().wait(10)
+        except KeyboardInterrupt:  # as code that C calls back loses it
+            raise ExportError(f"{encoder.name}: onnxruntime can't run it (signal 2): no message") from None
+
+    monkeypatch.setattr(export_flow, "measure_parity", measured)
+    with pytest.raises(Interrupted):
+        export(tiny_student, tmp_path / "bundle", Path("data"), quietly)
+
+
+def processes_at(folder: Path) -> list[str]:
+    """Command lines of the processes that name a folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:  # it has ended
+            continue
+        if str(folder) in line:
+            found.append(line)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["Exporting", "Checking fp32", "Quantising"])
+def test_a_process_that_is_asked_to_end_leaves_nothing(tiny_student: Path, tmp_path: Path, stage: str) -> None:
+    out = tmp_path / "target/bundle"
+    options = ["--precision", "fp32", "--precision", "int8", "--out", str(out), "--runs", str(tmp_path / "runs")]
+    command = [sys.executable, "-u", "-m", "comkd_cli", "export", str(tiny_student), *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any(line.startswith(stage) for line in process.stderr)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)  # as `timeout` does
+        rest = process.stderr.read()
+    assert (process.returncode, rest.strip().splitlines()[-1]) == (
+        143,
+        "note: the export was stopped; it leaves no unfinished bundle",
+    )
+    assert "Traceback" not in rest
+    assert list(out.parent.iterdir()) == []
+    assert processes_at(out.parent) == []
+
+
+@pytest.mark.slow
+def test_what_a_killed_export_left_is_removed_by_the_next(
+    tiny_student: Path, tmp_path: Path, run_comkd: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    out = tmp_path / "target/bundle"
+    command = [sys.executable, "-u", "-m", "comkd_cli", "export", str(tiny_student), "--out", str(out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any(line.startswith("Checking fp32") for line in process.stderr)
+        process.kill()
+    assert [path.name.startswith(".bundle.") for path in out.parent.iterdir()] == [True]
+    done = run_comkd("export", tiny_student, "--out", out, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in out.parent.iterdir()] == ["bundle"]
+    assert "gate: 360 test images" in done.stdout
+    assert "98.9 to 100.0 %" in done.stdout

@@ -1,5 +1,8 @@
 """Parity of graphs made by hand with onnx.helper, whose answers are known."""
 
+import errno
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,6 +103,7 @@ def test_figures_that_are_no_numbers_fail(graphs: tuple[Path, Path]) -> None:
     assert parity.feature_difference_max == float("inf")
     assert parity.feature_cosine_min == -1
     assert parity.failures(GATES["int8"])
+    assert parity.failures(Gate(-1, 0, 100)) == ["features that are not numbers"]
 
 
 def test_a_graph_fixed_to_one_batch_size_is_an_error(graphs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -117,6 +121,74 @@ def test_a_child_that_dies_is_an_error_with_its_signal(monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "executable", str(killer))
     with pytest.raises(ExportError, match="signal 11"):
         run_graph(tmp_path / "graph.onnx", {"1/0": np.zeros((1, 3, 2, 2), np.float32)})
+
+
+def test_logits_that_are_no_numbers_are_nobodys_answer(graphs: tuple[Path, Path]) -> None:
+    """The position of a NaN is what argmax gives; it must not pass for the class there."""
+    whole = reference(10, labelled=True)
+    write_graph(graphs[1], np.full((12, 3), np.nan), unit=False)
+    logits = whole.logits.copy()
+    logits[:, 0] = 100
+    parity = measure_parity(*graphs, replace(whole, logits=logits, labels=np.zeros(10, np.int64)))
+    assert (parity.student_top1_percent, parity.top1_percent, parity.top1_agreement_percent) == (100, 0, 0)
+
+
+def test_no_images_are_an_error(graphs: tuple[Path, Path]) -> None:
+    with pytest.raises(ExportError, match=r"encoder\.onnx: there are no images"):
+        measure_parity(*graphs, replace(reference(), images=reference().images[:0]))
+
+
+def headed(graphs: tuple[Path, Path], scale: float) -> Reference:
+    """What a student says whose logits are its features times class vectors, which the classifier's are times scale."""
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(DIM, 3)).astype(np.float32)
+    whole = reference()
+    nodes = onnx.load(graphs[0])
+    nodes.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(scale) * vectors, "vectors"))
+    nodes.graph.node.append(helper.make_node("MatMul", ["out", "vectors"], ["logits"]))
+    del nodes.graph.output[:]
+    nodes.graph.output.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3]))
+    onnx.save(nodes, graphs[1])
+    return replace(whole, logits=whole.features @ vectors, head=vectors)
+
+
+def test_logits_of_another_scale_are_an_error_although_every_answer_agrees(graphs: tuple[Path, Path]) -> None:
+    assert measure_parity(*graphs, headed(graphs, 1)).failures(GATES["fp32"]) == []
+    whole = headed(graphs, 0.5)
+    assert measure_parity(*graphs, replace(whole, head=None)).top1_agreement_percent == 100
+    with pytest.raises(ExportError, match=r"classifier\.onnx: its logits are not logit_scale \* features"):
+        measure_parity(*graphs, whole)
+
+
+def test_intervals_go_by_the_images_that_differ(graphs: tuple[Path, Path]) -> None:
+    parity = measure_parity(*graphs, reference(40, labelled=True))
+    assert parity.top1_agreement_interval_percent == pytest.approx((91.24, 100), abs=0.01)
+    assert parity.top1_interval_percent == parity.top1_agreement_interval_percent
+    few = measure_parity(*graphs, replace(reference(40), different=8))
+    assert few.top1_agreement_interval_percent == pytest.approx((67.56, 100), abs=0.01)
+    assert few.top1_interval_percent is None
+    assert few.document()["top1_agreement_interval_percent"] == few.top1_agreement_interval_percent
+    assert "(95 % interval 67.6 to 100.0 %)" in few.figures()
+
+
+def test_a_full_disk_is_not_the_graphs_fault(graphs: tuple[Path, Path]) -> None:
+    limited = (
+        "import resource, signal, sys; from pathlib import Path; import numpy as np\n"
+        "from comkd_cli.packaging import runner\n"
+        "import os; real = runner.subprocess.run\n"
+        "def run(*given, **named):\n"
+        "    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))\n"
+        "    return real(*given, **named, preexec_fn=limit)\n"
+        "runner.subprocess.run = run\n"
+        "try:\n"
+        "    runner.run_graph(Path(sys.argv[1]), {'1': np.zeros((9, 3, 2, 2), np.float32)})\n"
+        "except OSError as error:\n"
+        "    print(error.errno, error.strerror)\n"
+    )
+    command = [sys.executable, "-c", limited, str(graphs[0])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == f"{errno.EFBIG} File too large\n"
+    assert {path.name for path in graphs[0].parent.iterdir()} == {"encoder.onnx", "classifier.onnx"}
 
 
 @pytest.mark.parametrize(
