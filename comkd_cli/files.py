@@ -192,13 +192,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_writable(folder: Path, remedy: str) -> None:
-    """Raise ComkdError, with the remedy, where a folder cannot be written to, or cannot be made. It is not made."""
+    """Raise WriteError, with the remedy, where a folder cannot be written to, or cannot be made. It is not made."""
     try:
         nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise WriteError(f"{folder}: can't be written to: {error.strerror or error}; {remedy}") from error
+        raise WriteError(folder, error.strerror or str(error), remedy) from error
 
 
 def is_newer_format(found: object, known: str) -> bool:
