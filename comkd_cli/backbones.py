@@ -54,6 +54,7 @@ PROMPTSRC_TEMPLATES = tuple(
     if template not in {left_out.strip() for left_out in _NOT_IN_PROMPTSRC.replace("\n", "/").split("/")}
 )
 OPEN_CLIP_CONFIG = "open_clip_config.json"
+TOKENIZER_SETTINGS = {"clean", "strip_sep_token", "language"}
 WORD_EMBEDDINGS = "token_embedding.weight"
 # Of the files that open_clip's own releases link to, whose names end in the start of their sha256.
 SHA256_IN_NAME = re.compile(r"-([0-9a-f]{8})\.pth?$")
@@ -157,7 +158,8 @@ def _built(model: Model, seed: int, load_weights: bool, report: Report) -> Any:
 
 def _check_loaded(built: nn.Module, model: Model, load_weights: bool) -> None:
     if load_weights:
-        check_finite(built.state_dict(), model.weights or _architecture(model))
+        named = _tag_of(model) and f"{model.arch}:{model.weights}"
+        check_finite(built.state_dict(), named or model.weights or _architecture(model))
 
 
 def recompute_activations(tower: nn.Module) -> None:
@@ -273,14 +275,20 @@ def _from_name(model: Model, load_weights: bool) -> Any:
 
 def _from_its_config(arch: str) -> Any:
     """A model of a folder or repository by its config alone: open_clip would fetch its weights all the same."""
+    whole = _config_of(arch)
+    return _create_from(whole["model_cfg"], whole.get("preprocess_cfg", {}), from_timm=False)
+
+
+def _config_of(arch: str) -> dict[str, Any]:
+    """What the config of a folder or repository says, `model_cfg` and more."""
     kind, _, place = arch.partition(":")
     if kind == "local-dir":
-        whole = json.loads(Path(place, OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
+        whole: dict[str, Any] = json.loads(Path(place, OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
     else:
         whole = _get_hf_config(place)
     if "model_cfg" not in whole:
         raise ValueError(f"its {OPEN_CLIP_CONFIG} lacks model_cfg")
-    return _create_from(whole["model_cfg"], whole.get("preprocess_cfg", {}), from_timm=False)
+    return whole
 
 
 def _tag_of(model: Model) -> dict[str, Any]:
@@ -538,7 +546,7 @@ def _not_fetched(error: Exception, what: str | None) -> str | None:
     if what is None or not (lost or downloads.was_refused(error)):
         return None
     return (
-        f"{what} is not in the cache of this machine, and what a student.pt names is not downloaded unasked; "
+        f"{what} is not in the cache of this machine, and what a student.pt names is not downloaded by itself; "
         "add --allow-download to download it"
     )
 
@@ -567,18 +575,32 @@ def _tokenizer_elsewhere(model: Model) -> str | None:
 def _find_tokenizer(model: Model) -> Callable[[Sequence[str]], Tensor]:
     found: Callable[[Sequence[str]], Tensor]
     if model.arch is not None:
-        if model.arch.startswith("hf-hub:"):
-            _get_hf_config(model.arch.removeprefix("hf-hub:"))  # without it open_clip would guess
+        if model.arch.startswith(SCHEMES):  # open_clip would guess where a repository has no config
+            _check_tokenizer_settings(_config_of(model.arch)["model_cfg"].get("text_cfg", {}))
         found = open_clip.get_tokenizer(model.arch)
         return found
     text = (model.config or {})["text_cfg"]
-    length, settings = int(text.get("context_length", 77)), text.get("tokenizer_kwargs", {})
+    length, settings = int(text.get("context_length", 77)), _check_tokenizer_settings(text)
     if text.get("hf_tokenizer_name"):
         mode = text.get("tokenizer_mode")
         found = HFTokenizer(text["hf_tokenizer_name"], context_length=length, tokenizer_mode=mode, **settings)
         return found
     found = open_clip.SimpleTokenizer(context_length=length, **settings)
     return found
+
+
+def _check_tokenizer_settings(text: Mapping[str, Any]) -> dict[str, Any]:
+    """`tokenizer_kwargs` of a config from somebody else, which may name how texts are cleaned and nothing more.
+
+    transformers would take others too, and with one of them run code that comes with a tokenizer.
+    """
+    settings = dict(text.get("tokenizer_kwargs", {}))
+    if strange := set(settings) - TOKENIZER_SETTINGS:
+        raise ValueError(
+            f"text_cfg.tokenizer_kwargs has {', '.join(sorted(strange))}; comkd takes "
+            f"{', '.join(sorted(TOKENIZER_SETTINGS))}"
+        )
+    return settings
 
 
 def context_length(clip: Clip) -> int:

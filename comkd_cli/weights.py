@@ -19,6 +19,7 @@ MOST_NAMED = 3
 SHARE_THAT_FITS = 0.5  # of a model's tensors: a file that holds so many of them holds that model, under other names
 # Names by which programs keep weights that a model does not take under them.
 TRANSFORMERS_PREFIXES = ("vision_model.", "text_model.")
+OPENAI_NUMBERS = {"input_resolution", "context_length", "vocab_size"}
 PROMPTSRC_PREFIXES = ("prompt_learner.", "image_encoder.VPT")
 READ_BY_OPEN_CLIP_ALONE = (".npz", ".npy")
 
@@ -149,6 +150,11 @@ def remedy(path: Path, held: Mapping[str, Any], expected: Collection[str]) -> st
         return "it is a student that comkd distilled; give the weights of a CLIP"
     if any(name.startswith(PROMPTSRC_PREFIXES) for name in names):
         return "it is a checkpoint of PromptSRC or PromptKD; read it with teacher.format: promptsrc"
+    if set(names) >= OPENAI_NUMBERS:
+        return (
+            "it is a state_dict as OpenAI's own code has it; use weights: openai with an architecture whose name ends "
+            f"in -quickgelu, or remove {', '.join(sorted(OPENAI_NUMBERS))} from it"
+        )
     if any(name.startswith(TRANSFORMERS_PREFIXES) for name in names):
         return (
             "its tensors have the names of the transformers library; use the same model as open_clip has it: a tag of "

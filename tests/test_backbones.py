@@ -294,6 +294,15 @@ def test_a_tokenizer_of_a_config_has_the_settings_that_the_config_gives_it() -> 
     assert tokens_cut(built, ["one! two! three! four! five!", "one two three four five six seven eight nine"]) == [0, 1]
 
 
+def test_a_config_can_not_ask_a_tokenizer_to_run_its_own_code(tmp_path: Path) -> None:
+    asking = {"tokenizer_kwargs": {"trust_remote_code": True}, "hf_tokenizer_name": "someone/tokenizer"}
+    config = {**tiny.CLIP, "text_cfg": {**tiny.CLIP["text_cfg"], **asking}}  # type: ignore[dict-item]
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    for model in (Model(config=config), Model(arch=f"local-dir:{tmp_path}")):
+        with pytest.raises(ModelError, match="tokenizer_kwargs has trust_remote_code; comkd takes clean, language"):
+            build_clip(model)
+
+
 def test_an_image_tower_needs_no_tokenizer() -> None:
     """SigLIP's comes from elsewhere, through a library that comkd does not depend on."""
     tower = outline_image_tower(Model(arch="ViT-B-16-SigLIP", weights="webli"))

@@ -97,6 +97,10 @@ def test_a_wrapped_file_of_a_tower_has_a_remedy_too(clip: Any, tmp_path: Path) -
         ({"vision_model.embeddings.class_embedding": torch.ones(3), "logit_scale": torch.ones(())}, "transformers"),
         ({"state_dict": {"prompt_learner.ctx": torch.ones(4, 16)}}, "teacher.format: promptsrc"),
         ({"format": "comkd-student/1", "state_dict": {"backbone.x": torch.ones(2)}}, "a student that comkd distilled"),
+        (
+            {n: torch.ones(1) for n in ("x", "input_resolution", "context_length", "vocab_size")},
+            "-quickgelu, or remove",
+        ),
         ({"something": torch.ones(1)}, r"lacks .*has something, which the model does not have"),
         ([torch.ones(1)], "it holds list, not tensors by name"),
         (torch.ones(1), "it holds Tensor, not tensors by name"),
