@@ -57,6 +57,16 @@ def test_the_image_features_depend_on_the_label_set_only_with_candidates(memory:
     assert torch.equal(trained(batch).features, trained(batch, class_vectors(seed=2)).features) is not moves
 
 
+def test_on_the_classes_of_the_run_both_memories_train_the_same_student() -> None:
+    batch, trained = images(), []
+    for memory in ("training", "candidates"):
+        model = student(attention=recipe.EduAttention(memory=memory, gate_start=0.5))  # type: ignore[arg-type]
+        torch.manual_seed(1)  # of the dropout
+        model(batch).logits.square().sum().backward()
+        trained.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(first, second) for first, second in zip(*trained, strict=True))  # type: ignore[arg-type]
+
+
 def test_full_training_reaches_every_parameter_and_no_teacher_side_quantity() -> None:
     trained = student(attention=recipe.EduAttention(gate_start=0.1))
     trained(images()).logits.square().sum().backward()
