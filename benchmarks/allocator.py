@@ -3,7 +3,7 @@
     python -m benchmarks.allocator [--pairs 3] [--steps 20]
 
 Prints one JSON document: seconds per step of the convolutional teacher of recipes/cifar10.yaml at batch 128
-with glibc's defaults and with comkd_cli.allocator, the medians, and their ratio.
+with glibc's defaults and with comkd_cli.runtime.allocator, the medians, and their ratio.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import sys
 
 STEP = """
 import sys, time, torch
-from comkd_cli.allocator import keep_freed_memory
-from comkd_cli.backbones import build_clip
+from comkd_cli.runtime.allocator import keep_freed_memory
+from comkd_cli.models.backbones import build_clip
 from comkd_cli.recipe import load_recipe
 if sys.argv[1] == "kept":
     keep_freed_memory()

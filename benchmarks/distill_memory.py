@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from comkd_cli.backbones import build_clip
+from comkd_cli.models.backbones import build_clip
 from comkd_cli.recipe import parse_recipe, to_yaml
 from comkd_cli.recipe.model import Model
 

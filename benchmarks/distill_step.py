@@ -23,17 +23,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from comkd_cli.asked_teacher import AskedTeacher
-from comkd_cli.backbones import build_clip, build_image_tower
 from comkd_cli.data.loaders import Batch
 from comkd_cli.method.objective import loss_terms
 from comkd_cli.method.student import Student
 from comkd_cli.method.teacher import Teacher
+from comkd_cli.models.backbones import build_clip, build_image_tower
 from comkd_cli.recipe.model import EduAttention, Loss, Model, Sgd
 from comkd_cli.recipe.model import Student as StudentSettings
-from comkd_cli.teacher_cache import CacheKey, TeacherCache
-from comkd_cli.teachers import prompted_clip
-from comkd_cli.training import make_accelerator, make_optimizer
+from comkd_cli.teachers.cached import AskedTeacher
+from comkd_cli.teachers.feature_cache import CacheKey, TeacherCache
+from comkd_cli.teachers.loading import prompted_clip
+from comkd_cli.training.loop import make_accelerator, make_optimizer
 
 
 def main() -> None:

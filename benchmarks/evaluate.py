@@ -56,7 +56,7 @@ def main() -> None:
 def _random_weights(arch: str, scratch: Path) -> Path:
     import torch
 
-    from comkd_cli.backbones import build_clip
+    from comkd_cli.models.backbones import build_clip
     from comkd_cli.recipe.model import Model
 
     path = scratch / "random.pt"

@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 
-from comkd_cli.backbones import build_image_tower
-from comkd_cli.checkpoints import StudentRecord, load_student_record, save_student
+from comkd_cli.bundles.parity import GATES, Gate
 from comkd_cli.data.digits import digits_source
+from comkd_cli.events import Event, Notice, Stage
 from comkd_cli.flows.distill import outline
 from comkd_cli.flows.export import Wishes, export
 from comkd_cli.method.student import Student
-from comkd_cli.packaging.parity import GATES, Gate
-from comkd_cli.progress import Event, Notice, Stage
+from comkd_cli.models.backbones import build_image_tower
+from comkd_cli.models.checkpoints import StudentRecord, load_student_record, save_student
 from comkd_cli.recipe import load_recipe
 
 OPEN_GATE = Gate(cosine_min=-1.0, agreement_min_percent=0.0, top1_loss_max_points=100.0)

@@ -31,9 +31,9 @@ from torchvision.datasets.folder import pil_loader
 from comkd_cli.data.folder import images_below
 from comkd_cli.data.loaders import TrainingLoader
 from comkd_cli.data.source import ImageSet
-from comkd_cli.launch import usable_cores
-from comkd_cli.predictor import Preprocessing
+from comkd_cli.edge.classifier import Preprocessing
 from comkd_cli.recipe.model import Augment
+from comkd_cli.runtime.ranks import usable_cores
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEACHER, STUDENT = Preprocessing(224, MEAN, STD), Preprocessing(256, MEAN, STD)

@@ -20,17 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from comkd_cli.checkpoints import load_teacher
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.loaders import scoring_batches
 from comkd_cli.data.source import Source
 from comkd_cli.data.sources import open_source
 from comkd_cli.evaluation.metrics import top1_percent
+from comkd_cli.events import Epoch, Event
 from comkd_cli.flows import adapt
-from comkd_cli.progress import Epoch, Event
+from comkd_cli.models.checkpoints import load_teacher
 from comkd_cli.recipe import parse_recipe
-from comkd_cli.teachers import ReadyTeacher
-from comkd_cli.training import make_accelerator
+from comkd_cli.teachers.loading import ReadyTeacher
+from comkd_cli.training.loop import make_accelerator
 
 CONFIG = {
     "embed_dim": 64,

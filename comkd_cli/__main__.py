@@ -1,6 +1,6 @@
 """`python -m comkd_cli` is `comkd`."""
 
-from comkd_cli.cli import main
+from comkd_cli.cli.app import main
 
 if __name__ == "__main__":
     main()

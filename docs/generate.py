@@ -16,7 +16,7 @@ import click
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from comkd_cli.cli import main as comkd
+from comkd_cli.cli.app import main as comkd
 from comkd_cli.recipe import Recipe, bundled_recipes, load_recipe
 
 DOCS = Path(__file__).parent

@@ -13,7 +13,7 @@ from PIL import Image
 
 from comkd_cli.data.shard_index import open_index
 from comkd_cli.data.shards import ShardImages, shard_images
-from comkd_cli.progress import Event
+from comkd_cli.events import Event
 
 
 def encoded(number: int, form: str = "PNG") -> bytes:

@@ -14,14 +14,14 @@ from scipy import stats
 from benchmarks.ablation import rows, running, tables
 from benchmarks.ablation.__main__ import main
 from benchmarks.ablation.figures import calibration_error_percent, interval
-from comkd_cli.checkpoints import load_student
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.folder import folder_source
 from comkd_cli.data.loaders import scoring_batches
 from comkd_cli.errors import ComkdError
 from comkd_cli.flows.distill import outline
+from comkd_cli.models.checkpoints import load_student
 from comkd_cli.recipe import parse_recipe
-from comkd_cli.teachers import made_teacher
+from comkd_cli.teachers.loading import made_teacher
 from tests import tiny
 
 TINY = replace(

@@ -12,8 +12,8 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from comkd_cli.commands import distill
-from comkd_cli.commands.distill import Choice
+from comkd_cli.cli.commands import distill
+from comkd_cli.cli.commands.distill import Choice
 from tests import tiny
 
 

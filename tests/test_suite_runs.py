@@ -11,8 +11,8 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from comkd_cli.backbones import build_clip
-from comkd_cli.catalog import CATALOG
+from comkd_cli.models.backbones import build_clip
+from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.recipe.model import Model
 from tests import tiny
 from tests.flows.test_suite import CLASSES, PER_CLASS, fill

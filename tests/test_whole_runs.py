@@ -13,8 +13,8 @@ import torch
 import webdataset
 from ruamel.yaml import YAML
 
-from comkd_cli.backbones import build_clip
 from comkd_cli.data.digits import digits_source
+from comkd_cli.models.backbones import build_clip
 from comkd_cli.recipe.model import Model
 from tests import tiny
 

@@ -12,15 +12,15 @@ import torch
 from scipy import special, stats
 from torch import Tensor
 
-from comkd_cli.checkpoints import StudentRecord, load_student
-from comkd_cli.costs import multiply_adds, parameters
 from comkd_cli.data.folder import folder_source
 from comkd_cli.data.loaders import worker_count
 from comkd_cli.data.source import ImageSet, Source
+from comkd_cli.edge.classifier import Preprocessing
 from comkd_cli.evaluation.features import Encoder, FeatureStore
 from comkd_cli.evaluation.metrics import agreement_percent, top1_percent
-from comkd_cli.predictor import Preprocessing
-from comkd_cli.teachers import ReadyTeacher, made_teacher
+from comkd_cli.models.checkpoints import StudentRecord, load_student
+from comkd_cli.models.costs import multiply_adds, parameters
+from comkd_cli.teachers.loading import ReadyTeacher, made_teacher
 
 BINS = 15
 CONFIDENCE = 0.95

@@ -23,10 +23,10 @@ from ruamel.yaml import YAML
 
 from benchmarks.ablation.figures import Scorer
 from benchmarks.ablation.rows import Row, Settings, grid_rows, recipe_of, teacher_recipe
-from comkd_cli.checkpoints import load_teacher
 from comkd_cli.data.folder import images_below
 from comkd_cli.errors import ComkdError
 from comkd_cli.files import sha256_of_file, write_text
+from comkd_cli.models.checkpoints import load_teacher
 
 ROOT = Path(__file__).parents[2]
 TEACHER = "teacher.pt"  # the CLIP's weights, as rows name them

@@ -7,13 +7,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from comkd_cli.catalog import Dataset
 from comkd_cli.data.contents import FileContents
 from comkd_cli.data.folder import open_below
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.data.splits import Entry, read_splits
 from comkd_cli.errors import DataError
-from comkd_cli.progress import Notice, Report
+from comkd_cli.events import Notice, Report
+from comkd_cli.recipe.catalog import Dataset
 
 
 def catalogued_source(

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from comkd_cli.catalog import Dataset
 from comkd_cli.data.class_names import absent_text
 from comkd_cli.data.splits import Entry, Splits, read_splits, select_half
+from comkd_cli.edge.classifier import UnreadableImage, open_image
 from comkd_cli.errors import DataError
-from comkd_cli.predictor import UnreadableImage, open_image
+from comkd_cli.recipe.catalog import Dataset
 
 MOST_NAMED = 3
 

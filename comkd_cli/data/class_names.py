@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from comkd_cli.edge.classifier import clean_class_name
 from comkd_cli.errors import DataError
-from comkd_cli.predictor import clean_class_name
 
 
 def clean_class_names(names: Sequence[str], origin: str, lines: Sequence[int] | None = None) -> list[str]:

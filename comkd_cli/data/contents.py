@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
-from comkd_cli import launch
-from comkd_cli.progress import Progress, Report
+from comkd_cli.events import Progress, Report
+from comkd_cli.runtime import ranks
 
 T = TypeVar("T")
 Fingerprint = Literal["contents", "size_and_time"]
@@ -69,7 +69,7 @@ class FileContents:
         """The digest of each file, 32 bytes, in order. A file that cannot be read has a digest of the reason."""
         # Strings all along: a Path of each of a million files takes longer than its stat.
         root = os.path.abspath(self.root)  # noqa: PTH100
-        with ThreadPoolExecutor(max(1, launch.usable_cores() // launch.per_machine())) as pool:
+        with ThreadPoolExecutor(max(1, ranks.usable_cores() // ranks.per_machine())) as pool:
             for start in range(0, len(keys), FILES_AT_ONCE):
                 paths = [os.path.join(root, key) for key in keys[start : start + FILES_AT_ONCE]]  # noqa: PTH118
                 states = [state for part in pool.map(_states, _parts(paths)) for state in part]
@@ -95,7 +95,7 @@ class FileContents:
             if self.report is not None:
                 self.report(Progress("reading image contents", done + len(found), total))
         settled = time.time_ns() - int(SETTLED_AFTER_SECONDS * 1e9)
-        if launch.is_main():
+        if ranks.is_main():
             entries = [
                 (path, state, found[path])
                 for path, state in changed

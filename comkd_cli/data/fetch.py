@@ -9,11 +9,11 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from comkd_cli.catalog import CATALOG, Dataset
 from comkd_cli.data.check import Check, check_dataset
 from comkd_cli.data.image_files import below_junk
 from comkd_cli.errors import DataError
 from comkd_cli.files import sha256_of_file
+from comkd_cli.recipe.catalog import CATALOG, Dataset
 
 MIRROR = "zhengli97/prompt_learning_dataset"
 REVISION = "ceb3112337fb6e1bf71534e355ca5569b63f19a6"  # the one whose files this project has a list of

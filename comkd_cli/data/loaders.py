@@ -16,13 +16,13 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from comkd_cli import launch
 from comkd_cli.data.order import epoch_order
 from comkd_cli.data.source import ImageSet
 from comkd_cli.data.transforms import scoring_input, stable_seed, training_inputs
+from comkd_cli.edge.classifier import Preprocessing, UnreadableImage
 from comkd_cli.errors import TrainingError
-from comkd_cli.predictor import Preprocessing, UnreadableImage
 from comkd_cli.recipe.model import Augment, Data
+from comkd_cli.runtime import ranks
 
 MOST_WORKERS = 8
 
@@ -113,10 +113,10 @@ class TrainingLoader:
 
 def check_shares(batch_size: int, parts: int) -> None:
     """Raise TrainingError where a step has fewer images than processes and parts to give them to."""
-    least = parts * max(2, launch.world_size()) if parts * launch.world_size() > 1 else 1
+    least = parts * max(2, ranks.world_size()) if parts * ranks.world_size() > 1 else 1
     if batch_size < least:
         raise TrainingError(
-            f"a step of {batch_size} images can't be shared by {launch.world_size()} processes in {parts} parts; with "
+            f"a step of {batch_size} images can't be shared by {ranks.world_size()} processes in {parts} parts; with "
             f"these, batch_size must be {least} at least, and so must the images be"
         )
 
@@ -151,7 +151,7 @@ def worker_count(data: Data) -> int:
         return data.workers
     if data.dataset == "digits":
         return 0  # the digits are in memory: starting a process costs more than it saves
-    return max(0, min(MOST_WORKERS, launch.usable_cores() // launch.per_machine() - 1))
+    return max(0, min(MOST_WORKERS, ranks.usable_cores() // ranks.per_machine() - 1))
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ class _EpochBatches(Sampler[list[tuple[int, int, bool]]]):
         for step in range(self.first_step, self.steps):
             chosen = order[step * self._batch_size : (step + 1) * self._batch_size]
             for part in np.array_split(chosen, self._parts):
-                mine = np.array_split(part, launch.world_size())[launch.rank()]
+                mine = np.array_split(part, ranks.world_size())[ranks.rank()]
                 known = np.zeros(len(mine), dtype=bool) if self._known is None else self._known(view, mine)
                 yield [(int(index), view, not is_known) for index, is_known in zip(mine, known, strict=True)]
 

@@ -30,13 +30,13 @@ from zipfile import BadZipFile
 import numpy as np
 from PIL import Image
 
-from comkd_cli import launch
 from comkd_cli.data.contents import Fingerprint
 from comkd_cli.data.image_files import SUFFIXES, below_junk, skipped_text, suffix_of
+from comkd_cli.edge.classifier import UnreadableImage, open_image
 from comkd_cli.errors import DataError
+from comkd_cli.events import Progress, Report
 from comkd_cli.files import folder_written_whole, remove_folder, sha256_of_data, write_text, written_whole
-from comkd_cli.predictor import UnreadableImage, open_image
-from comkd_cli.progress import Progress, Report
+from comkd_cli.runtime import ranks
 
 INDEX_FORMAT = "comkd-shards/2"
 OPEN_SHARDS = 64  # files that a process holds open: more than a window of the order has
@@ -198,7 +198,7 @@ def _make_parts(shards: Sequence[Path], parts: Path, report: Report, fingerprint
     """Index every shard whose part is not there yet, side by side where there are many."""
     absent = [(path, _part(parts, number)) for number, path in enumerate(shards)]
     absent = [(path, part) for path, part in absent if not part.is_file()]
-    workers = min(launch.usable_cores(), len(absent) // SHARDS_PER_PROCESS)
+    workers = min(ranks.usable_cores(), len(absent) // SHARDS_PER_PROCESS)
 
     def tell(done: int) -> None:
         report(Progress("indexing shards", done, len(absent), unit="shards"))

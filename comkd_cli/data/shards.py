@@ -21,7 +21,7 @@ from comkd_cli.data.contents import Fingerprint
 from comkd_cli.data.shard_index import ShardIndex, open_index
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.errors import DataError
-from comkd_cli.progress import Notice, Progress, Report
+from comkd_cli.events import Notice, Progress, Report
 
 
 def shard_source(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from comkd_cli.catalog import CATALOG
 from comkd_cli.data.catalogued import catalogued_source
 from comkd_cli.data.class_names import absent_text, read_class_names
 from comkd_cli.data.contents import FileContents
@@ -14,7 +13,8 @@ from comkd_cli.data.folder import folder_source
 from comkd_cli.data.shards import shard_source
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.errors import DataError
-from comkd_cli.progress import Notice, Report
+from comkd_cli.events import Notice, Report
+from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.recipe.model import DEFAULT_TEMPLATE, Data
 
 INDEX = "image_digests.sqlite"

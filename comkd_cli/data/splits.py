@@ -12,10 +12,10 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
-from comkd_cli.catalog import Dataset
 from comkd_cli.data.class_names import class_key, clean_class_names, clean_name, some
 from comkd_cli.data.image_files import is_image, is_junk, skipped_text, suffix_of
 from comkd_cli.errors import DataError
+from comkd_cli.recipe.catalog import Dataset
 
 Half = Literal["all", "base", "new"]
 MOST_VAL_SHOTS = 4  # CoOp draws at most so many validation images a class, however many shots

@@ -9,7 +9,7 @@ from comkd_cli.data.source import Source
 from comkd_cli.errors import DataError
 
 if TYPE_CHECKING:
-    from comkd_cli.checkpoints import StudentRecord
+    from comkd_cli.models.checkpoints import StudentRecord
 
 
 def check_classes(record: StudentRecord, source: Source) -> None:

@@ -12,13 +12,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from comkd_cli import launch, processes
 from comkd_cli.data.loaders import scoring_batches
 from comkd_cli.data.source import ImageSet
+from comkd_cli.edge.classifier import Preprocessing
 from comkd_cli.errors import ComkdError, TrainingError
+from comkd_cli.events import Notice, Progress, Report
 from comkd_cli.files import sha256_of_data, written_whole
-from comkd_cli.predictor import Preprocessing
-from comkd_cli.progress import Notice, Progress, Report
+from comkd_cli.runtime import collectives, ranks
 
 BATCH_SIZE = 64  # on CPUs the activations of larger batches of 224 pixels fall out of the caches
 STORE_FORMAT = "comkd-features/2"
@@ -65,18 +65,18 @@ class FeatureStore:
         """
         if self.folder is None:
             return self._compute(encoder, images, label)
-        with processes.unlimited():  # it reads the images that are not remembered
+        with collectives.unlimited():  # it reads the images that are not remembered
             path = self.folder / f"{store_key(encoder, images)}.safetensors"
         kept = _read(path)
-        if len({row[0] for row in processes.table([-1 if kept is None else len(kept.indices)])}) > 1:
+        if len({row[0] for row in collectives.table([-1 if kept is None else len(kept.indices)])}) > 1:
             kept = None  # for all processes: they compute together
         if kept is not None and len(kept.indices) == len(images):
             return kept
         made = self._compute(encoder, images, label) if kept is None else self._mended(kept, encoder, images, label)
         if made is kept:
             return kept
-        with processes.unlimited():  # disks can be slow
-            if launch.is_main():
+        with collectives.unlimited():  # disks can be slow
+            if ranks.is_main():
                 self._keep(path, made)
         return made
 
@@ -108,11 +108,11 @@ class FeatureStore:
         return Features(values[order], indices[order], found.unreadable)
 
     def _compute(self, encoder: Encoder, images: ImageSet, label: str) -> Features:
-        if launch.world_size() == 1:
+        if ranks.world_size() == 1:
             return self._compute_alone(encoder, images, label)
-        mine = np.asarray(launch.share(range(len(images))))
+        mine = np.asarray(ranks.share(range(len(images))))
         found = self._compute_alone(encoder, images.subset(mine.tolist()), label)
-        everywhere = processes.gathered((store_key(encoder, images), replace(found, indices=mine[found.indices])))
+        everywhere = collectives.gathered((store_key(encoder, images), replace(found, indices=mine[found.indices])))
         if len({key for key, _ in everywhere}) > 1:
             raise TrainingError(f"{label}: the processes see different images or models; give all the same files")
         parts = [part for _, part in everywhere]

@@ -15,8 +15,8 @@ from comkd_cli.evaluation.linear_probe import linear_probe
 from comkd_cli.evaluation.metrics import mean_per_class_percent, top1_percent
 from comkd_cli.evaluation.subjects import Subject
 from comkd_cli.evaluation.tip_adapter import Labelled, tip_adapter
-from comkd_cli.progress import Notice, Stage
-from comkd_cli.results import Record
+from comkd_cli.events import Notice, Stage
+from comkd_cli.results.records import Record
 
 STANDARD_SHOTS = (1, 2, 4, 8, 16)
 STANDARD_SEEDS = (1, 2, 3)

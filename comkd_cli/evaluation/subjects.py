@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from comkd_cli.checkpoints import StudentRecord
-from comkd_cli.costs import parameters
+from comkd_cli.edge.classifier import Preprocessing
 from comkd_cli.evaluation.features import Encoder
 from comkd_cli.method.student import Student
 from comkd_cli.method.teacher import Teacher
-from comkd_cli.predictor import Preprocessing
-from comkd_cli.results import Role
+from comkd_cli.models.checkpoints import StudentRecord
+from comkd_cli.models.costs import parameters
+from comkd_cli.results.records import Role
 
 IMAGES_AT_ONCE = 8192
 

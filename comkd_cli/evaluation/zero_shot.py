@@ -12,7 +12,7 @@ from comkd_cli.errors import DataError
 from comkd_cli.evaluation.features import Features, FeatureStore
 from comkd_cli.evaluation.protocols import base_to_novel, zero_shot
 from comkd_cli.evaluation.subjects import Subject
-from comkd_cli.progress import Notice, Report
+from comkd_cli.events import Notice, Report
 
 SELECTION_SCORE = "selection_score_percent"
 

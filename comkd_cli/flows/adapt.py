@@ -13,17 +13,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from comkd_cli import launch, processes
-from comkd_cli.backbones import (
-    PROMPTSRC_TEMPLATES,
-    Clip,
-    build_clip,
-    recompute_activations,
-    state_sha256,
-    uses_all_parameters,
-    weights_sha256,
-)
-from comkd_cli.checkpoints import SavedTeacher, TeacherRecord, save_teacher
 from comkd_cli.data.loaders import Batch, TrainingLoader, worker_count
 from comkd_cli.data.source import Source
 from comkd_cli.data.sources import open_source
@@ -32,14 +21,25 @@ from comkd_cli.data.transforms import stable_seed
 from comkd_cli.errors import DataError
 from comkd_cli.evaluation.subjects import live_teacher
 from comkd_cli.evaluation.zero_shot import Scorer
+from comkd_cli.events import Notice, Report, Stage
 from comkd_cli.files import sha256_of_data
 from comkd_cli.method.prompt_src import epoch_weights, frozen_class_vectors, prompt_src_terms
 from comkd_cli.method.teacher import PromptClassifier
-from comkd_cli.progress import Notice, Report, Stage
+from comkd_cli.models.backbones import (
+    PROMPTSRC_TEMPLATES,
+    Clip,
+    build_clip,
+    recompute_activations,
+    state_sha256,
+    uses_all_parameters,
+    weights_sha256,
+)
+from comkd_cli.models.checkpoints import SavedTeacher, TeacherRecord, save_teacher
 from comkd_cli.recipe import Recipe
 from comkd_cli.recipe.identity import Identity
 from comkd_cli.recipe.model import FullAdapt, Model, NoAdapt, PromptSrcAdapt, Teacher
-from comkd_cli.teachers import (
+from comkd_cli.runtime import collectives, ranks
+from comkd_cli.teachers.loading import (
     ReadyTeacher,
     encode_prompts,
     made_teacher,
@@ -48,7 +48,7 @@ from comkd_cli.teachers import (
     saved_teacher,
     tokenize_apart,
 )
-from comkd_cli.training import StepResult, Task, fit, forget_state
+from comkd_cli.training.loop import StepResult, Task, fit, forget_state
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def ready_teacher(stage: Stage1, accelerator: Accelerator, report: Report, resum
     if isinstance(adapt, NoAdapt):
         report(Stage(f"Teacher: {_name(settings)}, {_as_it_is(settings)}"))
         template, device = stage.source.template, accelerator.device
-        return processes.together(lambda: made_teacher(settings, names, template, device, report))
-    if processes.as_main_sees(stage.file.is_file()):
+        return collectives.together(lambda: made_teacher(settings, names, template, device, report))
+    if collectives.as_main_sees(stage.file.is_file()):
         report(Stage(f"Teacher: reused from {stage.file}"))
     elif isinstance(adapt, FullAdapt):
         report(Stage(f"Teacher: training all weights on {len(stage.lessons.train)} labelled images"))
@@ -157,7 +157,7 @@ def ready_teacher(stage: Stage1, accelerator: Accelerator, report: Report, resum
             )
         )
         _learn_prompts(stage, adapt, lessons, accelerator, report, resume_line)
-    return processes.together(lambda: saved_teacher(stage.file, names, accelerator.device, stage.key, report))
+    return collectives.together(lambda: saved_teacher(stage.file, names, accelerator.device, stage.key, report))
 
 
 def describe_stage(stage: Stage1) -> str:
@@ -219,7 +219,7 @@ def _train_fully(stage: Stage1, adapt: FullAdapt, accelerator: Accelerator, repo
     recipe, source = stage.recipe, stage.lessons
     _check_labels(source, adapt.method)
     seed = stable_seed("teacher", adapt.seed)
-    clip = processes.together(lambda: build_clip(recipe.teacher, seed, report=report))
+    clip = collectives.together(lambda: build_clip(recipe.teacher, seed, report=report))
     if recipe.checkpointing:
         recompute_activations(clip.model.visual)  # type: ignore[arg-type]
     tokens = tokenize_apart(clip, source.class_names, source.template, report)
@@ -252,7 +252,7 @@ def _learn_prompts(
     resume_line: str,
 ) -> None:
     recipe, device = stage.recipe, accelerator.device
-    clip = processes.together(lambda: build_clip(recipe.teacher, report=report))
+    clip = collectives.together(lambda: build_clip(recipe.teacher, report=report))
     if recipe.checkpointing:
         recompute_activations(clip.model.visual)  # type: ignore[arg-type]
     clip.model.to(device)
@@ -357,11 +357,11 @@ def _record(stage: Stage1, source: Source, clip: Clip, history: list[dict[str, f
 
 
 def _save(stage: Stage1, saved: SavedTeacher, report: Report) -> None:
-    with processes.unlimited():  # disks can be slow
-        if launch.is_main():
+    with collectives.unlimited():  # disks can be slow
+        if ranks.is_main():
             save_teacher(stage.file, saved)
     forget_state(stage.folder)
-    processes.wait_for_all()
+    collectives.wait_for_all()
     report(Notice(f"teacher saved in {stage.folder}; later runs reuse it"))
 
 

@@ -15,9 +15,17 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from comkd_cli import launch, processes
-from comkd_cli.asked_teacher import AskedTeacher, fill_cache
-from comkd_cli.backbones import (
+from comkd_cli.data.loaders import Batch, TrainingLoader, check_shares, worker_count
+from comkd_cli.data.source import Source
+from comkd_cli.data.transforms import stable_seed
+from comkd_cli.errors import CheckpointError, DataError, MisuseError
+from comkd_cli.evaluation.subjects import live_student
+from comkd_cli.evaluation.zero_shot import SELECTION_SCORE, Scorer
+from comkd_cli.events import Notice, Report, Stage
+from comkd_cli.files import remove_folder, sha256_of_data, sha256_of_file, write_text
+from comkd_cli.method.objective import NO_LABELS, gradient_shares, loss_terms
+from comkd_cli.method.student import Student
+from comkd_cli.models.backbones import (
     ImageTower,
     build_image_tower,
     outline_clip,
@@ -26,26 +34,18 @@ from comkd_cli.backbones import (
     state_sha256,
     weights_sha256,
 )
-from comkd_cli.checkpoints import StudentRecord, load_student_record, save_student
-from comkd_cli.costs import multiply_adds, parameters
-from comkd_cli.data.loaders import Batch, TrainingLoader, check_shares, worker_count
-from comkd_cli.data.source import Source
-from comkd_cli.data.transforms import stable_seed
-from comkd_cli.errors import CheckpointError, DataError, MisuseError
-from comkd_cli.evaluation.subjects import live_student
-from comkd_cli.evaluation.zero_shot import SELECTION_SCORE, Scorer
-from comkd_cli.files import remove_folder, sha256_of_data, sha256_of_file, write_text
-from comkd_cli.method.objective import NO_LABELS, gradient_shares, loss_terms
-from comkd_cli.method.student import Student
-from comkd_cli.progress import Notice, Report, Stage
+from comkd_cli.models.checkpoints import StudentRecord, load_student_record, save_student
+from comkd_cli.models.costs import multiply_adds, parameters
 from comkd_cli.recipe import Recipe, to_yaml
 from comkd_cli.recipe.identity import Identity, described, recipe_settings
 from comkd_cli.recipe.model import PromptSrcAdapt
-from comkd_cli.result_files import forget_model
-from comkd_cli.tables import VARIANTS
-from comkd_cli.teacher_cache import CacheKey, TeacherCache
-from comkd_cli.teachers import ReadyTeacher, prompted_clip
-from comkd_cli.training import StepResult, Task, check_state, fit, forget_state, kept_figures
+from comkd_cli.results.result_files import forget_model
+from comkd_cli.results.tables import VARIANTS
+from comkd_cli.runtime import collectives, ranks
+from comkd_cli.teachers.cached import AskedTeacher, fill_cache
+from comkd_cli.teachers.feature_cache import CacheKey, TeacherCache
+from comkd_cli.teachers.loading import ReadyTeacher, prompted_clip
+from comkd_cli.training.loop import StepResult, Task, check_state, fit, forget_state, kept_figures
 
 IDLE_GATE = 0.01  # below this EduAttention adds less than a hundredth of a unit vector to a feature
 
@@ -117,7 +117,7 @@ class Plan:
 
 def finished(run: Run, report: Report = lambda event: None) -> bool:
     """Whether the run's student exists. Raises CheckpointError, naming what differs, where it is another run's."""
-    if not processes.as_main_sees(run.student_file.exists()):
+    if not collectives.as_main_sees(run.student_file.exists()):
         return False
     record = load_student_record(run.student_file)
     if differences := run.identity.differences(record.identity_parts or _parts_of_old(record), "the finished run"):
@@ -209,15 +209,15 @@ def distill(
     # What can be refused is refused before hours go into a teacher.
     check_shares(min(recipe.optim.batch_size, len(source.train)), recipe.optim.accumulation_steps)
     seed = stable_seed("backbone", recipe.seed)
-    tower = processes.together(lambda: build_image_tower(recipe.student, seed, report=report))
+    tower = collectives.together(lambda: build_image_tower(recipe.student, seed, report=report))
     if recipe.checkpointing:
         recompute_activations(tower.module)
     ready = make_teacher()
     if fresh:
         forget_state(run.folder)
-        if launch.is_main():
+        if ranks.is_main():
             run.student_file.unlink(missing_ok=True)
-        processes.wait_for_all()
+        collectives.wait_for_all()
     teacher = ready.teacher.to(accelerator.device)
     backbone_sha256 = state_sha256(tower.module) if recipe.student.train == "prompts" else None
     student = _build_student(recipe, tower, teacher.class_vectors, teacher.logit_scale).to(accelerator.device)
@@ -228,7 +228,7 @@ def distill(
     labels = "and their labels" if recipe.loss.labels else "no labels"
     report(Stage(f"Student: {_size(student)} parameters learn from {len(source.train)} images, {labels}"))
     workers = worker_count(recipe.data)
-    if launch.is_main():
+    if ranks.is_main():
         write_text(run.folder / "recipe.yaml", to_yaml(recipe))
 
     scorer = Scorer(source, accelerator.device, workers, report, recipe.data.unreadable_limit_percent)
@@ -287,13 +287,13 @@ def distill(
         metrics=kept_figures(task, history),
         teacher_sha256=dict(ready.sha256),
     )
-    with processes.unlimited():  # disks can be slow
-        if launch.is_main():
+    with collectives.unlimited():  # disks can be slow
+        if ranks.is_main():
             _remove_what_was_made_of_an_older_student(run.folder)
             save_student(run.student_file, student, record)
             forget_model(run.runs, str(run.student_file), report)
     forget_state(run.folder)
-    processes.wait_for_all()
+    collectives.wait_for_all()
     return run.student_file
 
 
@@ -379,7 +379,7 @@ def _open_cache(run: Run, ready: ReadyTeacher, report: Report) -> TeacherCache |
     }
     dim = ready.teacher.class_vectors.shape[1]
     key = CacheKey(sha256_of_data(made_of), len(images), dim, settings.views, settings.dtype)
-    with processes.main_first():  # which makes the files
+    with collectives.main_first():  # which makes the files
         cache = TeacherCache(run.runs / "cache", key, images.rows, made_of)
     there, cost = cache.count(), cache.seconds_per_crop()
     spared = f", about {there * cost:,.0f} s of the teacher's time" if there and cost is not None else ""

@@ -11,28 +11,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from comkd_cli import launch, processes
-from comkd_cli.backbones import IMAGENET_TEMPLATES, Clip, build_clip, weights_sha256
-from comkd_cli.catalog import CATALOG
-from comkd_cli.checkpoints import StudentRecord, load_student
 from comkd_cli.data.loaders import worker_count
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.data.sources import open_source
 from comkd_cli.data.unreadable import check_unreadable
-from comkd_cli.devices import failures_explained
 from comkd_cli.errors import CheckpointError, ComkdError, DataError, MisuseError, ModelError
 from comkd_cli.evaluation.classes import check_classes
 from comkd_cli.evaluation.features import Features, FeatureStore
 from comkd_cli.evaluation.metrics import agreement_percent
 from comkd_cli.evaluation.protocols import STANDARD_SEEDS, STANDARD_SHOTS, base_to_novel, few_shot, zero_shot
 from comkd_cli.evaluation.subjects import Subject, student_subject, teacher_subject
+from comkd_cli.events import Event, Notice, Report, Stage
 from comkd_cli.files import sha256_of_data, sha256_of_file
 from comkd_cli.method.student import Student
-from comkd_cli.progress import Event, Notice, Report, Stage
+from comkd_cli.models.backbones import IMAGENET_TEMPLATES, Clip, build_clip, weights_sha256
+from comkd_cli.models.checkpoints import StudentRecord, load_student
 from comkd_cli.recipe import Recipe
+from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.recipe.model import SCHEMES, Data, Model, Teacher
-from comkd_cli.results import Missing, Record, Results, merged
-from comkd_cli.teachers import encode_ensemble, teacher_of_clip, teacher_of_student
+from comkd_cli.results.records import Missing, Record, Results, merged
+from comkd_cli.runtime import collectives, ranks
+from comkd_cli.runtime.devices import failures_explained
+from comkd_cli.teachers.loading import encode_ensemble, teacher_of_clip, teacher_of_student
 
 IMAGENET_FAMILY = tuple(name for name, dataset in CATALOG.items() if dataset.layout.startswith("imagenet"))
 VARIANTS = tuple(name for name, dataset in CATALOG.items() if dataset.layout == "imagenet-variant")
@@ -72,7 +72,7 @@ class Bench:
 
     def open_source(self, data: Data) -> Source:
         """The images and classes of some data, the same in every process."""
-        return processes.agreed(partial(open_source, data, self.data_root, self.runs, self.report))
+        return collectives.agreed(partial(open_source, data, self.data_root, self.runs, self.report))
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _mendable() -> tuple[type[Exception], ...]:
 
     With several processes only those that all of them meet: one that failed alone would leave the others waiting.
     """
-    alone = launch.world_size() == 1
+    alone = ranks.world_size() == 1
     return (ComkdError, OSError) if alone else (DataError, CheckpointError, ModelError)
 
 
@@ -219,7 +219,7 @@ def _score_student(path: Path, bench: Bench) -> Results:
     Where there are no test images, or none with labels, what is left is how often the two agree. A teacher
     that can't be found is a notice, and the student is scored alone.
     """
-    student, record = processes.together(partial(load_student, path, bench.allow_download))
+    student, record = collectives.together(partial(load_student, path, bench.allow_download))
     _report_other_settings(path, record, bench)
     data = bench.data or record.recipe.data
     source = bench.open_source(data)
@@ -231,7 +231,7 @@ def _score_student(path: Path, bench: Bench) -> Results:
     limit = data.unreadable_limit_percent
     records, predicted = _score(subject, source, images, store, bench, "student", limit)
     try:
-        teacher = processes.together(partial(_teacher_of, path, student, record, bench))
+        teacher = collectives.together(partial(_teacher_of, path, student, record, bench))
     except (ComkdError, OSError) as error:
         bench.report(Notice(f"the teacher can't be scored beside the student: {_told(error)}"))
         return Results(records)
@@ -274,7 +274,7 @@ def _score_baseline(argument: str, bench: Bench) -> Results:
     source = bench.open_source(bench.data)
     images = _scored_images(source, bench.report)
     if argument not in bench.clips:
-        bench.clips[argument] = processes.together(partial(build_clip, model, report=bench.report))
+        bench.clips[argument] = collectives.together(partial(build_clip, model, report=bench.report))
     clip = bench.clips[argument]
     ready = teacher_of_clip(clip, source.class_names, source.template, bench.device, bench.report)
     identity = _identity(model)

@@ -10,17 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from comkd_cli.backbones import bpe_merges
-from comkd_cli.checkpoints import StudentRecord, load_student
-from comkd_cli.costs import multiply_adds, parameters
-from comkd_cli.data.folder import images_below
-from comkd_cli.data.sources import open_source
-from comkd_cli.errors import CheckpointError, DataError, ExportError, Interrupted, ModelError
-from comkd_cli.evaluation.classes import check_classes
-from comkd_cli.files import folder_written_whole, write_text
-from comkd_cli.interrupts import Stopped, stopping_at_once
-from comkd_cli.method.student import Student
-from comkd_cli.packaging.bundle import (
+from comkd_cli.bundles.bundle import (
     MERGES,
     TEXT_ENCODER,
     Contents,
@@ -30,7 +20,7 @@ from comkd_cli.packaging.bundle import (
     complete_bundle,
     graph_name,
 )
-from comkd_cli.packaging.graphs import (
+from comkd_cli.bundles.graphs import (
     CLASS_VECTORS,
     OPSET,
     add_classifier,
@@ -38,15 +28,25 @@ from comkd_cli.packaging.graphs import (
     export_image_encoder,
     export_text_encoder,
 )
-from comkd_cli.packaging.latency import Contender, measure_latency
-from comkd_cli.packaging.parity import BATCH_SIZES, GATES, Gate, Parity, Reference, measure_parity
-from comkd_cli.packaging.parts import Part, Parts, Pool, read_parts
-from comkd_cli.packaging.precisions import OPTIMIZATION, QuantisationImages, in_order, to_fp16, to_int8
-from comkd_cli.packaging.runner import run_graph
-from comkd_cli.packaging.web import add_web_page
-from comkd_cli.predictor import BundleProblem, read_manifest
-from comkd_cli.progress import Notice, Progress, Report, Stage
-from comkd_cli.teachers import ClassEncoder, class_encoder
+from comkd_cli.bundles.latency import Contender, measure_latency
+from comkd_cli.bundles.parity import BATCH_SIZES, GATES, Gate, Parity, Reference, measure_parity
+from comkd_cli.bundles.parts import Part, Parts, Pool, read_parts
+from comkd_cli.bundles.precisions import OPTIMIZATION, QuantisationImages, in_order, to_fp16, to_int8
+from comkd_cli.bundles.runner import run_graph
+from comkd_cli.bundles.web import add_web_page
+from comkd_cli.data.folder import images_below
+from comkd_cli.data.sources import open_source
+from comkd_cli.edge.classifier import BundleProblem, read_manifest
+from comkd_cli.errors import CheckpointError, DataError, ExportError, Interrupted, ModelError
+from comkd_cli.evaluation.classes import check_classes
+from comkd_cli.events import Notice, Progress, Report, Stage
+from comkd_cli.files import folder_written_whole, write_text
+from comkd_cli.method.student import Student
+from comkd_cli.models.backbones import bpe_merges
+from comkd_cli.models.checkpoints import StudentRecord, load_student
+from comkd_cli.models.costs import multiply_adds, parameters
+from comkd_cli.runtime.signals import Stopped, stopping_at_once
+from comkd_cli.teachers.loading import ClassEncoder, class_encoder
 
 CHECK_IMAGES = 512
 TEXT_DIFFERENCE_MAX = 1e-4

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from comkd_cli import launch
 from comkd_cli.errors import BatchTooSmallError
-from comkd_cli.method.global_batch import batch_moments
+from comkd_cli.runtime import ranks
+from comkd_cli.runtime.global_batch import batch_moments
 
 
 def if_align(student: Tensor, teacher: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def if_align(student: Tensor, teacher: Tensor) -> Tensor:
     loss without its reduction; the sum is this project's choice). With several processes the batch is that of
     all of them, each giving its part. Raises BatchTooSmallError below two images, which have no variance.
     """
-    if len(student) < 2 and launch.world_size() == 1:
+    if len(student) < 2 and ranks.world_size() == 1:
         raise BatchTooSmallError("IFAlign needs at least 2 images in a batch to have a variance")
     (student_mean, student_variance), (teacher_mean, teacher_variance) = batch_moments(student), batch_moments(teacher)
     return (student_mean - teacher_mean).abs().sum() + (student_variance - teacher_variance).abs().sum()

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from comkd_cli import processes
 from comkd_cli.errors import DataError
 from comkd_cli.method.feature_cosine import feature_cosine
 from comkd_cli.method.feature_mse import feature_mse
@@ -18,6 +17,7 @@ from comkd_cli.method.refinement import refinement
 from comkd_cli.method.student import StudentOutput
 from comkd_cli.method.teacher import TeacherOutput
 from comkd_cli.recipe.model import Loss
+from comkd_cli.runtime import collectives
 
 NO_LABELS = "loss.labels needs labelled training images, and these have no labels; set loss.labels to null"
 
@@ -63,7 +63,7 @@ def gradient_shares(terms: dict[str, Tensor], projected: Tensor) -> dict[str, fl
     for name, term in terms.items():
         (gradient,) = torch.autograd.grad(term, projected, retain_graph=True, allow_unused=True)
         squares[name] = 0.0 if gradient is None else float(gradient.square().sum())
-    everywhere = processes.gathered(squares)
+    everywhere = collectives.gathered(squares)
     norms = {name: math.sqrt(sum(part[name] for part in everywhere)) for name in squares}
     total = sum(norms.values())
     return {name: norm / total if total else 0.0 for name, norm in norms.items()}

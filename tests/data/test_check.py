@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from comkd_cli.catalog import CATALOG
 from comkd_cli.data.catalogued import catalogued_source
 from comkd_cli.data.check import check_dataset
 from comkd_cli.data.sources import open_source
 from comkd_cli.errors import DataError
-from comkd_cli.progress import Event, Notice
+from comkd_cli.events import Event, Notice
+from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.recipe.model import Data
 
 SMALL = replace(CATALOG["eurosat"], classes=2, train=2, val=1, test=2, base_test=1, new_test=1)

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comkd_cli.data.class_names import absent_text, class_key, clean_class_names, read_class_names
+from comkd_cli.edge.classifier import clean_class_name
 from comkd_cli.errors import DataError
-from comkd_cli.predictor import clean_class_name
 
 BREAKS = ("\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029")
 

@@ -11,7 +11,7 @@ import pytest
 
 from comkd_cli.data import contents
 from comkd_cli.data.contents import FileContents
-from comkd_cli.progress import Event, Progress
+from comkd_cli.events import Event, Progress
 
 KEYS = ("a.png", "sub/b.png", "c.png")
 OLD = 1_600_000_000  # a modification time long ago, in seconds

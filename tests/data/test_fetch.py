@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from comkd_cli.catalog import CATALOG
 from comkd_cli.data.fetch import MIRROR, unpack
 from comkd_cli.errors import DataError
+from comkd_cli.recipe.catalog import CATALOG
 from tests.hub import Hub, hub
 
 

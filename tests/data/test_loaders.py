@@ -15,8 +15,8 @@ from PIL import Image
 
 from comkd_cli.data.loaders import Batch, TrainingLoader, scoring_batches, worker_count
 from comkd_cli.data.source import ImageSet
+from comkd_cli.edge.classifier import Preprocessing, UnreadableImage, prepare
 from comkd_cli.errors import TrainingError
-from comkd_cli.predictor import Preprocessing, UnreadableImage, prepare
 from comkd_cli.recipe.model import Augment, Data
 
 pytestmark = [
@@ -343,9 +343,9 @@ import os, signal, sys
 from PIL import Image
 from comkd_cli.data.loaders import TrainingLoader, scoring_batches
 from comkd_cli.data.source import ImageSet
-from comkd_cli.devices import failures_explained
+from comkd_cli.runtime.devices import failures_explained
 from comkd_cli.errors import ComkdError
-from comkd_cli.predictor import Preprocessing
+from comkd_cli.edge.classifier import Preprocessing
 from comkd_cli.recipe.model import Augment
 
 SETTINGS = Preprocessing(8, (0.5,) * 3, (0.5,) * 3)

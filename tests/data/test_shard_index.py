@@ -17,9 +17,9 @@ from comkd_cli.data.shard_index import PassedBy, open_index, read_members
 from comkd_cli.data.shards import (
     shard_images,
 )
+from comkd_cli.edge.classifier import UnreadableImage, open_image
 from comkd_cli.errors import DataError
-from comkd_cli.predictor import UnreadableImage, open_image
-from comkd_cli.progress import Event, Progress
+from comkd_cli.events import Event, Progress
 from tests.tars import encoded, opened, samples, silent, write, write_members
 
 

@@ -6,7 +6,7 @@ import webdataset
 
 from comkd_cli.data.sources import locate, open_source
 from comkd_cli.errors import DataError
-from comkd_cli.progress import Event, Notice
+from comkd_cli.events import Event, Notice
 from comkd_cli.recipe.model import Data
 
 WriteImage = Callable[..., Path]

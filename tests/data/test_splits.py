@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from comkd_cli.catalog import CATALOG
 from comkd_cli.data.catalogued import catalogued_source
 from comkd_cli.data.sources import open_source
 from comkd_cli.data.splits import Entry, Splits, read_splits, sample_shots, select_half
 from comkd_cli.errors import DataError
-from comkd_cli.progress import Event
+from comkd_cli.events import Event
+from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.recipe.model import Data
 
 

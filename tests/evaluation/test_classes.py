@@ -3,10 +3,10 @@ from typing import cast
 
 import pytest
 
-from comkd_cli.checkpoints import StudentRecord
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.errors import DataError
 from comkd_cli.evaluation.classes import check_classes
+from comkd_cli.models.checkpoints import StudentRecord
 
 
 def check(known: tuple[str, ...], found: tuple[str, ...]) -> None:

@@ -8,8 +8,8 @@ from PIL import Image
 
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.source import ImageSet
+from comkd_cli.edge.classifier import Preprocessing, UnreadableImage, prepare
 from comkd_cli.evaluation.features import Encoder, FeatureStore, store_key
-from comkd_cli.predictor import Preprocessing, UnreadableImage, prepare
 
 INPUT = Preprocessing(size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 IMAGES = digits_source().train.subset(list(range(10)))

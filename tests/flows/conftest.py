@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from comkd_cli.backbones import build_clip
 from comkd_cli.data.sources import open_source
 from comkd_cli.flows import adapt, distill
 from comkd_cli.method.teacher import Teacher
+from comkd_cli.models.backbones import build_clip
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Model
-from comkd_cli.training import make_accelerator
+from comkd_cli.training.loop import make_accelerator
 from tests import tiny
 
 

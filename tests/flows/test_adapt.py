@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from comkd_cli.backbones import build_clip
-from comkd_cli.checkpoints import load_student, load_teacher
 from comkd_cli.data.sources import open_source
 from comkd_cli.errors import CheckpointError, DataError, RecipeError
+from comkd_cli.events import Event, Notice, Stage
 from comkd_cli.flows import adapt, distill
 from comkd_cli.flows.evaluate import Bench, evaluate
-from comkd_cli.progress import Event, Notice, Stage
+from comkd_cli.models.backbones import build_clip
+from comkd_cli.models.checkpoints import load_student, load_teacher
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Model
-from comkd_cli.training import make_accelerator
+from comkd_cli.training.loop import make_accelerator
 from tests import tiny
 
 PROMPTS = {"method": "promptsrc", "shots": 4, "epochs": 3, "tokens": 2, "vision_depth": 2, "text_depth": 1}
@@ -142,7 +142,7 @@ def test_a_changed_backbone_is_refused(done: adapt.Stage1, weights: Path, tmp_pa
     stage = make_stage(tmp_path / "runs", moved)
     teach(stage)
     torch.save(build_clip(Model(config=tiny.CLIP), seed=4).model.state_dict(), moved)
-    from comkd_cli.teachers import saved_teacher
+    from comkd_cli.teachers.loading import saved_teacher
 
     with pytest.raises(CheckpointError, match="other weights"):
         saved_teacher(stage.file, stage.source.class_names, torch.device("cpu"))

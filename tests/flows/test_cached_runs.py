@@ -8,10 +8,10 @@ import torch
 
 from comkd_cli.data.sources import open_source
 from comkd_cli.errors import DataError, MisuseError
+from comkd_cli.events import Event, Notice
 from comkd_cli.flows import adapt, distill
-from comkd_cli.progress import Event, Notice
 from comkd_cli.recipe import parse_recipe
-from comkd_cli.training import make_accelerator
+from comkd_cli.training.loop import make_accelerator
 from tests import tiny
 
 EPOCHS = 3

@@ -11,7 +11,7 @@ from rich.console import Console
 from comkd_cli.data.digits import digits_source
 from comkd_cli.flows.evaluate import Bench, evaluate
 from comkd_cli.flows.export import export
-from comkd_cli.results import to_json
+from comkd_cli.results.records import to_json
 
 
 def test_the_summary_tells_what_the_run_wrote(

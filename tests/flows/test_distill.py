@@ -5,16 +5,16 @@ from typing import Any
 import pytest
 import torch
 
-from comkd_cli.backbones import build_clip
-from comkd_cli.checkpoints import load_student
-from comkd_cli.costs import multiply_adds
 from comkd_cli.data.source import Source
 from comkd_cli.data.sources import open_source
 from comkd_cli.errors import CheckpointError, DataError
+from comkd_cli.events import Event, Notice, Stage
 from comkd_cli.flows import adapt, distill
-from comkd_cli.progress import Event, Notice, Stage
+from comkd_cli.models.backbones import build_clip
+from comkd_cli.models.checkpoints import load_student
+from comkd_cli.models.costs import multiply_adds
 from comkd_cli.recipe import Recipe, parse_recipe, read_yaml
-from comkd_cli.training import make_accelerator
+from comkd_cli.training.loop import make_accelerator
 from tests import tiny
 
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
-from comkd_cli.checkpoints import load_student
 from comkd_cli.data.digits import digits_source
+from comkd_cli.edge.classifier import prepare
 from comkd_cli.errors import CheckpointError, DataError, ModelError
 from comkd_cli.evaluation.subjects import Subject
+from comkd_cli.events import Event, Notice
 from comkd_cli.flows import evaluate as flow
 from comkd_cli.flows.evaluate import Bench, evaluate, home_of, newest_students
-from comkd_cli.predictor import prepare
-from comkd_cli.progress import Event, Notice
+from comkd_cli.models.checkpoints import load_student
 from comkd_cli.recipe.model import Data
-from comkd_cli.results import Results
+from comkd_cli.results.records import Results
 
 
 def bench(events: list[Event] | None = None, data: Data | None = None) -> Bench:

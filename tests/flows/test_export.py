@@ -17,19 +17,19 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from comkd_cli.checkpoints import load_student
+from comkd_cli.bundles import precisions
+from comkd_cli.bundles.bundle import check_head
+from comkd_cli.bundles.parity import GATES, Gate, measure_parity
+from comkd_cli.bundles.runner import run_graph
 from comkd_cli.data.digits import digits_source
+from comkd_cli.edge.classifier import BundleProblem, Classifier, prepare
 from comkd_cli.errors import BundleError, DataError, ExportError, Interrupted, WriteError
 from comkd_cli.flows import export as export_flow
 from comkd_cli.flows.export import Wishes, export
 from comkd_cli.flows.predict import predict
 from comkd_cli.method.teacher import encode_classes
-from comkd_cli.packaging import precisions
-from comkd_cli.packaging.bundle import check_head
-from comkd_cli.packaging.parity import GATES, Gate, measure_parity
-from comkd_cli.packaging.runner import run_graph
-from comkd_cli.predictor import BundleProblem, Classifier, prepare
-from comkd_cli.teachers import class_encoder
+from comkd_cli.models.checkpoints import load_student
+from comkd_cli.teachers.loading import class_encoder
 
 
 def quietly(event: object) -> None:

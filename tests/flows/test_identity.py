@@ -13,10 +13,10 @@ from PIL import Image
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.sources import INDEX, open_source
 from comkd_cli.errors import CheckpointError
+from comkd_cli.events import Event, Notice
 from comkd_cli.flows import adapt, distill
-from comkd_cli.progress import Event, Notice
 from comkd_cli.recipe import parse_recipe
-from comkd_cli.training import make_accelerator
+from comkd_cli.training.loop import make_accelerator
 from tests import tiny
 
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from comkd_cli.backbones import build_clip, build_image_tower
-from comkd_cli.checkpoints import load_student
 from comkd_cli.data.loaders import TrainingLoader
 from comkd_cli.data.sources import open_source
 from comkd_cli.flows import adapt, distill
 from comkd_cli.method.student import Student
+from comkd_cli.models.backbones import build_clip, build_image_tower
+from comkd_cli.models.checkpoints import load_student
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Model
-from comkd_cli.training import make_accelerator
+from comkd_cli.training.loop import make_accelerator
 from tests import tiny
 from tests.method.test_prompts import prompted_by_hand
 

@@ -12,18 +12,18 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from comkd_cli.checkpoints import load_student_record, load_teacher
+from comkd_cli.cli.terminal import figures_text
 from comkd_cli.data.source import ImageSet
 from comkd_cli.data.sources import open_source
 from comkd_cli.errors import DataError, Interrupted, RecipeError
 from comkd_cli.evaluation.features import BATCH_SIZE, Encoder, Features, FeatureStore
+from comkd_cli.events import Event, Notice
 from comkd_cli.flows import adapt, distill
 from comkd_cli.flows.evaluate import Bench, evaluate
-from comkd_cli.progress import Event, Notice
+from comkd_cli.models.checkpoints import load_student_record, load_teacher
 from comkd_cli.recipe import parse_recipe
-from comkd_cli.results import Record
-from comkd_cli.terminal import figures_text
-from comkd_cli.training import make_accelerator
+from comkd_cli.results.records import Record
+from comkd_cli.training.loop import make_accelerator
 from tests import tiny
 
 CANDIDATES = {"refinement": {"weight": 10.0}, "edu_attention": {"memory": "candidates", "gate_start": 0.5}}
@@ -202,7 +202,7 @@ def stop_after_steps(patch: pytest.MonkeyPatch, steps: int) -> None:
 
         yield wish
 
-    patch.setattr("comkd_cli.training.stop_wishes", wishes)
+    patch.setattr("comkd_cli.training.loop.stop_wishes", wishes)
 
 
 @pytest.mark.parametrize("stop_at", [9, 14, 30])

@@ -12,16 +12,16 @@ import torch
 import webdataset
 from PIL import Image
 
-from comkd_cli import training
 from comkd_cli.data import order
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.sources import open_source
 from comkd_cli.errors import DataError, Interrupted
+from comkd_cli.events import Event, Notice, Progress
 from comkd_cli.flows import adapt, distill, evaluate
-from comkd_cli.progress import Event, Notice, Progress
 from comkd_cli.recipe import parse_recipe
-from comkd_cli.teachers import ReadyTeacher
-from comkd_cli.training import make_accelerator
+from comkd_cli.teachers.loading import ReadyTeacher
+from comkd_cli.training import loop
+from comkd_cli.training.loop import make_accelerator
 from tests import tiny
 
 IMAGES, SHARDS, BATCH, EPOCHS = 90, 6, 16, 2
@@ -30,7 +30,7 @@ IMAGES, SHARDS, BATCH, EPOCHS = 90, 6, 16, 2
 @pytest.fixture(autouse=True)
 def narrow_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(order, "WINDOW_RUNS", 2)
-    monkeypatch.setattr(training, "REPORT_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "REPORT_EVERY_SECONDS", 0.0)
 
 
 def write_shards(folder: Path, numbers: Sequence[int], shards: int = SHARDS) -> str:

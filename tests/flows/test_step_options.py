@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from comkd_cli.backbones import build_image_tower, recompute_activations
 from comkd_cli.data.sources import open_source
 from comkd_cli.errors import ModelError, RecipeError, TrainingError
 from comkd_cli.flows import adapt, distill
+from comkd_cli.models.backbones import build_image_tower, recompute_activations
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Model
-from comkd_cli.training import make_accelerator
+from comkd_cli.training.loop import make_accelerator
 from tests import tiny
 
 
@@ -46,7 +46,7 @@ def test_checkpointing_changes_no_bit(runs: Path, plain: dict[str, torch.Tensor]
 
 
 def test_checkpointing_changes_no_bit_of_a_teacher_of_prompts(tmp_path: Path) -> None:
-    from comkd_cli.backbones import build_clip
+    from comkd_cli.models.backbones import build_clip
 
     weights = tmp_path / "clip.pt"
     torch.save(build_clip(Model(config=tiny.CLIP), seed=3).model.state_dict(), weights)

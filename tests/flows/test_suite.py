@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from comkd_cli.backbones import build_clip
-from comkd_cli.catalog import CATALOG, Dataset
 from comkd_cli.data.digits import digits_source
 from comkd_cli.errors import DataError
 from comkd_cli.evaluation import features as features_module
+from comkd_cli.events import Event
 from comkd_cli.flows.evaluate import Bench, evaluate
-from comkd_cli.progress import Event
+from comkd_cli.models.backbones import build_clip
+from comkd_cli.recipe.catalog import CATALOG, Dataset
 from comkd_cli.recipe.model import Model
 from tests import tiny
 

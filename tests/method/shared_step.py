@@ -15,14 +15,14 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from comkd_cli.backbones import build_image_tower
-from comkd_cli.launch import is_main, rank, world_size
-from comkd_cli.method.global_batch import share_batch_norms
 from comkd_cli.method.objective import loss_terms
 from comkd_cli.method.student import Student
 from comkd_cli.method.teacher import TeacherOutput
+from comkd_cli.models.backbones import build_image_tower
 from comkd_cli.recipe.model import EduAttention, IFAlign, Loss, Model, Refinement
 from comkd_cli.recipe.model import Student as Settings
+from comkd_cli.runtime.global_batch import share_batch_norms
+from comkd_cli.runtime.ranks import is_main, rank, world_size
 from tests import tiny
 
 IMAGES, CLASSES, DIM = 16, 5, 16

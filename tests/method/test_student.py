@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comkd_cli.costs import parameters
 from comkd_cli.method.prompts import VisionPrompts
 from comkd_cli.method.student import Student
+from comkd_cli.models.costs import parameters
 from comkd_cli.recipe import model as recipe
 
 DIM, WIDTH, CLASSES = 6, 5, 3

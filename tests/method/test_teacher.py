@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from comkd_cli.backbones import build_clip
 from comkd_cli.method.teacher import PromptClassifier, Teacher, encode_classes
+from comkd_cli.models.backbones import build_clip
 from comkd_cli.recipe.model import Model
 
 CONFIG = {

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from comkd_cli.backbones import build_clip, known_architectures
-from comkd_cli.catalog import CATALOG
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.sources import open_source
 from comkd_cli.flows import adapt, distill
 from comkd_cli.flows.evaluate import Bench, evaluate
+from comkd_cli.models.backbones import build_clip, known_architectures
 from comkd_cli.recipe import check_recipes, load_recipe, parse_recipe
+from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.recipe.loading import bundled_recipes
 from comkd_cli.recipe.model import Model
-from comkd_cli.training import make_accelerator
+from comkd_cli.training.loop import make_accelerator
 from tests import tiny
 from tests.flows.test_suite import fill
 

@@ -1,0 +1,197 @@
+"""ONNX graphs of a student and of its teacher's text encoder."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.errors import ExportError
+from comkd_cli.method.student import Student
+from comkd_cli.method.teacher import encode_classes
+
+OPSET = 20  # the first with Gelu as one operator, which vision transformers run measurably faster with
+MOST_BYTES = 2**31 - 2**20  # a protobuf holds 2 GiB; some is left for the graph itself
+# With an example of one the exporter would take the batch axis for a constant.
+EXAMPLE_BATCH = 2
+IMAGE, FEATURES, CLASS_VECTORS, LOGITS = "image", "image_features", "class_vectors", "logits"
+TOKENS, TEXT_FEATURES = "tokens", "text_features"
+
+
+class ImageEncoder(nn.Module):
+    """From prepared images to L2-normalised image features."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image: (batch, 3, size, size). Returns (batch, dim)."""
+        features: Tensor = self.student(image).features
+        return features
+
+
+class CandidatesEncoder(ImageEncoder):
+    """The same for EduAttention over the classes at hand: the class vectors are an input too."""
+
+    def forward(self, image: Tensor, class_vectors: Tensor) -> Tensor:  # type: ignore[override]
+        """image: (batch, 3, size, size); class_vectors: (classes, dim). Returns (batch, dim)."""
+        features: Tensor = self.student(image, class_vectors).features
+        return features
+
+
+class TextEncoder(nn.Module):
+    """From token ids to L2-normalised text features: the class vectors of the prompts."""
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: int64 (texts, context). Returns (texts, dim)."""
+        return encode_classes(self.clip, tokens)
+
+
+def export_image_encoder(student: Student, preprocessing: Preprocessing, path: Path, opset: int = OPSET) -> None:
+    """Write `image` (batch, 3, size, size) float32 to `image_features` (batch, dim), for any batch size.
+
+    With `memory: candidates` there is a second input, `class_vectors` (classes, dim) for any classes. Raises
+    ExportError where torch's exporter can't follow the student.
+    """
+    size = preprocessing.size
+    inputs = {IMAGE: (torch.zeros(EXAMPLE_BATCH, 3, size, size), "batch")}
+    if student.uses_candidates:
+        # More than the batch, so that the two axes are not taken for one.
+        inputs[CLASS_VECTORS] = (torch.zeros(EXAMPLE_BATCH + 1, student.class_vectors.shape[1]), "classes")
+        _export(CandidatesEncoder(student), inputs, FEATURES, path, opset)
+    else:
+        _export(ImageEncoder(student), inputs, FEATURES, path, opset)
+
+
+def export_text_encoder(clip: nn.Module, context_length: int, path: Path, opset: int = OPSET) -> None:
+    """Write `tokens` int64 (texts, context) to `text_features` (texts, dim), for any number of texts.
+
+    clip: an open_clip model, with prompts in its text encoder or without. Raises ExportError.
+    """
+    tokens = torch.zeros(EXAMPLE_BATCH, context_length, dtype=torch.int64)
+    _export(TextEncoder(clip), {TOKENS: (tokens, "texts")}, TEXT_FEATURES, path, opset)
+
+
+def add_classifier(encoder: Path, path: Path, class_vectors: np.ndarray, logit_scale: float) -> None:
+    """Write the encoder's graph with logits = scale * features @ class_vectors' at its end.
+
+    Where the encoder has the class vectors as an input, they stay one. class_vectors: float32 (classes, dim).
+    """
+    model = onnx.load(encoder)
+    graph = model.graph
+    classes: int | str = len(class_vectors)
+    if any(entry.name == CLASS_VECTORS for entry in graph.input):
+        classes = "classes"
+        graph.initializer.append(numpy_helper.from_array(np.float32(logit_scale), "logit_scale"))
+        graph.node.append(helper.make_node("Transpose", [CLASS_VECTORS], ["class_columns"], perm=[1, 0]))
+        graph.node.append(helper.make_node("MatMul", [FEATURES, "class_columns"], ["similarities"]))
+        graph.node.append(helper.make_node("Mul", ["similarities", "logit_scale"], [LOGITS]))
+    else:
+        columns = np.ascontiguousarray(np.float32(logit_scale) * class_vectors.T)
+        graph.initializer.append(numpy_helper.from_array(columns, "scaled_class_columns"))
+        graph.node.append(helper.make_node("MatMul", [FEATURES, "scaled_class_columns"], [LOGITS]))
+    del graph.output[:]
+    graph.output.append(helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["batch", classes]))
+    save_graph(model, path)
+
+
+def save_graph(model: onnx.ModelProto, path: Path) -> None:
+    """Write a graph as one file, without what the tools that made it noted in it, such as paths of their machine."""
+    del model.metadata_props[:]
+    model.doc_string = ""
+    graph = model.graph
+    del graph.metadata_props[:]
+    del graph.value_info[:]
+    for node in graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+        node.name = ""
+    for entry in (*graph.input, *graph.output, *graph.initializer):
+        del entry.metadata_props[:]
+        entry.doc_string = ""
+    onnx.save(model, path)
+
+
+def check_graph(path: Path, standard_only: bool) -> None:
+    """Let onnx check a graph, shapes too. standard_only: refuse operators outside the standard.
+
+    Raises ExportError.
+    """
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except Exception as error:  # onnx raises types of its own, in C++ and in Python
+        raise ExportError(f"{path.name}: onnx finds fault with it: {_first_line(error)}") from error
+    domains = {node.domain for node in onnx.load(path, load_external_data=False).graph.node}
+    if standard_only and (strange := domains - {"", "ai.onnx"}):
+        raise ExportError(f"{path.name}: has operators outside the ONNX standard, of {', '.join(sorted(strange))}")
+
+
+def opset_of(path: Path) -> int:
+    """The version of the standard ONNX operators that a graph uses."""
+    model = onnx.load(path, load_external_data=False)
+    return int(next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")))
+
+
+def _export(module: nn.Module, inputs: Mapping[str, tuple[Tensor, str]], output: str, path: Path, opset: int) -> None:
+    """inputs: by name, an example and the name of its first axis, which may have any length."""
+    held = sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+    if held > MOST_BYTES:
+        raise ExportError(f"{path.name}: {held / 2**30:.1f} GiB of weights do not fit into one ONNX file of 2 GiB")
+    try:
+        with quiet():
+            torch.onnx.export(
+                module.eval(),
+                tuple(example for example, _ in inputs.values()),
+                path,
+                input_names=list(inputs),
+                output_names=[output],
+                opset_version=opset,
+                dynamic_shapes={name: {0: axis} for name, (_, axis) in inputs.items()},
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter raises many kinds, none of them ours to list
+        pass_on_refusals(error)
+        raise ExportError(f"torch can't export this model to ONNX opset {opset}: {_first_line(error)}") from error
+    if (made := opset_of(path)) != opset:
+        raise ExportError(f"torch's exporter could not bring this model to ONNX opset {opset}; it made {made}")
+    save_graph(onnx.load(path), path)
+
+
+def pass_on_refusals(error: Exception) -> None:
+    """Raise again what the system refused, such as to write on a full disk: that is no fault of a graph."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what exporters and quantisers print, log, and warn of their own dependencies."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

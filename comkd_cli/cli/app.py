@@ -1,0 +1,105 @@
+"""The `comkd` command: finds its sub-commands in the folder commands/, and turns errors into messages."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import io
+import os
+import pkgutil
+import sys
+import time
+from contextlib import nullcontext, suppress
+from typing import Any, NoReturn
+
+import click
+
+from comkd_cli.cli import commands
+from comkd_cli.cli.quiet import quiet_libraries
+from comkd_cli.errors import ComkdError
+from comkd_cli.runtime import ranks
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+OTHERS_WAIT_SECONDS = 3
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+class CommandFolder(click.Group):
+    """A group whose commands are the modules of comkd_cli/commands, imported when they are asked for.
+
+    The one error boundary: a ComkdError, or a file that the system refuses, is printed as one message
+    and ends with its exit code; `--debug` lets the traceback through.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of the modules, alphabetically."""
+        return sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The `command` of the module of that name."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module = importlib.import_module(f"{commands.__name__}.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line; whatever the terminal's encoding, a text never ends it."""
+        for stream in (sys.stdout, sys.stderr):  # a file's name need not be text that they can encode
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command behind the error boundary."""
+        debug = ctx.params["debug"]
+        try:
+            with nullcontext() if debug else quiet_libraries():
+                result = super().invoke(ctx)
+                sys.stdout.flush()  # a full disk is met here, not when Python ends
+                return result
+        except ComkdError as error:
+            if debug:
+                raise
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("interrupted; finished work is kept, and the same command resumes the rest", INTERRUPTED)
+        except OSError as error:
+            # Broken pipes are Click's; what has neither a file's name nor to do with a disk is not the user's to mend.
+            if debug or isinstance(error, BrokenPipeError) or (error.filename is None and error.errno not in NO_SPACE):
+                raise
+            if error.filename is None:
+                _drop_output()
+            _fail(f"{error.filename or 'output'}: {error.strerror}", 1)
+
+
+def _drop_output() -> None:
+    """Let what could not be written to standard output go nowhere, or Python tries once more when it ends."""
+    with suppress(OSError, ValueError):  # a test's stream has no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    if not ranks.is_main():
+        if exit_code >= INTERRUPTED:
+            sys.exit(exit_code)
+        # What the main process meets too is said by it, and its launcher ends this one while it waits.
+        time.sleep(OTHERS_WAIT_SECONDS)
+        message = f"process {ranks.rank()}: {message}"
+    # An interruption is what the user wished, no error.
+    label = click.style("error:", fg="red", bold=True) if exit_code < INTERRUPTED else click.style("note:", fg="yellow")
+    click.echo(f"{label} {message}", err=True)
+    sys.exit(exit_code)
+
+
+@click.group(
+    cls=CommandFolder,
+    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
+)
+@click.version_option(package_name="comkd")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Distil a large CLIP into a small one, prove what it kept, pack it for devices.
+
+    Start with `comkd distill digits`, which needs no download.
+    """

@@ -1,0 +1,167 @@
+"""`comkd datasets`: what the evaluation suite's data sets are, whether they are here, and their splits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from comkd_cli.cli.options import data_root_option, json_option
+
+if TYPE_CHECKING:
+    from comkd_cli.data.check import Check
+    from comkd_cli.recipe.catalog import Dataset
+
+
+@click.group()
+def command() -> None:
+    """List, check, split and fetch the data sets of the evaluation suite."""
+
+
+@command.command("list")
+@json_option
+def list_(as_json: bool) -> None:
+    """List the data sets that comkd knows, with their published counts."""
+    from dataclasses import asdict
+
+    from comkd_cli.cli.terminal import Column, print_json, print_table
+    from comkd_cli.recipe.catalog import CATALOG
+
+    if as_json:
+        print_json([asdict(dataset) for dataset in CATALOG.values()])
+        return
+    figures = [Column(head) for head in ("classes", "train", "val", "test")]
+    columns = [Column("data set", "word"), Column("folder", "word"), *figures, Column("prompt", "text")]
+    rows = []
+    for dataset in CATALOG.values():
+        counts = (dataset.classes, dataset.train, dataset.val, dataset.test)
+        rows.append((dataset.name, dataset.folder, *(f"{n:,}" if n else "-" for n in counts), dataset.template))
+    print_table(columns, rows)
+
+
+@command.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--deep", is_flag=True, help="Decode every image as well; takes long.")
+@data_root_option
+@json_option
+def check(names: tuple[str, ...], deep: bool, data_root: Path, as_json: bool) -> None:
+    """Say of each data set whether it is ready, incomplete or missing, and what to do.
+
+    Reads the split files, looks for every image that they name, and compares the counts with the published
+    ones. Without a NAME, all are checked; exits 1 if a named one is not ready, or none at all is.
+    """
+    from comkd_cli.cli.terminal import print_json, reporting
+    from comkd_cli.data.check import check_dataset
+    from comkd_cli.errors import DataError
+    from comkd_cli.events import Progress
+
+    checks = []
+    with reporting(quiet=as_json) as report:
+        for dataset in _chosen(names):
+
+            def tick(done: int, total: int, name: str = dataset.name) -> None:
+                if done % 100 == 0 or done == total:
+                    report(Progress(name, done, total))
+
+            checks.append(check_dataset(dataset, data_root, deep, tick))
+    if as_json:
+        print_json([entry.as_plain() for entry in checks])
+    else:
+        _print_checks(checks)
+    wanting = [entry.dataset for entry in checks if entry.state != "ready"]
+    if wanting and (names or len(wanting) == len(checks)):
+        raise DataError(f"not ready below {data_root}: {', '.join(wanting)}")
+
+
+@command.command()
+@click.argument("name")
+@click.option("--shots", type=click.IntRange(min=1), help="Draw so many training images a class.")
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Of the draw.")
+@click.option(
+    "--classes",
+    "half",
+    type=click.Choice(["all", "base", "new"]),
+    default="all",
+    show_default=True,
+    help="All classes, or a half of them, relabelled from 0.",
+)
+@data_root_option
+@json_option
+def split(name: str, shots: int | None, seed: int, half: str, data_root: Path, as_json: bool) -> None:
+    """Print the train, val and test images of NAME, from its split files alone.
+
+    With --json a document {"train": [[path, label, class name], ...], "val": ..., "test": ...}, paths
+    relative to the data set's folder; else a line an image. --shots draws as CoOp and Dassl do.
+    """
+    from comkd_cli.cli.terminal import print_json
+    from comkd_cli.data.splits import read_splits, sample_shots, select_half
+
+    (dataset,) = _chosen((name,))
+    splits = read_splits(dataset, data_root)
+    if shots is not None:
+        splits = sample_shots(splits, shots, seed)
+    plain = select_half(splits, half).as_plain()  # type: ignore[arg-type]
+    if as_json:
+        print_json(plain, indent=None)
+        return
+    for part, entries in plain.items():
+        for path, label, class_name in entries:
+            click.echo(f"{part}\t{label}\t{class_name}\t{path}")
+
+
+@command.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@data_root_option
+@json_option
+def fetch(names: tuple[str, ...], data_root: Path, as_json: bool) -> None:
+    """Download, unpack and check each data set NAME from its mirror on the Hugging Face Hub.
+
+    An interrupted download goes on where it stopped. For ImageNet and its variants, which no mirror has, the
+    message says where they come from.
+    """
+    from comkd_cli.cli.terminal import print_json, reporting
+    from comkd_cli.data.fetch import fetch_dataset
+    from comkd_cli.errors import DataError
+    from comkd_cli.events import Progress, Stage
+
+    checks = []
+    for dataset in _chosen(names):
+        with reporting(quiet=as_json) as report:
+            report(Stage(f"Fetching {dataset.name}"))
+
+            def tick(done: int, total: int, name: str = dataset.name) -> None:
+                report(Progress(f"unpacking {name}", done, total))
+
+            checks.append(fetch_dataset(dataset, data_root, tick))
+    if as_json:
+        print_json([entry.as_plain() for entry in checks])
+    else:
+        _print_checks(checks)
+    if wanting := [entry.dataset for entry in checks if entry.state != "ready"]:
+        raise DataError(f"fetched, and still not ready: {', '.join(wanting)}")
+
+
+def _chosen(names: Sequence[str]) -> list[Dataset]:
+    from comkd_cli.errors import DataError
+    from comkd_cli.recipe.catalog import CATALOG
+
+    if unknown := [name for name in names if name not in CATALOG]:
+        raise DataError(f"{unknown[0]}: no such data set; comkd knows {', '.join(CATALOG)}")
+    return [CATALOG[name] for name in names] or list(CATALOG.values())
+
+
+def _print_checks(checks: Sequence[Check]) -> None:
+    from rich.text import Text
+
+    from comkd_cli.cli.terminal import Column, print_table
+
+    colours = {"ready": "green", "incomplete": "yellow", "missing": "red"}
+    columns = [Column("data set", "word"), Column("state", "word"), Column("images"), Column("what to do", "text")]
+    rows = []
+    for entry in checks:
+        told = "\n".join([*entry.problems, *entry.notes, *([entry.remedy] if entry.remedy else [])])
+        images = f"{entry.train + entry.val + entry.test:,}"
+        rows.append((entry.dataset, Text(entry.state, colours[entry.state]), images, told))
+    print_table(columns, rows)

@@ -1,0 +1,167 @@
+"""`comkd evaluate`: what a student kept of its teacher, and how models do on the suite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from comkd_cli.cli.options import allow_download_option, data_root_option, json_option, numbers, runs_option
+from comkd_cli.runtime import ranks
+
+if TYPE_CHECKING:
+    from comkd_cli.recipe.model import Data
+    from comkd_cli.results.records import Missing, Results
+
+PROTOCOLS = ("zero-shot", "base-to-novel", "few-shot", "cross-dataset", "domain-generalization")
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option(
+    "--dataset",
+    "datasets",
+    metavar="NAME",
+    multiple=True,
+    help="Score on this data set: digits, or one of `comkd datasets list`; may be repeated.",
+)
+@click.option("--all", "whole_suite", is_flag=True, help="Score on every data set of the suite, by every protocol.")
+@click.option(
+    "--folder",
+    type=click.Path(file_okay=False, exists=True),
+    help="Score on this folder, with test/ and a sub-folder a class in it.",
+)
+@click.option("--classes", type=click.Path(dir_okay=False, exists=True), help="Class names of --folder, one a line.")
+@click.option("--template", help="Prompt of a class of --folder, {} standing for its name.")
+@click.option(
+    "--protocol",
+    "protocols",
+    type=click.Choice(PROTOCOLS),
+    multiple=True,
+    help="How to score; may be repeated. Left out: zero-shot, with --all every one.",
+)
+@click.option("--shots", callback=numbers, default="1,2,4,8,16", show_default=True, help="Of few-shot.")
+@click.option("--seeds", callback=numbers, default="1,2,3", show_default=True, help="Of the few-shot draws.")
+@runs_option
+@data_root_option
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for results.json, .csv, .md and .tex. Left out: the student's own, or RUNS.",
+)
+@allow_download_option
+@json_option
+def command(
+    model: str | None,
+    datasets: tuple[str, ...],
+    whole_suite: bool,
+    folder: str | None,
+    classes: str | None,
+    template: str | None,
+    protocols: tuple[str, ...],
+    shots: tuple[int, ...],
+    seeds: tuple[int, ...],
+    runs: Path,
+    data_root: Path,
+    out: Path | None,
+    allow_download: bool,
+    as_json: bool,
+) -> None:
+    """Score students beside their teachers, or any CLIP, on test images.
+
+    MODEL is a student.pt, or ARCH:WEIGHTS for any open_clip model (then say on what, with --dataset, --all or
+    --folder). Left out, the newest finished students of each data set under RUNS are scored. Each image goes
+    through a model once: features are kept in RUNS/features, and every protocol is derived from them.
+
+    The records are added to those of results.json; of the same score the latest counts. A model or data set that
+    cannot be scored is named, the others are scored, and the exit code is 1; data sets of --all that are not there
+    are named alone.
+    """
+    if bool(datasets) + whole_suite + (folder is not None) > 1:
+        raise click.UsageError("--dataset, --all and --folder exclude one another")
+    if (classes or template) and not folder:
+        raise click.UsageError("--classes and --template describe --folder")
+    from comkd_cli.cli.terminal import print_json, reporting, starting
+    from comkd_cli.errors import DataError
+    from comkd_cli.files import check_writable
+    from comkd_cli.recipe.catalog import CATALOG
+    from comkd_cli.results.records import as_plain
+    from comkd_cli.results.result_files import NAME, ResultFiles
+
+    names = tuple(CATALOG) if whole_suite else datasets
+    data = _data(names, folder, classes, template)
+    with starting():
+        from comkd_cli.flows import evaluate
+        from comkd_cli.runtime import collectives
+        from comkd_cli.runtime.devices import best_device
+
+    home = out or evaluate.home_of(model, runs, own_data=not names and data is None)
+    with reporting(quiet=as_json) as report:
+        bench = evaluate.Bench(
+            device=best_device(),
+            data_root=data_root,
+            report=report,
+            features=runs / "features",
+            data=None if names and model is None else data,
+            datasets=names if len(names) > 1 or (names and model is None) else (),
+            protocols=protocols or (PROTOCOLS if whole_suite else ("zero-shot",)),
+            protocols_named=bool(protocols),
+            shots=shots,
+            seeds=seeds,
+            allow_download=allow_download,
+        )
+        collectives.agreed(partial(check_writable, home, "give another folder for the results with --out"))
+        files = ResultFiles(home, report)
+        results = evaluate.evaluate(model, runs, bench, files.add if ranks.is_main() else _ignore)
+    collectives.leave()
+    if not ranks.is_main():
+        return
+    failed = [entry for entry in results.missing if entry.failed or not whole_suite]
+    if as_json:
+        print_json(as_plain(results))
+    else:
+        _print(results, [entry for entry in results.missing if entry not in failed])
+    if files.problem is not None:
+        raise files.problem
+    if not as_json:
+        _print_place(home / NAME, files.records_in_all)
+    if failed:
+        raise DataError(f"{len(failed)} of what was asked for could not be scored:\n" + "\n".join(map(_line, failed)))
+
+
+def _ignore(_results: Results) -> None:
+    """Of several processes the main one writes."""
+
+
+def _line(entry: Missing) -> str:
+    return "  " + entry.problem.replace("\n", "\n  ")
+
+
+def _data(names: tuple[str, ...], folder: str | None, classes: str | None, template: str | None) -> Data | None:
+    from comkd_cli.recipe.loading import parse_data
+
+    checked = [parse_data({"dataset": name}) for name in names]
+    if folder is not None:
+        return parse_data({"folder": folder, "classes": classes, "template": template})
+    return checked[0] if len(checked) == 1 else None
+
+
+def _print(results: Results, absent: Sequence[Missing]) -> None:
+    """The tables of results.md, and the data sets that are not there."""
+    from comkd_cli.cli.terminal import Column, output, print_table
+    from comkd_cli.results.tables import tables
+
+    for made in tables(results.records):
+        columns = [Column(head, "figure" if made.is_figures(head) else "text") for head in made.heads]
+        print_table(columns, made.rows, made.title, made.note)
+    for entry in absent:
+        output().print(f"not scored: {entry.problem}", style="yellow", markup=False)
+
+
+def _print_place(path: Path, records: int) -> None:
+    from comkd_cli.cli.terminal import output
+
+    output().print(f"{path}: {records} records in all", style="dim", markup=False, soft_wrap=True)

@@ -1,0 +1,227 @@
+"""`comkd export`: student to bundle."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from comkd_cli.cli.options import allow_download_option, data_root_option, json_option, runs_option
+
+if TYPE_CHECKING:
+    from comkd_cli.bundles.parity import Gate
+
+PRECISIONS = ("fp32", "fp16", "int8")
+
+
+@click.command()
+@click.argument("student", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--onnx", is_flag=True, expose_value=False, help="Export to ONNX, which is the default format.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The bundle. Left out: `bundle` beside STUDENT.",
+)
+@click.option(
+    "--precision",
+    "precisions",
+    type=click.Choice(PRECISIONS),
+    multiple=True,
+    default=("fp32",),
+    show_default=True,
+    help="Of the graphs; may be repeated. int8 is made with images that its gate does not use.",
+)
+@click.option("--text", is_flag=True, help="Add the teacher's text encoder, so that a device can add classes.")
+@click.option("--web", is_flag=True, help="Add a page that classifies in a browser, without a server's help.")
+@click.option(
+    "--web-runtime",
+    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    help="Unpacked onnxruntime-web package for --web. Left out: npm fetches it once.",
+)
+@click.option("--benchmark", is_flag=True, help="Measure latency and peak memory against PyTorch, in one run.")
+@click.option(
+    "--images",
+    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    help="Folder of real images for gates and int8. Left out: the student's own data.",
+)
+@click.option(
+    "--check-images",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Compare the graphs with PyTorch on at most so many images.",
+)
+@click.option(
+    "--gate",
+    "gates",
+    multiple=True,
+    metavar="PRECISION.LIMIT=VALUE",
+    help="Change what a precision must keep, such as int8.cosine_min=0.97; may be repeated.",
+)
+@click.option("--opset", type=click.IntRange(min=18), default=20, show_default=True, help="ONNX operators' version.")
+@click.option("--license", "license_", default="unknown", show_default=True, help="Licence in the model card.")
+@runs_option
+@data_root_option
+@allow_download_option
+@click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
+@json_option
+def command(
+    student: Path,
+    out: Path | None,
+    precisions: tuple[str, ...],
+    text: bool,
+    web: bool,
+    web_runtime: Path | None,
+    benchmark: bool,
+    images: Path | None,
+    check_images: int,
+    gates: tuple[str, ...],
+    opset: int,
+    license_: str,
+    runs: Path,
+    data_root: Path,
+    allow_download: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Export STUDENT.pt to a bundle: ONNX graphs, checked in onnxruntime, and a predict.py without torch.
+
+    The graphs must answer as the student does on real images, at batch sizes 1, 2 and 7 and over the label set.
+    A precision that does not is left out and told, with its figures, and the exit code is 1. int8 is calibrated and
+    chosen on other images than its gate's. Limits of --gate: cosine_min, agreement_min_percent,
+    top1_loss_max_points, difference_max.
+    """
+    from comkd_cli.cli.terminal import print_json, reporting, starting
+    from comkd_cli.errors import ExportError
+
+    target = out or student.parent / "bundle"
+    with starting():
+        from comkd_cli.flows import export
+    wishes = export.Wishes(
+        precisions=precisions,
+        text=text,
+        web=web or web_runtime is not None,
+        web_runtime=web_runtime,
+        benchmark=benchmark,
+        opset=opset,
+        gates=_gates(gates),
+        check_images=check_images,
+        pictures=images,
+        runs=runs,
+        allow_download=allow_download,
+        license=license_,
+    )
+    with reporting(quiet=as_json) as report:
+        exported = export.export(student, target, data_root, report, force, wishes)
+    if as_json:
+        print_json(exported.manifest)
+    else:
+        _print_bundle(target, exported.manifest)
+    if exported.failed:
+        reasons = "\n".join(f"  {precision}: {why}" for precision, why in exported.failed.items())
+        raise ExportError(f"{target}: holds {', '.join(exported.manifest['precisions'])}; left out are\n{reasons}")
+
+
+def _gates(settings: tuple[str, ...]) -> dict[str, Gate]:
+    """The gates, with the limits of the command line in place of their own."""
+    from comkd_cli.bundles.parity import GATES
+
+    changed = dict(GATES)
+    limits = [limit.name for limit in fields(GATES["fp32"])]
+    for setting in settings:
+        place, equals, value = setting.partition("=")
+        precision, _, limit = place.partition(".")
+        if not equals or precision not in GATES or limit not in limits:
+            raise click.UsageError(
+                f"--gate {setting}: should be PRECISION.LIMIT=VALUE, with {', '.join(GATES)} and {', '.join(limits)}"
+            )
+        try:
+            number = float(value)
+        except ValueError as error:
+            raise click.UsageError(f"--gate {setting}: {value!r} is no number") from error
+        if math.isnan(number):  # no figure is on either side of it
+            raise click.UsageError(f"--gate {setting}: {value!r} is no number")
+        changed[precision] = replace(changed[precision], **{limit: number})
+    return changed
+
+
+def _print_bundle(target: Path, manifest: dict[str, Any]) -> None:
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    from comkd_cli.bundles.latency import disturbance
+    from comkd_cli.cli.terminal import output
+
+    console = output()
+    table = Table("file", "size", box=None, pad_edge=False, header_style="bold")
+    table.columns[1].justify = "right"
+    for name, entry in manifest["files"].items():
+        table.add_row(name, decimal(entry["bytes"]))
+    console.print(table)
+    console.print()
+    console.print(_parity_table(manifest))
+    console.print(_image_sizes(manifest["images"]), style="dim", markup=False, soft_wrap=True)
+    if manifest["latency"]:
+        console.print()
+        console.print(_latency_table(manifest))
+        if disturbed := disturbance(manifest["latency"]):
+            console.print(disturbed, style="yellow", markup=False, soft_wrap=True)
+    quoted = shlex.quote(str(target))
+    console.print(f"bundle: {target}\n  comkd predict {quoted} IMAGE...", markup=False, soft_wrap=True)
+    if "index.html" in manifest["files"]:
+        console.print(f"  python -m http.server --directory {quoted}", markup=False, soft_wrap=True)
+
+
+def _parity_table(manifest: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in ("precision", "of fp32's size", "least cosine", "same answers", "95 % interval", "top-1"):
+        table.add_column(head, justify="left" if head == "precision" else "right")
+    sizes = {p: manifest["files"][e["classifier"]]["bytes"] for p, e in manifest["precisions"].items()}
+    for precision, entry in manifest["precisions"].items():
+        parity = entry["parity"]
+        share = f"{sizes[precision] / sizes['fp32']:.2f}" if "fp32" in sizes else "-"
+        top1 = "-" if parity["top1_percent"] is None else f"{parity['top1_percent']:.2f} %"
+        same = f"{parity['top1_agreement_percent']:.2f} %"
+        low, high = parity["top1_agreement_interval_percent"]
+        cosine = f"{parity['feature_cosine_min']:.6f}"
+        table.add_row(precision, share, cosine, same, f"{low:.1f} to {high:.1f} %", top1)
+    return table
+
+
+def _image_sizes(images: dict[str, Any]) -> str:
+    """`gate: 360 test images; calibrate: 144 training images; choose: 48`, and why there may be no top-1."""
+    from comkd_cli.bundles.parts import PartSize
+
+    sizes = {name: PartSize(**images[name]) for name in ("gate", "calibrate", "choose")}
+    text = f"gate: {sizes['gate'].words(scored=True)}"
+    if sizes["calibrate"].images:
+        text += f"; int8 calibrated on {sizes['calibrate'].words()}, chosen on {sizes['choose'].words()}"
+    if images["unreadable"]:
+        text += f"; {images['unreadable']} could not be read"
+    if not sizes["gate"].labels:
+        text += "; no top-1: no held-out labelled images"
+    return text
+
+
+def _latency_table(manifest: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in ("batch 1", "threads", "ms", "speed-up", "peak MiB", "of PyTorch's"):
+        table.add_column(head, justify="left" if head == "batch 1" else "right")
+    for entry in manifest["latency"]:
+        table.add_row(
+            entry["name"],
+            str(entry["threads"]),
+            f"{1e3 * entry['seconds']:.2f}",
+            f"{entry['speed_up']:.2f}x",
+            f"{entry['peak_bytes'] / 2**20:.0f}",
+            f"{entry['memory_share']:.2f}",
+        )
+    return table

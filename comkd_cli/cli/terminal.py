@@ -1,0 +1,292 @@
+"""How commands speak to people: consoles, progress bars, and plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from comkd_cli.events import Epoch, Event, Notice, Progress, Report, Stage
+from comkd_cli.runtime import ranks
+
+PLAIN_LINE_EVERY_SECONDS = 60  # how often long work says where it is, where there is no terminal for a bar
+PLAIN_WIDTH = 200  # of tables where there is no terminal, in characters; wider ones are printed whole
+LEAST_TEXT_WIDTH = 16  # a column of text is not made narrower: the rows are stacked instead
+BAR_FROM_WIDTH = 80  # of the terminal, for a progress bar beside the figures
+GAP = 2  # characters between the columns of a table
+ASCII = {"±": "+/-", "…": "..."}
+
+
+def encodable(text: str) -> bool:
+    """Whether standard output can show a text as it is."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def print_json(document: Any, indent: int | None = 2) -> None:
+    """Print a document as JSON: with names as they are where the terminal can encode them, else with escapes."""
+    text = json.dumps(document, indent=indent, ensure_ascii=False)
+    click.echo(text if encodable(text) else json.dumps(document, indent=indent))
+
+
+def output() -> Console:
+    """The console for results: standard output, never wrapped where it is not a terminal."""
+    # emoji=False: a class or a file may be named :dog:
+    console = Console(highlight=False, emoji=False, quiet=not ranks.is_main())
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    return console
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table."""
+
+    head: str
+    kind: Literal["text", "word", "figure"] = "figure"
+    """`text` may be folded; a `word` or a `figure`, which stands to the right, is always printed whole."""
+
+
+def print_table(
+    columns: Sequence[Column], rows: Iterable[Sequence[str | Text]], title: str = "", note: str = ""
+) -> None:
+    """Print a table to standard output; where the terminal is too narrow for its figures, row by row instead.
+
+    rows: plain text, without markup. A row has a cell for each column, the first of which names it.
+    """
+    console = output()
+    if title:
+        console.print(_text(title, "italic"))
+    heads = [_text(column.head) for column in columns]
+    split = [_text(column.head.replace(" ", "\n")) for column in columns]
+    cells = [[_text(cell) for cell in row] for row in rows]
+    if not console.is_terminal:
+        table = _beside(columns, heads, cells)
+        console.width = sys.maxsize  # to measure what it takes
+        console.width = max(PLAIN_WIDTH, console.measure(table).maximum)
+        console.print(table)
+    elif _least_width(columns, heads, cells) <= console.width:
+        console.print(_beside(columns, heads, cells))
+    elif _least_width(columns, split, cells) <= console.width:
+        console.print(_beside(columns, split, cells))
+    else:
+        for row in cells:
+            console.print(Text(row[0].plain, "bold", overflow="fold"))
+            console.print(Padding(_pairs(zip(heads[1:], row[1:], strict=True)), (0, 0, 0, GAP)))
+    if note:
+        console.print(_text(note, "italic dim"))
+
+
+def print_pairs(pairs: Mapping[str, str]) -> None:
+    """Print names and what belongs to them, a row each, to standard output."""
+    output().print(_pairs((_text(name, "bold"), _text(value)) for name, value in pairs.items()))
+
+
+def _least_width(columns: Sequence[Column], heads: Sequence[Text], rows: Sequence[Sequence[Text]]) -> int:
+    """The characters that a table needs if text is folded and all else is whole."""
+    widths = []
+    for position, (column, head) in enumerate(zip(columns, heads, strict=True)):
+        widest = max([0, *(line.cell_len for row in rows for line in row[position].split())])
+        longest_head = max(line.cell_len for line in head.split())
+        widths.append(max(min(widest, LEAST_TEXT_WIDTH) if column.kind == "text" else widest, longest_head))
+    return sum(widths) + GAP * (len(widths) - 1)
+
+
+def _beside(columns: Sequence[Column], heads: Sequence[Text], rows: Sequence[Sequence[Text]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, GAP, 0, 0))
+    for column, head in zip(columns, heads, strict=True):
+        justify: Literal["left", "right"] = "right" if column.kind == "figure" else "left"
+        table.add_column(head, justify=justify, no_wrap=column.kind != "text", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _pairs(pairs: Iterable[tuple[Text, Text]]) -> Table:
+    """Two columns, the second folded; what has no value is left out."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, GAP, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        if value.plain:
+            table.add_row(name, value)
+    return table
+
+
+def _text(cell: str | Text, style: str = "") -> Text:
+    """As text without markup, in characters that standard output can show where there are others for them."""
+    if isinstance(cell, Text):
+        return cell
+    return Text(cell if encodable(cell) else "".join(ASCII.get(character, character) for character in cell), style)
+
+
+def messages() -> Console:
+    """The console for everything said on the way: standard error, so that output can be piped.
+
+    Of several processes the main one speaks; those that raise an error say so themselves.
+    """
+    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True, quiet=not ranks.is_main())
+
+
+def figures_text(figures: Mapping[str, float]) -> str:
+    """`loss 0.152  refinement 0.144 (97%)  gate 0.063  test top-1 93.61 %`.
+
+    In brackets stands a term's share of the gradient, where it was measured. Test images that could not be read are
+    told where there are some.
+    """
+    return "  ".join(_figures(figures))
+
+
+def _figures(figures: Mapping[str, float]) -> list[str]:
+    parts = []
+    for name, value in figures.items():
+        if name.endswith("_gradient_share") or name == "test_images":
+            continue
+        if name == "test_unreadable":
+            if value:
+                total = value + figures.get("test_images", 0)
+                parts.append(f"{value:.0f} of {total:.0f} test images could not be read")
+            continue
+        if name.endswith("_percent"):
+            parts.append(f"{name.removesuffix('_percent').replace('top1', 'top-1').replace('_', ' ')} {value:.2f} %")
+            continue
+        share = figures.get(f"{name}_gradient_share")
+        parts.append(f"{name} {value:.3g}" + (f" ({share:.0%})" if share is not None else ""))
+    return parts
+
+
+class _Bar(BarColumn):
+    """A bar, where the terminal is wide enough for one beside the figures."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(bar_width=24)
+        self._console = console
+
+    def render(self, task: Task) -> Any:
+        return super().render(task) if self._console.width >= BAR_FROM_WIDTH else Text("")
+
+
+class _Line(ProgressColumn):
+    """What the work is, how far it is, and of its figures those that the terminal is wide enough for.
+
+    What does not fit is left out whole: half a number would be a wrong one.
+    """
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def render(self, task: Task) -> Text:
+        room = self._console.width - 1 - (25 if self._console.width >= BAR_FROM_WIDTH else 0)
+        share = f"{task.percentage:3.0f}%"
+        label = task.description
+        if len(label) + 1 + len(share) > room:
+            label = label[: max(0, room - len(share) - 4)] + "..."
+        line = Text(f"{label} {share}")
+        speed = task.finished_speed or task.speed
+        left = task.time_remaining
+        parts = [
+            "" if left is None else str(timedelta(seconds=math.ceil(left))),
+            "" if speed is None else f"{speed:.0f} {task.fields['unit']}/s",
+            *task.fields["figures"],
+        ]
+        for part in filter(None, parts):
+            if len(line) + 1 + len(part) <= room:
+                line.append(f" {part}", "dim")
+        return line
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Show on a terminal that the program starts: importing torch takes seconds."""
+    console = messages()
+    with console.status("starting", spinner="dots" if console.encoding.startswith("utf") else "line"):
+        yield
+
+
+@contextmanager
+def reporting(quiet: bool = False) -> Iterator[Report]:
+    """A callback for flows that shows their events on standard error while the block lasts.
+
+    On a terminal: one live bar for the work at hand, and a line for each epoch. Elsewhere lines alone.
+    """
+    console = messages()
+    quiet = console.quiet = quiet or console.quiet
+    off = quiet or not console.is_terminal
+    # rich would put proxies in the place of the standard streams, and forked workers would write through them.
+    bars = Bars(
+        _Bar(console),
+        _Line(console),
+        console=console,
+        transient=True,
+        disable=off,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    with bars:
+        yield _Reporter(console, bars)
+
+
+class _Reporter:
+    """Turns each event into a line or a movement of the bar."""
+
+    def __init__(self, console: Console, bars: Bars) -> None:
+        self._console = console
+        self._bars = bars
+        self._task: TaskID | None = None
+        self._label = ""
+        self._said_at = time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Progress):
+            self._move(event)
+            return
+        if isinstance(event, Stage):
+            self._clear()
+            self._console.print(f"[bold]{escape(event.title)}[/bold]")
+        elif isinstance(event, Epoch):
+            width = len(str(event.total))
+            self._console.print(
+                f"  epoch {event.number:>{width}}/{event.total}  {figures_text(event.figures)}  "
+                f"[dim]{event.images_per_second:.0f} images/s[/dim]",
+                soft_wrap=not self._console.is_terminal,  # a terminal would break it within a figure
+            )
+        elif isinstance(event, Notice):
+            self._console.print(f"[yellow]note:[/yellow] {escape(event.text)}")
+
+    def _move(self, event: Progress) -> None:
+        if self._task is None or event.label != self._label:
+            self._clear()
+            self._task = self._bars.add_task(event.label, total=event.total, figures=(), unit=event.unit)
+            self._label = event.label
+        self._bars.update(self._task, completed=event.done, total=event.total, figures=_figures(event.figures))
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._said_at > PLAIN_LINE_EVERY_SECONDS:
+            self._said_at = now
+            task = self._bars.tasks[self._bars.task_ids.index(self._task)]
+            left = "" if task.time_remaining is None else f"  about {task.time_remaining / 60:.0f} min left"
+            figures = figures_text(event.figures)
+            self._console.print(f"  {event.label}  {task.percentage:.0f} %  {figures}{left}", markup=False)
+
+    def _clear(self) -> None:
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None

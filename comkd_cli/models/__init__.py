@@ -1,0 +1,1 @@
+"""Backbones, checkpoints and their costs."""

@@ -1,0 +1,257 @@
+"""student.pt and teacher.pt: plain data, loadable with weights_only=True, checked when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.errors import CheckpointError, ComkdError
+from comkd_cli.files import is_newer_format, written_whole
+from comkd_cli.method.student import Student
+from comkd_cli.models import downloads
+from comkd_cli.models.backbones import Origin, build_image_tower, state_sha256
+from comkd_cli.models.weights import check_finite
+from comkd_cli.recipe import Recipe, parse_recipe
+
+STUDENT_FORMAT = "comkd-student/1"
+TEACHER_FORMAT = "comkd-teacher/1"
+
+
+@dataclass(frozen=True)
+class StudentRecord:
+    """What stands in student.pt beside the learned tensors."""
+
+    recipe: Recipe
+    recipe_name: str
+    source: str
+    """Name of the data the student learned from."""
+    class_names: tuple[str, ...]
+    template: str
+    preprocessing: Preprocessing
+    backbone: Origin
+    """What the student's backbone started from; a prompts-only student needs it again."""
+    backbone_sha256: str | None
+    """Of the frozen tensors that a prompts-only student stands on; None for one that holds all its weights."""
+    teacher: str | None
+    """teacher.pt of an adapted teacher, relative to student.pt; None for the zero-shot teacher."""
+    identity: str
+    """A digest of all that decided this student."""
+    metrics: dict[str, float]
+    """Of the epoch whose weights are kept."""
+    identity_parts: dict[str, Any] | None = None
+    """What `identity` is a digest of, by name; None in files of versions that did not record it."""
+    teacher_sha256: dict[str, str] | None = None
+    """Of the local files that the teacher was loaded from, by the recipe's field that names each, or `teacher`
+    for teacher.pt; empty for a teacher from a tag or a repository. None: an earlier version did not record it."""
+
+
+@dataclass(frozen=True)
+class TeacherRecord:
+    """What stands in teacher.pt beside its weights."""
+
+    key: str
+    """A digest of all that decided this teacher; it is the name of its folder."""
+    model: dict[str, Any]
+    """`arch` or `config`, as the recipe had it."""
+    class_names: tuple[str, ...]
+    template: str
+    preprocessing: Preprocessing
+    origin: Origin
+    metrics: dict[str, float]
+    backbone_sha256: str | None = None
+    """Of the tensors that learned prompts stand on; None for a teacher that holds all its weights."""
+    made_of: dict[str, Any] | None = None
+    """What `key` is a digest of, by name; None in files of versions that did not record it."""
+
+
+@dataclass(frozen=True)
+class SavedTeacher:
+    """teacher.pt, read back."""
+
+    record: TeacherRecord
+    class_vectors: Tensor
+    """(classes, dim), L2-normalised."""
+    logit_scale: Tensor
+    """Scalar."""
+    state_dict: dict[str, Tensor]
+    """Of the whole CLIP, or of a prompted one `prompts.vision` and `prompts.text`, (depth, tokens, width) each."""
+
+    @property
+    def prompts(self) -> dict[str, Tensor] | None:
+        """The learned prompts of the `vision` and the `text` encoder; None for a teacher trained in full."""
+        if self.record.backbone_sha256 is None:
+            return None
+        return {name: self.state_dict[f"prompts.{name}"] for name in ("vision", "text")}
+
+
+def save_student(path: Path, student: Student, record: StudentRecord) -> None:
+    """Write student.pt whole: only what was learned, so a prompts-only student stays small."""
+    plain = {**asdict(record), "recipe": record.recipe.model_dump(mode="json")}
+    save_plain(
+        path,
+        {
+            "format": STUDENT_FORMAT,
+            **plain,
+            "class_names": list(record.class_names),
+            "class_vectors": student.class_vectors.cpu(),
+            "logit_scale": student.logit_scale.cpu(),
+            "state_dict": {name: value.cpu() for name, value in student.learned_state().items()},
+        },
+    )
+
+
+def load_student(path: Path, allow_download: bool = False) -> tuple[Student, StudentRecord]:
+    """The student of a checkpoint, on the CPU and in inference mode, and its record.
+
+    allow_download: fetch what the file names and this machine lacks, such as the backbone of a prompts-only
+    student. Raises CheckpointError for a file that is no student, ModelError where the backbone that a
+    prompts-only student needs can't be built.
+    """
+    record, data = _read_student(path)
+    settings = record.recipe.student
+    with downloads.forbidden(unless=allow_download):
+        # A fully trained student holds every weight: what it started from need not be at hand.
+        tower = build_image_tower(settings, load_weights=settings.train == "prompts")
+    if settings.train == "prompts" and state_sha256(tower.module) != record.backbone_sha256:
+        raise CheckpointError(
+            f"{path}: its prompts were learned on other weights than {settings.weights or settings.arch} holds now "
+            f"(sha256 of its tensors {record.backbone_sha256}); give it those it was trained with"
+        )
+    try:
+        student = Student(
+            tower.module,
+            tower.width,
+            data["class_vectors"],
+            data["logit_scale"],
+            settings,
+            record.recipe.loss.edu_attention,
+        )
+        student.load_learned_state(data["state_dict"])
+    except ComkdError:
+        raise
+    except Exception as error:  # any shape of damaged content
+        raise CheckpointError(f"{path}: is a damaged student checkpoint: {error!r}") from error
+    return student.eval(), record
+
+
+def load_student_record(path: Path) -> StudentRecord:
+    """What a student.pt says of itself; nothing is built. Raises CheckpointError."""
+    return _read_student(path)[0]
+
+
+def _read_student(path: Path) -> tuple[StudentRecord, dict[str, Any]]:
+    data = _load(path, STUDENT_FORMAT, "a student")
+    try:
+        record = StudentRecord(
+            recipe=parse_recipe(data["recipe"], name=f"{path}: recipe"),
+            recipe_name=data["recipe_name"],
+            source=data["source"],
+            class_names=tuple(data["class_names"]),
+            template=data["template"],
+            preprocessing=Preprocessing(**data["preprocessing"]),
+            backbone=Origin(**data["backbone"]),
+            backbone_sha256=data["backbone_sha256"],
+            teacher=data["teacher"],
+            identity=data["identity"],
+            metrics=data["metrics"],
+            identity_parts=_mapping_or_none(data.get("identity_parts")),
+            teacher_sha256=data.get("teacher_sha256"),
+        )
+        if not all(isinstance(part, str) for item in (record.teacher_sha256 or {}).items() for part in item):
+            raise ValueError("teacher_sha256 holds more than names and digests")
+        _check_tensors(path, data, record.class_names)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: is a damaged student checkpoint: {error!r}") from error
+    return record, data
+
+
+def _mapping_or_none(value: Any) -> dict[str, Any] | None:
+    if value is not None and not isinstance(value, dict):
+        raise TypeError(f"identity_parts should be a mapping, not {value!r}")
+    return value
+
+
+def _check_tensors(path: Path, data: Mapping[str, Any], class_names: Sequence[str]) -> None:
+    """Refuse tensors that are no numbers, or do not have the shapes that every checkpoint has."""
+    vectors, scale = data["class_vectors"], data["logit_scale"]
+    if not isinstance(vectors, Tensor) or vectors.ndim != 2 or len(vectors) != len(class_names):
+        found = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
+        raise CheckpointError(
+            f"{path}: is damaged: its class vectors should be ({len(class_names)} classes, width); they are {found}"
+        )
+    if not isinstance(scale, Tensor) or scale.numel() != 1:
+        raise CheckpointError(f"{path}: is damaged: its logit scale should be one number")
+    check_finite({**data["state_dict"], "class_vectors": vectors, "logit_scale": scale}, path, CheckpointError)
+
+
+def save_teacher(path: Path, saved: SavedTeacher) -> None:
+    """Write teacher.pt whole."""
+    save_plain(
+        path,
+        {
+            "format": TEACHER_FORMAT,
+            **asdict(saved.record),
+            "class_names": list(saved.record.class_names),
+            "class_vectors": saved.class_vectors.cpu(),
+            "logit_scale": saved.logit_scale.cpu(),
+            "state_dict": {name: value.cpu() for name, value in saved.state_dict.items()},
+        },
+    )
+
+
+def load_teacher(path: Path) -> SavedTeacher:
+    """Read teacher.pt. Raises CheckpointError for a file that is no adapted teacher."""
+    data = _load(path, TEACHER_FORMAT, "a teacher")
+    try:
+        record = TeacherRecord(
+            key=data["key"],
+            model=data["model"],
+            class_names=tuple(data["class_names"]),
+            template=data["template"],
+            preprocessing=Preprocessing(**data["preprocessing"]),
+            origin=Origin(**data["origin"]),
+            metrics=data["metrics"],
+            backbone_sha256=data.get("backbone_sha256"),
+            made_of=data.get("made_of"),
+        )
+        _check_tensors(path, data, record.class_names)
+        return SavedTeacher(record, data["class_vectors"], data["logit_scale"], data["state_dict"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: is a damaged teacher checkpoint: {error!r}") from error
+
+
+def save_plain(path: Path, data: dict[str, Any]) -> None:
+    """Write plain data and tensors whole, to be read with weights_only=True. Raises ComkdError."""
+    with written_whole(path) as unfinished:
+        try:
+            torch.save(data, unfinished)
+        except RuntimeError as error:  # torch's writer hides what the system said
+            raise ComkdError(f"{path}: can't be written; is the disk full? ({str(error).splitlines()[0]})") from error
+
+
+def _load(path: Path, expected: str, what: str) -> dict[str, Any]:
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; give the student.pt in it")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: can't be read: permission denied") from error
+    except Exception as error:  # torch, zipfile and pickle raise many kinds
+        raise CheckpointError(f"{path}: is not {what} that comkd saved: it can't be read as a checkpoint") from error
+    if isinstance(data, dict) and is_newer_format(data.get("format"), expected):
+        raise CheckpointError(
+            f"{path}: has the format {data['format']} of a newer comkd; this one reads {expected}: upgrade comkd "
+            "(pip install --upgrade comkd)"
+        )
+    if not isinstance(data, dict) or data.get("format") != expected:
+        found = data.get("format", "no format") if isinstance(data, dict) else type(data).__name__
+        raise CheckpointError(f"{path}: is not {what} that comkd saved (it holds {found}, not {expected})")
+    return data

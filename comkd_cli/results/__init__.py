@@ -1,0 +1,1 @@
+"""Result records, tables of them, and the published figures."""

@@ -1,0 +1,120 @@
+"""results.json and the tables made from it, in a folder where every evaluation adds its records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from comkd_cli.errors import ComkdError
+from comkd_cli.events import Notice, Report
+from comkd_cli.files import write_text
+from comkd_cli.results.records import Results, from_json, merged, to_json
+from comkd_cli.results.tables import to_csv, to_latex, to_markdown
+
+NAME = "results.json"
+LOCK_NAME = f".{NAME}.lock"
+LOCK_SECONDS = 60.0  # a writer holds the lock for milliseconds
+
+
+def add_results(folder: Path, fresh: Results, report: Report) -> Results:
+    """Add an evaluation's results to those of a folder, and return them all.
+
+    Evaluations that write to the folder at the same time lose nothing of one another. A results.json that cannot be
+    read is moved aside, with a notice. Raises ComkdError, naming the file, where something cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        results = merged(_kept(folder / NAME, report), fresh)
+        _write(folder, results)
+    return results
+
+
+def _write(folder: Path, results: Results) -> None:
+    write_text(folder / NAME, to_json(results))
+    write_text(folder / "results.csv", to_csv(results.records))
+    write_text(folder / "results.md", to_markdown(results))
+    write_text(folder / "results.tex", to_latex(results))
+
+
+def forget_model(folder: Path, model: str, report: Report) -> None:
+    """Take the records of a model whose file was replaced out of a folder's results. A failure is a notice."""
+    if not (folder / NAME).is_file():
+        return
+    try:
+        with _locked(folder):
+            kept = _kept(folder / NAME, report)
+            records = [record for record in kept.records if record.model != model]
+            if len(records) < len(kept.records):
+                _write(folder, Results(records, kept.missing))
+    except (ComkdError, OSError) as error:
+        report(Notice(f"{folder / NAME}: still holds the scores of the older {model} ({error})"))
+
+
+class ResultFiles:
+    """The results of one evaluation on their way to a folder: written whenever some are there.
+
+    A write that fails loses nothing: it is tried again with the next results, and `problem` says why.
+    """
+
+    def __init__(self, folder: Path, report: Report) -> None:
+        self.folder = folder
+        self.records_in_all = 0
+        self.problem: ComkdError | None = None
+        self._report = report
+        self._unwritten = Results(())
+
+    def add(self, fresh: Results) -> None:
+        """Write results, and what could not be written before."""
+        self._unwritten = merged(self._unwritten, fresh)
+        try:
+            self.records_in_all = len(add_results(self.folder, self._unwritten, self._report).records)
+        except ComkdError as error:
+            self.problem = error
+        except OSError as error:
+            self.problem = ComkdError(f"{error.filename or self.folder}: can't be written: {error.strerror or error}")
+        else:
+            self.problem, self._unwritten = None, Results(())
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / LOCK_NAME, timeout=LOCK_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ComkdError(
+            f"{lock.lock_file}: another evaluation has held it for {LOCK_SECONDS:.0f} s; wait for that to end, or "
+            "give another folder with --out"
+        ) from error
+    except NotImplementedError:  # a file system without locks: the records are read again just before they are written
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _kept(path: Path, report: Report) -> Results:
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Results(())
+    except (OSError, ValueError, RecursionError) as error:  # what is no file, no text, no JSON, or no results
+        aside = _free_name(path)
+        path.replace(aside)
+        report(Notice(f"{path}: is not a results.json that comkd can read ({error}); it is now {aside}"))
+        return Results(())
+
+
+def _free_name(path: Path) -> Path:
+    """`results.json.bak`, or the first of `results.json.bak2`, ... that does not exist."""
+    aside = path.with_name(f"{path.name}.bak")
+    number = 2
+    while aside.exists():
+        aside = path.with_name(f"{path.name}.bak{number}")
+        number += 1
+    return aside

@@ -1,0 +1,118 @@
+"""Statistics of a batch that is spread over processes: of all its images, with gradients to all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from torch import Tensor, distributed, nn
+
+from comkd_cli.errors import ModelError
+from comkd_cli.runtime import ranks
+
+
+def batch_moments(values: Tensor, axes: Sequence[int] = (0,)) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over these axes of the whole batch, of which each process has a part.
+
+    values: this process's part, which may be smaller than another's. With several processes each
+    must call it, and take part in the backward pass. Gradients are those of the sum of what every process
+    makes of the moments, as data-parallel training needs them: it takes the average over the processes.
+    """
+    axes = tuple(axes)
+    if ranks.world_size() == 1:
+        return values.mean(axes), values.var(axes, correction=0)
+    mean, variance, _count = _shared_moments(values, axes)
+    return mean, variance
+
+
+def share_batch_norms(module: nn.Module, device: torch.device) -> None:
+    """Make every BatchNorm of a module, in place, take its statistics from the whole batch of all processes.
+
+    PyTorch has this for GPUs alone; elsewhere the same is done in plain operations. Raises ModelError for kinds
+    that only PyTorch's own could share.
+    """
+    if device.type == "cuda":
+        convert_sync_batchnorm(module)
+        return
+    for part in module.modules():
+        # The class alone changes: parameters, statistics, names and hooks stay those of the module.
+        if type(part) is BatchNormAct2d:
+            part.__class__ = _SharedBatchNormAct
+        elif type(part) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            part.__class__ = _SharedBatchNorm
+        elif isinstance(part, nn.modules.batchnorm._BatchNorm):
+            raise ModelError(
+                f"several processes on a CPU can't share the statistics of {type(part).__name__}; use one process"
+            )
+
+
+class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm (arXiv 1502.03167) over the batch of all processes, in training."""
+
+    def _check_input_dim(self, _values: Tensor) -> None:
+        """Any is right: the axes but the second are averaged over."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return _normalised(self, values) if self.training else super().forward(values)
+
+
+class _SharedBatchNormAct(BatchNormAct2d):  # type: ignore[misc] # timm has no types
+    """timm's BatchNorm with an activation behind it."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(values)  # type: ignore[no-any-return]
+        return self.act(self.drop(_normalised(self, values)))  # type: ignore[no-any-return]
+
+
+def _normalised(norm: nn.modules.batchnorm._BatchNorm, values: Tensor) -> Tensor:
+    axes = (0, *range(2, values.ndim))
+    mean, variance, count = _shared_moments(values.float(), axes)
+    if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
+        with torch.no_grad():
+            norm.num_batches_tracked += 1
+            factor = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
+            norm.running_var.lerp_((variance * count / (count - 1)).to(norm.running_var.dtype), factor)
+    shape = (1, -1, *[1] * (values.ndim - 2))
+    scaled = (values - mean.view(shape)) * (variance.view(shape) + norm.eps).rsqrt()
+    if norm.affine:
+        scaled = scaled * norm.weight.view(shape) + norm.bias.view(shape)
+    return scaled.to(values.dtype)
+
+
+def _shared_moments(values: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance, and the number of values that each was taken over."""
+    kept = [axis for axis in range(values.ndim) if axis not in axes]
+    count = math.prod(values.shape[axis] for axis in axes)
+    sums = torch.cat([values.sum(axes).flatten(), values.new_full((1,), count)])
+    totals = _summed(sums)
+    number = totals[-1].detach()
+    mean = (totals[:-1] / number).view([values.shape[axis] for axis in kept])
+    shape = [1 if axis in axes else values.shape[axis] for axis in range(values.ndim)]
+    # Around the mean, not as E[x^2] - E[x]^2, which loses digits where the mean is large.
+    squares = _summed((values - mean.view(shape)).square().sum(axes))
+    return mean, squares / number, number
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over processes. What each makes of it pulls on what every one put in."""
+
+    @staticmethod
+    def forward(_ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        return _summed(gradient)
+
+
+def _summed(values: Tensor) -> Tensor:
+    """PyTorch's own of these warns that it will go, and what it names instead is private."""
+    total: Tensor = _Sum.apply(values)
+    return total

@@ -1,0 +1,1 @@
+"""Teachers that are ready to use: loaded from weights or checkpoints, cached features."""

@@ -1,0 +1,222 @@
+"""Checkpoints as PromptSRC and PromptKD publish their teachers, read without running anything from them.
+
+Such a file is a torch.save of {state_dict, epoch, optimizer, scheduler, val_result}, whose scheduler entry
+holds objects of classes that need not be installed.
+"""
+
+from __future__ import annotations
+
+import collections
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from comkd_cli.errors import CheckpointError
+from comkd_cli.models.weights import check_finite, is_torchscript
+
+
+class Inert:
+    """Stands for an object of any class that a file names: it holds what the file says, and does nothing."""
+
+    def __new__(cls, *_args: object, **_kwargs: object) -> Inert:
+        """Whatever the file would make it from."""
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        """Keep it, unread."""
+        self.state = state
+
+
+def _unread(*_arguments: object) -> Inert:
+    return Inert()
+
+
+# What may be called while a file is read: makers of tensors and of plain containers, which do nothing else.
+# numpy's numbers and arrays, as in val_result, are left unread.
+HARMLESS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "defaultdict"): collections.defaultdict,
+    ("torch", "Size"): torch.Size,
+    ("torch", "device"): torch.device,
+    ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("_codecs", "encode"): _unread,
+    ("numpy", "dtype"): _unread,
+    **{
+        (f"numpy.{core}.multiarray", name): _unread for core in ("core", "_core") for name in ("scalar", "_reconstruct")
+    },
+}
+# Types that are named in a file, such as a defaultdict's factory, but carry nothing.
+PLAIN_TYPES = {
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "str": str,
+    "list": list,
+    "dict": dict,
+    "tuple": tuple,
+    "set": set,
+}
+DEEP_PROMPT = re.compile(r"transformer\.resblocks\.(\d+)\.VPT_shallow")
+START_EMBEDDING, WORD_EMBEDDINGS = "prompt_learner.token_prefix", "prompt_learner.token_suffix"
+COMPARED_CLASSES = 64  # whose tokens tell a table of word embeddings from another with certainty
+IGNORED = (START_EMBEDDING, WORD_EMBEDDINGS, "prompt_learner.ZS_image_encoder.")
+
+
+@dataclass(frozen=True)
+class ReleasedTeacher:
+    """A prompted CLIP, as a file holds it."""
+
+    clip_state: dict[str, Tensor]
+    """CLIP's own weights, float32, under open_clip's names; the table of word embeddings may be missing."""
+    vision_tokens: Tensor
+    """(depth, tokens, width)."""
+    text_tokens: Tensor
+    """(depth, tokens, width)."""
+    start_embedding: Tensor | None
+    """(1, width): of the start token in the CLIP that the prompts were learned on; None where the file lacks it."""
+    word_embeddings: Tensor | None
+    """(words, width): of tokens of class prompts in that CLIP, each once; None where the file lacks them."""
+
+
+class _Refused(pickle.UnpicklingError):
+    """The file asks for a call that reading it does not need."""
+
+
+# The unpickler that is written in C can't be told what it may call.
+_PurePythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined,unused-ignore]
+
+
+class _InertUnpickler(_PurePythonUnpickler):  # type: ignore[misc]
+    """Reads a pickle; every global but a few becomes an inert class, and only those few can be called.
+
+    torch.load puts its own storages on top.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in HARMLESS:
+            return HARMLESS[module, name]
+        if module == "builtins" and name in PLAIN_TYPES:
+            return PLAIN_TYPES[name]
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        return type(name.rpartition(".")[2], (Inert,), {"origin": f"{module}.{name}"})
+
+    def _instantiate(self, made: Any, args: Any) -> None:
+        raise _Refused(f"it asks to call {_name_of(made)}")
+
+    def load_reduce(self) -> None:
+        called = self.stack[-2]
+        if called not in HARMLESS.values():
+            raise _Refused(f"it asks to call {_name_of(called)}")
+        super().load_reduce()
+
+    def load_build(self) -> None:
+        if not isinstance(self.stack[-2], (Inert, Tensor, dict)):
+            raise _Refused(f"it asks to change {_name_of(self.stack[-2])}")
+        super().load_build()
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **_PurePythonUnpickler.dispatch,
+        pickle.REDUCE[0]: load_reduce,
+        pickle.BUILD[0]: load_build,
+    }
+
+
+def _name_of(called: Any) -> str:
+    return str(getattr(called, "origin", getattr(called, "__name__", called)))
+
+
+def _load(file: Any, **options: Any) -> Any:
+    return _InertUnpickler(file, **options).load()
+
+
+# What torch.load takes for `pickle`.
+INERT_PICKLE = SimpleNamespace(
+    __name__="inert", Unpickler=_InertUnpickler, load=_load, UnpicklingError=pickle.UnpicklingError
+)
+
+
+def read_released(path: Path) -> ReleasedTeacher:
+    """The teacher of a PromptSRC or PromptKD checkpoint.
+
+    How deep the prompts go is read from the file. Raises CheckpointError, naming the file and what it lacks.
+    """
+    checkpoint = _read_inert(path)
+    # dict's own methods: a file may have set attributes of the same names.
+    found = dict.get(checkpoint, "state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in dict.values(found)):
+        raise CheckpointError(f"{path}: is no PromptSRC checkpoint: it has no `state_dict` of tensors")
+    try:
+        state = {str(name): value.float() for name, value in dict.items(found) if not str(name).startswith(IGNORED)}
+    except RuntimeError as error:  # a tensor that claims more than there is
+        raise CheckpointError(f"{path}: holds a tensor that can't be used: {str(error).splitlines()[0]}") from error
+    start, words = (_embeddings(dict.get(found, name), path, name) for name in (START_EMBEDDING, WORD_EMBEDDINGS))
+    vision = _deep(state, path, "image_encoder.VPT", "image_encoder.")
+    text = _deep(state, path, "prompt_learner.ctx", "text_encoder.")
+    check_finite(state, path, CheckpointError)
+    clip_state = {}
+    for name, value in state.items():
+        if name.startswith("image_encoder."):
+            clip_state[f"visual.{name.removeprefix('image_encoder.')}"] = value
+        else:
+            clip_state[name.removeprefix("text_encoder.")] = value
+    return ReleasedTeacher(clip_state, vision, text, start, words)
+
+
+def _embeddings(held: Tensor | None, path: Path, name: str) -> Tensor | None:
+    """The distinct embeddings of tokens that a file keeps for each class, (tokens, width) float32."""
+    if held is None:
+        return None
+    if held.ndim != 3 or not held.numel() or not held.is_floating_point():
+        raise CheckpointError(
+            f"{path}: {name} should be (classes, tokens, width) in numbers; it is {tuple(held.shape)}"
+        )
+    check_finite({name: held}, path, CheckpointError)
+    tokens = held[:COMPARED_CLASSES].reshape(-1, held.shape[2]).float()
+    distinct: Tensor = torch.unique(tokens, dim=0)
+    return distinct
+
+
+def _deep(state: dict[str, Tensor], path: Path, first: str, prefix: str) -> Tensor:
+    """Take the prompts of one encoder out of the state, (depth, tokens, width)."""
+    if first not in state:
+        raise CheckpointError(f"{path}: is no PromptSRC checkpoint: it has no {first}")
+    layers = {0: state.pop(first)}
+    for name in list(state):
+        if (match := DEEP_PROMPT.fullmatch(name.removeprefix(prefix))) and name.startswith(prefix):
+            layers[int(match[1])] = state.pop(name)
+    if sorted(layers) != list(range(len(layers))) or len({value.shape for value in layers.values()}) > 1:
+        raise CheckpointError(
+            f"{path}: the prompts of {prefix.rstrip('.')} are not those of the first layers in a row, all of one "
+            f"shape: layers {', '.join(map(str, sorted(layers)))}"
+        )
+    stacked = torch.stack([layers[layer] for layer in sorted(layers)])
+    if stacked.ndim != 3 or not bool(stacked.isfinite().all()):
+        raise CheckpointError(
+            f"{path}: {first} should be (tokens, width) in numbers, the same for every class; it is "
+            f"{tuple(layers[0].shape)}{'' if stacked.ndim != 3 else ' and holds values that are none'}"
+        )
+    return stacked
+
+
+def _read_inert(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        if is_torchscript(path):
+            raise _Refused("it is a TorchScript program")
+        return torch.load(path, map_location="cpu", pickle_module=INERT_PICKLE, weights_only=False)
+    except _Refused as error:
+        raise CheckpointError(f"{path}: is refused: {error}, which reading weights does not need") from error
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: can't be read: permission denied") from error
+    except Exception as error:  # torch, zipfile and pickle raise many kinds for a damaged file
+        raise CheckpointError(f"{path}: can't be read as a checkpoint: {error or type(error).__name__}") from error

@@ -1,0 +1,157 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from comkd_cli.bundles.graphs import (
+    add_classifier,
+    check_graph,
+    export_image_encoder,
+    export_text_encoder,
+    opset_of,
+)
+from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.errors import ExportError
+from comkd_cli.method.student import Student
+from comkd_cli.method.teacher import encode_classes
+from comkd_cli.models.backbones import build_clip, build_image_tower
+from comkd_cli.recipe import model as recipe
+from comkd_cli.teachers.loading import prompted_clip
+from tests import tiny
+
+CONVOLUTIONAL = {
+    "embed_dim": 12,
+    "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32},
+}
+TIMM = {
+    "embed_dim": 12,
+    "vision_cfg": {
+        "image_size": 32,
+        "timm_model_name": "test_efficientnet",
+        "timm_pool": "avg",
+        "timm_proj": "none",
+    },
+}
+
+
+def make_student(
+    config: dict[str, object], prompts: recipe.Prompts | None = None, memory: str = "training"
+) -> tuple[Student, Preprocessing]:
+    settings = recipe.Student(config=config, train="full", prompts=prompts)
+    tower = build_image_tower(settings, seed=1)
+    torch.manual_seed(1)
+    vectors = nn.functional.normalize(torch.randn(5, 16), dim=1)
+    attention = recipe.EduAttention(gate_start=0.5, memory=memory)  # type: ignore[arg-type]
+    student = Student(tower.module, tower.width, vectors, torch.tensor(30.0), settings, attention)
+    for _ in range(3):  # norms with statistics of their own
+        student.train()(torch.randn(8, 3, tower.preprocessing.size, tower.preprocessing.size))
+    return student.eval(), tower.preprocessing
+
+
+@pytest.mark.parametrize(
+    ("config", "prompts"),
+    [
+        (tiny.TOWER, None),
+        (tiny.TOWER, recipe.Prompts(tokens=2, depth=1)),
+        (CONVOLUTIONAL, None),
+        (TIMM, None),
+    ],
+    ids=["vit", "prompted vit", "open_clip resnet", "timm convnet"],
+)
+def test_graphs_answer_as_the_student_at_any_batch_size(
+    config: dict[str, object], prompts: recipe.Prompts | None, tmp_path: Path
+) -> None:
+    student, preprocessing = make_student(config, prompts)
+    encoder, classifier = tmp_path / "encoder.onnx", tmp_path / "classifier.onnx"
+    export_image_encoder(student, preprocessing, encoder)
+    add_classifier(encoder, classifier, student.class_vectors.numpy(), float(student.logit_scale))
+    for path in (encoder, classifier):
+        check_graph(path, standard_only=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["classifier.onnx", "encoder.onnx"]
+    for size in (1, 2, 7):
+        images = torch.randn(size, 3, preprocessing.size, preprocessing.size)
+        with torch.no_grad():
+            expected = student(images)
+        (features,) = run(encoder, image=images.numpy())
+        (logits,) = run(classifier, image=images.numpy())
+        assert np.allclose(features, expected.features.numpy(), atol=1e-4)
+        assert np.allclose(logits, expected.logits.numpy(), atol=1e-3)
+
+
+def run(path: Path, **inputs: np.ndarray) -> list[np.ndarray]:
+    found: list[np.ndarray] = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, inputs)
+    return found
+
+
+def test_with_candidates_the_class_vectors_are_an_input_of_any_length(tmp_path: Path) -> None:
+    student, preprocessing = make_student(tiny.TOWER, memory="candidates")
+    encoder, classifier = tmp_path / "encoder.onnx", tmp_path / "classifier.onnx"
+    export_image_encoder(student, preprocessing, encoder)
+    add_classifier(encoder, classifier, student.class_vectors.numpy(), float(student.logit_scale))
+    check_graph(classifier, standard_only=True)
+    for batch, classes in ((1, 1), (3, 2), (2, 9)):
+        images = torch.randn(batch, 3, preprocessing.size, preprocessing.size)
+        vectors = nn.functional.normalize(torch.randn(classes, 16), dim=1)
+        with torch.no_grad():
+            expected = student(images, vectors)
+        given = {"image": images.numpy(), "class_vectors": vectors.numpy()}
+        assert np.allclose(run(encoder, **given)[0], expected.features.numpy(), atol=1e-4)
+        assert np.allclose(run(classifier, **given)[0], expected.logits.numpy(), atol=1e-3)
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+def test_the_text_encoder_gives_the_class_vectors_for_any_number_of_texts(tmp_path: Path, prompted: bool) -> None:
+    clip = build_clip(recipe.Model(config=tiny.CLIP), seed=2)
+    if prompted:
+        prompted_clip(clip, vision_depth=1, text_depth=1, tokens=2, seed=3)
+    path = tmp_path / "text.onnx"
+    export_text_encoder(clip.model, 10, path)
+    check_graph(path, standard_only=True)
+    tokens = clip.tokenize([f"a photo of a {name}." for name in ("cat", "dog", "red fox", "owl", "yak", "ant", "emu")])
+    with torch.no_grad():
+        expected = encode_classes(clip.model, tokens).numpy()
+    for count in (1, 2, 7):
+        assert np.allclose(run(path, tokens=tokens[:count].numpy())[0], expected[:count], atol=1e-5)
+
+
+@pytest.mark.parametrize("opset", [18, 20])
+def test_the_opset_is_the_one_that_was_asked_for(tmp_path: Path, opset: int) -> None:
+    student, preprocessing = make_student(tiny.TOWER)
+    export_image_encoder(student, preprocessing, tmp_path / "g.onnx", opset)
+    assert opset_of(tmp_path / "g.onnx") == opset
+
+
+def test_a_graph_tells_nothing_of_the_machine_that_made_it(tmp_path: Path) -> None:
+    student, preprocessing = make_student(tiny.TOWER)
+    export_image_encoder(student, preprocessing, tmp_path / "g.onnx")
+    content = (tmp_path / "g.onnx").read_bytes()
+    for trace in (b"site-packages", b".py", str(Path.home()).encode(), b"stack_trace"):
+        assert trace not in content
+
+
+def test_operators_outside_the_standard_are_refused_where_asked(tmp_path: Path) -> None:
+    student, preprocessing = make_student(tiny.TOWER)
+    path = tmp_path / "g.onnx"
+    export_image_encoder(student, preprocessing, path)
+    model = onnx.load(path)
+    model.opset_import.append(onnx.helper.make_opsetid("com.example", 1))
+    model.graph.node.append(onnx.helper.make_node("Odd", ["image"], ["odd"], domain="com.example"))
+    onnx.save(model, path)
+    with pytest.raises(ExportError, match=r"com\.example"):
+        check_graph(path, standard_only=True)
+
+
+def test_what_torch_cannot_follow_is_an_error(tmp_path: Path) -> None:
+    student, preprocessing = make_student(tiny.TOWER)
+
+    class Untraceable(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(images), 12) if images.sum().item() > 0 else images.flatten(1)[:, :12]
+
+    student.backbone = Untraceable()
+    with pytest.raises(ExportError, match="can't export"):
+        export_image_encoder(student, preprocessing, tmp_path / "g.onnx")

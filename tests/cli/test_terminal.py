@@ -1,0 +1,151 @@
+"""What terminals of any width and encoding are shown: figures are whole or not there, and JSON is JSON."""
+
+import io
+import json
+import sys
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+from comkd_cli.cli import terminal
+from comkd_cli.cli.terminal import Column, print_json, print_pairs, print_table
+
+COLUMNS = [Column("model", "text"), Column("state", "word"), Column("mean per class %"), Column("tower parameters")]
+ROWS = [
+    ("student runs/a recipe/eurosat/seed1/student.pt", "ready", "98.61", "304,293,888"),
+    ("teacher", "incomplete", "99.44 ± 0.31", "1,327,832"),
+]
+FIGURES = ("98.61", "304,293,888", "99.44 ± 0.31", "1,327,832", "ready", "incomplete")
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """What a function prints to a terminal of some width; None: to a pipe."""
+
+    def show(width: int | None, show_it) -> str:  # type: ignore[no-untyped-def]
+        if width is not None:
+            monkeypatch.setattr(
+                terminal,
+                "output",
+                lambda: Console(highlight=False, width=width, force_terminal=True, color_system=None),
+            )
+        show_it()
+        return capsys.readouterr().out
+
+    return show
+
+
+@pytest.mark.parametrize("width", [40, 50, 60, 80, 120, None])
+def test_no_figure_is_cut_at_any_width(shown, width: int | None) -> None:  # type: ignore[no-untyped-def]
+    text = shown(width, lambda: print_table(COLUMNS, ROWS, title="Of all classes", note="a note to it"))
+    lines = [line.rstrip() for line in text.splitlines()]
+    for figure in FIGURES:
+        assert any(figure in line for line in lines), figure
+    assert "…" not in text
+    assert width is None or max(map(len, lines)) <= width
+    packed = "".join("".join(line.split()) for line in lines)
+    assert "Ofallclasses" in packed
+    assert "anotetoit" in packed
+
+
+def test_a_wide_terminal_has_a_row_a_line_and_a_narrow_one_a_block_a_row(shown) -> None:  # type: ignore[no-untyped-def]
+    wide = shown(120, lambda: print_table(COLUMNS, ROWS)).splitlines()
+    assert [len(wide), wide[0].split()[:3]] == [3, ["model", "state", "mean"]]
+    narrow = shown(40, lambda: print_table(COLUMNS, ROWS)).splitlines()
+    at = narrow.index(next(line for line in narrow if line.startswith("teacher")))
+    assert [line.split() for line in narrow[at + 1 :]] == [
+        ["state", "incomplete"],
+        ["mean", "per", "class", "%", "99.44", "±", "0.31"],
+        ["tower", "parameters", "1,327,832"],
+    ]
+
+
+def test_heads_are_folded_before_rows_are_stacked(shown) -> None:  # type: ignore[no-untyped-def]
+    lines = shown(56, lambda: print_table(COLUMNS, ROWS)).splitlines()
+    assert [lines[0].split(), lines[3].split()[-2:]] == [["mean"], ["%", "parameters"]]
+    assert any("304,293,888" in line and "98.61" in line for line in lines)
+
+
+def test_a_table_wider_than_any_terminal_is_a_row_a_line_in_a_pipe(shown) -> None:  # type: ignore[no-untyped-def]
+    columns = [Column("model", "text"), *(Column(f"figure {i}") for i in range(40))]
+    lines = shown(None, lambda: print_table(columns, [("m" * 80, *["99.99"] * 40)])).splitlines()
+    assert len(lines) == 2
+    assert lines[1].split() == ["m" * 80, *["99.99"] * 40]
+
+
+def test_what_has_no_value_is_left_out_of_a_block(shown) -> None:  # type: ignore[no-untyped-def]
+    columns = [Column("model", "text"), Column("base"), Column("new")]
+    text = shown(24, lambda: print_table(columns, [("m", "", "12,345,678.00"), ("n", "12,345,678.00", "")]))
+    assert text.split() == ["m", "new", "12,345,678.00", "n", "base", "12,345,678.00"]
+
+
+def test_markup_in_names_is_text(shown) -> None:  # type: ignore[no-untyped-def]
+    text = shown(100, lambda: print_table([Column("a", "text"), Column("b", "text")], [("[red]x[/red]", "[/nothing]")]))
+    assert "[red]x[/red]" in text
+    assert "[/nothing]" in text
+
+
+@pytest.mark.parametrize("width", [30, 60])
+def test_pairs_fold_their_values_and_lose_nothing(shown, width: int) -> None:  # type: ignore[no-untyped-def]
+    value = "image tower 304,293,888 parameters in runs/a/very/long/path/of/a/student/that/fits/nowhere.pt"
+    text = shown(width, lambda: print_pairs({"student": value}))
+    assert "".join(text.split()).removeprefix("student") == "".join(value.split())
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+
+
+# --- encodings -----------------------------------------------------------------------------------------
+
+DOCUMENT = {"image": "café 🦊.png", "odd": "\udce9.png", "±": [1.5, None]}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8", "utf-16"])
+def test_json_reads_back_whatever_the_terminal_can_encode(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for document in (DOCUMENT, {"name": "Vögel"}, {"name": "fox"}):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace"))
+        print_json(document)
+        sys.stdout.flush()
+        assert json.loads(raw.getvalue().decode(encoding)) == document
+
+
+def test_names_stay_as_they_are_where_the_terminal_can_show_them(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"name": "Vögel 🦊"})
+    assert "Vögel 🦊" in capsys.readouterr().out
+
+
+def test_signs_that_a_terminal_lacks_have_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", errors="backslashreplace"))
+    print_table([Column("model", "text"), Column("top-1")], [("m", "99.44 ± 0.31")])
+    sys.stdout.flush()
+    assert "99.44 +/- 0.31" in raw.getvalue().decode("ascii")
+
+
+# --- progress ------------------------------------------------------------------------------------------
+
+
+def line_of(width: int, label: str = "student 3/20") -> str:
+    console = Console(width=width, force_terminal=True, color_system=None, file=io.StringIO())
+    bars = Bars(console=console)
+    figures = ["loss 0.152", "refinement 0.144 (97%)", "gate 0.063", "test top-1 93.61 %"]
+    number = bars.add_task(label, total=1000, completed=430, figures=figures, unit="images")
+    rendered = terminal._Line(console).render(bars.tasks[number])
+    assert isinstance(rendered, Text)
+    return rendered.plain
+
+
+@pytest.mark.parametrize("width", range(20, 160, 7))
+def test_a_progress_line_fits_and_each_figure_is_whole_or_not_there(width: int) -> None:
+    line = line_of(width)
+    assert len(line) < width
+    rest = line.removeprefix("student 3/20  43%").strip()
+    for figure in ("loss 0.152", "refinement 0.144 (97%)", "gate 0.063", "test top-1 93.61 %"):
+        rest = rest.replace(figure, "").strip()
+    assert rest == ""
+
+
+def test_a_wide_terminal_shows_every_figure() -> None:
+    assert "test top-1 93.61 %" in line_of(160)
+    assert "43%" in line_of(12, "scoring student on oxford_flowers")

@@ -1,0 +1,28 @@
+import torch
+from torch import nn
+
+from comkd_cli.models.costs import multiply_adds, parameters
+
+
+def network(device: str = "cpu") -> nn.Sequential:
+    with torch.device(device):
+        return nn.Sequential(nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=False), nn.Flatten(), nn.Linear(5 * 16, 7))
+
+
+def test_parameters_by_hand_each_once() -> None:
+    net = network()
+    assert parameters(net) == 3 * 5 * 9 + (80 * 7 + 7)
+    assert parameters(nn.Sequential(net, net)) == parameters(net)
+
+
+def test_multiply_adds_by_hand_with_and_without_weights() -> None:
+    expected = (16 * 5 * 3 * 9) + 80 * 7
+    assert multiply_adds(network(), 8) == expected
+    assert multiply_adds(network("meta"), 8) == expected
+
+
+def test_counting_leaves_the_mode_as_it_was() -> None:
+    for training in (True, False):
+        net = network().train(training)
+        multiply_adds(net, 8)
+        assert net.training is training

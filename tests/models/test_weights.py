@@ -1,0 +1,193 @@
+"""Files of weights that do not fit: each says what differs, and its remedy works."""
+
+import argparse
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from comkd_cli.errors import CheckpointError, ModelError
+from comkd_cli.models.backbones import build_clip, build_image_tower, state_sha256
+from comkd_cli.models.checkpoints import load_student, load_teacher
+from comkd_cli.recipe.model import Model
+from comkd_cli.teachers.promptsrc_checkpoint import read_released
+from tests import tiny
+
+State = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def clip() -> torch.nn.Module:
+    return build_clip(Model(config=tiny.CLIP), seed=5).model
+
+
+def prefixed(state: State, prefix: str) -> State:
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def run_remedy(message: str) -> None:
+    """Run what stands in a message after `python -c`, as a shell would give it to Python."""
+    (program,) = shlex.split(message.partition("python -c ")[2])
+    exec(program, {})
+
+
+# What open_clip takes as it is, and what it does not.
+TAKEN: dict[str, Callable[[State], Any]] = {
+    "plain": lambda state: state,
+    "state_dict": lambda state: {"epoch": 3, "state_dict": state},
+    "DataParallel": lambda state: prefixed(state, "module."),
+}
+WRAPPED: dict[str, Callable[[State], Any]] = {
+    "model": lambda state: {"model": state, "epoch": 3},
+    "compiled": lambda state: prefixed(state, "_orig_mod."),
+    "compiled within": lambda state: {"model": prefixed(state, "_orig_mod.")},
+    "compiled and parallel": lambda state: {"state_dict": prefixed(state, "module._orig_mod.")},
+    "Lightning": lambda state: {"state_dict": {**prefixed(state, "model."), "loss.weight": torch.ones(1)}},
+    "quoted": lambda state: {"it's": state},
+}
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+def test_what_open_clip_takes_is_taken(clip: torch.nn.Module, tmp_path: Path, kind: str) -> None:
+    torch.save(TAKEN[kind](clip.state_dict()), tmp_path / "w.pt")
+    built = build_clip(Model(config=tiny.CLIP, weights=str(tmp_path / "w.pt")))
+    assert state_sha256(built.model) == state_sha256(clip)
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_the_remedy_for_a_wrapped_file_is_a_command_that_works(
+    clip: torch.nn.Module, tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "my weights.pt"
+    torch.save(WRAPPED[kind](clip.state_dict()), path)
+    with pytest.raises(ModelError, match=r"my weights\.pt: does not hold weights of .*python -c") as caught:
+        build_clip(Model(config=tiny.CLIP, weights=str(path)))
+    assert "\n" not in str(caught.value)
+    run_remedy(str(caught.value))
+    mended = Model(config=tiny.CLIP, weights=str(tmp_path / "my weights-plain.pt"))
+    assert state_sha256(build_clip(mended).model) == state_sha256(clip)
+
+
+def test_a_wrapped_safetensors_file_has_a_remedy_that_works(clip: torch.nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file(prefixed({name: value.clone() for name, value in clip.state_dict().items()}, "clip."), path)
+    with pytest.raises(ModelError, match=r"after `clip\.`") as caught:
+        build_clip(Model(config=tiny.CLIP, weights=str(path)))
+    run_remedy(str(caught.value))
+    mended = Model(config=tiny.CLIP, weights=str(tmp_path / "w-plain.pt"))
+    assert state_sha256(build_clip(mended).model) == state_sha256(clip)
+
+
+def test_a_wrapped_file_of_a_tower_has_a_remedy_too(clip: Any, tmp_path: Path) -> None:
+    torch.save({"model": prefixed(clip.visual.state_dict(), "_orig_mod.")}, tmp_path / "w.pt")
+    alone = {key: value for key, value in tiny.CLIP.items() if key != "text_cfg"}
+    with pytest.raises(ModelError, match=r"below `model` after `_orig_mod\.`"):
+        build_image_tower(Model(config=alone, weights=str(tmp_path / "w.pt")))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"vision_model.embeddings.class_embedding": torch.ones(3), "logit_scale": torch.ones(())}, "transformers"),
+        ({"state_dict": {"prompt_learner.ctx": torch.ones(4, 16)}}, "teacher.format: promptsrc"),
+        ({"format": "comkd-student/1", "state_dict": {"backbone.x": torch.ones(2)}}, "a student that comkd distilled"),
+        (
+            {n: torch.ones(1) for n in ("x", "input_resolution", "context_length", "vocab_size")},
+            "-quickgelu, or remove",
+        ),
+        ({"something": torch.ones(1)}, r"lacks .*has something, which the model does not have"),
+        ([torch.ones(1)], "it holds list, not tensors by name"),
+        (torch.ones(1), "it holds Tensor, not tensors by name"),
+        ({}, "does not hold weights"),
+        ({"args": argparse.Namespace(lr=1), "state_dict": {}}, "more than plain tensors; save the state_dict alone"),
+    ],
+)
+def test_another_kind_of_file_is_recognised(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=rf"w\.pt: .*{message}") as caught:
+        build_clip(Model(config=tiny.CLIP, weights=str(tmp_path / "w.pt")))
+    assert "\n" not in str(caught.value)
+    assert "Error(s) in loading" not in str(caught.value)
+
+
+def test_an_image_tower_alone_is_no_teacher(clip: Any, tmp_path: Path) -> None:
+    torch.save(clip.visual.state_dict(), tmp_path / "w.pt")
+    with pytest.raises(ModelError, match="an image tower alone"):
+        build_clip(Model(config=tiny.CLIP, weights=str(tmp_path / "w.pt")))
+
+
+def test_a_torchscript_archive_is_told_with_its_remedy(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "ViT-B-32.pt"))
+    for build, config in ((build_clip, tiny.CLIP), (build_image_tower, tiny.TOWER)):
+        with pytest.raises(ModelError, match=r"ViT-B-32\.pt: is a TorchScript archive.*weights: openai"):
+            build(Model(config=config, weights=str(tmp_path / "ViT-B-32.pt")))
+
+
+def test_a_folder_is_told_from_a_file(tmp_path: Path) -> None:
+    model = Model(config=tiny.CLIP, weights=str(tmp_path))
+    with pytest.raises(ModelError, match=r"is a folder; open_clip's models have an open_clip_config\.json"):
+        build_clip(model)
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["CLIPModel"]}))
+    with pytest.raises(ModelError, match=r"a model of the transformers library \(CLIPModel\).*hf-hub:"):
+        build_clip(model)
+    with pytest.raises(ModelError, match=r"local-dir:.*a model of the transformers library \(CLIPModel\)"):
+        build_clip(Model(arch=f"local-dir:{tmp_path}"))
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"use arch: local-dir:"):
+        build_clip(model)
+
+
+def test_weights_of_another_architecture_name_what_differs(clip: torch.nn.Module, tmp_path: Path) -> None:
+    torch.save(clip.state_dict(), tmp_path / "w.pt")
+    text = {**tiny.CLIP["text_cfg"], "width": 32}  # type: ignore[dict-item]
+    with pytest.raises(
+        ModelError, match=r"positional_embedding is \(10, 16\) and should be \(10, 32\).* and \d+ more; give the arch"
+    ):
+        build_clip(Model(config={**tiny.CLIP, "text_cfg": text}, weights=str(tmp_path / "w.pt")))
+    deeper = {**tiny.CLIP["vision_cfg"], "layers": 3}  # type: ignore[dict-item]
+    with pytest.raises(ModelError, match=r"it lacks visual\.transformer\.resblocks\.2\.\S+, .* and \d+ more; give"):
+        build_clip(Model(config={**tiny.CLIP, "vision_cfg": deeper}, weights=str(tmp_path / "w.pt")))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    torch.save(clip.state_dict(), folder / "open_clip_pytorch_model.bin")
+    config = {"model_cfg": {**tiny.CLIP, "vision_cfg": deeper}, "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"its file lacks visual\.transformer\.resblocks\.2"):
+        build_clip(Model(arch=f"local-dir:{folder}"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_the_first(
+    clip: torch.nn.Module, tmp_path: Path, value: float
+) -> None:
+    state = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
+    state["visual.proj"][0, 0] = value
+    torch.save(state, tmp_path / "w.pt")
+    message = r"w\.pt: holds NaN or infinite values, first in visual\.proj"
+    with pytest.raises(ModelError, match=message):
+        build_clip(Model(config=tiny.CLIP, weights=str(tmp_path / "w.pt")))
+    alone = {key: value for key, value in tiny.CLIP.items() if key != "text_cfg"}
+    with pytest.raises(ModelError, match=message.replace("visual\\.", "")):
+        build_image_tower(Model(config=alone, weights=str(tmp_path / "w.pt")))
+
+
+@pytest.mark.parametrize("read", [load_student, load_teacher, read_released, build_clip])
+def test_a_file_that_must_not_be_read_is_told_as_that(
+    read: Callable[[Any], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file.pt"
+    torch.save({"a": torch.ones(1)}, path)
+
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(torch, "load", refuse)
+    given: object = Model(config=tiny.CLIP, weights=str(path)) if read is build_clip else path
+    with pytest.raises((CheckpointError, ModelError), match=re.escape(f"{path}: can't be read: permission denied")):
+        read(given)

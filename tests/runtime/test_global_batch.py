@@ -1,0 +1,49 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from comkd_cli.runtime.global_batch import batch_moments
+from tests import together
+
+
+def test_alone_the_moments_are_those_of_the_batch() -> None:
+    values = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+    mean, variance = batch_moments(values)
+    assert mean.tolist() == [2, 4]
+    assert variance.tolist() == [1, 4]
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, dict[str, Any]]:
+    """What `shared_step` printed, by case."""
+    ended = together.run(2, "-m", "tests.method.shared_step", cwd=Path(__file__).parents[2])
+    assert ended.returncode == 0, ended.stderr
+    lines = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
+    return {line["case"]: line for line in lines}
+
+
+@pytest.mark.parametrize("share", ["equal", "unequal"])
+@pytest.mark.parametrize(
+    ("tower", "batch_norms", "tolerance"),
+    # Rounding adds up over the batch norms of the deeper towers.
+    [("vit", 1, 1e-5), ("resnet", 16, 3e-5), ("efficientnet", 14, 3e-5)],
+)
+def test_two_processes_make_the_step_of_one(
+    steps: dict[str, dict[str, Any]], tower: str, batch_norms: int, tolerance: float, share: str
+) -> None:
+    found = steps[f"{tower}, {share}"]
+    assert found["batch_norms"] == batch_norms
+    assert found["loss"] < 1e-5
+    assert found["gradient"] < tolerance
+    assert found["statistics"] < 1e-6
+
+
+def test_the_reference_itself_tells_batches_apart() -> None:
+    """Half a batch has other statistics: the comparison above could fail."""
+    norm = nn.BatchNorm1d(3)
+    values = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    assert not torch.allclose(norm(values)[:8], norm(values[:8]), atol=1e-3)

@@ -1,0 +1,331 @@
+"""Checkpoints as PromptSRC writes them, also hostile ones."""
+
+import collections
+import pickle
+import re
+import sys
+import types
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+
+from comkd_cli.errors import CheckpointError, ModelError
+from comkd_cli.events import Event, Notice
+from comkd_cli.models.backbones import build_clip
+from comkd_cli.recipe.model import Model, Teacher
+from comkd_cli.teachers.loading import made_teacher, released_clip
+from comkd_cli.teachers.promptsrc_checkpoint import read_released
+from tests.method.test_prompt_src import text_by_hand, unit
+from tests.method.test_prompts import prompted_by_hand
+
+CONFIG = {
+    "embed_dim": 16,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 3},
+    "text_cfg": {"context_length": 12, "width": 16, "heads": 2, "layers": 3},
+}
+NAMES = ("cat", "red panda")
+LEARNED_NAMES = ("owl", "yak", "ant")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CLIP that prompts were learned on."""
+    path = tmp_path_factory.mktemp("base") / "clip.pt"
+    torch.save(build_clip(Model(config=CONFIG), seed=5).model.state_dict(), path)
+    return path
+
+
+def released_state(base: Path, depth: int, tokens: int = 4) -> dict[str, torch.Tensor]:
+    """The names that PromptSRC's CustomCLIP has, in half precision as its checkpoints are."""
+    generator = torch.Generator().manual_seed(depth)
+    state = {}
+    held = torch.load(base, weights_only=True)
+    for name, value in held.items():
+        if name.startswith("visual."):
+            state[name.replace("visual.", "image_encoder.", 1)] = value
+            state[name.replace("visual.", "prompt_learner.ZS_image_encoder.", 1)] = value + 1
+        elif name == "logit_scale":
+            state[name] = value
+        elif name != "token_embedding.weight":
+            state[f"text_encoder.{name}"] = value
+    state["prompt_learner.ctx"] = torch.randn(tokens, 16, generator=generator)
+    state["image_encoder.VPT"] = torch.randn(tokens, 32, generator=generator)
+    for layer in range(1, depth):
+        for tower, width in (("image", 32), ("text", 16)):
+            name = f"{tower}_encoder.transformer.resblocks.{layer}.VPT_shallow"
+            state[name] = torch.randn(tokens, width, generator=generator)
+    # As PromptSRC keeps them: the embeddings of the class prompts, without the places of the learned tokens.
+    words = open_clip.SimpleTokenizer(context_length=12)([f"{'X ' * tokens}{name}." for name in LEARNED_NAMES])
+    embedded = held["token_embedding.weight"][words]
+    state["prompt_learner.token_prefix"] = embedded[:, :1]
+    state["prompt_learner.token_suffix"] = embedded[:, 1 + tokens :]
+    return {name: value.half() for name, value in state.items()}
+
+
+class Scheduler:
+    """Stands for dassl's, which is not installed where the file is read."""
+
+    def __init__(self) -> None:
+        self.base_lrs = [0.005]
+        self.successor = collections.OrderedDict(T_max=20)
+        self.groups = collections.defaultdict(dict)
+
+
+def write(path: Path, state: dict[str, Any], scheduler: object = None, **options: Any) -> Path:
+    torch.save(
+        {"state_dict": state, "epoch": 20, "optimizer": {}, "scheduler": scheduler, "val_result": 81.5}, path, **options
+    )
+    return path
+
+
+@pytest.fixture
+def vanished(monkeypatch: pytest.MonkeyPatch) -> object:
+    """An object whose class can't be imported when the file is read."""
+    module = types.ModuleType("dassl_like")
+    monkeypatch.setattr(Scheduler, "__module__", "dassl_like")
+    monkeypatch.setitem(sys.modules, "dassl_like", module)
+    module.Scheduler = Scheduler  # type: ignore[attr-defined]
+    return Scheduler()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_logits_of_a_released_teacher_at_any_depth(base: Path, tmp_path: Path, depth: int, zipped: bool) -> None:
+    state = released_state(base, depth)
+    path = write(tmp_path / "model-best.pth.tar", state, _use_new_zipfile_serialization=zipped)
+    settings = Teacher(config=CONFIG, weights=str(path), format="promptsrc", backbone_weights=str(base))
+    images = torch.randn(4, 3, 16, 16)
+    answered = made_teacher(settings, NAMES, "not this {}", torch.device("cpu")).teacher(images)
+    clip = build_clip(Model(config=CONFIG))
+    held = torch.load(base, weights_only=True)
+    clip.model.load_state_dict({name: value.half().float() for name, value in held.items()})
+    clip.model.token_embedding.weight = torch.nn.Parameter(held["token_embedding.weight"])
+
+    def layers(first: str, tower: str) -> torch.Tensor:
+        deep = [state[f"{tower}.transformer.resblocks.{i}.VPT_shallow"] for i in range(1, depth)]
+        return torch.stack([state[first], *deep]).float()
+
+    with torch.no_grad():
+        features = unit(prompted_by_hand(clip.model.visual, layers("image_encoder.VPT", "image_encoder"), images))
+        tokens = clip.tokenize([f"a photo of a {name}." for name in NAMES])
+        vectors = unit(text_by_hand(clip.model, layers("prompt_learner.ctx", "text_encoder"), tokens))
+        logits = clip.model.logit_scale.exp() * features @ vectors.T
+    torch.testing.assert_close(answered.logits, logits, atol=1e-4, rtol=0)
+
+
+def test_objects_of_unknown_classes_are_left_alone(base: Path, tmp_path: Path, vanished: object) -> None:
+    path = write(tmp_path / "model-best.pth.tar", released_state(base, 2), vanished)
+    del sys.modules["dassl_like"]
+    assert read_released(path).text_tokens.shape == (2, 4, 16)
+
+
+class Hostile:
+    def __init__(self, call: object, *arguments: object) -> None:
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return self.call, self.arguments
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("place", ["scheduler", "state_dict"])
+def test_a_file_that_would_run_something_is_refused_and_runs_nothing(
+    base: Path, tmp_path: Path, place: str, zipped: bool
+) -> None:
+    proof = tmp_path / "ran"
+    hostile = Hostile(exec, f"open({str(proof)!r}, 'w')")
+    state: dict[str, Any] = released_state(base, 1)
+    if place == "state_dict":
+        state["image_encoder.VPT"] = hostile
+    path = write(tmp_path / "bad.pth.tar", state, hostile, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"bad\.pth\.tar.*exec"):
+        read_released(path)
+    assert not proof.exists()
+
+
+def opcodes(proof: Path) -> dict[str, bytes]:
+    """Pickles that call by other means than REDUCE."""
+    argument = f"open({str(proof)!r}, 'w')".encode()
+    text = b"X" + len(argument).to_bytes(4, "little") + argument
+    return {
+        "INST": b"(" + text + b"ibuiltins\nexec\n.",
+        "OBJ": b"(cbuiltins\nexec\n" + text + b"o.",
+        "NEWOBJ": b"\x80\x02cbuiltins\nexec\n" + text + b"\x85\x81.",
+        "BUILD": b"\x80\x02ctorch._utils\n_rebuild_parameter\n}b.",
+    }
+
+
+@pytest.mark.parametrize("kind", ["INST", "OBJ", "NEWOBJ", "BUILD"])
+def test_no_opcode_runs_anything(base: Path, tmp_path: Path, kind: str) -> None:
+    proof = tmp_path / "ran"
+    good = write(tmp_path / "good.pt", released_state(base, 1))
+    bad = tmp_path / "bad.pt"
+    with zipfile.ZipFile(good) as source, zipfile.ZipFile(bad, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, opcodes(proof)[kind] if name.endswith("data.pkl") else source.read(name))
+    with pytest.raises(CheckpointError, match=r"bad\.pt"):
+        read_released(bad)
+    assert not proof.exists()
+
+
+def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "program.pt"))
+    with pytest.raises(CheckpointError, match="TorchScript"):
+        read_released(tmp_path / "program.pt")
+
+
+def test_a_program_whose_archive_looks_damaged_to_python_is_refused_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "program.pt"))
+    with (tmp_path / "program.pt").open("ab") as file:
+        file.write(b"PK\x05\x06")
+    assert not zipfile.is_zipfile(tmp_path / "program.pt")
+    monkeypatch.setattr(torch.jit, "load", lambda *a, **k: pytest.fail("the program was loaded"))
+    with pytest.raises(CheckpointError, match=r"program\.pt: is refused: it is a TorchScript program"):
+        read_released(tmp_path / "program.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_encoder.VPT": torch.zeros(4)}, r"image_encoder\.VPT should be \(tokens, width\).*\(4,\)"),
+        ({"prompt_learner.ctx": torch.zeros(10, 4, 16)}, r"the same for every class.*\(10, 4, 16\)"),
+        ({"prompt_learner.ctx": torch.full((4, 16), torch.nan)}, "values that are none"),
+    ],
+)
+def test_prompts_that_are_none_are_told(
+    base: Path, tmp_path: Path, changes: dict[str, torch.Tensor], message: str
+) -> None:
+    path = write(tmp_path / "odd.pt", released_state(base, 1) | changes)
+    with pytest.raises(CheckpointError, match=message):
+        read_released(path)
+
+
+def test_prompts_deeper_than_the_architecture_are_told_with_the_file(base: Path, tmp_path: Path) -> None:
+    state = released_state(base, 3)
+    state["image_encoder.transformer.resblocks.3.VPT_shallow"] = torch.zeros(4, 32).half()
+    with pytest.raises(CheckpointError, match=r"deep\.pt: its prompts are 4 layers deep in the image"):
+        released_clip(settings(base, write(tmp_path / "deep.pt", state)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weights": {}}, "no `state_dict`"),
+        ({"state_dict": {"image_encoder.proj": torch.zeros(2, 2)}}, "no image_encoder.VPT"),
+        ([1, 2], "no `state_dict`"),
+    ],
+)
+def test_another_file_is_told(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=message):
+        read_released(tmp_path / "other.pt")
+    (tmp_path / "other.pt").write_bytes(pickle.dumps(content)[:10])
+    with pytest.raises(CheckpointError, match=r"other\.pt"):
+        read_released(tmp_path / "other.pt")
+
+
+def test_a_gap_between_prompted_layers_is_told(base: Path, tmp_path: Path) -> None:
+    state = released_state(base, 3)
+    del state["text_encoder.transformer.resblocks.1.VPT_shallow"]
+    with pytest.raises(CheckpointError, match="layers 0, 2"):
+        read_released(write(tmp_path / "gap.pt", state))
+
+
+def settings(base: Path, path: Path, **changes: Any) -> Teacher:
+    fields = {"config": CONFIG, "weights": str(path), "format": "promptsrc", "backbone_weights": str(base)}
+    return Teacher(**{**fields, **changes})
+
+
+def test_what_does_not_fit_is_told(base: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "model.pt", released_state(base, 2))
+    with pytest.raises(ModelError, match=r"backbone_weights"):
+        released_clip(settings(base, path, backbone_weights=None))
+    with pytest.raises(ModelError, match="QuickGELU"):
+        released_clip(settings(base, path, config={**CONFIG, "quick_gelu": False}))
+    wide = {**CONFIG["vision_cfg"], "width": 48}  # type: ignore[dict-item]
+    wide_base = tmp_path / "wide.pt"
+    torch.save(build_clip(Model(config={**CONFIG, "vision_cfg": wide})).model.state_dict(), wide_base)
+    with pytest.raises(ModelError, match="does not hold weights"):
+        released_clip(settings(wide_base, path, config={**CONFIG, "vision_cfg": wide}))
+
+
+def test_a_table_of_word_embeddings_in_the_file_is_taken(base: Path, tmp_path: Path) -> None:
+    state = released_state(base, 2)
+    state["text_encoder.token_embedding.weight"] = torch.load(base, weights_only=True)["token_embedding.weight"]
+    path = write(tmp_path / "model.pt", state)
+    alone = released_clip(settings(base, path, backbone_weights=None)).clip.model
+    assert torch.equal(alone.token_embedding.weight, state["text_encoder.token_embedding.weight"])
+
+
+def test_the_word_embeddings_of_another_clip_are_refused(base: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "model.pt", released_state(base, 2))
+    other = tmp_path / "other.pt"
+    torch.save(build_clip(Model(config=CONFIG), seed=6).model.state_dict(), other)
+    message = r"model\.pt: the word embeddings of \S+other\.pt are not .*token_prefix is off by .*backbone_weights"
+    with pytest.raises(ModelError, match=message):
+        released_clip(settings(other, path))
+    held = torch.load(base, weights_only=True)
+    table = held["token_embedding.weight"]
+    start = open_clip.SimpleTokenizer().sot_token_id
+    changed = torch.randn(table.shape, generator=torch.Generator().manual_seed(1)) * 0.02
+    changed[start] = table[start]  # so that the words alone differ
+    torch.save({**held, "token_embedding.weight": changed}, other)
+    with pytest.raises(ModelError, match="token_suffix is off by"):
+        released_clip(settings(other, path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_right_word_embeddings_pass_in_any_precision(base: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    start = torch.load(base, weights_only=True)["token_embedding.weight"][-2]
+    state = {**released_state(base, 2), "prompt_learner.token_prefix": start.to(dtype)[None, None]}
+    events: list[Event] = []
+    released_clip(settings(base, write(tmp_path / "model.pt", state)), events.append)
+    assert events == []
+
+
+def test_a_file_that_keeps_no_embeddings_is_told_and_taken(base: Path, tmp_path: Path) -> None:
+    state = {name: value for name, value in released_state(base, 2).items() if "prompt_learner.token_" not in name}
+    path = write(tmp_path / "model.pt", state)
+    events: list[Event] = []
+    released_clip(settings(base, path), events.append)
+    (told,) = events
+    assert isinstance(told, Notice)
+    assert re.search(rf"model\.pt: keeps no prompt_learner\.token_prefix.*{re.escape(str(base))}", told.text)
+
+
+def test_a_table_in_the_file_must_be_the_one_of_its_prompts(base: Path, tmp_path: Path) -> None:
+    state = released_state(base, 2)
+    state["text_encoder.token_embedding.weight"] = torch.randn(49408, 16)
+    path = write(tmp_path / "model.pt", state)
+    with pytest.raises(ModelError, match=r"model\.pt: its own table of word embeddings is not"):
+        released_clip(settings(base, path, backbone_weights=None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_learner.token_prefix": torch.zeros(7, 16)}, r"token_prefix should be .* in numbers; it is \(7, 16\)"),
+        ({"prompt_learner.token_suffix": torch.full((1, 2, 16), torch.nan)}, "NaN or infinite .*token_suffix"),
+        ({"image_encoder.proj": torch.full((32, 16), torch.inf)}, "NaN or infinite .*image_encoder.proj"),
+        ({"logit_scale": torch.tensor(torch.nan)}, "NaN or infinite .*logit_scale"),
+    ],
+)
+def test_tensors_that_are_no_numbers_are_told(
+    base: Path, tmp_path: Path, changes: dict[str, torch.Tensor], message: str
+) -> None:
+    path = write(tmp_path / "odd.pt", released_state(base, 1) | changes)
+    with pytest.raises(CheckpointError, match=rf"odd\.pt: .*{message}"):
+        read_released(path)
+
+
+def test_embeddings_of_another_width_are_told(base: Path, tmp_path: Path) -> None:
+    state = {**released_state(base, 1), "prompt_learner.token_prefix": torch.zeros(7, 1, 24)}
+    with pytest.raises(ModelError, match="token_prefix is 24 wide, and the table 16"):
+        released_clip(settings(base, write(tmp_path / "model.pt", state)))

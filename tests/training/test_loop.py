@@ -1,0 +1,250 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from comkd_cli.data.digits import digits_source
+from comkd_cli.data.loaders import Batch, TrainingLoader
+from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.errors import CheckpointError, Interrupted, TrainingError
+from comkd_cli.events import Epoch, Event, Progress
+from comkd_cli.recipe.identity import Identity
+from comkd_cli.recipe.model import AdamW, Augment, Sgd
+from comkd_cli.training.loop import StepResult, Task, fit, forget_state, make_accelerator, make_optimizer
+
+INPUT = Preprocessing(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+class Net(nn.Module):
+    """Small, with all that a resumed run must bring back: norms with statistics, dropout, a frozen part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(192, 192)
+        self.frozen.requires_grad_(False)
+        self.layers = nn.Sequential(nn.Linear(192, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.Linear(16, 10))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layers(self.frozen(images.flatten(1)))
+        return out
+
+
+def cross_entropy(model: nn.Module, batch: Batch, _probe: bool) -> StepResult:
+    loss = nn.functional.cross_entropy(model(batch.inputs[0]), batch.labels)
+    return StepResult(loss, {"twice": 2 * loss})
+
+
+def task(folder: Path, **changes: object) -> Task:
+    torch.manual_seed(0)
+    images = digits_source().train.subset(list(range(50)))
+    settings: dict[str, object] = {
+        "model": Net(),
+        "loss": cross_entropy,
+        "loader": TrainingLoader(images, [INPUT], Augment(min_scale=0.8, flip=False), 16, seed=1, workers=0),
+        "optim": AdamW(epochs=3, batch_size=16),
+        "folder": folder,
+        "identity": Identity({"name": "a"}),
+        "seed": 1,
+        "label": "net",
+        "resume_line": "comkd distill it",
+        "unreadable_limit_percent": 0.0,
+    }
+    return Task(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def train(made: Task, on_event=lambda event: None) -> list[dict[str, float]]:  # type: ignore[no-untyped-def]
+    return fit(made, make_accelerator("fp32"), on_event)
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    left, right = first.state_dict(), second.state_dict()
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("optim", [AdamW(epochs=3, batch_size=16), Sgd(epochs=3, batch_size=16)])
+@pytest.mark.parametrize("stop_at", [1, 3, 4, 7])
+def test_a_run_stopped_at_any_step_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, optim: AdamW | Sgd
+) -> None:
+    whole = task(tmp_path / "whole", optim=optim)
+    history = train(whole)
+    stopped = task(tmp_path / "stopped", optim=optim)
+    with monkeypatch.context() as patch:
+        stop_after_steps(patch, stop_at)
+        with pytest.raises(Interrupted, match="comkd distill it") as interrupted:
+            train(stopped)
+    assert interrupted.value.exit_code == 130
+    resumed = task(tmp_path / "stopped", optim=optim)
+    with torch.no_grad():  # nothing of the new process may matter but the frozen part
+        for parameter in resumed.model.layers.parameters():  # type: ignore[union-attr]
+            parameter.normal_()
+    torch.manual_seed(99)
+    resumed_history = train(resumed)
+    assert same(whole.model, resumed.model)
+    for first, second in zip(history, resumed_history, strict=True):
+        assert {**first, "images_per_second": 0} == {**second, "images_per_second": 0}
+
+
+def stop_after_steps(patch: pytest.MonkeyPatch, steps: int) -> None:
+    from contextlib import contextmanager
+
+    calls = 0
+
+    @contextmanager
+    def wishes():  # type: ignore[no-untyped-def]
+        def wish() -> int | None:
+            nonlocal calls
+            calls += 1
+            return 130 if calls >= steps else None
+
+        yield wish
+
+    patch.setattr("comkd_cli.training.loop.stop_wishes", wishes)
+
+
+def test_metrics_hold_a_line_an_epoch_with_the_averages(tmp_path: Path) -> None:
+    history = train(task(tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == history
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert all(line["twice"] == pytest.approx(2 * line["loss"]) for line in lines)
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    history = train(task(tmp_path, optim=AdamW(epochs=30, batch_size=16, learning_rate=0.01)))
+    assert history[-1]["loss"] < history[0]["loss"] / 2
+
+
+def test_events_tell_images_and_epochs(tmp_path: Path) -> None:
+    events: list[Event] = []
+    train(task(tmp_path), events.append)
+    assert [event.number for event in events if isinstance(event, Epoch)] == [1, 2, 3]
+    progress = [event for event in events if isinstance(event, Progress)]
+    assert progress[-1].done == progress[-1].total == 3 * 48
+
+
+def test_a_frozen_part_never_moves_and_is_not_in_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = task(tmp_path)
+    before = made.model.frozen.weight.clone()  # type: ignore[operator,union-attr]
+    stop_after_steps(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        train(made)
+    assert torch.equal(made.model.frozen.weight, before)  # type: ignore[arg-type,union-attr]
+    state = torch.load(made.state_file, weights_only=True)
+    assert not any(name.startswith("frozen") for name in state["model"])
+
+
+def test_the_state_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_after_steps(patch, 2)
+        with pytest.raises(Interrupted):
+            train(task(tmp_path))
+    with pytest.raises(CheckpointError, match=r"name: a in this checkpoint, b now.*--fresh"):
+        train(task(tmp_path, identity=Identity({"name": "b"})))
+    forget_state(tmp_path)
+    train(task(tmp_path, identity=Identity({"name": "b"})))
+
+
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    made = task(tmp_path)
+    made.state_file.parent.mkdir(parents=True)
+    made.state_file.write_bytes(b"PK\x03\x04 but not really")
+    with pytest.raises(CheckpointError, match=str(made.state_file)):
+        train(made)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    def broken(model: nn.Module, batch: Batch, _probe: bool) -> StepResult:
+        return StepResult(model(batch.inputs[0]).sum() * float("nan"))
+
+    with pytest.raises(TrainingError, match="nan in epoch 1"):
+        train(task(tmp_path, loss=broken))
+    assert not (tmp_path / "state").exists()
+
+
+def test_half_precision_without_a_gpu_is_explained() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has what the message is about")
+    with pytest.raises(TrainingError, match="precision: fp16"):
+        make_accelerator("fp16")
+
+
+def test_adamw_decays_matrices_alone_and_sgd_everything() -> None:
+    adamw = make_optimizer(Net(), AdamW(weight_decay=0.1), {})
+    decayed = {p.ndim for group in adamw.param_groups if group["weight_decay"] for p in group["params"]}
+    spared = {p.ndim for group in adamw.param_groups if not group["weight_decay"] for p in group["params"]}
+    assert (decayed, spared) == ({2}, {1})
+    sgd = make_optimizer(Net(), Sgd(weight_decay=0.1), {})
+    assert {group["weight_decay"] for group in sgd.param_groups} == {0.1}
+    assert sum(len(group["params"]) for group in sgd.param_groups) == 6
+
+
+def test_a_parameter_can_learn_at_a_multiple_of_the_others_rate(tmp_path: Path) -> None:
+    made = task(tmp_path, optim=Sgd(epochs=1, batch_size=16, warmup_epochs=0, momentum=0.0, weight_decay=0.0))
+    reference = task(tmp_path / "b", optim=made.optim)
+    faster = task(tmp_path / "c", optim=made.optim, rate_factors={"layers.3.bias": 10.0})
+    start = made.model.state_dict()["layers.3.bias"].clone()
+    for each in (reference, faster):
+        one_step(each)
+    moved = [each.model.state_dict()["layers.3.bias"] - start for each in (reference, faster)]
+    assert torch.allclose(moved[1], 10 * moved[0], rtol=1e-3)
+
+
+def one_step(made: Task) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after_steps(patch, 1)
+        with pytest.raises(Interrupted):
+            train(made)
+
+
+class PlainNet(nn.Module):
+    """Nothing in it depends on the batch around an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(192, 16), nn.Tanh(), nn.Linear(16, 10))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layers(images.flatten(1))
+        return out
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_a_batch_in_parts_trains_as_a_whole_one(tmp_path: Path, parts: int) -> None:
+    """16 images in 3 or 5 parts are not the same number each: every image counts alike all the same."""
+    images = digits_source().train.subset(list(range(50)))
+    trained = []
+    for count in (1, parts):
+        torch.manual_seed(0)
+        loader = TrainingLoader(images, [INPUT], Augment(min_scale=0.8, flip=False), 16, 1, 0, parts=count)
+        made = task(tmp_path / str(count), model=PlainNet(), loader=loader, optim=Sgd(epochs=3, learning_rate=0.1))
+        history = train(made)
+        trained.append((made.model.state_dict(), history))
+    (whole, whole_history), (split, split_history) = trained
+    for name, value in whole.items():
+        assert torch.allclose(split[name], value, rtol=1e-4, atol=1e-6)
+    for left, right in zip(whole_history, split_history, strict=True):
+        assert right["loss"] == pytest.approx(left["loss"], rel=1e-5)
+        assert right["twice"] == pytest.approx(left["twice"], rel=1e-5)
+
+
+def test_a_part_is_all_that_the_model_sees_at_once(tmp_path: Path) -> None:
+    images = digits_source().train.subset(list(range(50)))
+    loader = TrainingLoader(images, [INPUT], Augment(), 16, 1, 0, parts=4)
+    seen: list[int] = []
+
+    def counted(model: nn.Module, batch: Batch, probe: bool) -> StepResult:
+        seen.append(len(batch))
+        return cross_entropy(model, batch, probe)
+
+    train(task(tmp_path, loader=loader, loss=counted, optim=Sgd(epochs=1)))
+    assert seen == [4] * 12
+
+
+def test_what_steps_leave_behind_is_kept_before_the_state_is_saved(tmp_path: Path) -> None:
+    calls: list[bool] = []
+    made = task(tmp_path, optim=Sgd(epochs=2), keep=lambda _: calls.append((tmp_path / "state/state.pt").exists()))
+    train(made)
+    assert calls == [False, True]
