@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import multiprocessing.util  # its handler at exit must be registered before ours: the last one runs first
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from comkd_cli.recipe.model import Augment, Data
 from comkd_cli.runtime import ranks
 
 MOST_WORKERS = 8
+DEATH_IS_TOLD_SECONDS = 2
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class TrainingLoader:
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Batch, ...]]:
         """The parts of each step of an epoch from a step on; both count from 0."""
         self._sampler.epoch, self._sampler.first_step = epoch, first_step
-        batches = iter(self._loader)
+        batches = _batches(self._loader)
         while parts := tuple(islice(batches, self._parts)):
             yield parts
 
@@ -125,7 +128,7 @@ def scoring_batches(images: ImageSet, preprocessing: Preprocessing, batch_size: 
     """Every image once, in order, as the input of one model."""
     batches = [list(range(i, min(i + batch_size, len(images)))) for i in range(0, len(images), batch_size)]
     items = _ScoringItems(images, preprocessing)
-    yield from _data_loader(items, batches, (0,), workers, persistent=False)
+    yield from _batches(_data_loader(items, batches, (0,), workers, persistent=False))
 
 
 def view_batches(
@@ -142,7 +145,7 @@ def view_batches(
     items = _TrainingItems(images, (preprocessing,), augment, crop_seed)
     positions = [(int(index), view, True) for index in indices]
     batches = [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]
-    yield from _data_loader(items, batches, (0,), workers, persistent=False)
+    yield from _batches(_data_loader(items, batches, (0,), workers, persistent=False))
 
 
 def worker_count(data: Data) -> int:
@@ -293,6 +296,26 @@ def _data_loader(
         # run differ from an uninterrupted one.
         generator=torch.Generator(),
     )
+
+
+def _batches(loader: DataLoader[_Item]) -> Iterator[Batch]:
+    """The batches of a loader. Raises RuntimeError where a worker dies, also in the middle of a batch that it sends.
+
+    torch raises such an error by itself, with the cause, as soon as the system tells it of the death. Where the broken
+    connection is met before that, the error is waited for.
+    """
+    batches = iter(loader)
+    while True:
+        try:
+            batch: Any = next(batches)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            if loader.num_workers == 0 or "in DataLoader worker process" in str(error):  # raised by reading an image
+                raise
+            time.sleep(DEATH_IS_TOLD_SECONDS)
+            raise RuntimeError("DataLoader worker (pid unknown) ended while it sent a batch") from error
+        yield batch
 
 
 @cache

@@ -64,7 +64,7 @@ def failures_explained(for_memory: str = FOR_MEMORY) -> Iterator[None]:
                 "the image tower has weights that take no part in its features, which several processes can't train; "
                 "use one process, or student.train: prompts"
             ) from error
-        if "DataLoader worker (pid" in said:
+        if "DataLoader worker (pid" in said or "Pin memory thread exited" in said:  # the latter with a GPU
             raise TrainingError(
                 f"a process that decodes images died ({said.splitlines()[0]}); it may have lacked memory or shared "
                 "memory: use fewer with data.workers, or none with data.workers=0"

@@ -65,7 +65,7 @@ def make_run(runs: Path, **changes: Any) -> tuple[distill.Run, adapt.Stage1]:
     recipe = parse_recipe(tiny.recipe(**{"optim": optim, "teacher": teacher, **changes}))
     source = open_source(recipe.data, Path("data"))
     stage = adapt.stage_1(recipe, source, Path("data"), runs)
-    return distill.Run(recipe, "tiny", source, runs, stage.identity, stage.key), stage
+    return distill.Run(recipe, "tiny", source, runs, stage.contents, stage.key), stage
 
 
 def train(runs: Path, events: list[Event] | None = None, **changes: Any) -> distill.Run:

@@ -13,6 +13,7 @@ from comkd_cli.runtime.devices import failures_explained, to_device
             "DataLoader worker (pid 7) is killed by signal: Killed.",
             "a process that decodes images died.*data.workers=0",
         ),
+        ("Pin memory thread exited unexpectedly", "a process that decodes images died"),
         ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", "a process that decodes images died"),
         (
             "Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: unable to write to file </torch_7_1_0>",
