@@ -186,9 +186,12 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what exporters and quantisers print, log, and warn of their own dependencies."""
+    """Without what exporters and quantisers print, log, and warn of their own dependencies.
+
+    What they log as an error, with a traceback, they raise as well.
+    """
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")

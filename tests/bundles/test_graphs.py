@@ -1,3 +1,7 @@
+import errno
+import logging
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,8 @@ from comkd_cli.bundles.graphs import (
     export_image_encoder,
     export_text_encoder,
     opset_of,
+    pass_on_refusals,
+    quiet,
 )
 from comkd_cli.edge.classifier import Preprocessing
 from comkd_cli.errors import ExportError
@@ -155,3 +161,22 @@ def test_what_torch_cannot_follow_is_an_error(tmp_path: Path) -> None:
     student.backbone = Untraceable()
     with pytest.raises(ExportError, match="can't export"):
         export_image_encoder(student, preprocessing, tmp_path / "g.onnx")
+
+
+def test_what_libraries_say_on_the_way_is_not_shown(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with quiet():
+        sys.stdout.write("progress")
+        warnings.warn("deprecated", stacklevel=1)
+        logging.getLogger("library").error("Traceback (most recent call last)")
+    assert (capsys.readouterr().out, caplog.text) == ("", "")
+    logging.getLogger("library").error("after")
+    assert "after" in caplog.text
+
+
+def test_what_the_system_refuses_is_no_fault_of_a_graph() -> None:
+    pass_on_refusals(OSError("could not get source code"))  # torch's, which has no number
+    pass_on_refusals(ValueError("shape"))
+    with pytest.raises(OSError, match="No space"):
+        pass_on_refusals(OSError(errno.ENOSPC, "No space left on device"))
