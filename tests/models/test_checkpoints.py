@@ -1,10 +1,29 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+<<<<<<< HEAD:tests/models/test_checkpoints.py
 from comkd_cli.errors import CheckpointError
 from comkd_cli.models.checkpoints import STUDENT_FORMAT, TEACHER_FORMAT, load_student, load_teacher
+=======
+from comkd_cli.backbones import build_clip, build_image_tower
+from comkd_cli.checkpoints import (
+    SavedTeacher,
+    StudentRecord,
+    TeacherRecord,
+    load_student,
+    load_teacher,
+    save_student,
+    save_teacher,
+)
+from comkd_cli.errors import CheckpointError
+from comkd_cli.method.student import Student
+from comkd_cli.recipe import parse_recipe
+from tests import tiny
+>>>>>>> models:tests/test_checkpoints.py
 
 
 @pytest.mark.parametrize("load", [load_student, load_teacher])
@@ -47,6 +66,7 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+<<<<<<< HEAD:tests/models/test_checkpoints.py
 @pytest.mark.parametrize(("load", "known"), [(load_student, STUDENT_FORMAT), (load_teacher, TEACHER_FORMAT)])
 def test_a_file_of_a_newer_comkd_asks_for_an_upgrade(load, known: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     kind, _, version = known.rpartition("/")
@@ -56,4 +76,66 @@ def test_a_file_of_a_newer_comkd_asks_for_an_upgrade(load, known: str, tmp_path:
         load(path)
     torch.save({"format": f"{kind}/new"}, path)
     with pytest.raises(CheckpointError, match=f"it holds {kind}/new, not {known}"):
+=======
+@pytest.fixture(scope="module")
+def saved_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """student.pt and teacher.pt, as a run would leave them, by the function that reads each."""
+    folder = tmp_path_factory.mktemp("saved")
+    recipe = parse_recipe(tiny.recipe())
+    tower, clip = build_image_tower(recipe.student), build_clip(recipe.teacher)
+    names, vectors = ("cat", "dog"), torch.nn.functional.normalize(torch.randn(2, 16), dim=-1)
+    student = Student(tower.module, tower.width, vectors, torch.ones(()), recipe.student, recipe.loss.edu_attention)
+    of_both = {"class_names": names, "template": "{}", "preprocessing": tower.preprocessing, "metrics": {}}
+    save_student(
+        folder / "student.pt",
+        student,
+        StudentRecord(
+            **of_both,  # type: ignore[arg-type]
+            recipe=recipe,
+            recipe_name="tiny",
+            source="animals",
+            backbone=tower.origin,
+            backbone_sha256=None,
+            teacher=None,
+            identity="1",
+        ),
+    )
+    record = TeacherRecord(**of_both, key="1", model={"config": tiny.CLIP}, origin=clip.origin)  # type: ignore[arg-type]
+    save_teacher(folder / "teacher.pt", SavedTeacher(record, vectors, torch.ones(()), clip.model.state_dict()))
+    return {"student": folder / "student.pt", "teacher": folder / "teacher.pt"}
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "a weight": (lambda data: first_weight(data).view(-1)[:1].fill_(torch.nan), "NaN or infinite values, first in "),
+    "an infinite weight": (lambda data: first_weight(data).view(-1)[:1].fill_(torch.inf), "NaN or infinite values"),
+    "a vector": (lambda data: data["class_vectors"].fill_(torch.nan), "first in class_vectors"),
+    "the scale": (lambda data: data["logit_scale"].fill_(torch.inf), "first in logit_scale"),
+    "too few vectors": (
+        lambda data: data.update(class_vectors=data["class_vectors"][:1]),
+        r"its class vectors should be \(2 classes, width\); they are \(1, 16\)",
+    ),
+    "no vectors": (lambda data: data.update(class_vectors=None), "they are NoneType"),
+    "two scales": (lambda data: data.update(logit_scale=torch.ones(2)), "its logit scale should be one number"),
+    "no state": (lambda data: data.update(state_dict=None), "damaged"),
+}
+
+
+def first_weight(data: dict[str, Any]) -> torch.Tensor:
+    found: torch.Tensor = next(value for value in data["state_dict"].values() if value.is_floating_point())
+    return found
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(("kind", "load"), [("student", load_student), ("teacher", load_teacher)])
+def test_values_that_no_training_leaves_are_refused(
+    saved_files: dict[str, Path], tmp_path: Path, kind: str, load: Callable[[Path], object], damage: str
+) -> None:
+    load(saved_files[kind])
+    data = torch.load(saved_files[kind], weights_only=True)
+    change, message = DAMAGES[damage]
+    change(data)
+    path = tmp_path / f"{kind}.pt"
+    torch.save(data, path)
+    with pytest.raises(CheckpointError, match=rf"{kind}\.pt: .*{message}"):
+>>>>>>> models:tests/test_checkpoints.py
         load(path)
