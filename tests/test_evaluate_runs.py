@@ -267,6 +267,14 @@ def test_narrow_terminals_show_whole_figures(home: Path, columns: int) -> None:
     listed = in_terminal(columns, home, "datasets", "list")
     assert "…" not in listed
     assert "1,281,167" in listed
+    exported = in_terminal(columns, home, "export", DIGITS, "--out", f"bundle {columns}", "--force")
+    assert "…" not in exported
+    (parity,) = (
+        entry["parity"]
+        for entry in json.loads((home / f"bundle {columns}/manifest.json").read_text())["precisions"].values()
+    )
+    assert f"{parity['feature_cosine_min']:.6f}" in exported
+    assert f"{parity['top1_agreement_percent']:.2f} %" in exported
     planned = in_terminal(columns, home, "distill", "tiny.yaml", "--dry-run")
     assert "…" not in planned
     assert "runs/tiny/digits/seed1" in planned
