@@ -150,7 +150,7 @@ def test_ctrl_c_keeps_what_was_scored(home: Path) -> None:
 def test_where_results_cannot_be_written_is_said_at_the_start(home: Path, run_comkd: Comkd) -> None:
     refused = run_comkd("evaluate", DIGITS, "--out", "/proc/results", cwd=home)
     assert refused.returncode == 1
-    assert "error: /proc/results: can't be written to" in refused.stderr
+    assert "error: /proc/results: can't be written" in refused.stderr
     assert "--out" in refused.stderr
     assert "Scoring" not in refused.stderr
 
@@ -190,7 +190,7 @@ def test_runs_that_cannot_be_written_are_refused_before_the_teacher(home: Path, 
     for runs in ("/proc/runs", "in the way"):
         refused = run_comkd("distill", "tiny.yaml", "--runs", runs, cwd=home)
         assert refused.returncode == 1
-        assert "can't be written to" in refused.stderr
+        assert "can't be written" in refused.stderr
         assert "--runs" in refused.stderr
         assert "Teacher" not in refused.stderr
         assert "Traceback" not in refused.stderr
@@ -267,6 +267,14 @@ def test_narrow_terminals_show_whole_figures(home: Path, columns: int) -> None:
     listed = in_terminal(columns, home, "datasets", "list")
     assert "…" not in listed
     assert "1,281,167" in listed
+    exported = in_terminal(columns, home, "export", DIGITS, "--out", f"bundle {columns}", "--force")
+    assert "…" not in exported
+    (parity,) = (
+        entry["parity"]
+        for entry in json.loads((home / f"bundle {columns}/manifest.json").read_text())["precisions"].values()
+    )
+    assert f"{parity['feature_cosine_min']:.6f}" in exported
+    assert f"{parity['top1_agreement_percent']:.2f} %" in exported
     planned = in_terminal(columns, home, "distill", "tiny.yaml", "--dry-run")
     assert "…" not in planned
     assert "runs/tiny/digits/seed1" in planned

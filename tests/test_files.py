@@ -423,7 +423,7 @@ def test_a_folder_that_can_be_made_and_written_to_passes_and_is_not_made(tmp_pat
 def test_where_nothing_can_be_written_the_folder_and_the_remedy_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file/runs", Path("/proc/runs")):
-        with pytest.raises(ComkdError, match=f"^{folder}: can't be written to: .*; give another one"):
+        with pytest.raises(ComkdError, match=f"^{folder}: can't be written: .*; give another one"):
             check_writable(folder, "give another one")
 
 

@@ -21,7 +21,7 @@ from comkd_cli.evaluation.features import Features, FeatureStore
 from comkd_cli.evaluation.metrics import agreement_percent
 from comkd_cli.evaluation.protocols import STANDARD_SEEDS, STANDARD_SHOTS, base_to_novel, few_shot, zero_shot
 from comkd_cli.evaluation.subjects import Subject, student_subject, teacher_subject
-from comkd_cli.events import Event, Notice, Report, Stage
+from comkd_cli.events import Notice, Report, Stage, once
 from comkd_cli.files import sha256_of_data, sha256_of_file
 from comkd_cli.method.student import Student
 from comkd_cli.models.backbones import IMAGENET_TEMPLATES, Clip, build_clip, weights_sha256
@@ -97,7 +97,7 @@ def evaluate(
     results whenever a model is scored on a data set, so that a process that is killed loses none of them. Raises the
     error of what was asked for where nothing at all could be scored.
     """
-    bench = replace(bench, runs=runs, report=_each_notice_once(bench.report))
+    bench = replace(bench, runs=runs, report=once(bench.report, set()))  # many models meet the same
     results = Results([])
     problems: list[Exception] = []
     for job in _jobs(model, runs, bench):
@@ -149,20 +149,6 @@ def _told(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)
-
-
-def _each_notice_once(report: Report) -> Report:
-    """The same callback, less notices that were given before: many models meet the same."""
-    given: set[str] = set()
-
-    def once(event: Event) -> None:
-        if isinstance(event, Notice):
-            if event.text in given:
-                return
-            given.add(event.text)
-        report(event)
-
-    return once
 
 
 def _report_inapplicable(job: Job, found: Results, bench: Bench) -> None:

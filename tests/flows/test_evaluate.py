@@ -210,10 +210,10 @@ def test_whatever_one_model_fails_of_the_others_are_scored(
         shutil.copytree(tiny_student.parent, tmp_path / f"tiny/digits/seed{seed}")
     load = flow.load_student
 
-    def failing(path: Path) -> object:
+    def failing(path: Path, *more: object) -> object:
         if "seed1" in str(path):
             raise error
-        return load(path)
+        return load(path, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(flow, "load_student", failing)
     results = evaluate(None, tmp_path, bench())
@@ -222,7 +222,7 @@ def test_whatever_one_model_fails_of_the_others_are_scored(
 
 
 def test_a_bug_is_no_row(tiny_student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def buggy(path: Path) -> object:
+    def buggy(path: Path, *more: object) -> object:
         raise ZeroDivisionError
 
     monkeypatch.setattr(flow, "load_student", buggy)

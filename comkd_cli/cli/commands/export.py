@@ -151,23 +151,19 @@ def _gates(settings: tuple[str, ...]) -> dict[str, Gate]:
 
 def _print_bundle(target: Path, manifest: dict[str, Any]) -> None:
     from rich.filesize import decimal
-    from rich.table import Table
 
     from comkd_cli.bundles.latency import disturbance
-    from comkd_cli.cli.terminal import output
+    from comkd_cli.cli.terminal import Column, output, print_table
 
     console = output()
-    table = Table("file", "size", box=None, pad_edge=False, header_style="bold")
-    table.columns[1].justify = "right"
-    for name, entry in manifest["files"].items():
-        table.add_row(name, decimal(entry["bytes"]))
-    console.print(table)
+    sizes = [(name, decimal(entry["bytes"])) for name, entry in manifest["files"].items()]
+    print_table([Column("file", "text"), Column("size")], sizes)
     console.print()
-    console.print(_parity_table(manifest))
+    _print_parity(manifest)
     console.print(_image_sizes(manifest["images"]), style="dim", markup=False, soft_wrap=True)
     if manifest["latency"]:
         console.print()
-        console.print(_latency_table(manifest))
+        _print_latency(manifest)
         if disturbed := disturbance(manifest["latency"]):
             console.print(disturbed, style="yellow", markup=False, soft_wrap=True)
     quoted = shlex.quote(str(target))
@@ -176,13 +172,12 @@ def _print_bundle(target: Path, manifest: dict[str, Any]) -> None:
         console.print(f"  python -m http.server --directory {quoted}", markup=False, soft_wrap=True)
 
 
-def _parity_table(manifest: dict[str, Any]) -> Any:
-    from rich.table import Table
+def _print_parity(manifest: dict[str, Any]) -> None:
+    from comkd_cli.cli.terminal import Column, print_table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for head in ("precision", "of fp32's size", "least cosine", "same answers", "95 % interval", "top-1"):
-        table.add_column(head, justify="left" if head == "precision" else "right")
+    heads = ("of fp32's size", "least cosine", "same answers", "95 % interval", "top-1")
     sizes = {p: manifest["files"][e["classifier"]]["bytes"] for p, e in manifest["precisions"].items()}
+    rows = []
     for precision, entry in manifest["precisions"].items():
         parity = entry["parity"]
         share = f"{sizes[precision] / sizes['fp32']:.2f}" if "fp32" in sizes else "-"
@@ -190,8 +185,8 @@ def _parity_table(manifest: dict[str, Any]) -> Any:
         same = f"{parity['top1_agreement_percent']:.2f} %"
         low, high = parity["top1_agreement_interval_percent"]
         cosine = f"{parity['feature_cosine_min']:.6f}"
-        table.add_row(precision, share, cosine, same, f"{low:.1f} to {high:.1f} %", top1)
-    return table
+        rows.append((precision, share, cosine, same, f"{low:.1f} to {high:.1f} %", top1))
+    print_table([Column("precision", "word"), *map(Column, heads)], rows)
 
 
 def _image_sizes(images: dict[str, Any]) -> str:
@@ -209,14 +204,12 @@ def _image_sizes(images: dict[str, Any]) -> str:
     return text
 
 
-def _latency_table(manifest: dict[str, Any]) -> Any:
-    from rich.table import Table
+def _print_latency(manifest: dict[str, Any]) -> None:
+    from comkd_cli.cli.terminal import Column, print_table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for head in ("batch 1", "threads", "ms", "speed-up", "peak MiB", "of PyTorch's"):
-        table.add_column(head, justify="left" if head == "batch 1" else "right")
-    for entry in manifest["latency"]:
-        table.add_row(
+    heads = ("threads", "ms", "speed-up", "peak MiB", "of PyTorch's")
+    rows = [
+        (
             entry["name"],
             str(entry["threads"]),
             f"{1e3 * entry['seconds']:.2f}",
@@ -224,4 +217,6 @@ def _latency_table(manifest: dict[str, Any]) -> Any:
             f"{entry['peak_bytes'] / 2**20:.0f}",
             f"{entry['memory_share']:.2f}",
         )
-    return table
+        for entry in manifest["latency"]
+    ]
+    print_table([Column("batch 1", "word"), *map(Column, heads)], rows)
