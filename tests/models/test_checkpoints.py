@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-<<<<<<< HEAD:tests/models/test_checkpoints.py
 from comkd_cli.errors import CheckpointError
-from comkd_cli.models.checkpoints import STUDENT_FORMAT, TEACHER_FORMAT, load_student, load_teacher
-=======
-from comkd_cli.backbones import build_clip, build_image_tower
-from comkd_cli.checkpoints import (
+from comkd_cli.method.student import Student
+from comkd_cli.models.backbones import build_clip, build_image_tower
+from comkd_cli.models.checkpoints import (
+    STUDENT_FORMAT,
+    TEACHER_FORMAT,
     SavedTeacher,
     StudentRecord,
     TeacherRecord,
@@ -19,11 +19,8 @@ from comkd_cli.checkpoints import (
     save_student,
     save_teacher,
 )
-from comkd_cli.errors import CheckpointError
-from comkd_cli.method.student import Student
 from comkd_cli.recipe import parse_recipe
 from tests import tiny
->>>>>>> models:tests/test_checkpoints.py
 
 
 @pytest.mark.parametrize("load", [load_student, load_teacher])
@@ -66,7 +63,6 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-<<<<<<< HEAD:tests/models/test_checkpoints.py
 @pytest.mark.parametrize(("load", "known"), [(load_student, STUDENT_FORMAT), (load_teacher, TEACHER_FORMAT)])
 def test_a_file_of_a_newer_comkd_asks_for_an_upgrade(load, known: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     kind, _, version = known.rpartition("/")
@@ -76,7 +72,9 @@ def test_a_file_of_a_newer_comkd_asks_for_an_upgrade(load, known: str, tmp_path:
         load(path)
     torch.save({"format": f"{kind}/new"}, path)
     with pytest.raises(CheckpointError, match=f"it holds {kind}/new, not {known}"):
-=======
+        load(path)
+
+
 @pytest.fixture(scope="module")
 def saved_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """student.pt and teacher.pt, as a run would leave them, by the function that reads each."""
@@ -137,5 +135,4 @@ def test_values_that_no_training_leaves_are_refused(
     path = tmp_path / f"{kind}.pt"
     torch.save(data, path)
     with pytest.raises(CheckpointError, match=rf"{kind}\.pt: .*{message}"):
->>>>>>> models:tests/test_checkpoints.py
         load(path)
