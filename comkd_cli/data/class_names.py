@@ -12,7 +12,7 @@ from comkd_cli.errors import DataError
 
 
 def clean_class_names(names: Sequence[str], origin: str, lines: Sequence[int] | None = None) -> list[str]:
-    """Class names as prompts have them (`predictor.clean_class_name`), in the same order.
+    """Class names as prompts have them (`edge.classifier.clean_class_name`), in the same order.
 
     origin: the file or the field that holds them, for messages. lines: where in a file each name is; None counts the
     classes from 1. Raises DataError for a name that cannot be used, for the same name twice, and for fewer than two

@@ -69,7 +69,7 @@ def unpack(archive: Path, target: Path, tick: Tick, most_bytes: int) -> None:
 
 
 def _unpack_member(opened: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, most_bytes: int) -> int:
-    """One file or folder; returns its bytes. What a system left in the archive is passed by."""
+    """One file or folder; returns its bytes. What a system left in the archive is skipped."""
     name = PurePosixPath(member.filename.replace("\\", "/"))
     kind = stat.S_IFMT(member.external_attr >> 16)
     if name.is_absolute() or ".." in name.parts or (name.parts and ":" in name.parts[0]):

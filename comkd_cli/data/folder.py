@@ -79,7 +79,7 @@ def images_below(folder: Path, report: Report = lambda event: None) -> ImageSet:
 
 
 def find_images(folder: Path, skipped: Counter[str] | None = None, above: Sequence[Path] = ()) -> Iterator[Path]:
-    """Every image file anywhere below a folder, in a fixed order; links are followed, hidden and junk names passed by.
+    """Every image file anywhere below a folder, in a fixed order; links are followed, hidden and junk names skipped.
 
     skipped: other files are counted in it, by suffix. above: folders that the folder lies in, for links that lead
     back up to them. Raises DataError for a folder that cannot be listed.
