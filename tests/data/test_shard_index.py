@@ -215,7 +215,7 @@ def test_processes_side_by_side_make_the_same_index(
 ) -> None:
     alone = open_index(three, tmp_path / "alone", silent)
     monkeypatch.setattr(shard_index, "SHARDS_PER_PROCESS", 1)
-    monkeypatch.setattr(shard_index.launch, "usable_cores", lambda: 2)
+    monkeypatch.setattr(shard_index.ranks, "usable_cores", lambda: 2)
     together = open_index(three, tmp_path / "together", silent)
     names = sorted(path.name for path in alone.folder.iterdir())
     assert names == sorted(path.name for path in together.folder.iterdir())
