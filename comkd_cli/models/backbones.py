@@ -252,6 +252,8 @@ def _from_name(model: Model, load_weights: bool) -> Any:
     _check_folder(model)
     _check_activation(model)
     of_file = model.weights is not None and not _tag_of(model)
+    if of_file and load_weights:
+        _weights_file(model)  # which is told before anything large is built
     load_weights = load_weights and not of_file
     try:
         with _quiet():
