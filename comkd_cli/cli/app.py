@@ -25,7 +25,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class CommandFolder(click.Group):
-    """A group whose commands are the modules of comkd_cli/commands, imported when they are asked for.
+    """A group whose commands are the modules of comkd_cli/cli/commands, imported when they are asked for.
 
     The one error boundary: a ComkdError, or a file that the system refuses, is printed as one message
     and ends with its exit code; `--debug` lets the traceback through.
