@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ READ_BYTES = 1 << 20
 # again without its time showing it, so its digest is not remembered yet.
 SETTLED_AFTER_SECONDS = 2.0
 LOCK_TIMEOUT_SECONDS = 30.0
+NO_REGULAR_FILE = "is not a regular file"
 TABLE = """
     CREATE TABLE IF NOT EXISTS files (
         path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, inode INTEGER, digest BLOB
@@ -122,6 +124,8 @@ def _state(path: str) -> State | str:
         found = os.stat(path)  # noqa: PTH116
     except OSError as error:
         return error.strerror or type(error).__name__
+    if not stat.S_ISREG(found.st_mode):  # reading a pipe waits for ever, reading a device need not end
+        return NO_REGULAR_FILE
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, _signed(found.st_ino)
 
 

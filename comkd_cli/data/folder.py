@@ -14,22 +14,23 @@ from typing import NoReturn
 from PIL import Image
 
 from comkd_cli.data.class_names import class_key, clean_class_names, clean_name, some
-from comkd_cli.data.contents import FileContents
+from comkd_cli.data.contents import NO_REGULAR_FILE, FileContents
 from comkd_cli.data.image_files import SUFFIXES, is_image, is_junk, skipped_text, suffix_of
 from comkd_cli.data.source import ImageSet, Source
-from comkd_cli.edge.classifier import open_image
+from comkd_cli.edge.classifier import UnreadableImage, open_image
 from comkd_cli.errors import DataError
 from comkd_cli.events import Notice, Report
 
 SPLITS = ("train", "val", "test")
 
-# Names that people and other tools give to splits, without case, `_`, `-` and spaces: the name that comkd takes.
+# Names that people and other tools give to splits: the name that comkd takes.
 OTHER_SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training", "trainset", "trainingset", "trainimages", "trainingimages"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "validate", "valset", "validationset", "valimages"), "val"),
-    **dict.fromkeys(("dev", "devset", "eval", "evaluation", "evalset"), "val"),
-    **dict.fromkeys(("test", "testing", "tests", "testset", "testingset", "testimages", "holdout"), "test"),
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "eval", "evaluation"), "val"),
+    **dict.fromkeys(("test", "testing", "tests", "holdout"), "test"),
 }
+# What such names also hold, as in train2017, val_images and test-data; it does not say which split is meant.
+SPLIT_NAME_EXTRA = re.compile(r"[\W\d_]+|dataset|data|images?|imgs?|jpe?g|png|sets?|splits?")
 
 
 def folder_source(
@@ -101,7 +102,10 @@ def find_images(folder: Path, skipped: Counter[str] | None = None, above: Sequen
 
 def open_below(root: Path, key: str) -> Image.Image:
     """The RGB image at a path below a folder. Raises UnreadableImage."""
-    return open_image(root / key)
+    path = root / key
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise UnreadableImage(f"{path}: {NO_REGULAR_FILE}")
+    return open_image(path)
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,7 @@ def _check_split_names(folder: Path, subfolders: Sequence[str]) -> None:
 
 def _split_meant(name: str) -> str | None:
     """The split that a folder's name says it is, in whatever spelling; None for other names."""
-    return OTHER_SPLIT_NAMES.get(re.sub(r"[\s_-]", "", name).casefold())
+    return OTHER_SPLIT_NAMES.get(SPLIT_NAME_EXTRA.sub("", name.casefold()))
 
 
 def _check_splits_further_down(folder: Path, keys: Sequence[str]) -> None:

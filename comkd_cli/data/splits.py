@@ -142,7 +142,9 @@ def _from_json(dataset: Dataset, folder: Path) -> Splits:
         for name, items in parts.items()
     }
     _check_labels(entries, path)
-    splits = Splits(entries["train"], entries["val"], entries["test"])
+    splits = Splits(
+        entries["train"], entries["val"], entries["test"], _shared_images(entries, f"{dataset.name}: {path.name}")
+    )
     labels = sorted(splits.class_names)
     if labels == list(range(len(labels))):
         return splits
@@ -198,6 +200,16 @@ def _check_labels(entries: Mapping[str, Sequence[Entry]], path: Path) -> None:
                     f"{path}: {entry.path} has the label {label} in {first} and {entry.label} in {place}; "
                     "list each image under one class"
                 )
+
+
+def _shared_images(entries: Mapping[str, Sequence[Entry]], what: str) -> tuple[str, ...]:
+    """A notice where test images are training or validation images too, which makes their scores too high."""
+    test, notices = {entry.path for entry in entries["test"]}, []
+    for split in ("train", "val"):
+        if shared := sorted(test & {entry.path for entry in entries[split]}):
+            count = "1 image" if len(shared) == 1 else f"{len(shared):,} images"
+            notices.append(f"{what} lists {count} in {split} and in test: {some(shared, 3)}")
+    return tuple(notices)
 
 
 def _renumbered(splits: Splits, notice: str) -> Splits:

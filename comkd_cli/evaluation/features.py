@@ -82,12 +82,14 @@ class FeatureStore:
 
     def _keep(self, path: Path, made: Features) -> None:
         """Write features; a folder that cannot be written to, or a full disk, costs time later and no score now."""
+        # Names that are not UTF-8 reach Python as lone surrogates, which the file's metadata cannot hold.
+        unreadable = "\n".join(made.unreadable).encode("utf-8", "backslashreplace").decode("utf-8")
         try:
             with written_whole(path) as unfinished:
                 save_file(
                     {"values": made.values, "indices": made.indices},
                     unfinished,
-                    {"format": STORE_FORMAT, "unreadable": "\n".join(made.unreadable)},
+                    {"format": STORE_FORMAT, "unreadable": unreadable},
                 )
         except (ComkdError, OSError, SafetensorError) as error:
             cause = error.__cause__ or error

@@ -10,6 +10,7 @@ import torch
 
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.data.splits import draw_shots, halves
+from comkd_cli.data.unreadable import check_unreadable
 from comkd_cli.evaluation.features import Features, FeatureStore
 from comkd_cli.evaluation.linear_probe import linear_probe
 from comkd_cli.evaluation.metrics import mean_per_class_percent, top1_percent
@@ -84,13 +85,14 @@ def few_shot(
     store: FeatureStore,
     shots: Sequence[int],
     seeds: Sequence[int],
+    unreadable_limit_percent: float,
 ) -> list[Record]:
     """Linear probe, Tip-Adapter and Tip-Adapter-F for each number of shots and seed.
 
     The training images of every standard draw are encoded at once, so that asking for other shots or
-    seeds among them reads no image.
+    seeds among them reads no image. Raises DataError where more of them than the limit are unreadable.
     """
-    pool = _Pool(subject, source, store, {*shots, *STANDARD_SHOTS}, {*seeds, *STANDARD_SEEDS})
+    pool = _Pool(subject, source, store, {*shots, *STANDARD_SHOTS}, {*seeds, *STANDARD_SEEDS}, unreadable_limit_percent)
     whole = zero_shot(subject, source, images, test).record
     labels = np.asarray(images.labels)[test.indices]
     classes = range(len(source.class_names))
@@ -134,7 +136,16 @@ def few_shot(
 class _Pool:
     """The features of all training and validation images that any draw may take."""
 
-    def __init__(self, subject: Subject, source: Source, store: FeatureStore, shots: set[int], seeds: set[int]) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        source: Source,
+        store: FeatureStore,
+        shots: set[int],
+        seeds: set[int],
+        unreadable_limit_percent: float,
+    ) -> None:
+        self._limit_percent = unreadable_limit_percent
         self._train_labels = list(source.train.labels or ())
         self._val_labels = list(source.val.labels or ()) if source.val else []
         draws = [draw_shots(self._train_labels, self._val_labels, k, s) for k in sorted(shots) for s in sorted(seeds)]
@@ -155,8 +166,8 @@ class _Pool:
         stacked = torch.stack([features[p] for p in kept]) if kept else torch.empty(0, self._dim)
         return Labelled(stacked, torch.tensor([labels[p] for p in kept], dtype=torch.int64))
 
-    @staticmethod
     def _encoded(
+        self,
         subject: Subject,
         images: ImageSet,
         draws: list[list[int]],
@@ -166,10 +177,12 @@ class _Pool:
     ) -> dict[int, torch.Tensor]:
         positions = sorted({position for draw in draws for position in draw})
         kept = store.features(subject.encoder, images.subset(positions), f"encoding {split} images")
+        what = f"{split} images of the few-shot draws"
+        check_unreadable(kept.unreadable, len(positions), self._limit_percent, what)
         if kept.unreadable:
             store.report(
                 Notice(
-                    f"{len(kept.unreadable)} of {len(positions)} {split} images of the few-shot draws can't be read, "
+                    f"{len(kept.unreadable)} of {len(positions)} {what} can't be read, "
                     f"left out; the first: {kept.unreadable[0]}"
                 )
             )

@@ -82,7 +82,12 @@ class Run:
         data: dict[str, Any] = {"fingerprint": recipe.data.fingerprint, **self.source.identity()}
         if recipe.selection == "promptkd" and test is not None:
             labels = None if test.labels is None else sha256_of_data(list(test.labels))
-            data |= {"test_images": test.digest, "test_labels": labels}
+            data |= {
+                "test_images": test.digest,
+                "test_labels": labels,
+                # It depends on whether teacher.adapt.data is the recipe's own data, which no setting that counts says.
+                "selection_classes": selection_classes(recipe),
+            }
         parts = {"recipe": recipe_settings(recipe), "data": data, "student": student, "teacher": dict(self.teacher)}
         return Identity(parts)
 
@@ -310,7 +315,10 @@ def selection_classes(recipe: Recipe) -> Literal["all", "base"] | None:
     adapt = recipe.teacher.adapt
     if not isinstance(adapt, PromptSrcAdapt) or adapt.classes == "all" or recipe.data.dataset in VARIANTS:
         return "all"
-    return "base" if adapt.data in (None, recipe.data) else "all"
+    own, taught = recipe.data, adapt.data or recipe.data
+    # Where the images are, not how they are decoded.
+    same = (own.dataset, own.folder, own.shards) == (taught.dataset, taught.folder, taught.shards)
+    return "base" if same else "all"
 
 
 def _check_selection(run: Run) -> None:

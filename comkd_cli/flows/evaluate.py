@@ -299,7 +299,9 @@ def _score(
         if "base-to-novel" in bench.protocols and source.name not in VARIANTS:
             records += base_to_novel(subject, source, images, test)
         if "few-shot" in bench.protocols and source.train.labels:
-            records += few_shot(subject, source, images, test, store, bench.shots, bench.seeds)
+            records += few_shot(
+                subject, source, images, test, store, bench.shots, bench.seeds, unreadable_limit_percent
+            )
     answers = dict(zip(test.indices.tolist(), scored.predicted.tolist(), strict=True))
     return records, answers
 

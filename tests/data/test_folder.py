@@ -327,6 +327,10 @@ def test_what_systems_leave_is_no_class_and_no_split(pets: Path, write_image: Wr
         ("valid", "val"),
         ("dev", "val"),
         ("eval", "val"),
+        ("train2017", "train"),
+        ("train_data", "train"),
+        ("images_test", "test"),
+        ("Val Dataset 2", "val"),
     ],
 )
 @pytest.mark.parametrize("beside", ["train/cat/1.png", "loose/1.png"])
@@ -339,6 +343,24 @@ def test_splits_under_other_names_are_not_pooled_as_unlabelled(
         pytest.skip("this file system does not tell the two apart")
     with pytest.raises(DataError, match=rf"{name}: looks like a split, and should be called {meant}"):
         folder_source(tmp_path, ["cat", "dog"], TEMPLATE)
+
+
+@pytest.mark.parametrize("name", ["test tube", "trains", "training shoes", "2017", "images", "data_set"])
+def test_other_folder_names_are_no_splits(tmp_path: Path, write_image: WriteImage, name: str) -> None:
+    write_image(tmp_path / name / "1.png")
+    assert len(folder_source(tmp_path, ["cat", "dog"], TEMPLATE).train) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.timeout(60)
+def test_a_pipe_and_a_device_among_the_images_are_unreadable_and_never_waited_for(pets: Path) -> None:
+    os.mkfifo(pets / "train/cat/pipe.png")
+    (pets / "train/cat/zero.png").symlink_to("/dev/zero")
+    images = folder_source(pets, None, TEMPLATE).train
+    assert images.digest != ""
+    for name in ("pipe", "zero"):
+        with pytest.raises(UnreadableImage, match=rf"{name}\.png: is not a regular file"):
+            images.open(images.keys.index(f"cat/{name}.png"))
 
 
 def test_a_class_or_a_folder_without_images_may_be_called_as_a_split_is(

@@ -46,6 +46,15 @@ def test_a_split_file_is_read_in_its_order_with_paths_from_the_data_sets_folder(
     ]
 
 
+def test_test_images_that_are_trained_on_too_are_reported(tmp_path: Path) -> None:
+    write_json(tmp_path, {**LISTED, "test": [*LISTED["test"], ["b/2.jpg", 1, "b_b"], ["a/2.jpg", 0, "a"]]})
+    told = read_splits(CATALOG["dtd"], tmp_path).notices
+    assert told == (
+        "dtd: split_zhou_DescribableTextures.json lists 1 image in train and in test: images/b/2.jpg",
+        "dtd: split_zhou_DescribableTextures.json lists 1 image in val and in test: images/a/2.jpg",
+    )
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"train": [["a"]], "val": [], "test": []}', '{"train": []}'])
 def test_a_file_that_is_no_split_file_is_named(tmp_path: Path, content: str) -> None:
     path = write_json(tmp_path, LISTED)

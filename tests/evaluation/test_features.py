@@ -80,6 +80,18 @@ def test_unreadable_images_are_remembered(tmp_path: Path) -> None:
         assert found.unreadable == (f"{IMAGES.keys[3]}: cut off",)
 
 
+def test_an_unreadable_image_whose_name_is_not_utf8_is_remembered(tmp_path: Path) -> None:
+    def open_key(key: str):  # type: ignore[no-untyped-def]
+        if key == IMAGES.keys[3]:
+            raise UnreadableImage("caf\udce9.png: cut off")
+        return IMAGES.open_key(key)
+
+    damaged = replace(IMAGES, open_key=open_key)
+    store(tmp_path).features(Encoder("a", INPUT, Counting()), damaged, "it")
+    kept = store(tmp_path).features(Encoder("a", INPUT, Counting()), damaged, "it")
+    assert kept.unreadable[0].endswith(".png: cut off")
+
+
 def test_a_damaged_file_is_made_anew(tmp_path: Path) -> None:
     counting = Counting()
     encoder = Encoder("a", INPUT, counting)

@@ -233,6 +233,7 @@ TARGET = {"dataset": "eurosat"}
     [
         ({"teacher": PROMPTS}, "base"),
         ({"teacher": {**PROMPTS, "data": TARGET}}, "base"),
+        ({"teacher": {**PROMPTS, "data": {**TARGET, "workers": 0}}}, "base"),
         ({"teacher": {**PROMPTS, "classes": "all"}}, "all"),
         ({"teacher": {**PROMPTS, "data": {"dataset": "imagenet"}}}, "all"),
         ({"teacher": {**PROMPTS, "data": {"dataset": "imagenet"}, "classes": "all"}}, "all"),
