@@ -102,6 +102,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(
             f"{width} x {height} pixels: the image size exceeds the limit of {MOST_PIXELS:,} pixels; make it smaller"
         )
+    if image.format == "TIFF" and image.mode in ("I", "F"):
+        # Levels of 0 to 1, or 0 to 255, in 32 bits would all become black.
+        raise ValueError("32-bit TIFF, which does not say what its brightest level is; save it with 8 or 16 bits")
     low_bytes = _prepare_transparency(image)
     image.load()
     rgb = _on_white(image, low_bytes)

@@ -417,6 +417,17 @@ def test_floating_point_grey_is_taken_as_levels_of_8_bits() -> None:
     assert pixels(as_rgb(Image.fromarray(levels))) == [[(v, v, v) for v in (0, 77, 255)]]
 
 
+@pytest.mark.parametrize("levels", [np.linspace(0, 1, 64, dtype=np.float32), np.arange(64, dtype=np.int32)])
+def test_a_tiff_of_32_bits_is_unreadable_and_not_black(tmp_path: Path, levels: np.ndarray) -> None:
+    path = tmp_path / "deep.tif"
+    Image.fromarray(levels.reshape(8, 8)).save(path)
+    with pytest.raises(UnreadableImage, match=r"deep\.tif: 32-bit TIFF"):
+        open_image(path)
+    path = tmp_path / "sixteen.tif"
+    Image.fromarray((np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)).save(path)
+    assert np.asarray(open_image(path)).max() == 63_000 >> 8
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr", "I", "I;16", "F", "HSV"])
 def test_a_picture_of_any_mode_is_turned_by_its_exif_data(noise: Noise, mode: str) -> None:
     image = Image.new("PA", (5, 3)) if mode == "PA" else noise(5, 3).convert("L" if mode == "I;16" else mode)
