@@ -484,22 +484,29 @@ def _is_newer(found: object) -> bool:
 
 def read_preprocessing(folder: Path, manifest: dict[str, Any]) -> Preprocessing:
     """The pre-processing that a manifest asks for. Raises BundleProblem."""
-    path = folder / "manifest.json"
     try:
-        preprocessing = Preprocessing(**manifest["preprocessing"])
+        return checked_preprocessing(manifest["preprocessing"])
+    except ValueError as error:
+        raise BundleProblem(f"{folder / 'manifest.json'}: preprocessing: {error}") from error
+
+
+def checked_preprocessing(plain: Any) -> Preprocessing:
+    """The pre-processing that plain data describe. Raises ValueError, naming the field that is wrong."""
+    try:
+        preprocessing = Preprocessing(**plain)
     except TypeError as error:
-        raise BundleProblem(f"{path}: preprocessing: {error}") from error
+        raise ValueError(str(error)) from error
     size, known = preprocessing.size, ("shortest", "squash")
     if not isinstance(size, int) or size < 1:
-        raise BundleProblem(f"{path}: preprocessing: size should be a number of pixels, not {size!r}")
+        raise ValueError(f"size should be a number of pixels, not {size!r}")
     for field in ("mean", "std"):
         values = getattr(preprocessing, field)
         if not isinstance(values, list | tuple) or len(values) != 3 or not all(map(_is_number, values)):
-            raise BundleProblem(f"{path}: preprocessing: {field} should be three numbers, not {values!r}")
+            raise ValueError(f"{field} should be three numbers, not {values!r}")
     if preprocessing.interpolation not in list(RESAMPLING):
-        raise BundleProblem(f"{path}: preprocessing: interpolation {preprocessing.interpolation} is not known")
+        raise ValueError(f"interpolation {preprocessing.interpolation} is not known")
     if preprocessing.resize_mode not in known:
-        raise BundleProblem(f"{path}: preprocessing: resize_mode {preprocessing.resize_mode} is not known")
+        raise ValueError(f"resize_mode {preprocessing.resize_mode} is not known")
     return preprocessing
 
 

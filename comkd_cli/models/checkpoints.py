@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.edge.classifier import Preprocessing, checked_preprocessing
 from comkd_cli.errors import CheckpointError, ComkdError
 from comkd_cli.files import is_newer_format, written_whole
 from comkd_cli.method.student import Student
 from comkd_cli.models import downloads
 from comkd_cli.models.backbones import Origin, build_image_tower, state_sha256
-from comkd_cli.models.weights import check_finite
+from comkd_cli.models.weights import check_finite, differences_told
 from comkd_cli.recipe import Recipe, parse_recipe
 
 STUDENT_FORMAT = "comkd-student/1"
@@ -127,8 +127,8 @@ def load_student(path: Path, allow_download: bool = False) -> tuple[Student, Stu
         student = Student(
             tower.module,
             tower.width,
-            data["class_vectors"],
-            data["logit_scale"],
+            data["class_vectors"].float(),
+            data["logit_scale"].float(),
             settings,
             record.recipe.loss.edu_attention,
         )
@@ -136,7 +136,9 @@ def load_student(path: Path, allow_download: bool = False) -> tuple[Student, Stu
     except ComkdError:
         raise
     except Exception as error:  # any shape of damaged content
-        raise CheckpointError(f"{path}: is a damaged student checkpoint: {error!r}") from error
+        told = differences_told(error)
+        reason = f"it {told}, as its own recipe builds the student" if told else repr(error)
+        raise CheckpointError(f"{path}: is a damaged student checkpoint: {reason}") from error
     return student.eval(), record
 
 
@@ -154,7 +156,7 @@ def _read_student(path: Path) -> tuple[StudentRecord, dict[str, Any]]:
             source=data["source"],
             class_names=tuple(data["class_names"]),
             template=data["template"],
-            preprocessing=Preprocessing(**data["preprocessing"]),
+            preprocessing=checked_preprocessing(data["preprocessing"]),
             backbone=Origin(**data["backbone"]),
             backbone_sha256=data["backbone_sha256"],
             teacher=data["teacher"],
@@ -163,11 +165,12 @@ def _read_student(path: Path) -> tuple[StudentRecord, dict[str, Any]]:
             identity_parts=_mapping_or_none(data.get("identity_parts")),
             teacher_sha256=data.get("teacher_sha256"),
         )
+        _check_plain(data, ("recipe_name", "source", "template", "identity"), ("teacher", "backbone_sha256"))
         if not all(isinstance(part, str) for item in (record.teacher_sha256 or {}).items() for part in item):
             raise ValueError("teacher_sha256 holds more than names and digests")
         _check_tensors(path, data, record.class_names)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is a damaged student checkpoint: {error!r}") from error
+        raise CheckpointError(f"{path}: is a damaged student checkpoint: {_reason(error)}") from error
     return record, data
 
 
@@ -175,6 +178,27 @@ def _mapping_or_none(value: Any) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
         raise TypeError(f"identity_parts should be a mapping, not {value!r}")
     return value
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"it lacks {error.args[0]}"
+    return str(error) if isinstance(error, ValueError) else repr(error)
+
+
+def _check_plain(data: Mapping[str, Any], texts: Sequence[str], texts_or_none: Sequence[str]) -> None:
+    """Raise ValueError where a field that every checkpoint has is of another kind than comkd writes."""
+    for name in texts:
+        if not isinstance(data[name], str):
+            raise ValueError(f"{name} should be text, not {data[name]!r}")
+    for name in texts_or_none:
+        if not isinstance(data.get(name), str | None):
+            raise ValueError(f"{name} should be text or nothing, not {data[name]!r}")
+    names, metrics = data["class_names"], data["metrics"]
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError("class_names should be a list of texts")
+    if not isinstance(metrics, dict) or not all(isinstance(value, int | float) for value in metrics.values()):
+        raise ValueError("metrics should be numbers by name")
 
 
 def _check_tensors(path: Path, data: Mapping[str, Any], class_names: Sequence[str]) -> None:
@@ -187,6 +211,8 @@ def _check_tensors(path: Path, data: Mapping[str, Any], class_names: Sequence[st
         )
     if not isinstance(scale, Tensor) or scale.numel() != 1:
         raise CheckpointError(f"{path}: is damaged: its logit scale should be one number")
+    if not (vectors.is_floating_point() and scale.is_floating_point()):
+        raise CheckpointError(f"{path}: is damaged: its class vectors and its logit scale should be real numbers")
     check_finite({**data["state_dict"], "class_vectors": vectors, "logit_scale": scale}, path, CheckpointError)
 
 
@@ -214,16 +240,17 @@ def load_teacher(path: Path) -> SavedTeacher:
             model=data["model"],
             class_names=tuple(data["class_names"]),
             template=data["template"],
-            preprocessing=Preprocessing(**data["preprocessing"]),
+            preprocessing=checked_preprocessing(data["preprocessing"]),
             origin=Origin(**data["origin"]),
             metrics=data["metrics"],
             backbone_sha256=data.get("backbone_sha256"),
             made_of=data.get("made_of"),
         )
+        _check_plain(data, ("key", "template"), ("backbone_sha256",))
         _check_tensors(path, data, record.class_names)
         return SavedTeacher(record, data["class_vectors"], data["logit_scale"], data["state_dict"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is a damaged teacher checkpoint: {error!r}") from error
+        raise CheckpointError(f"{path}: is a damaged teacher checkpoint: {_reason(error)}") from error
 
 
 def save_plain(path: Path, data: dict[str, Any]) -> None:

@@ -101,7 +101,7 @@ def differences(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Si
     missing = [name for name in expected if name not in found]
     strange = [name for name in found if name not in expected]
     reshaped = [
-        f"{name} is {tuple(found[name])} and should be {tuple(shape)}"
+        f"{name} of the shape {tuple(found[name])} instead of {tuple(shape)}"
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
@@ -124,18 +124,17 @@ def differences_told(error: Exception) -> str | None:
         r"the shape in current model is torch\.Size\(\[([^]]*)\]\)",
         text,
     )
-    reshaped = [f"{name} is ({found}) and should be ({wanted})" for name, found, wanted in shapes]
+    reshaped = [f"{name} of the shape ({found}) instead of ({wanted})" for name, found, wanted in shapes]
     return _differences(listed.get("Missing", []), listed.get("Unexpected", []), reshaped) or None
 
 
 def _differences(missing: list[str], strange: list[str], reshaped: list[str]) -> str:
-    kinds = (("lacks", missing, ", "), ("has", strange, ", "), ("", reshaped, "; "))
+    kinds = (("lacks", missing, ""), ("has", strange, ", which the model does not have"), ("has", reshaped, ""))
     parts = []
-    for verb, items, separator in kinds:
+    for verb, items, remark in kinds:
         if items:
             more = f" and {len(items) - MOST_NAMED} more" if len(items) > MOST_NAMED else ""
-            unknown = ", which the model does not have" if verb == "has" else ""
-            parts.append(f"{verb} {separator.join(items[:MOST_NAMED])}{more}{unknown}".strip())
+            parts.append(f"{verb} {', '.join(items[:MOST_NAMED])}{more}{remark}")
     return "; ".join(parts)
 
 

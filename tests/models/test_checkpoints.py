@@ -23,6 +23,31 @@ from comkd_cli.recipe import parse_recipe
 from tests import tiny
 
 
+@pytest.fixture
+def student_file(tmp_path: Path) -> Path:
+    """A student of three classes that learned nothing."""
+    recipe = parse_recipe(tiny.recipe(), name="tiny")
+    tower = build_image_tower(recipe.student)
+    vectors = torch.nn.functional.normalize(torch.ones(3, 16) + torch.eye(3, 16), dim=-1)
+    student = Student(tower.module, tower.width, vectors, torch.tensor(10.0), recipe.student, recipe.loss.edu_attention)
+    record = StudentRecord(
+        recipe=recipe,
+        recipe_name="tiny",
+        source="digits",
+        class_names=("a", "b", "c"),
+        template="a photo of a {}.",
+        preprocessing=tower.preprocessing,
+        backbone=tower.origin,
+        backbone_sha256=None,
+        teacher=None,
+        identity="0",
+        metrics={"loss": 1.0},
+    )
+    path = tmp_path / "student.pt"
+    save_student(path, student, record)
+    return path
+
+
 @pytest.mark.parametrize("load", [load_student, load_teacher])
 def test_a_file_that_is_none_is_named(load, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "student.pt"
@@ -136,3 +161,45 @@ def test_values_that_no_training_leaves_are_refused(
     torch.save(data, path)
     with pytest.raises(CheckpointError, match=rf"{kind}\.pt: .*{message}"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("metrics", None),
+        ("metrics", {"test_top1_percent": "90"}),
+        ("class_names", "abc"),
+        ("class_names", [1, 2, 3]),
+        ("recipe_name", 3),
+        ("source", None),
+        ("template", None),
+        ("teacher", 3),
+        ("preprocessing", {"size": -3, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}),
+        ("preprocessing", {"size": 32, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "none"}),
+        ("class_vectors", torch.eye(3, 16, dtype=torch.int64)),
+        ("logit_scale", torch.tensor(10)),
+    ],
+)
+def test_a_field_of_another_kind_is_refused(student_file: Path, field: str, value: Any) -> None:
+    load_student(student_file)
+    torch.save({**torch.load(student_file, weights_only=True), field: value}, student_file)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_student(student_file)
+
+
+def test_tensors_that_do_not_fit_are_named_in_one_line(student_file: Path) -> None:
+    data = torch.load(student_file, weights_only=True)
+    torch.save({**data, "class_vectors": data["class_vectors"][:, :8]}, student_file)
+    with pytest.raises(CheckpointError) as raised:
+        load_student(student_file)
+    assert "loading state_dict" not in str(raised.value)
+    assert "\\n" not in str(raised.value)
+    assert "projector" in str(raised.value)
+
+
+def test_class_vectors_in_half_precision_still_answer(student_file: Path) -> None:
+    data = torch.load(student_file, weights_only=True)
+    torch.save({**data, "class_vectors": data["class_vectors"].half()}, student_file)
+    student, record = load_student(student_file)
+    size = record.preprocessing.size
+    assert student(torch.zeros(1, 3, size, size)).logits.dtype == torch.float32
