@@ -10,6 +10,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from comkd_cli.cli import terminal
+from comkd_cli.cli.commands.export import _print_latency, _print_parity
 from comkd_cli.cli.terminal import Column, print_json, print_pairs, print_table
 
 COLUMNS = [Column("model", "text"), Column("state", "word"), Column("mean per class %"), Column("tower parameters")]
@@ -149,3 +150,30 @@ def test_a_progress_line_fits_and_each_figure_is_whole_or_not_there(width: int) 
 def test_a_wide_terminal_shows_every_figure() -> None:
     assert "test top-1 93.61 %" in line_of(160)
     assert "43%" in line_of(12, "scoring student on oxford_flowers")
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, None])
+def test_no_figure_of_an_export_is_cut_at_any_width(shown, width: int | None) -> None:  # type: ignore[no-untyped-def]
+    parity = {
+        "feature_cosine_min": 0.987654,
+        "top1_agreement_percent": 100.0,
+        "top1_agreement_interval_percent": (79.6, 100.0),
+        "top1_percent": 98.76,
+    }
+    latency = {
+        "name": "PyTorch fp32 eager",
+        "threads": 2,
+        "seconds": 0.01234,
+        "speed_up": 1.23,
+        "peak_bytes": 456 * 2**20,
+        "memory_share": 0.78,
+    }
+    manifest = {
+        "precisions": {"fp32": {"classifier": "classifier.onnx", "parity": parity}},
+        "files": {"classifier.onnx": {"bytes": 370_900}},
+        "latency": [latency],
+    }
+    text = shown(width, lambda: (_print_parity(manifest), _print_latency(manifest)))
+    for figure in ("1.00", "0.987654", "100.00 %", "79.6 to 100.0 %", "98.76 %", "12.34", "1.23x", "456", "0.78"):
+        assert any(figure in line for line in text.splitlines()), figure
+    assert "…" not in text
