@@ -83,5 +83,6 @@ def locate(path: str, data_root: Path, field: str) -> Path:
     for candidate in candidates:
         if candidate.exists():
             return candidate
-    places = " nor ".join(dict.fromkeys(str(candidate) for candidate in candidates))
-    raise DataError(f"{field}: {places} does not exist; correct the path, or give --data-root")
+    places = list(dict.fromkeys(map(str, candidates)))
+    absent = f"neither {' nor '.join(places)} exists" if len(places) > 1 else f"{places[0]} does not exist"
+    raise DataError(f"{field}: {absent}; correct the path, or give --data-root")

@@ -71,10 +71,10 @@ def test_the_template_of_a_folder_is_clips_own_unless_given(root: Path, write_im
 def test_a_path_that_is_nowhere_is_told_with_its_field_and_every_place_looked_at(here: Path, root: Path) -> None:
     with pytest.raises(DataError) as caught:
         open_source(Data(folder="pets", classes=("a", "b")), root)
-    assert str(caught.value).startswith("data.folder: pets nor ")
+    assert str(caught.value).startswith("data.folder: neither pets nor ")
     assert str(root / "pets") in str(caught.value)
     (here / "pets").mkdir()
-    with pytest.raises(DataError, match=r"^data\.classes: names\.txt nor .*names\.txt does not exist"):
+    with pytest.raises(DataError, match=r"^data\.classes: neither names\.txt nor .*names\.txt exists"):
         open_source(Data(folder="pets", classes="names.txt"), root)
     with pytest.raises(DataError, match=r"^field: /no/where does not exist"):
         locate("/no/where", root, "field")
@@ -129,5 +129,5 @@ def test_shards_are_looked_for_as_a_folder_is_and_indexed_below_the_runs(
     (here / "set-0.tar").unlink()
     assert list(open_source(data, root, here / "runs").train.keys) == ["root"]
     assert len(list((here / "runs/shards").glob("*/index.json"))) == 2
-    with pytest.raises(DataError, match=r"^data\.classes: no\.txt nor"):
+    with pytest.raises(DataError, match=r"^data\.classes: neither no\.txt nor"):
         open_source(Data(shards="set-{0..0}.tar", classes="no.txt"), root)
