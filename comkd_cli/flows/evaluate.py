@@ -117,7 +117,7 @@ def evaluate(
         asked = ", ".join(bench.protocols)
         raise DataError(f"nothing to score: {asked} does not apply to the models and data sets that were given")
     if not results.records:
-        raise problems[0] if len(problems) == 1 else DataError("\n".join(map(_told, problems)))
+        raise problems[0] if len(problems) == 1 else DataError("\n".join(entry.line for entry in results.missing))
     if results.missing:
         keep(Results([], results.missing))
     return results

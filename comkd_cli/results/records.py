@@ -60,6 +60,11 @@ class Missing:
     failed: bool = False
     """Whether scoring failed; False where the data set or its student is absent."""
 
+    @property
+    def line(self) -> str:
+        """The problem, after the model where the problem does not name it."""
+        return self.problem if self.model is None or self.model in self.problem else f"{self.model}: {self.problem}"
+
 
 @dataclass(frozen=True)
 class Results:
@@ -77,12 +82,11 @@ def merged(kept: Results, fresh: Results) -> Results:
     stays until it is scored or found missing again.
     """
     weights = {(r.model, r.role): r.model_sha256 for r in fresh.records}
-    images = {(r.model, r.role, r.dataset): r.images_sha256 for r in fresh.records}
+    dropped = set(of_other_images(kept, fresh))
     records = {
         record.identity: record
         for record in kept.records
-        if not _differ(record.model_sha256, weights.get((record.model, record.role)))
-        and not _differ(record.images_sha256, images.get((record.model, record.role, record.dataset)))
+        if not _differ(record.model_sha256, weights.get((record.model, record.role))) and record not in dropped
     }
     records |= {record.identity: record for record in fresh.records}
     missing = {
@@ -92,6 +96,12 @@ def merged(kept: Results, fresh: Results) -> Results:
     }
     missing |= {(entry.model, entry.dataset): entry for entry in fresh.missing}
     return Results(list(records.values()), list(missing.values()))
+
+
+def of_other_images(kept: Results, fresh: Results) -> list[Record]:
+    """Kept records of a model and data set that fresh ones score on other images of the same name."""
+    images = {(r.model, r.role, r.dataset): r.images_sha256 for r in fresh.records}
+    return [r for r in kept.records if _differ(r.images_sha256, images.get((r.model, r.role, r.dataset)))]
 
 
 def _differ(first: str | None, second: str | None) -> bool:

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from comkd_cli.errors import ComkdError
 from comkd_cli.events import Notice, Report
 from comkd_cli.files import write_text
-from comkd_cli.results.records import Results, from_json, merged, to_json
+from comkd_cli.results.records import Results, from_json, merged, of_other_images, to_json
 from comkd_cli.results.tables import to_csv, to_latex, to_markdown
 
 NAME = "results.json"
@@ -27,8 +27,18 @@ def add_results(folder: Path, fresh: Results, report: Report) -> Results:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        results = merged(_kept(folder / NAME, report), fresh)
+        kept = _kept(folder / NAME, report)
+        results = merged(kept, fresh)
         _write(folder, results)
+    if replaced := of_other_images(kept, fresh):
+        names = ", ".join(dict.fromkeys(record.dataset for record in replaced))
+        records = f"{len(replaced)} record{'s' if len(replaced) > 1 else ''}"
+        report(
+            Notice(
+                f"{folder / NAME}: the new scores replace {records} of the same models on other images of the name "
+                f"{names}; to keep both, give another folder with --out"
+            )
+        )
     return results
 
 

@@ -64,7 +64,7 @@ def to_markdown(results: Results) -> str:
         note = f"\n{table.note}\n" if table.note else ""
         parts.append(f"## {table.title}\n\n| {head} |\n|{rule}|\n{rows}\n{note}")
     if results.missing:
-        lines = "\n".join(f"- {entry.dataset}: {entry.problem}" for entry in results.missing)
+        lines = "\n".join(f"- {entry.dataset}: {entry.line}" for entry in results.missing)
         parts.append(f"## Not scored\n\n{lines}\n")
     return "\n".join(parts)
 

@@ -130,3 +130,27 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.Mo
     assert "results.json: can't be written: No space left on device" in str(files.problem)
     assert (tmp_path / "results.json").read_bytes() == before
     assert json.loads(before)["records"]
+
+
+def test_records_of_other_images_under_one_name_are_replaced_with_a_notice(tmp_path: Path) -> None:
+    said: list[Event] = []
+    add_results(tmp_path, Results([replace(RECORD, images_sha256="a")]), said.append)
+    add_results(tmp_path, Results([replace(RECORD, images_sha256="a", top1_percent=97.0)]), said.append)
+    assert not said
+    add_results(tmp_path, Results([replace(RECORD, images_sha256="b", top1_percent=10.0)]), said.append)
+    assert [record.top1_percent for record in read(tmp_path).records] == [10.0]
+    (notice,) = said
+    assert isinstance(notice, Notice)
+    assert "1 record" in notice.text
+    assert "digits" in notice.text
+    assert "--out" in notice.text
+
+
+def test_what_failed_names_its_model_once(tmp_path: Path) -> None:
+    nameless = Missing("pets", "data.folder: no such folder", "runs/a/student.pt", failed=True)
+    named = Missing("pets", "runs/b/student.pt: is damaged", "runs/b/student.pt", failed=True)
+    assert nameless.line == "runs/a/student.pt: data.folder: no such folder"
+    assert named.line == "runs/b/student.pt: is damaged"
+    add_results(tmp_path, Results([RECORD], [nameless, named]), ignore)
+    text = (tmp_path / "results.md").read_text()
+    assert "- pets: runs/a/student.pt: data.folder: no such folder\n- pets: runs/b/student.pt: is damaged\n" in text

@@ -137,7 +137,7 @@ def _ignore(_results: Results) -> None:
 
 
 def _line(entry: Missing) -> str:
-    return "  " + entry.problem.replace("\n", "\n  ")
+    return "  " + entry.line.replace("\n", "\n  ")
 
 
 def _data(names: tuple[str, ...], folder: str | None, classes: str | None, template: str | None) -> Data | None:
