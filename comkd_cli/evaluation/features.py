@@ -15,7 +15,7 @@ from torch import Tensor
 from comkd_cli.data.loaders import scoring_batches
 from comkd_cli.data.source import ImageSet
 from comkd_cli.edge.classifier import Preprocessing
-from comkd_cli.errors import ComkdError, TrainingError
+from comkd_cli.errors import ComkdError, ModelError, TrainingError
 from comkd_cli.events import Notice, Progress, Report
 from comkd_cli.files import sha256_of_data, written_whole
 from comkd_cli.runtime import collectives, ranks
@@ -61,8 +61,18 @@ class FeatureStore:
         """The features of a set, read back if this model, this pre-processing and these images were met before.
 
         The file's name is a digest of all three, so that what is found can't be another's. Several processes share
-        the images out, and each is given all features.
+        the images out, and each is given all features. Raises ModelError where some are not numbers: the class of such
+        an image would be the first, whatever it shows.
         """
+        found = self._features(encoder, images, label)
+        if odd := int((~np.isfinite(found.values).all(axis=1)).sum()):
+            raise ModelError(
+                f"{label}: the model's features of {odd} of {len(found.indices)} images are NaN or infinite; its "
+                "weights are damaged, or come from a training that diverged"
+            )
+        return found
+
+    def _features(self, encoder: Encoder, images: ImageSet, label: str) -> Features:
         if self.folder is None:
             return self._compute(encoder, images, label)
         with collectives.unlimited():  # it reads the images that are not remembered

@@ -9,6 +9,7 @@ from PIL import Image
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.source import ImageSet
 from comkd_cli.edge.classifier import Preprocessing, UnreadableImage, prepare
+from comkd_cli.errors import ModelError
 from comkd_cli.evaluation.features import Encoder, FeatureStore, store_key
 
 INPUT = Preprocessing(size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -122,3 +123,16 @@ def test_an_image_that_can_be_read_by_now_is_added_and_the_others_are_not_read_a
     damaged.clear()
     whole = store(tmp_path).features(Encoder("a", INPUT, counting), half_unpacked, "it")
     assert np.array_equal(whole.values, store(None).features(Encoder("a", INPUT, Counting()), IMAGES, "it").values)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kept", [True, False])
+def test_features_that_are_not_numbers_are_refused_each_time(tmp_path: Path, value: float, kept: bool) -> None:
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        features = images.flatten(1)[:, :6].clone()
+        features[3, 2] = value
+        return features
+
+    for _ in range(2):
+        with pytest.raises(ModelError, match="1 of 10 images are NaN or infinite"):
+            store(tmp_path if kept else None).features(Encoder("a", INPUT, encode), IMAGES, "it")
