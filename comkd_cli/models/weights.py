@@ -21,6 +21,7 @@ SHARE_THAT_FITS = 0.5  # of a model's tensors: a file that holds so many of them
 TRANSFORMERS_PREFIXES = ("vision_model.", "text_model.")
 OPENAI_NUMBERS = {"input_resolution", "context_length", "vocab_size"}
 PROMPTSRC_PREFIXES = ("prompt_learner.", "image_encoder.VPT")
+GIT_LFS = b"version https://git-lfs"
 READ_BY_OPEN_CLIP_ALONE = (".npz", ".npy")
 
 
@@ -29,6 +30,8 @@ def read_weights(path: Path) -> dict[str, Any]:
 
     Nothing of the file is executed. Raises ModelError, naming the file and the remedy.
     """
+    if (what := _no_weights(path)) is not None:
+        raise ModelError(f"{path}: {what}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -51,7 +54,23 @@ def read_weights(path: Path) -> dict[str, Any]:
             f"{path}: does not hold weights: it holds {type(held).__name__}, not tensors by name; save the model's "
             "state_dict() instead"
         )
+    if not held:
+        raise ModelError(f"{path}: does not hold weights: it holds no tensors; save the model's state_dict() instead")
     return dict(held)
+
+
+def _no_weights(path: Path) -> str | None:
+    """What a file is that stands in the place of weights, and the remedy; None where it may hold some."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(GIT_LFS))
+    except OSError:  # explained where the file is read
+        return None
+    if not start:
+        return "is empty; copy or download it again"
+    if start == GIT_LFS:
+        return "is a pointer of Git LFS, not the weights; fetch them with `git lfs pull`"
+    return None
 
 
 def first_line(error: Exception) -> str:

@@ -192,3 +192,21 @@ def test_a_file_that_must_not_be_read_is_told_as_that(
     given: object = Model(config=tiny.CLIP, weights=str(path)) if read is build_clip else path
     with pytest.raises((CheckpointError, ModelError), match=re.escape(f"{path}: can't be read: permission denied")):
         read(given)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "git lfs pull")],
+)
+def test_a_file_in_the_place_of_weights_is_named(tmp_path: Path, suffix: str, content: bytes, message: str) -> None:
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=message):
+        build_clip(Model(config=tiny.CLIP, weights=str(path)))
+
+
+def test_a_file_without_tensors_is_named(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match="holds no tensors"):
+        build_clip(Model(config=tiny.CLIP, weights=str(tmp_path / "w.pt")))
