@@ -5,11 +5,13 @@ from __future__ import annotations
 import atexit
 import multiprocessing.util  # its handler at exit must be registered before ours: the last one runs first
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -289,7 +291,7 @@ def _data_loader(
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=partial(_collate, sharing=sharing),
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_prepare_worker,
         persistent_workers=persistent and workers > 0,
         pin_memory=torch.cuda.is_available(),
         # DataLoader draws a seed each epoch; from the global generator that draw would make a resumed
@@ -323,7 +325,7 @@ def _end_workers_at_exit() -> None:
     """Make sure that this process can exit while workers live, as after an error in the middle of an epoch.
 
     multiprocessing ends its children by one SIGTERM, then waits for them without a limit. Workers ignore the first
-    SIGTERM (`_ignore_interrupts`), so they would never end.
+    SIGTERM (`_prepare_worker`), so they would never end.
     """
     atexit.register(_kill_workers)
 
@@ -336,8 +338,15 @@ def _kill_workers() -> None:
             child.kill()
 
 
-def _ignore_interrupts(_worker: int) -> None:
+def _prepare_worker(_worker: int) -> None:
     """A stop that was asked for reaches the whole process group; workers must live until the step is done and saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Of SIGTERM one alone is let pass: the parent itself ends a worker so, if need be more than once.
     signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))
+    sys.excepthook = _print_unless_disconnected
+
+
+def _print_unless_disconnected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an exception of a worker's threads, unless the parent stopped in the middle of taking a batch."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
