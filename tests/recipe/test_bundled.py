@@ -121,7 +121,7 @@ def test_a_dry_run_tells_of_each_kind_of_images_that_are_not_there(
 ) -> None:
     nothing = run_comkd("distill", "cifar10", "--dry-run", cwd=tmp_path)
     assert nothing.returncode == 0, nothing.stderr
-    assert "cifar10 does not exist" in " ".join(nothing.stdout.split())
+    assert "neither cifar10 nor data/cifar10 exists" in " ".join(nothing.stdout.split())
     only_target = tmp_path / "data"
     fill(CATALOG["eurosat"], only_target)
     cross = run_comkd("distill", "vitl_to_vitb_cross", "--dry-run", "--data-root", only_target, cwd=tmp_path)
