@@ -185,7 +185,7 @@ def test_shards_of_a_server_are_planned_fetched_learned_from_scored_and_exported
     [
         (("evaluate", "tiny.yaml"), "is not a student"),
         (("export", "tiny.yaml"), "is not a student"),
-        (("distill", "tiny.yaml", "--set", "data.folder=nowhere"), "does not exist"),
+        (("distill", "tiny.yaml", "--set", "data.folder=nowhere"), "neither nowhere nor data/nowhere exists"),
         (("predict", ".", "one.png"), "no manifest.json"),
     ],
 )
