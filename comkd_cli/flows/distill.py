@@ -188,7 +188,7 @@ def _state_of(run: Run) -> str:
     try:
         if finished(run):
             return "finished; --fresh repeats it"
-        return "goes on from a saved state" if check_state(run.folder, run.identity) else "new"
+        return "will resume from a checkpoint" if check_state(run.folder, run.identity) else "new"
     except CheckpointError as error:  # of another run: the plan is told all the same
         return f"refused: {error}"
 

@@ -42,7 +42,7 @@ ELSEWHERE = "give another folder with --runs"
 )
 @runs_option
 @data_root_option
-@click.option("--fresh", is_flag=True, help="Start anew, also where a finished or a stopped run is there.")
+@click.option("--fresh", is_flag=True, help="Start from scratch, discarding any existing run.")
 @click.option(
     "--precompute",
     is_flag=True,
@@ -64,8 +64,8 @@ def command(
     """Distil a teacher into a student as RECIPE says.
 
     RECIPE is a YAML file or the name of a bundled recipe. The student goes to
-    RUNS/<recipe>/<dataset>/seed<k>/student.pt. A run that was stopped goes on where it was; a finished
-    one is not repeated. Several GPUs: torchrun --nproc-per-node N -m comkd_cli distill RECIPE.
+    RUNS/<recipe>/<dataset>/seed<k>/student.pt. An interrupted run is resumed; a finished one is not
+    repeated. Several GPUs: torchrun --nproc-per-node N -m comkd_cli distill RECIPE.
     """
     from comkd_cli.cli.terminal import messages, starting
     from comkd_cli.files import check_writable
@@ -118,7 +118,7 @@ def command(
             _print_next_steps(student)
     collectives.leave()
     if problems:
-        raise DataError(f"{len(problems)} of {len(loaded)} runs could not be made; the reasons stand above")
+        raise DataError(f"{len(problems)} of {len(loaded)} runs failed; see the errors above")
 
 
 class Resume(NamedTuple):
