@@ -118,7 +118,7 @@ def command(
             _print_next_steps(student)
     collectives.leave()
     if problems:
-        raise DataError(f"{len(problems)} of {len(loaded)} runs failed; see the errors above")
+        raise DataError(f"{len(problems)} of {len(loaded)} runs could not be made; see the errors above")
 
 
 class Resume(NamedTuple):
