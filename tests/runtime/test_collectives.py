@@ -82,6 +82,7 @@ def test_slow_work_of_any_process_is_waited_for_beyond_the_timeout(start: Start)
     with collectives.unlimited():
         slow(1)
     print(found, collectives.table([rank + 7]), collectives.as_main_sees(rank), collectives.gathered("ab"[rank]))
+    collectives.leave()
     """
     assert answers(start(code)) == ["['0', '1', '1', '0'] [[7], [8]] 0 ['a', 'b']"] * 2
 
@@ -94,6 +95,7 @@ def test_the_main_process_is_through_a_block_before_another_enters(start: Start)
         left = time.time()
     times = collectives.gathered((entered, left))
     print(times[0][1] <= times[1][0])
+    collectives.leave()
     """
     assert answers(start(code)) == ["True", "True"]
 
@@ -159,6 +161,7 @@ def test_an_error_of_one_process_is_raised_by_all(start: Start) -> None:
         for failing in (0, 1):
             print(failure(lambda: function(lambda: work(failing))))
             print(failure(lambda: function(lambda: read(failing))))
+    collectives.leave()
     """
     absent = "FileNotFoundError: [Errno 2] No such file or directory: '/no/such/file'"
     told = [line for failing in (0, 1) for line in (f"DataError: no images at {failing}", absent)]
