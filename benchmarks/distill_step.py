@@ -30,7 +30,7 @@ from comkd_cli.method.teacher import Teacher
 from comkd_cli.models.backbones import build_clip, build_image_tower
 from comkd_cli.recipe.model import EduAttention, Loss, Model, Sgd
 from comkd_cli.recipe.model import Student as StudentSettings
-from comkd_cli.teachers.cached import AskedTeacher
+from comkd_cli.teachers.cached import CachedTeacher
 from comkd_cli.teachers.feature_cache import CacheKey, TeacherCache
 from comkd_cli.teachers.loading import prompted_clip
 from comkd_cli.training.loop import make_accelerator, make_optimizer
@@ -123,7 +123,7 @@ def make_ways(options: argparse.Namespace, accelerator: Accelerator, folder: Pat
         teacher.image_tower.compile()
     optimizer = make_optimizer(student, Sgd(), {})
     cache = TeacherCache(folder, CacheKey("0" * 64, batch, dim, 1, "fp16"))
-    asked = AskedTeacher(teacher, cache)
+    asked = CachedTeacher(teacher, cache)
     size = tower.preprocessing.size
     images = torch.randn(batch, 3, size, size, device=device)
     indices = torch.arange(batch)

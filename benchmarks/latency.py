@@ -26,7 +26,7 @@ from comkd_cli.bundles.parity import GATES, Gate
 from comkd_cli.data.digits import digits_source
 from comkd_cli.events import Event, Notice, Stage
 from comkd_cli.flows.distill import outline
-from comkd_cli.flows.export import Wishes, export
+from comkd_cli.flows.export import ExportOptions, export
 from comkd_cli.method.student import Student
 from comkd_cli.models.backbones import build_image_tower
 from comkd_cli.models.checkpoints import StudentRecord, load_student_record, save_student
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, default=Path("data"))
     parser.add_argument("--images", type=Path)
     options = parser.parse_args()
-    wishes = Wishes(
+    options = ExportOptions(
         precisions=list(dict.fromkeys(["fp32", *options.precision])),
         benchmark=True,
         gates=GATES if options.student else dict.fromkeys(GATES, OPEN_GATE),
@@ -55,7 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         student = options.student or random_student(options.recipe, scratch / "student.pt")
-        exported = export(student, scratch / "bundle", options.data_root, _tell, wishes=wishes)
+        exported = export(student, scratch / "bundle", options.data_root, _tell, options=options)
         record = load_student_record(student)
     manifest = exported.manifest
     document = {

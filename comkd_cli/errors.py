@@ -1,10 +1,41 @@
 """The project's errors: what a user can mend. Each becomes one message and an exit code, never a traceback."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class ComkdError(Exception):
-    """Something the user can mend. The message names the file, the field and the remedy."""
+    """Something the user can mend; its text is the problem with whatever of these fields is given.
+
+    problem: what is wrong, without what the fields say. path: the file or folder. field: of the recipe or document.
+    found, allowed: the value that is wrong, and those that are right. remedy: what to do, as an imperative.
+    """
 
     exit_code = 1
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        path: object = None,
+        field: str | None = None,
+        found: object = None,
+        allowed: Sequence[object] | str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(problem)
+        self.problem, self.path, self.field, self.remedy = problem, path, field, remedy
+        self.found, self.allowed = found, allowed
+
+    def __str__(self) -> str:
+        """`path: field: problem: found (allowed: a, b); remedy`, less what is not given."""
+        parts = [self.path, self.field, self.problem, self.found]
+        text = ": ".join(str(part) for part in parts if part is not None)
+        if self.allowed is not None:
+            allowed = self.allowed if isinstance(self.allowed, str) else ", ".join(map(str, self.allowed))
+            text += f" (allowed: {allowed})"
+        return text if self.remedy is None else f"{text}; {self.remedy}"
 
 
 class MisuseError(ComkdError):
@@ -52,9 +83,8 @@ class BundleError(ComkdError):
 class WriteError(ComkdError):
     """A file or folder that the system refuses to write, such as on a full disk."""
 
-    def __init__(self, path: object, reason: str, remedy: str) -> None:
-        super().__init__(f"{path}: can't be written: {reason}; {remedy}")
-        self.reason = reason
+    def __init__(self, problem: str, *, path: object, remedy: str) -> None:
+        super().__init__(problem, path=path, remedy=remedy)
 
 
 class Interrupted(ComkdError):

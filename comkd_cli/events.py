@@ -64,5 +64,5 @@ def once(report: Report, told: set[str]) -> Report:
     return pass_on
 
 
-def unheard(_event: Event) -> None:
+def ignore_event(_event: Event) -> None:
     """A report for work whose user was told already, or that has none."""

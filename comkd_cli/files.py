@@ -42,7 +42,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the place of `path` when the block ends well.
 
     A block that fails, or a process that dies in it, leaves `path` as it was. Raises WriteError, naming the
-    file, where it can't be written.
+    file, where it could not be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,11 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
     """
     place = path.resolve()  # renaming `.` or a link would not replace the folder
     if place.is_mount():
-        raise WriteError(path, "a mount point can't be replaced", f"choose a folder in it, such as {path / 'bundle'}")
+        raise WriteError(
+            "could not be written: a mount point cannot be replaced",
+            path=path,
+            remedy=f"choose a folder in it, such as {path / 'bundle'}",
+        )
     with _scratch_beside(place, path) as scratch:
         unfinished = scratch / "new"
         try:
@@ -91,7 +95,8 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
 def write_error(path: Path, error: OSError) -> WriteError:
     """The error of a path that the system refuses to write, with the remedy."""
     reason = error.strerror or str(error)
-    return WriteError(path, reason, REMEDIES.get(error.errno or 0, "choose another folder"))
+    remedy = REMEDIES.get(error.errno or 0, "choose another folder")
+    return WriteError(f"could not be written: {reason}", path=path, remedy=remedy)
 
 
 @contextmanager
@@ -198,7 +203,8 @@ def check_writable(folder: Path, remedy: str) -> None:
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise WriteError(folder, error.strerror or str(error), remedy) from error
+        problem = f"could not be written: {error.strerror or error}"
+        raise WriteError(problem, path=folder, remedy=remedy) from error
 
 
 def is_newer_format(found: object, known: str) -> bool:

@@ -150,7 +150,7 @@ def test_ctrl_c_keeps_what_was_scored(home: Path) -> None:
 def test_where_results_cannot_be_written_is_said_at_the_start(home: Path, run_comkd: Comkd) -> None:
     refused = run_comkd("evaluate", DIGITS, "--out", "/proc/results", cwd=home)
     assert refused.returncode == 1
-    assert "error: /proc/results: can't be written" in refused.stderr
+    assert "error: /proc/results: could not be written" in refused.stderr
     assert "--out" in refused.stderr
     assert "Scoring" not in refused.stderr
 
@@ -169,7 +169,7 @@ def test_a_full_disk_is_one_message_and_the_scores_are_printed(home: Path) -> No
     done = subprocess.run(["bash", "-c", limited], cwd=home, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "can't be written: File too large" in done.stderr
+    assert "could not be written: File too large" in done.stderr
     assert len(json.loads(done.stdout)["records"]) > 20
     assert not (home / "full/results.json").exists()
 
@@ -190,7 +190,7 @@ def test_runs_that_cannot_be_written_are_refused_before_the_teacher(home: Path, 
     for runs in ("/proc/runs", "in the way"):
         refused = run_comkd("distill", "tiny.yaml", "--runs", runs, cwd=home)
         assert refused.returncode == 1
-        assert "can't be written" in refused.stderr
+        assert "could not be written" in refused.stderr
         assert "--runs" in refused.stderr
         assert "Teacher" not in refused.stderr
         assert "Traceback" not in refused.stderr

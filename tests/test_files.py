@@ -280,7 +280,7 @@ def test_a_full_disk_is_one_message_with_the_path_and_the_remedy(
 ) -> None:
     with pytest.raises(WriteError) as caught, whole(tmp_path / "target"):
         raise OSError(number, os.strerror(number))  # as a write to an open file does, without a name
-    assert str(caught.value).startswith(f"{tmp_path}/target: can't be written: {reason}")
+    assert str(caught.value).startswith(f"{tmp_path}/target: could not be written: {reason}")
     assert listing(tmp_path) == []
 
 
@@ -301,7 +301,7 @@ def test_a_place_that_may_not_be_written_is_one_message_before_the_block_runs(
 
     monkeypatch.setattr(os, "mkdir", refused)  # root may write wherever the mode forbids it
     with (
-        pytest.raises(WriteError, match=rf"^{tmp_path}/deep/target: can't be written: .*{remedy}"),
+        pytest.raises(WriteError, match=rf"^{tmp_path}/deep/target: could not be written: .*{remedy}"),
         whole(tmp_path / "deep/target"),
     ):
         pytest.fail("the block must not run")
@@ -313,7 +313,7 @@ def test_a_file_in_the_place_of_a_folder_above_is_said(
 ) -> None:
     (tmp_path / "file").write_bytes(b"x")
     with (
-        pytest.raises(WriteError, match=r"file/deep/target: can't be written: .* is a file"),
+        pytest.raises(WriteError, match=r"file/deep/target: could not be written: .* is a file"),
         whole(tmp_path / "file/deep/target"),
     ):
         pytest.fail("the block must not run")
@@ -342,8 +342,8 @@ def test_a_real_limit_on_the_size_of_files_leaves_the_old_ones(old_folder: Path)
     command = [sys.executable, "-c", LIMITED, str(old_folder.parent)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     of_file, of_folder = done.stdout.splitlines()
-    assert of_file.startswith(f"{old_folder.parent}/file: can't be written: File too large")
-    assert of_folder.startswith(f"{old_folder}: can't be written: File too large")
+    assert of_file.startswith(f"{old_folder.parent}/file: could not be written: File too large")
+    assert of_folder.startswith(f"{old_folder}: could not be written: File too large")
     assert listing(old_folder.parent) == ["bundle", "file"]
     assert listing(old_folder) == ["file", "only old"]
 
@@ -358,7 +358,7 @@ def test_an_error_of_another_file_is_not_said_to_be_the_folders(tmp_path: Path) 
 
 
 def test_a_mount_point_is_refused_before_the_block_runs() -> None:
-    with pytest.raises(WriteError, match="a mount point can't be replaced"), folder_written_whole(Path("/proc")):
+    with pytest.raises(WriteError, match="a mount point cannot be replaced"), folder_written_whole(Path("/proc")):
         pytest.fail("the block must not run")
 
 
@@ -423,7 +423,7 @@ def test_a_folder_that_can_be_made_and_written_to_passes_and_is_not_made(tmp_pat
 def test_where_nothing_can_be_written_the_folder_and_the_remedy_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file/runs", Path("/proc/runs")):
-        with pytest.raises(ComkdError, match=f"^{folder}: can't be written: .*; give another one"):
+        with pytest.raises(ComkdError, match=f"^{folder}: could not be written: .*; give another one"):
             check_writable(folder, "give another one")
 
 

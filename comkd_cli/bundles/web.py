@@ -79,8 +79,9 @@ def _fetched_runtime() -> Path:
                 _unpack(package, unfinished)
         except WriteError as error:
             raise ExportError(
-                f"{folder}: onnxruntime-web can't be kept there: {error.reason}; "
-                f"set XDG_CACHE_HOME to a folder that can be written, {OTHERWISE}"
+                f"onnxruntime-web {error.problem}",
+                path=folder,
+                remedy=f"set XDG_CACHE_HOME to a folder that can be written, {OTHERWISE}",
             ) from error
     return folder
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from comkd_cli.data.class_names import absent_text
+from comkd_cli.data.class_names import missing_text
 from comkd_cli.data.splits import Entry, Splits, read_splits, select_half
 from comkd_cli.edge.classifier import UnreadableImage, open_image
 from comkd_cli.errors import DataError
@@ -111,7 +111,7 @@ def _notes(splits: Splits) -> tuple[str, ...]:
     """What the lists say of classes and labels, as opening the data set tells it."""
     parts = {"training": splits.train, "validation": splits.val, "test": splits.test}
     labels = {name: [entry.label for entry in entries] for name, entries in parts.items()}
-    absent = absent_text(list(splits.class_names.values()), labels)
+    absent = missing_text(list(splits.class_names.values()), labels)
     return (*splits.notices, absent) if absent else splits.notices
 
 

@@ -58,7 +58,7 @@ def class_key(name: str) -> str:
     return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split()).casefold()
 
 
-def absent_text(names: Sequence[str], labels: Mapping[str, Sequence[int] | None]) -> str:
+def missing_text(names: Sequence[str], labels: Mapping[str, Sequence[int] | None]) -> str:
     """Which classes have no images, such as "no test images of: fox". Empty where each has some in every split.
 
     names: of the labels, in their order. labels: of each split's images, by what messages call its images; splits

@@ -49,7 +49,7 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb
 
 
 @dataclass
-class PassedBy:
+class SkippedFiles:
     """Members of shards that are no images of the set, and that a user might take for such."""
 
     others: dict[str, int] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class PassedBy:
     further: int = 0
     """Images of a sample after its first."""
 
-    def add(self, more: PassedBy) -> None:
+    def add(self, more: SkippedFiles) -> None:
         """Count what another shard has too."""
         self.others = dict(Counter(self.others) + Counter(more.others))
         self.dotted += more.dotted
@@ -100,7 +100,7 @@ class ShardIndex:
         """Of the keys and contents of all images, however they are spread over shards."""
         self.ordered_digest: str = about["ordered_digest"]
         """As `digest`, and different where the images are in another order."""
-        self.passed_by = PassedBy(**about["passed_by"])
+        self.passed_by = SkippedFiles(**about["passed_by"])
         """What the shards hold beside the images."""
         self._prefixed: bool = about["prefixed"]
         self.starts = np.asarray(about["starts"], dtype=np.int64)
@@ -238,7 +238,7 @@ def _part(parts: Path, number: int) -> Path:
 
 def _index_shard(path: Path, part: Path, fingerprint: Fingerprint) -> None:
     """Write where the images of one shard are, and what tells each from others. Raises DataError."""
-    passed_by = PassedBy()
+    passed_by = SkippedFiles()
     found = list(read_members(path, passed_by))
     if not found:
         names = ", ".join(f"KEY{suffix}" for suffix in sorted(SUFFIXES))
@@ -281,7 +281,7 @@ def _content_digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=CONTENT_BYTES).digest()
 
 
-def read_members(path: Path, passed_by: PassedBy | None = None) -> Iterator[tuple[str, int, int]]:
+def read_members(path: Path, passed_by: SkippedFiles | None = None) -> Iterator[tuple[str, int, int]]:
     """The key of each sample of a shard, and where its image begins and how long it is, in bytes.
 
     Members are grouped as WebDataset groups them: side by side, and called alike up to the first dot. Of
@@ -290,12 +290,12 @@ def read_members(path: Path, passed_by: PassedBy | None = None) -> Iterator[tupl
     """
     from webdataset.tariterators import base_plus_ext
 
-    passed_by = PassedBy() if passed_by is None else passed_by
+    passed_by = SkippedFiles() if passed_by is None else passed_by
     current, taken, others, dotted = None, set[str](), Counter[str](), False
 
     def end_sample() -> None:
         if not taken and not dotted:
-            passed_by.add(PassedBy(dict(others)))
+            passed_by.add(SkippedFiles(dict(others)))
         others.clear()
 
     try:
@@ -313,7 +313,7 @@ def read_members(path: Path, passed_by: PassedBy | None = None) -> Iterator[tupl
                         continue
                     suffix = suffix_of(member.name.rpartition("/")[2])
                     if not member.isreg() or key is None:
-                        passed_by.add(PassedBy({suffix if member.isreg() else f"{suffix} (no regular file)": 1}))
+                        passed_by.add(SkippedFiles({suffix if member.isreg() else f"{suffix} (no regular file)": 1}))
                         continue
                     if key != current:
                         end_sample()
@@ -324,7 +324,7 @@ def read_members(path: Path, passed_by: PassedBy | None = None) -> Iterator[tupl
                         continue
                     if f".{extension}" != suffix:
                         dotted = True
-                        passed_by.add(PassedBy(dotted=1, example=member.name))
+                        passed_by.add(SkippedFiles(dotted=1, example=member.name))
                         continue
                     if extension in taken or member.issparse():
                         fault = "is stored sparse" if member.issparse() else "is there twice"
@@ -356,7 +356,7 @@ def _hashes(keys: Sequence[bytes]) -> np.ndarray:
 
 def _join_parts(shards: Sequence[Path], parts: Path, folder: Path, fingerprint: Fingerprint) -> None:
     """Write the whole index from what is known of each shard. Raises DataError where keys repeat."""
-    starts, key_end, passed_by = [0], 0, PassedBy()
+    starts, key_end, passed_by = [0], 0, SkippedFiles()
     names = ("offsets", "sizes", "key_ends", "keys", "hashes", "contents")
     files = {name: (folder / f"{name}.bin").open("wb") for name in names}
     try:
@@ -365,7 +365,7 @@ def _join_parts(shards: Sequence[Path], parts: Path, folder: Path, fingerprint: 
             part["key_ends"] = key_end + np.cumsum(part.pop("key_lengths"))
             key_end = int(part["key_ends"][-1])
             starts.append(starts[-1] + len(part["key_ends"]))
-            passed_by.add(PassedBy(**json.loads(part["passed_by"].tobytes())))
+            passed_by.add(SkippedFiles(**json.loads(part["passed_by"].tobytes())))
             for name, file in files.items():
                 file.write(part[name].tobytes())
     finally:

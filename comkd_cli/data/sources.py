@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from comkd_cli.data.catalogued import catalogued_source
-from comkd_cli.data.class_names import absent_text, read_class_names
+from comkd_cli.data.class_names import missing_text, read_class_names
 from comkd_cli.data.contents import FileContents
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.folder import folder_source
@@ -40,7 +40,7 @@ def open_source(
         "validation": source.val.labels if source.val else None,
         "test": source.test.labels if source.test else None,
     }
-    if told := absent_text(source.class_names, labels):
+    if told := missing_text(source.class_names, labels):
         report(Notice(f"{source.name}: {told}"))
 
     def settled(images: ImageSet) -> ImageSet:

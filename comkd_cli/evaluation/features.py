@@ -75,17 +75,17 @@ class FeatureStore:
     def _features(self, encoder: Encoder, images: ImageSet, label: str) -> Features:
         if self.folder is None:
             return self._compute(encoder, images, label)
-        with collectives.unlimited():  # it reads the images that are not remembered
+        with collectives.without_timeout():  # it reads the images that are not remembered
             path = self.folder / f"{store_key(encoder, images)}.safetensors"
         kept = _read(path)
-        if len({row[0] for row in collectives.table([-1 if kept is None else len(kept.indices)])}) > 1:
+        if len({row[0] for row in collectives.all_gather_ints([-1 if kept is None else len(kept.indices)])}) > 1:
             kept = None  # for all processes: they compute together
         if kept is not None and len(kept.indices) == len(images):
             return kept
         made = self._compute(encoder, images, label) if kept is None else self._mended(kept, encoder, images, label)
         if made is kept:
             return kept
-        with collectives.unlimited():  # disks can be slow
+        with collectives.without_timeout():  # disks can be slow
             if ranks.is_main():
                 self._keep(path, made)
         return made
@@ -124,7 +124,7 @@ class FeatureStore:
             return self._compute_alone(encoder, images, label)
         mine = np.asarray(ranks.share(range(len(images))))
         found = self._compute_alone(encoder, images.subset(mine.tolist()), label)
-        everywhere = collectives.gathered((store_key(encoder, images), replace(found, indices=mine[found.indices])))
+        everywhere = collectives.all_gather((store_key(encoder, images), replace(found, indices=mine[found.indices])))
         if len({key for key, _ in everywhere}) > 1:
             raise TrainingError(f"{label}: the processes see different images or models; give all the same files")
         parts = [part for _, part in everywhere]

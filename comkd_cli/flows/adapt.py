@@ -48,7 +48,7 @@ from comkd_cli.teachers.loading import (
     saved_teacher,
     tokenize_apart,
 )
-from comkd_cli.training.loop import StepResult, Task, fit, forget_state
+from comkd_cli.training.loop import StepResult, Task, delete_checkpoint, fit
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def ready_teacher(stage: Stage1, accelerator: Accelerator, report: Report, resum
     if isinstance(adapt, NoAdapt):
         report(Stage(f"Teacher: {_name(settings)}, {_as_it_is(settings)}"))
         template, device = stage.source.template, accelerator.device
-        return collectives.together(lambda: made_teacher(settings, names, template, device, report))
-    if collectives.as_main_sees(stage.file.is_file()):
+        return collectives.on_every_rank(lambda: made_teacher(settings, names, template, device, report))
+    if collectives.broadcast(stage.file.is_file()):
         report(Stage(f"Teacher: reused from {stage.file}"))
     elif isinstance(adapt, FullAdapt):
         report(Stage(f"Teacher: training all weights on {len(stage.lessons.train)} labelled images"))
@@ -157,7 +157,7 @@ def ready_teacher(stage: Stage1, accelerator: Accelerator, report: Report, resum
             )
         )
         _learn_prompts(stage, adapt, lessons, accelerator, report, resume_line)
-    return collectives.together(lambda: saved_teacher(stage.file, names, accelerator.device, stage.key, report))
+    return collectives.on_every_rank(lambda: saved_teacher(stage.file, names, accelerator.device, stage.key, report))
 
 
 def describe_stage(stage: Stage1) -> str:
@@ -219,7 +219,7 @@ def _train_fully(stage: Stage1, adapt: FullAdapt, accelerator: Accelerator, repo
     recipe, source = stage.recipe, stage.lessons
     _check_labels(source, adapt.method)
     seed = stable_seed("teacher", adapt.seed)
-    clip = collectives.together(lambda: build_clip(recipe.teacher, seed, report=report))
+    clip = collectives.on_every_rank(lambda: build_clip(recipe.teacher, seed, report=report))
     if recipe.checkpointing:
         recompute_activations(clip.model.visual)  # type: ignore[arg-type]
     tokens = tokenize_apart(clip, source.class_names, source.template, report)
@@ -252,7 +252,7 @@ def _learn_prompts(
     resume_line: str,
 ) -> None:
     recipe, device = stage.recipe, accelerator.device
-    clip = collectives.together(lambda: build_clip(recipe.teacher, report=report))
+    clip = collectives.on_every_rank(lambda: build_clip(recipe.teacher, report=report))
     if recipe.checkpointing:
         recompute_activations(clip.model.visual)  # type: ignore[arg-type]
     clip.model.to(device)
@@ -357,11 +357,11 @@ def _record(stage: Stage1, source: Source, clip: Clip, history: list[dict[str, f
 
 
 def _save(stage: Stage1, saved: SavedTeacher, report: Report) -> None:
-    with collectives.unlimited():  # disks can be slow
+    with collectives.without_timeout():  # disks can be slow
         if ranks.is_main():
             save_teacher(stage.file, saved)
-    forget_state(stage.folder)
-    collectives.wait_for_all()
+    delete_checkpoint(stage.folder)
+    collectives.barrier()
     report(Notice(f"teacher saved in {stage.folder}; later runs reuse it"))
 
 

@@ -42,10 +42,10 @@ from comkd_cli.recipe.model import PromptSrcAdapt
 from comkd_cli.results.result_files import forget_model
 from comkd_cli.results.tables import VARIANTS
 from comkd_cli.runtime import collectives, ranks
-from comkd_cli.teachers.cached import AskedTeacher, fill_cache
+from comkd_cli.teachers.cached import CachedTeacher, fill_cache
 from comkd_cli.teachers.feature_cache import CacheKey, TeacherCache
 from comkd_cli.teachers.loading import ReadyTeacher, prompted_clip
-from comkd_cli.training.loop import StepResult, Task, check_state, fit, forget_state, kept_figures
+from comkd_cli.training.loop import StepResult, Task, delete_checkpoint, fit, has_checkpoint, kept_figures
 
 IDLE_GATE = 0.01  # below this EduAttention adds less than a hundredth of a unit vector to a feature
 
@@ -122,7 +122,7 @@ class Plan:
 
 def finished(run: Run, report: Report = lambda event: None) -> bool:
     """Whether the run's student exists. Raises CheckpointError, naming what differs, where it is another run's."""
-    if not collectives.as_main_sees(run.student_file.exists()):
+    if not collectives.broadcast(run.student_file.exists()):
         return False
     record = load_student_record(run.student_file)
     if differences := run.identity.differences(record.identity_parts or _parts_of_old(record), "the finished run"):
@@ -188,7 +188,7 @@ def _state_of(run: Run) -> str:
     try:
         if finished(run):
             return "finished; --fresh repeats it"
-        return "will resume from a checkpoint" if check_state(run.folder, run.identity) else "new"
+        return "will resume from a checkpoint" if has_checkpoint(run.folder, run.identity) else "new"
     except CheckpointError as error:  # of another run: the plan is told all the same
         return f"refused: {error}"
 
@@ -210,19 +210,19 @@ def distill(
     _check_images(run)
     _check_selection(run)
     if not fresh:
-        check_state(run.folder, run.identity)
+        has_checkpoint(run.folder, run.identity)
     # What can be refused is refused before hours go into a teacher.
     check_shares(min(recipe.optim.batch_size, len(source.train)), recipe.optim.accumulation_steps)
     seed = stable_seed("backbone", recipe.seed)
-    tower = collectives.together(lambda: build_image_tower(recipe.student, seed, report=report))
+    tower = collectives.on_every_rank(lambda: build_image_tower(recipe.student, seed, report=report))
     if recipe.checkpointing:
         recompute_activations(tower.module)
     ready = make_teacher()
     if fresh:
-        forget_state(run.folder)
+        delete_checkpoint(run.folder)
         if ranks.is_main():
             run.student_file.unlink(missing_ok=True)
-        collectives.wait_for_all()
+        collectives.barrier()
     teacher = ready.teacher.to(accelerator.device)
     backbone_sha256 = state_sha256(tower.module) if recipe.student.train == "prompts" else None
     student = _build_student(recipe, tower, teacher.class_vectors, teacher.logit_scale).to(accelerator.device)
@@ -242,7 +242,7 @@ def distill(
         with _uncompiled(recipe):
             return scorer(live_student(student, tower.preprocessing, accelerator.device), selection_classes(recipe))
 
-    asked = AskedTeacher(teacher, _open_cache(run, ready, report) if recipe.loss.needs_teacher else None)
+    asked = CachedTeacher(teacher, _open_cache(run, ready, report) if recipe.loss.needs_teacher else None)
     settings = recipe.teacher_cache
     task = Task(
         model=student,
@@ -292,13 +292,13 @@ def distill(
         metrics=kept_figures(task, history),
         teacher_sha256=dict(ready.sha256),
     )
-    with collectives.unlimited():  # disks can be slow
+    with collectives.without_timeout():  # disks can be slow
         if ranks.is_main():
             _remove_what_was_made_of_an_older_student(run.folder)
             save_student(run.student_file, student, record)
             forget_model(run.runs, str(run.student_file), report)
-    forget_state(run.folder)
-    collectives.wait_for_all()
+    delete_checkpoint(run.folder)
+    collectives.barrier()
     return run.student_file
 
 
@@ -401,7 +401,7 @@ def _open_cache(run: Run, ready: ReadyTeacher, report: Report) -> TeacherCache |
 
 
 def _distillation_loss(
-    model: nn.Module, batch: Batch, probe: bool, asked: AskedTeacher, recipe: Recipe, student: Student
+    model: nn.Module, batch: Batch, probe: bool, asked: CachedTeacher, recipe: Recipe, student: Student
 ) -> StepResult:
     output = model(batch.inputs[1])
     taught = asked(batch) if recipe.loss.needs_teacher else None
@@ -416,7 +416,7 @@ def _distillation_loss(
     return StepResult(torch.stack(list(terms.values())).sum(), figures, probed)
 
 
-def _known(recipe: Recipe, asked: AskedTeacher) -> Callable[[int, np.ndarray], np.ndarray] | None:
+def _known(recipe: Recipe, asked: CachedTeacher) -> Callable[[int, np.ndarray], np.ndarray] | None:
     """For the loader, which crops the teacher need not see; None: it sees every crop."""
     if not recipe.loss.needs_teacher:
         return lambda _view, indices: np.ones(len(indices), dtype=bool)

@@ -72,7 +72,7 @@ class Bench:
 
     def open_source(self, data: Data) -> Source:
         """The images and classes of some data, the same in every process."""
-        return collectives.agreed(partial(open_source, data, self.data_root, self.runs, self.report))
+        return collectives.in_turn(partial(open_source, data, self.data_root, self.runs, self.report))
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _score_student(path: Path, bench: Bench) -> Results:
     Where there are no test images, or none with labels, what is left is how often the two agree. A teacher
     that can't be found is a notice, and the student is scored alone.
     """
-    student, record = collectives.together(partial(load_student, path, bench.allow_download))
+    student, record = collectives.on_every_rank(partial(load_student, path, bench.allow_download))
     _report_other_settings(path, record, bench)
     data = bench.data or record.recipe.data
     source = bench.open_source(data)
@@ -217,7 +217,7 @@ def _score_student(path: Path, bench: Bench) -> Results:
     limit = data.unreadable_limit_percent
     records, predicted = _score(subject, source, images, store, bench, "student", limit)
     try:
-        teacher = collectives.together(partial(_teacher_of, path, student, record, bench))
+        teacher = collectives.on_every_rank(partial(_teacher_of, path, student, record, bench))
     except (ComkdError, OSError) as error:
         bench.report(Notice(f"the teacher can't be scored beside the student: {_told(error)}"))
         return Results(records)
@@ -260,7 +260,7 @@ def _score_baseline(argument: str, bench: Bench) -> Results:
     source = bench.open_source(bench.data)
     images = _scored_images(source, bench.report)
     if argument not in bench.clips:
-        bench.clips[argument] = collectives.together(partial(build_clip, model, report=bench.report))
+        bench.clips[argument] = collectives.on_every_rank(partial(build_clip, model, report=bench.report))
     clip = bench.clips[argument]
     ready = teacher_of_clip(clip, source.class_names, source.template, bench.device, bench.report)
     identity = _identity(model)

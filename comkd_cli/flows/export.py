@@ -55,7 +55,7 @@ INTERRUPTED = 130  # 128 + SIGINT
 
 
 @dataclass(frozen=True)
-class Wishes:
+class ExportOptions:
     """What a bundle is to hold and to keep."""
 
     precisions: Sequence[str] = ("fp32",)
@@ -89,7 +89,12 @@ class Exported:
 
 
 def export(
-    student_file: Path, out: Path, data_root: Path, report: Report, force: bool = False, wishes: Wishes | None = None
+    student_file: Path,
+    out: Path,
+    data_root: Path,
+    report: Report,
+    force: bool = False,
+    options: ExportOptions | None = None,
 ) -> Exported:
     """Export a student, check it, and leave a bundle at `out`.
 
@@ -99,7 +104,7 @@ def export(
     """
     try:
         with stopping_at_once() as check_stop:
-            return _export(student_file, out, data_root, report, force, wishes or Wishes(), check_stop)
+            return _export(student_file, out, data_root, report, force, options or ExportOptions(), check_stop)
     except KeyboardInterrupt as error:
         code = error.exit_code if isinstance(error, Stopped) else INTERRUPTED
         raise Interrupted("the export was stopped; it leaves no unfinished bundle", code) from error
@@ -111,40 +116,40 @@ def _export(
     data_root: Path,
     report: Report,
     force: bool,
-    wishes: Wishes,
+    options: ExportOptions,
     check_stop: Callable[[], None],
 ) -> Exported:
     _check_target(out, force)
-    student, record = load_student(student_file, wishes.allow_download)
-    teacher = _text_teacher(student_file, record, wishes, report) if wishes.text else None
+    student, record = load_student(student_file, options.allow_download)
+    teacher = _text_teacher(student_file, record, options, report) if options.text else None
     class_vectors, logit_scale = student.class_vectors.numpy(), float(student.logit_scale)
     check_head(student_file, record.class_names, class_vectors, logit_scale)
     extra = {CLASS_VECTORS: class_vectors} if student.uses_candidates else {}
     with folder_written_whole(out) as folder:  # first, for an unwritable place should not cost the work below
-        parts = _parts(record, data_root, wishes, report)
+        parts = _parts(record, data_root, options, report)
         contents = Contents(
             record=record,
             class_vectors=class_vectors,
             logit_scale=logit_scale,
             candidates=student.uses_candidates,
-            opset=wishes.opset,
+            opset=options.opset,
             parameters=parameters(student),
             multiply_adds=multiply_adds(student, record.preprocessing.size),
             parts=parts,
-            license=wishes.license,
+            license=options.license,
         )
         reference = _reference(student_file, student, parts.gate, contents.head, report)
-        report(Stage(f"Exporting {student_file} to ONNX opset {wishes.opset}"))
+        report(Stage(f"Exporting {student_file} to ONNX opset {options.opset}"))
         source = folder / graph_name("image_encoder", "fp32")
-        export_image_encoder(student, record.preprocessing, source, wishes.opset)
+        export_image_encoder(student, record.preprocessing, source, options.opset)
         check_graph(source, standard_only=True)
-        for precision in in_order(wishes.precisions):
+        for precision in in_order(options.precisions):
             check_stop()
             try:
                 if precision == "int8":
-                    parity = _quantised(folder, contents, reference, extra, wishes, report)
+                    parity = _quantised(folder, contents, reference, extra, options, report)
                 else:
-                    parity = _checked(precision, folder, contents, reference, extra, wishes, report)
+                    parity = _checked(precision, folder, contents, reference, extra, options, report)
                 contents.parities[precision] = parity
             except ExportError as error:
                 check_stop()  # Ctrl-C reaches the process that runs the graph, too
@@ -157,14 +162,14 @@ def _export(
         if changed := changed_score(contents):
             report(Notice(changed))
         if teacher is not None:
-            contents.text = _add_text(teacher, record, student, folder, wishes.opset, report)
-        if wishes.benchmark:
+            contents.text = _add_text(teacher, record, student, folder, options.opset, report)
+        if options.benchmark:
             contents.latency = _measure(student_file, folder, contents, extra, report)
         if "fp32" not in contents.parities:
             _remove_graphs(folder, "fp32", keep_source=False)
-        if wishes.web:
+        if options.web:
             report(Stage("Adding the page for browsers"))
-            add_web_page(folder, wishes.web_runtime)
+            add_web_page(folder, options.web_runtime)
         manifest = complete_bundle(folder, contents)
         check_stop()
     return Exported(manifest, contents.failed)
@@ -176,7 +181,7 @@ def _checked(
     contents: Contents,
     reference: Reference,
     extra: Mapping[str, np.ndarray],
-    wishes: Wishes,
+    options: ExportOptions,
     report: Report,
 ) -> Parity:
     """The parity of a precision, whose encoder for int8 is there already. Raises ExportError where it fails."""
@@ -188,7 +193,7 @@ def _checked(
         check_graph(path, standard_only=precision != "int8")
     report(Stage(f"Checking {precision} in onnxruntime on {len(reference.images)} images"))
     parity = measure_parity(encoder, classifier, reference, extra, OPTIMIZATION[precision])
-    if missed := parity.failures(wishes.gates[precision]):
+    if missed := parity.failures(options.gates[precision]):
         raise ExportError(f"{', '.join(missed)} on {parity.images} images")
     report(Notice(f"{precision} holds: {parity.figures()}, on {contents.parts.gate.size.words(scored=True)}"))
     return parity
@@ -199,7 +204,7 @@ def _quantised(
     contents: Contents,
     reference: Reference,
     extra: dict[str, np.ndarray],
-    wishes: Wishes,
+    options: ExportOptions,
     report: Report,
 ) -> Parity:
     """The parity of int8, made in the way that does best on images of its own. Raises ExportError where it fails.
@@ -217,14 +222,14 @@ def _quantised(
         )
     )
     source = folder / graph_name("image_encoder", "fp32")
-    ways = to_int8(source, images, contents.head, wishes.gates["int8"], extra)
+    ways = to_int8(source, images, contents.head, options.gates["int8"], extra)
     contents.quantisation = [way for way, _ in ways]
     chosen, path = ways[0]
     path.replace(folder / graph_name("image_encoder", "int8"))
     for _, other in ways[1:]:
         other.unlink()
     try:
-        return _checked("int8", folder, contents, reference, extra, wishes, report)
+        return _checked("int8", folder, contents, reference, extra, options, report)
     except ExportError as error:
         raise ExportError(f"{chosen.method}: {error}") from error
 
@@ -236,10 +241,10 @@ def _remove_graphs(folder: Path, precision: str, keep_source: bool) -> None:
             (folder / graph_name(what, precision)).unlink(missing_ok=True)
 
 
-def _text_teacher(student_file: Path, record: StudentRecord, wishes: Wishes, report: Report) -> ClassEncoder:
+def _text_teacher(student_file: Path, record: StudentRecord, options: ExportOptions, report: Report) -> ClassEncoder:
     """Whose text encoder --text exports, before work goes into the rest."""
     try:
-        teacher = class_encoder(record, student_file, wishes.allow_download, report)
+        teacher = class_encoder(record, student_file, options.allow_download, report)
         bpe_merges(teacher.clip)
         return teacher
     except (CheckpointError, ModelError) as error:
@@ -291,20 +296,20 @@ def _measure(
     return measure_latency(student_file, contenders, contents.record.preprocessing.size, extra, step)
 
 
-def _parts(record: StudentRecord, data_root: Path, wishes: Wishes, report: Report) -> Parts:
+def _parts(record: StudentRecord, data_root: Path, options: ExportOptions, report: Report) -> Parts:
     """The images of the gates and those that int8 is made with."""
-    gate, others = _pools(record, data_root, wishes, report)
+    gate, others = _pools(record, data_root, options, report)
     report(Stage("Reading real images"))
-    return read_parts(gate, others, record.preprocessing, wishes.check_images, "int8" in wishes.precisions, report)
+    return read_parts(gate, others, record.preprocessing, options.check_images, "int8" in options.precisions, report)
 
 
-def _pools(record: StudentRecord, data_root: Path, wishes: Wishes, report: Report) -> tuple[Pool, Pool]:
+def _pools(record: StudentRecord, data_root: Path, options: ExportOptions, report: Report) -> tuple[Pool, Pool]:
     """Where the gates' images come from, and where those to calibrate and to choose on."""
-    if wishes.pictures is not None:
-        given = Pool(images_below(wishes.pictures, report), "given")
+    if options.pictures is not None:
+        given = Pool(images_below(options.pictures, report), "given")
         return given, given
     try:
-        source = open_source(record.recipe.data, data_root, wishes.runs, report)
+        source = open_source(record.recipe.data, data_root, options.runs, report)
     except DataError as error:
         raise DataError(f"{error}; or give other real images for the checks with --images") from error
     check_classes(record, source)

@@ -63,7 +63,7 @@ def gradient_shares(terms: dict[str, Tensor], projected: Tensor) -> dict[str, fl
     for name, term in terms.items():
         (gradient,) = torch.autograd.grad(term, projected, retain_graph=True, allow_unused=True)
         squares[name] = 0.0 if gradient is None else float(gradient.square().sum())
-    everywhere = collectives.gathered(squares)
+    everywhere = collectives.all_gather(squares)
     norms = {name: math.sqrt(sum(part[name] for part in everywhere)) for name in squares}
     total = sum(norms.values())
     return {name: norm / total if total else 0.0 for name, norm in norms.items()}

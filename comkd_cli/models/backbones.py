@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from comkd_cli.edge.classifier import RESAMPLING, Preprocessing
 from comkd_cli.errors import ModelError
-from comkd_cli.events import Notice, Report, unheard
+from comkd_cli.events import Notice, Report, ignore_event
 from comkd_cli.files import sha256_of_data, sha256_of_file
 from comkd_cli.models import downloads
 from comkd_cli.models.weights import (
@@ -110,7 +110,7 @@ def outline_image_tower(model: Model) -> ImageTower:
         return build_image_tower(model, load_weights=False)
 
 
-def build_clip(model: Model, seed: int = 0, load_weights: bool = True, report: Report = unheard) -> Clip:
+def build_clip(model: Model, seed: int = 0, load_weights: bool = True, report: Report = ignore_event) -> Clip:
     """Both towers, with the weights of the recipe, or random ones drawn from the seed.
 
     Built on torch's default device. report: is told what of the weights may be wrong and can't be known.
@@ -124,7 +124,9 @@ def build_clip(model: Model, seed: int = 0, load_weights: bool = True, report: R
     return clip
 
 
-def build_image_tower(model: Model, seed: int = 0, load_weights: bool = True, report: Report = unheard) -> ImageTower:
+def build_image_tower(
+    model: Model, seed: int = 0, load_weights: bool = True, report: Report = ignore_event
+) -> ImageTower:
     """The image tower alone, with the weights of the recipe, or random ones drawn from the seed.
 
     report: as in `build_clip`. Raises ModelError.

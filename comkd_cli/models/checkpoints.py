@@ -259,7 +259,9 @@ def save_plain(path: Path, data: dict[str, Any]) -> None:
         try:
             torch.save(data, unfinished)
         except RuntimeError as error:  # torch's writer hides what the system said
-            raise ComkdError(f"{path}: can't be written; is the disk full? ({str(error).splitlines()[0]})") from error
+            raise ComkdError(
+                f"{path}: could not be written; is the disk full? ({str(error).splitlines()[0]})"
+            ) from error
 
 
 def _load(path: Path, expected: str, what: str) -> dict[str, Any]:

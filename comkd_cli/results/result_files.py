@@ -84,7 +84,9 @@ class ResultFiles:
         except ComkdError as error:
             self.problem = error
         except OSError as error:
-            self.problem = ComkdError(f"{error.filename or self.folder}: can't be written: {error.strerror or error}")
+            self.problem = ComkdError(
+                f"{error.filename or self.folder}: could not be written: {error.strerror or error}"
+            )
         else:
             self.problem, self._unwritten = None, Results(())
 

@@ -47,7 +47,7 @@ def timeout() -> timedelta:
     return _timeout
 
 
-def table(numbers: Sequence[int]) -> list[list[int]]:
+def all_gather_ints(numbers: Sequence[int]) -> list[list[int]]:
     """The numbers of every process, by rank; all give as many."""
     if world_size() == 1:
         return [list(numbers)]
@@ -55,7 +55,7 @@ def table(numbers: Sequence[int]) -> list[list[int]]:
         return _table(numbers, _hosts())
 
 
-def gathered(thing: T) -> list[T]:
+def all_gather(thing: T) -> list[T]:
     """What every process gave, by rank; it is pickled on the way."""
     if world_size() == 1:
         return [thing]
@@ -65,8 +65,8 @@ def gathered(thing: T) -> list[T]:
     return every
 
 
-def gathered_on_main(thing: T) -> list[T]:
-    """As `gathered` on the main process; the others get an empty list."""
+def gather(thing: T) -> list[T]:
+    """As `all_gather` on the main process; the others get an empty list."""
     if world_size() == 1:
         return [thing]
     every: list[Any] | None = [None] * world_size() if is_main() else None
@@ -75,7 +75,7 @@ def gathered_on_main(thing: T) -> list[T]:
     return every or []
 
 
-def as_main_sees(thing: T) -> T:
+def broadcast(thing: T) -> T:
     """What the main process gave: all must agree on files that come and go."""
     if world_size() == 1:
         return thing
@@ -86,21 +86,21 @@ def as_main_sees(thing: T) -> T:
     return result
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Return once every process has called it."""
     if world_size() > 1:
         with _failures_explained():
             distributed.barrier(group=_hosts())
 
 
-def leave() -> None:
+def destroy() -> None:
     """Close the connections to the others at the end of a command."""
     if world_size() > 1:
         distributed.destroy_process_group()
 
 
 @contextmanager
-def unlimited() -> Iterator[None]:
+def without_timeout() -> Iterator[None]:
     """A block that may take each process as long as it needs; all leave it together.
 
     The timeout does not count in it: while a process works, a thread of it tells the others that it is alive. A
@@ -139,15 +139,15 @@ def unlimited() -> Iterator[None]:
 def main_first() -> Iterator[None]:
     """Let the main process through the block before the others enter it, however long that takes."""
     if not is_main():
-        with unlimited():
+        with without_timeout():
             pass
         yield
         return
-    with unlimited():
+    with without_timeout():
         yield
 
 
-def agreed(work: Callable[[], T]) -> T:
+def in_turn(work: Callable[[], T]) -> T:
     """What a piece of work gives, the main process doing it first. An error of one process is raised by all.
 
     So that all go on with the next piece of work or none does. It may take as long as it needs.
@@ -157,7 +157,7 @@ def agreed(work: Callable[[], T]) -> T:
     failure: ComkdError | OSError | None = None
     done: list[T] = []
     for turn in (is_main(), not is_main()):
-        with unlimited():
+        with without_timeout():
             if turn:
                 try:
                     done.append(work())
@@ -166,13 +166,13 @@ def agreed(work: Callable[[], T]) -> T:
     return _first_failure_or(failure, done)
 
 
-def together(work: Callable[[], T]) -> T:
-    """As `agreed`, but all processes do the work at the same time. It must not exchange anything itself."""
+def on_every_rank(work: Callable[[], T]) -> T:
+    """As `in_turn`, but all processes do the work at the same time. It must not exchange anything itself."""
     if world_size() == 1:
         return work()
     failure: ComkdError | OSError | None = None
     done: list[T] = []
-    with unlimited():
+    with without_timeout():
         try:
             done.append(work())
         except (ComkdError, OSError) as error:
@@ -181,7 +181,7 @@ def together(work: Callable[[], T]) -> T:
 
 
 def _first_failure_or(failure: ComkdError | OSError | None, done: Sequence[T]) -> T:
-    for met in gathered(failure):
+    for met in all_gather(failure):
         if met is not None:
             raise met
     return done[0]
@@ -227,5 +227,5 @@ def _hosts() -> Any:
 
 @cache
 def _alive() -> Any:
-    """The group of the threads of `unlimited`, whose messages must not mix with the main threads'."""
+    """The group of the threads of `without_timeout`, whose messages must not mix with the main threads'."""
     return distributed.new_group(backend="gloo", timeout=_timeout)

@@ -26,7 +26,7 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def stop_wishes() -> Iterator[Callable[[], int | None]]:
+def stop_requests() -> Iterator[Callable[[], int | None]]:
     """Within the block, a call gives the exit code of a stop that was asked for, or None.
 
     The code is 128 + the signal's number, as shells report it. A second signal of the same kind acts at

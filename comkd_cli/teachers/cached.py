@@ -27,7 +27,7 @@ TORCH_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 FILLED_AT_ONCE = 2**18  # images whose positions are in memory while a cache is filled
 
 
-class AskedTeacher:
+class CachedTeacher:
     """A teacher that answers from its cache what it was asked before; without a cache it looks at every crop."""
 
     def __init__(self, teacher: Teacher, cache: TeacherCache | None) -> None:
@@ -87,7 +87,7 @@ class AskedTeacher:
         mine = [(view, indices, features.cpu().numpy()) for view, indices, features in self._unkept]
         self._unkept.clear()
         self._clock.seconds()
-        _write(self.cache, [entry for share in collectives.gathered_on_main(mine) for entry in share])
+        _write(self.cache, [entry for share in collectives.gather(mine) for entry in share])
         if end_of_epoch:
             self._marks = None
 
@@ -99,7 +99,7 @@ class AskedTeacher:
         self.cache.flush()
         elapsed = time.monotonic() - self._started
         computed = _tell_cost(self.cache, self._clock, self._computed)
-        everywhere = collectives.gathered((self._read, elapsed))
+        everywhere = collectives.all_gather((self._read, elapsed))
         read, elapsed = sum(row[0] for row in everywhere), sum(row[1] for row in everywhere)
         if not computed + read:
             return
@@ -132,9 +132,9 @@ def fill_cache(
     with failures_explained():
         for view in range(settings.views):
             starts = range(0, len(images), FILLED_AT_ONCE)
-            total, done = collectives.as_main_sees(sum(len(_missing(cache, view, start)) for start in starts)), 0
+            total, done = collectives.broadcast(sum(len(_missing(cache, view, start)) for start in starts)), 0
             for start in starts:
-                wanted = collectives.as_main_sees(_missing(cache, view, start))
+                wanted = collectives.broadcast(_missing(cache, view, start))
                 batches = view_batches(
                     images,
                     ready.preprocessing,
@@ -150,14 +150,14 @@ def fill_cache(
                     batch = next(batches, None)
                     mine = _answered(ready.teacher, batch, accelerator, clock)
                     asked += len(mine[0])
-                    answers = collectives.gathered_on_main(mine)
+                    answers = collectives.gather(mine)
                     _write(cache, [(view, indices, features) for indices, features, _ in answers])
                     for indices, _, problems in answers:
                         unreadable |= dict.fromkeys(problems)
                         done += len(indices) + len(problems)
                     report(Progress(f"teacher, crop {view + 1}/{settings.views}", done, total))
             cache.flush()
-            unreadable = collectives.as_main_sees(unreadable)
+            unreadable = collectives.broadcast(unreadable)
             check_unreadable(unreadable, len(images), recipe.data.unreadable_limit_percent)
     _tell_cost(cache, clock, asked)
     for problem in list(unreadable)[:MOST_NAMED]:
@@ -197,7 +197,7 @@ def _write(cache: TeacherCache, entries: Sequence[tuple[int, np.ndarray, np.ndar
 
 def _tell_cost(cache: TeacherCache, clock: _Clock, asked: int) -> int:
     """Tell the cache what the teacher took for the crops that it was asked; their number over all processes."""
-    everywhere = collectives.gathered((clock.seconds(), asked))
+    everywhere = collectives.all_gather((clock.seconds(), asked))
     crops = sum(row[1] for row in everywhere)
     if crops and ranks.is_main():
         cache.add_cost(sum(row[0] for row in everywhere), crops)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from comkd_cli.edge.classifier import Preprocessing
 from comkd_cli.errors import CheckpointError, DataError, ModelError
-from comkd_cli.events import Notice, Report, unheard
+from comkd_cli.events import Notice, Report, ignore_event
 from comkd_cli.files import sha256_of_file
 from comkd_cli.method import teacher as method
 from comkd_cli.method.prompt_src import INITIAL_CONTEXT, PromptedClip, class_prompt
@@ -55,7 +55,7 @@ class ReadyTeacher:
 
 
 def made_teacher(
-    settings: Teacher, class_names: Sequence[str], template: str, device: torch.device, report: Report = unheard
+    settings: Teacher, class_names: Sequence[str], template: str, device: torch.device, report: Report = ignore_event
 ) -> ReadyTeacher:
     """A teacher as its weights are: a CLIP with the class vectors of `template`, or a released one with its
     own prompts, which replace the template's words. Raises ModelError or CheckpointError.
@@ -69,7 +69,7 @@ def made_teacher(
 
 
 def teacher_of_clip(
-    clip: Clip, class_names: Sequence[str], template: str, device: torch.device, report: Report = unheard
+    clip: Clip, class_names: Sequence[str], template: str, device: torch.device, report: Report = ignore_event
 ) -> ReadyTeacher:
     """A CLIP that is at hand, as a teacher with the class vectors of these classes."""
     clip.model.to(device)
@@ -109,7 +109,7 @@ class Prompted:
     module: PromptedClip
     clip: Clip
 
-    def tokens(self, class_names: Sequence[str], report: Report = unheard) -> Tensor:
+    def tokens(self, class_names: Sequence[str], report: Report = ignore_event) -> Tensor:
         """Token ids (classes, context) of the class prompts, with placeholders for the learned tokens."""
         return tokenize_apart(self.clip, class_names, class_prompt("{}", self.module.text.count), report)
 
@@ -122,7 +122,7 @@ def prompted_clip(clip: Clip, vision_depth: int, text_depth: int, tokens: int, s
     return Prompted(module, clip)
 
 
-def released_clip(settings: Teacher, report: Report = unheard) -> Prompted:
+def released_clip(settings: Teacher, report: Report = ignore_event) -> Prompted:
     """A PromptSRC or PromptKD checkpoint, on the architecture of the recipe. Raises ModelError, CheckpointError.
 
     The table of word embeddings that such a file lacks comes from another CLIP, which is compared with the
@@ -217,7 +217,7 @@ def prompted_teacher(
     class_names: Sequence[str],
     device: torch.device,
     checkpoint: Path | None = None,
-    report: Report = unheard,
+    report: Report = ignore_event,
 ) -> ReadyTeacher:
     """A prompted CLIP as a frozen teacher, with the class vectors of any class names."""
     module = prompted.module.to(device)
@@ -231,7 +231,7 @@ def saved_teacher(
     class_names: Sequence[str],
     device: torch.device,
     key: str | None = None,
-    report: Report = unheard,
+    report: Report = ignore_event,
 ) -> ReadyTeacher:
     """The teacher of a teacher.pt, with the class vectors of these names.
 
@@ -258,7 +258,7 @@ def teacher_of_student(
     record: StudentRecord,
     device: torch.device,
     allow_download: bool = False,
-    report: Report = unheard,
+    report: Report = ignore_event,
 ) -> ReadyTeacher:
     """The teacher that a student learned from, with the class vectors of the student's classes.
 
@@ -354,13 +354,13 @@ class ClassEncoder:
     prompt: str
     """`{}` stands for the name; learned prompts replace the words before it."""
 
-    def tokens(self, class_names: Sequence[str], report: Report = unheard) -> Tensor:
+    def tokens(self, class_names: Sequence[str], report: Report = ignore_event) -> Tensor:
         """Token ids (classes, context) of the class prompts."""
         return tokenize_apart(self.clip, class_names, self.prompt, report)
 
 
 def class_encoder(
-    record: StudentRecord, student_file: Path, allow_download: bool = False, report: Report = unheard
+    record: StudentRecord, student_file: Path, allow_download: bool = False, report: Report = ignore_event
 ) -> ClassEncoder:
     """The text half of a student's teacher, on the CPU. Raises CheckpointError or ModelError.
 
@@ -392,14 +392,14 @@ def _prompted_encoder(prompted: Prompted) -> ClassEncoder:
 
 @torch.no_grad()
 def encode_prompts(
-    clip: Clip, class_names: Sequence[str], template: str, device: torch.device, report: Report = unheard
+    clip: Clip, class_names: Sequence[str], template: str, device: torch.device, report: Report = ignore_event
 ) -> Tensor:
     """Class vectors (classes, dim) of the classes' prompts, L2-normalised, a part of them at a time."""
     tokens = tokenize_apart(clip, class_names, template, report).to(device)
     return torch.cat([method.encode_classes(clip.model, part) for part in torch.split(tokens, CLASSES_AT_ONCE)])
 
 
-def tokenize_apart(clip: Clip, class_names: Sequence[str], template: str, report: Report = unheard) -> Tensor:
+def tokenize_apart(clip: Clip, class_names: Sequence[str], template: str, report: Report = ignore_event) -> Tensor:
     """Token ids (classes, context) of the prompts of classes. Raises DataError where two become the same.
 
     template: `{}` stands for the name. open_clip cuts a prompt at the context's length without a word: a
@@ -451,7 +451,11 @@ def _named(names: Sequence[str]) -> str:
 
 @torch.no_grad()
 def encode_ensemble(
-    clip: Clip, class_names: Sequence[str], templates: Sequence[str], device: torch.device, report: Report = unheard
+    clip: Clip,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    device: torch.device,
+    report: Report = ignore_event,
 ) -> Tensor:
     """Class vectors (classes, dim) of a prompt ensemble: of each class the mean of its prompts' vectors,
     normalised again (openai/CLIP, Prompt_Engineering_for_ImageNet.ipynb).

@@ -29,7 +29,7 @@ from comkd_cli.runtime import collectives, ranks
 from comkd_cli.runtime.allocator import keep_freed_memory
 from comkd_cli.runtime.devices import failures_explained, needs_cpu
 from comkd_cli.runtime.global_batch import share_batch_norms
-from comkd_cli.runtime.signals import stop_wishes
+from comkd_cli.runtime.signals import stop_requests
 from comkd_cli.training.schedule import learning_rate
 
 STATE_FORMAT = "comkd-state/4"
@@ -158,7 +158,7 @@ def fit(task: Task, accelerator: Accelerator, report: Report) -> list[dict[str, 
         _seed(task.seed)
     elif position.epoch < task.optim.epochs:
         report(Notice(f"going on from epoch {position.epoch + 1}, step {position.step + 1}"))
-    with stop_wishes() as wish, failures_explained():
+    with stop_requests() as wish, failures_explained():
         while position.epoch < task.optim.epochs:
             try:
                 code = _run_epoch(task, model, optimizer, accelerator, position, wish, report)
@@ -197,12 +197,12 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed if ranks.is_main() else stable_seed("process", ranks.rank(), seed))
 
 
-def check_state(folder: Path, identity: Identity) -> bool:
+def has_checkpoint(folder: Path, identity: Identity) -> bool:
     """Whether a task's folder holds a state to go on from. Raises CheckpointError where it is another run's."""
     return _read_state(folder, identity) is not None
 
 
-def forget_state(task_folder: Path) -> None:
+def delete_checkpoint(task_folder: Path) -> None:
     """Remove what a task keeps for going on; of several processes the main one does."""
     if ranks.is_main():
         remove_folder(task_folder / "state")
@@ -259,7 +259,7 @@ def _run_epoch(
             return code
     images = (position.step - first_step) * task.loader.batch_size
     _finish_epoch(task, position, accelerator, images / (time.monotonic() - started), report)
-    return max(row[0] for row in collectives.table([wish() or 0])) or None
+    return max(row[0] for row in collectives.all_gather_ints([wish() or 0])) or None
 
 
 def _agree(parts: Sequence[Batch], code: int | None) -> tuple[list[int], list[str], int | None]:
@@ -269,10 +269,10 @@ def _agree(parts: Sequence[Batch], code: int | None) -> tuple[list[int], list[st
     part in what is computed together.
     """
     problems = [problem for part in parts for problem in part.unreadable]
-    rows = collectives.table([code or 0, len(problems), *map(len, parts)])
+    rows = collectives.all_gather_ints([code or 0, len(problems), *map(len, parts)])
     codes, troubles, *shares = [list(column) for column in zip(*rows, strict=True)]
     if any(troubles):
-        problems = [problem for share in collectives.gathered(problems) for problem in share]
+        problems = [problem for share in collectives.all_gather(problems) for problem in share]
     sizes = [sum(share) if min(share) and sum(share) > 1 else 0 for share in shares]
     return sizes, problems, max(codes) or None
 
@@ -321,7 +321,7 @@ def _share_sums(position: _Position) -> None:
     if ranks.world_size() == 1 or not position.sums:
         return
     values = torch.stack(list(position.sums.values()))
-    means = torch.tensor(collectives.gathered(values.tolist()), dtype=values.dtype).mean(0).to(values.device)
+    means = torch.tensor(collectives.all_gather(values.tolist()), dtype=values.dtype).mean(0).to(values.device)
     position.sums = dict(zip(position.sums, means, strict=True))
 
 
@@ -409,8 +409,8 @@ def _save_state(task: Task, optimizer: Any, accelerator: Accelerator, position: 
     if task.keep is not None:
         task.keep(True)
     _share_sums(position)
-    random = collectives.gathered((torch.get_rng_state(), _cuda_random()))
-    with collectives.unlimited():  # disks can be slow
+    random = collectives.all_gather((torch.get_rng_state(), _cuda_random()))
+    with collectives.without_timeout():  # disks can be slow
         if ranks.is_main():
             _write_state(task, optimizer, accelerator, position, random)
 
@@ -451,7 +451,7 @@ def _cuda_random() -> Tensor | None:
 
 def _load_state(task: Task, optimizer: Any, accelerator: Accelerator) -> _Position | None:
     state = _read_state(task.folder, task.identity)
-    found = [bool(row[0]) for row in collectives.table([state is not None])]
+    found = [bool(row[0]) for row in collectives.all_gather_ints([state is not None])]
     if any(found) != all(found):
         raise CheckpointError(f"{task.folder}: not every process finds the saved state; --runs must be a shared folder")
     if state is None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comkd_cli.data.class_names import absent_text, class_key, clean_class_names, read_class_names
+from comkd_cli.data.class_names import class_key, clean_class_names, missing_text, read_class_names
 from comkd_cli.edge.classifier import clean_class_name
 from comkd_cli.errors import DataError
 
@@ -106,10 +106,10 @@ def test_a_class_list_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_classes_without_images_are_named_for_each_split_that_has_labels() -> None:
     names = ["cat", "dog", "fox"]
-    assert absent_text(names, {"training": [0, 1, 2], "validation": None, "test": [2, 1, 0]}) == ""
-    assert absent_text(names, {"training": [2, 2], "test": []}) == "no training images of: cat, dog"
-    assert absent_text(names, {"training": [0, 2], "test": [0, 1]}) == (
+    assert missing_text(names, {"training": [0, 1, 2], "validation": None, "test": [2, 1, 0]}) == ""
+    assert missing_text(names, {"training": [2, 2], "test": []}) == "no training images of: cat, dog"
+    assert missing_text(names, {"training": [0, 2], "test": [0, 1]}) == (
         "no training images of: dog; no test images of: fox (the mean per class is over 2 of 3)"
     )
     many = [str(n) for n in range(9)]
-    assert absent_text(many, {"training": [0]}) == "no training images of: 1, 2, 3, 4, 5 and 3 more"
+    assert missing_text(many, {"training": [0]}) == "no training images of: 1, 2, 3, 4, 5 and 3 more"

@@ -13,7 +13,7 @@ import pytest
 
 from comkd_cli.data import shard_index
 from comkd_cli.data.contents import Fingerprint
-from comkd_cli.data.shard_index import PassedBy, open_index, read_members
+from comkd_cli.data.shard_index import SkippedFiles, open_index, read_members
 from comkd_cli.data.shards import (
     shard_images,
 )
@@ -162,7 +162,7 @@ def test_a_killed_indexing_goes_on_at_the_next_shard(
     read: list[str] = []
     members = shard_index.read_members
 
-    def counted(path: Path, passed_by: PassedBy) -> Iterator[tuple[str, int, int]]:
+    def counted(path: Path, passed_by: SkippedFiles) -> Iterator[tuple[str, int, int]]:
         read.append(path.name)
         if len(read) == 3:
             raise KeyboardInterrupt
@@ -281,7 +281,7 @@ def test_members_that_are_no_images_are_counted_once_for_all(tmp_path: Path, mon
         tar.addfile(link)
     index = open_index(paths, tmp_path / "home", silent)
     assert [index.key(i) for i in range(len(index))] == ["a", "c", "d"]
-    expected = PassedBy({".heic": 2, ".txt": 1, "": 1, ".jpg (no regular file)": 1}, 2, "2024.05.01.jpg", 1)
+    expected = SkippedFiles({".heic": 2, ".txt": 1, "": 1, ".jpg (no regular file)": 1}, 2, "2024.05.01.jpg", 1)
     assert index.passed_by == expected
     monkeypatch.setattr(shard_index, "read_members", None)  # told again from what the index remembers
     again = open_index(paths, tmp_path / "home", silent)

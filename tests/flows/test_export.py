@@ -25,7 +25,7 @@ from comkd_cli.data.digits import digits_source
 from comkd_cli.edge.classifier import BundleProblem, Classifier, prepare
 from comkd_cli.errors import BundleError, DataError, ExportError, Interrupted, WriteError
 from comkd_cli.flows import export as export_flow
-from comkd_cli.flows.export import Wishes, export
+from comkd_cli.flows.export import ExportOptions, export
 from comkd_cli.flows.predict import predict
 from comkd_cli.method.teacher import encode_classes
 from comkd_cli.models.checkpoints import load_student
@@ -152,8 +152,8 @@ def whole(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with all that one can have, but for the page."""
     out = tmp_path_factory.mktemp("out") / "whole"
     # So small a student is worse in eight bits than one of use: the gates are tested elsewhere.
-    wishes = Wishes(precisions=ALL, text=True, gates=WIDE, license="apache-2.0")
-    exported = export(tiny_student, out, Path("data"), quietly, wishes=wishes)
+    options = ExportOptions(precisions=ALL, text=True, gates=WIDE, license="apache-2.0")
+    exported = export(tiny_student, out, Path("data"), quietly, options=options)
     assert exported.failed == {}
     return out
 
@@ -235,7 +235,9 @@ def test_a_precision_that_misses_its_gate_is_left_out_and_told(
     tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export_flow, "measure_parity", failing("fp16"))
-    exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=Wishes(precisions=ALL[:2]))
+    exported = export(
+        tiny_student, tmp_path / "bundle", Path("data"), quietly, options=ExportOptions(precisions=ALL[:2])
+    )
     assert list(exported.manifest["precisions"]) == ["fp32"]
     assert "least cosine 0.500000 (limit 0.9995)" in exported.failed["fp16"]
     assert exported.manifest["failed"] == exported.failed
@@ -251,7 +253,9 @@ def test_a_crash_of_onnxruntime_is_a_failed_gate(
         return measure_parity(encoder, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(export_flow, "measure_parity", crashing)
-    exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=Wishes(precisions=ALL[:2]))
+    exported = export(
+        tiny_student, tmp_path / "bundle", Path("data"), quietly, options=ExportOptions(precisions=ALL[:2])
+    )
     assert "signal 11" in exported.failed["fp16"]
     assert list(exported.manifest["precisions"]) == ["fp32"]
 
@@ -265,8 +269,8 @@ def test_a_way_to_int8_that_onnxruntime_cannot_run_leaves_the_others(
         return run_graph(graph, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(precisions, "run_graph", crashing)
-    wishes = Wishes(precisions=("fp32", "int8"), gates=WIDE)
-    exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=wishes)
+    options = ExportOptions(precisions=("fp32", "int8"), gates=WIDE)
+    exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=options)
     ways = [way["method"] for way in exported.manifest["precisions"]["int8"]["quantisation"]]
     assert sorted(ways) == ["dynamic-signed", "dynamic-unsigned", "static-tensor-percentile"]
     assert len(list((tmp_path / "bundle").glob("*.onnx"))) == 4
@@ -275,7 +279,7 @@ def test_a_way_to_int8_that_onnxruntime_cannot_run_leaves_the_others(
 def test_text_without_the_teacher_is_told_before_anything_is_made(tiny_student: Path, tmp_path: Path) -> None:
     (tmp_path / "student.pt").write_bytes(tiny_student.read_bytes())
     with pytest.raises(ExportError, match=r"student\.pt: --text needs the student's teacher(.|\n)*without --text"):
-        export(tmp_path / "student.pt", tmp_path / "bundle", Path("data"), quietly, wishes=Wishes(text=True))
+        export(tmp_path / "student.pt", tmp_path / "bundle", Path("data"), quietly, options=ExportOptions(text=True))
     assert not (tmp_path / "bundle").exists()
 
 
@@ -304,7 +308,7 @@ def test_text_of_a_teacher_that_was_trained_again_is_not_exported(tiny_student: 
     (teacher,) = runs.glob("teachers/*/teacher.pt")
     torch.save({**torch.load(teacher, weights_only=True), "metrics": {}}, teacher)
     with pytest.raises(ExportError, match=r"teacher\.pt: is not the teacher that \S+student\.pt learned from.*sha256"):
-        export(student, tmp_path / "bundle", Path("data"), quietly, wishes=Wishes(text=True))
+        export(student, tmp_path / "bundle", Path("data"), quietly, options=ExportOptions(text=True))
 
 
 @pytest.mark.parametrize(
@@ -330,15 +334,21 @@ def test_class_names_that_cannot_be_added_are_told(whole: Path, names: list[str]
 
 
 def test_a_precision_can_be_had_without_fp32(tiny_student: Path, tmp_path: Path) -> None:
-    export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=Wishes(precisions=("fp16",), gates=WIDE))
+    export(
+        tiny_student,
+        tmp_path / "bundle",
+        Path("data"),
+        quietly,
+        options=ExportOptions(precisions=("fp16",), gates=WIDE),
+    )
     names = {path.name for path in (tmp_path / "bundle").glob("*.onnx")}
     assert names == {"image_encoder.fp16.onnx", "classifier.fp16.onnx"}
     assert Classifier(tmp_path / "bundle").class_names == [str(digit) for digit in range(10)]
 
 
 def test_latency_and_memory_stand_beside_pytorchs(tiny_student: Path, tmp_path: Path) -> None:
-    wishes = Wishes(benchmark=True)
-    manifest = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=wishes).manifest
+    options = ExportOptions(benchmark=True)
+    manifest = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=options).manifest
     entries = {(entry["name"], entry["threads"]): entry for entry in manifest["latency"]}
     assert {name for name, _ in entries} == {"pytorch", "fp32"}
     assert entries["pytorch", 1]["speed_up"] == 1
@@ -351,11 +361,11 @@ def test_pictures_for_the_check_can_come_from_a_folder(tiny_student: Path, tmp_p
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     with pytest.raises(DataError, match="--images"):
-        export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=Wishes(pictures=pictures))
+        export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=ExportOptions(pictures=pictures))
     for index in range(9):
         digits_source().train.open(index).save(pictures / f"{index}.png")
     manifest = export(
-        tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=Wishes(pictures=pictures)
+        tiny_student, tmp_path / "bundle", Path("data"), quietly, options=ExportOptions(pictures=pictures)
     ).manifest
     assert manifest["precisions"]["fp32"]["parity"]["images"] == 9
     assert manifest["precisions"]["fp32"]["parity"]["top1_percent"] is None
@@ -419,13 +429,13 @@ def assert_three_disjoint_parts(seen: dict[str, list[set[bytes]]], sizes: dict[s
     ]
 
 
-INT8 = Wishes(precisions=("fp32", "int8"), gates=WIDE)
+INT8 = ExportOptions(precisions=("fp32", "int8"), gates=WIDE)
 
 
 def test_int8_is_calibrated_and_chosen_on_training_images_and_tested_on_test_images(
     tiny_student: Path, tmp_path: Path, seen: dict[str, list[set[bytes]]]
 ) -> None:
-    manifest = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=INT8).manifest
+    manifest = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=INT8).manifest
     assert_three_disjoint_parts(seen, manifest["images"])
     assert [manifest["images"][name]["origin"] for name in ("gate", "calibrate", "choose")] == [
         "test",
@@ -448,8 +458,8 @@ def test_a_folder_with_copies_gives_three_disjoint_parts(
             digits_source().train.open(index).save(tmp_path / "pictures" / name)
     # So small a student keeps little with so few images to calibrate on.
     open_gate = dict.fromkeys(GATES, Gate(-1, 0, 100))
-    wishes = replace(INT8, pictures=tmp_path / "pictures", gates=open_gate)
-    manifest = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=wishes).manifest
+    options = replace(INT8, pictures=tmp_path / "pictures", gates=open_gate)
+    manifest = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=options).manifest
     assert_three_disjoint_parts(seen, manifest["images"])
     assert sum(manifest["images"][name]["images"] for name in ("gate", "calibrate", "choose")) == 50
     assert manifest["precisions"]["int8"]["parity"]["top1_percent"] is None
@@ -475,7 +485,7 @@ def test_without_test_images_nothing_is_said_of_accuracy(
     unscored_student: Path, tmp_path: Path, seen: dict[str, list[set[bytes]]]
 ) -> None:
     said: list[object] = []
-    manifest = export(unscored_student, tmp_path / "bundle", Path("data"), said.append, wishes=INT8).manifest
+    manifest = export(unscored_student, tmp_path / "bundle", Path("data"), said.append, options=INT8).manifest
     assert_three_disjoint_parts(seen, manifest["images"])
     assert {manifest["images"][name]["origin"] for name in ("gate", "calibrate", "choose")} == {"training"}
     assert not manifest["images"]["gate"]["labels"]
@@ -537,7 +547,7 @@ def test_int8_that_misses_its_gate_fails_with_its_figures_and_no_other_way_is_tr
 
     monkeypatch.setattr(export_flow, "measure_parity", counted)
     monkeypatch.setattr(precisions, "single_thread_seconds", lambda ways, *_: {way.name: 0.001 for way in ways})
-    exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=INT8)
+    exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=INT8)
     assert encoders == ["image_encoder.onnx", "image_encoder.int8.onnx"]
     assert "least cosine 0.500000 (limit 0.9)" in exported.failed["int8"]
     assert exported.failed["int8"].startswith(("static-", "dynamic-"))
@@ -550,7 +560,7 @@ def test_int8_with_too_few_images_is_refused_and_the_others_stay(
 ) -> None:
     few = replace(digits_source(), train=digits_source().train.subset(list(range(20))), test=None)
     monkeypatch.setattr(export_flow, "open_source", lambda *_: few)
-    exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=INT8)
+    exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=INT8)
     assert "int8 needs at least 32 different images" in exported.failed["int8"]
     assert "there are 20 training images that can be read" in exported.failed["int8"]
     assert exported.manifest["precisions"]["fp32"]["parity"]["images"] == 20
@@ -600,7 +610,7 @@ def test_a_text_encoder_that_answers_no_numbers_is_refused(
 
     monkeypatch.setattr(export_flow, "run_graph", odd)
     with pytest.raises(ExportError, match=r"text_encoder\.onnx: its features are not the student's class vectors"):
-        export(tiny_student, tmp_path / "bundle", Path("data"), quietly, wishes=Wishes(text=True))
+        export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=ExportOptions(text=True))
 
 
 # --- exports that do not end ---------------------------------------------------------------------------
@@ -611,7 +621,7 @@ def test_an_unwritable_place_is_said_before_any_work(
 ) -> None:
     (tmp_path / "file").write_bytes(b"x")
     monkeypatch.setattr(export_flow, "read_parts", lambda *_: pytest.fail("images were read first"))
-    with pytest.raises(WriteError, match=r"file/bundle: can't be written: .* is a file"):
+    with pytest.raises(WriteError, match=r"file/bundle: could not be written: .* is a file"):
         export(tiny_student, tmp_path / "file/bundle", Path("data"), quietly)
 
 
@@ -626,8 +636,10 @@ def test_a_full_disk_keeps_the_old_bundle(
 
     monkeypatch.setattr(export_flow, step, full)
     before = {path.name: path.read_bytes() for path in bundle.iterdir()}
-    with pytest.raises(WriteError, match=rf"^{bundle}: can't be written: No space left on device; free space"):
-        export(tiny_student, bundle, Path("data"), quietly, force=True, wishes=Wishes(precisions=("fp32", "fp16")))
+    with pytest.raises(WriteError, match=rf"^{bundle}: could not be written: No space left on device; free space"):
+        export(
+            tiny_student, bundle, Path("data"), quietly, force=True, options=ExportOptions(precisions=("fp32", "fp16"))
+        )
     assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
     assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
 

@@ -194,7 +194,7 @@ def stop_after_steps(patch: pytest.MonkeyPatch, steps: int) -> None:
     calls = 0
 
     @contextmanager
-    def wishes():  # type: ignore[no-untyped-def]
+    def options():  # type: ignore[no-untyped-def]
         def wish() -> int | None:
             nonlocal calls
             calls += 1
@@ -202,7 +202,7 @@ def stop_after_steps(patch: pytest.MonkeyPatch, steps: int) -> None:
 
         yield wish
 
-    patch.setattr("comkd_cli.training.loop.stop_wishes", wishes)
+    patch.setattr("comkd_cli.training.loop.stop_requests", options)
 
 
 @pytest.mark.parametrize("stop_at", [9, 14, 30])

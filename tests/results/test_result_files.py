@@ -127,7 +127,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Path, "write_text", full)
     files = ResultFiles(tmp_path, ignore)
     files.add(Results([replace(RECORD, dataset="pets")]))
-    assert "results.json: can't be written: No space left on device" in str(files.problem)
+    assert "results.json: could not be written: No space left on device" in str(files.problem)
     assert (tmp_path / "results.json").read_bytes() == before
     assert json.loads(before)["records"]
 

@@ -75,14 +75,15 @@ def test_slow_work_of_any_process_is_waited_for_beyond_the_timeout(start: Start)
             time.sleep(4)
         return f"{of}"
 
-    found = [collectives.agreed(lambda: slow(0)), collectives.agreed(lambda: slow(1))]
-    found.append(collectives.together(lambda: slow(1)))
+    found = [collectives.in_turn(lambda: slow(0)), collectives.in_turn(lambda: slow(1))]
+    found.append(collectives.on_every_rank(lambda: slow(1)))
     with collectives.main_first():
         found.append(slow(0))
-    with collectives.unlimited():
+    with collectives.without_timeout():
         slow(1)
-    print(found, collectives.table([rank + 7]), collectives.as_main_sees(rank), collectives.gathered("ab"[rank]))
-    collectives.leave()
+    letters = collectives.all_gather("ab"[rank])
+    print(found, collectives.all_gather_ints([rank + 7]), collectives.broadcast(rank), letters)
+    collectives.destroy()
     """
     assert answers(start(code)) == ["['0', '1', '1', '0'] [[7], [8]] 0 ['a', 'b']"] * 2
 
@@ -93,20 +94,20 @@ def test_the_main_process_is_through_a_block_before_another_enters(start: Start)
         entered = time.time()
         time.sleep(1 if rank == 0 else 0)
         left = time.time()
-    times = collectives.gathered((entered, left))
+    times = collectives.all_gather((entered, left))
     print(times[0][1] <= times[1][0])
-    collectives.leave()
+    collectives.destroy()
     """
     assert answers(start(code)) == ["True", "True"]
 
 
 def test_a_process_that_hangs_fails_the_others_within_the_timeout(start: Start) -> None:
     code = """
-    collectives.wait_for_all()
+    collectives.barrier()
     if rank == 1:
         time.sleep(100)
     began = time.monotonic()
-    print(failure(collectives.wait_for_all), f"after {time.monotonic() - began:.0f} s")
+    print(failure(collectives.barrier), f"after {time.monotonic() - began:.0f} s")
     """
     waiting, hanging = start(code)
     said, trouble = waiting.communicate(timeout=60)
@@ -119,7 +120,7 @@ def test_a_process_that_hangs_fails_the_others_within_the_timeout(start: Start) 
 def test_a_process_that_is_stopped_within_an_unlimited_block_fails_it(start: Start) -> None:
     code = """
     def work():
-        with collectives.unlimited():
+        with collectives.without_timeout():
             if rank == 1:
                 print("at work", flush=True)
                 time.sleep(100)
@@ -138,7 +139,7 @@ def test_a_process_that_is_stopped_within_an_unlimited_block_fails_it(start: Sta
 def test_a_process_that_ends_is_told_to_the_others_at_once(start: Start) -> None:
     code = """
     def work():
-        with collectives.unlimited():
+        with collectives.without_timeout():
             if rank == 1:
                 os._exit(3)
     print(failure(work))
@@ -157,11 +158,11 @@ def test_an_error_of_one_process_is_raised_by_all(start: Start) -> None:
         if rank == failing:
             open("/no/such/file")
 
-    for function in (collectives.agreed, collectives.together):
+    for function in (collectives.in_turn, collectives.on_every_rank):
         for failing in (0, 1):
             print(failure(lambda: function(lambda: work(failing))))
             print(failure(lambda: function(lambda: read(failing))))
-    collectives.leave()
+    collectives.destroy()
     """
     absent = "FileNotFoundError: [Errno 2] No such file or directory: '/no/such/file'"
     told = [line for failing in (0, 1) for line in (f"DataError: no images at {failing}", absent)]

@@ -55,10 +55,10 @@ def test_shares_are_everything_once_and_alike_in_size(monkeypatch: pytest.Monkey
 
 
 def test_alone_a_process_is_told_what_it_says() -> None:
-    assert collectives.table([3, 4]) == [[3, 4]]
-    assert collectives.gathered("x") == collectives.gathered_on_main("x") == ["x"]
-    assert collectives.as_main_sees({"a": 1}) == {"a": 1}
-    collectives.wait_for_all()
+    assert collectives.all_gather_ints([3, 4]) == [[3, 4]]
+    assert collectives.all_gather("x") == collectives.gather("x") == ["x"]
+    assert collectives.broadcast({"a": 1}) == {"a": 1}
+    collectives.barrier()
     with collectives.main_first():
         pass
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from comkd_cli.runtime.signals import Stopped, stop_wishes, stopping_at_once
+from comkd_cli.runtime.signals import Stopped, stop_requests, stopping_at_once
 
 WISHES = (signal.SIGINT, signal.SIGTERM)
 
@@ -27,7 +27,7 @@ def wait_for(wish: Callable[[], int | None]) -> int | None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_is_a_wish_with_the_status_that_shells_report(number: signal.Signals, code: int) -> None:
-    with stop_wishes() as wish:
+    with stop_requests() as wish:
         assert wish() is None
         send(number)
         assert wait_for(wish) == code
@@ -35,7 +35,7 @@ def test_a_signal_is_a_wish_with_the_status_that_shells_report(number: signal.Si
 
 
 def test_a_second_ctrl_c_acts_at_once() -> None:
-    with pytest.raises(KeyboardInterrupt), stop_wishes() as wish:  # noqa: PT012 - it must come from the second
+    with pytest.raises(KeyboardInterrupt), stop_requests() as wish:  # noqa: PT012 - it must come from the second
         send(signal.SIGINT)
         assert wait_for(wish) == 130
         send(signal.SIGINT)
@@ -43,7 +43,7 @@ def test_a_second_ctrl_c_acts_at_once() -> None:
 
 
 def test_the_first_wish_counts_where_two_kinds_come() -> None:
-    with stop_wishes() as wish:
+    with stop_requests() as wish:
         send(signal.SIGTERM)
         assert wait_for(wish) == 143
         send(signal.SIGINT)
@@ -53,8 +53,8 @@ def test_the_first_wish_counts_where_two_kinds_come() -> None:
 
 SECOND_SIGTERM = """
 import os, signal, time
-from comkd_cli.runtime.signals import stop_wishes
-with stop_wishes() as wish:
+from comkd_cli.runtime.signals import stop_requests
+with stop_requests() as wish:
     os.kill(os.getpid(), signal.SIGTERM)
     while wish() is None:
         time.sleep(0.001)
@@ -85,7 +85,7 @@ def own_handlers() -> object:
 
 @pytest.mark.usefixtures("own_handlers")
 def test_the_handlers_before_are_the_handlers_after() -> None:
-    with stop_wishes():
+    with stop_requests():
         assert all(signal.getsignal(number) is not own_handler for number in WISHES)
     assert all(signal.getsignal(number) is own_handler for number in WISHES)
 
@@ -93,7 +93,7 @@ def test_the_handlers_before_are_the_handlers_after() -> None:
 @pytest.mark.usefixtures("own_handlers")
 @pytest.mark.parametrize("number", WISHES)
 def test_the_handlers_come_back_after_a_wish_and_after_a_failure(number: signal.Signals) -> None:
-    with pytest.raises(RuntimeError, match="stopped"), stop_wishes() as wish:  # noqa: PT012
+    with pytest.raises(RuntimeError, match="stopped"), stop_requests() as wish:  # noqa: PT012
         send(number)
         wait_for(wish)
         raise RuntimeError("stopped")
@@ -101,8 +101,8 @@ def test_the_handlers_come_back_after_a_wish_and_after_a_failure(number: signal.
 
 
 def test_a_block_within_a_block_leaves_the_outer_one_listening() -> None:
-    with stop_wishes() as outer:
-        with stop_wishes() as inner:
+    with stop_requests() as outer:
+        with stop_requests() as inner:
             send(signal.SIGINT)
             assert wait_for(inner) == 130
         assert outer() is None
@@ -115,7 +115,7 @@ def test_outside_the_main_thread_nobody_can_ask_and_nothing_is_changed() -> None
     answers: list[object] = []
 
     def work() -> None:
-        with stop_wishes() as wish:
+        with stop_requests() as wish:
             answers.append(wish())
             answers.append([signal.getsignal(number) for number in WISHES])
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 from comkd_cli.data.loaders import Batch
 from comkd_cli.events import Event, Notice
 from comkd_cli.method.teacher import Teacher
-from comkd_cli.teachers.cached import AskedTeacher
+from comkd_cli.teachers.cached import CachedTeacher
 from comkd_cli.teachers.feature_cache import CacheKey, TeacherCache
 
 DIM, IMAGES = 4, 10
@@ -51,7 +51,7 @@ def feature(view: int, index: int, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("fp32", torch.float32)])
 def test_kept_and_new_features_stand_in_their_places(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
-    asked = AskedTeacher(teacher(), cache(tmp_path, name))
+    asked = CachedTeacher(teacher(), cache(tmp_path, name))
     for indices in ([2, 7, 5], [7, 1, 2, 9], [1, 9]):  # new; some of each; known
         known = asked.known(1, np.array(indices))
         answer = asked(batch(1, indices, known))
@@ -66,7 +66,7 @@ def test_kept_and_new_features_stand_in_their_places(tmp_path: Path, name: str, 
 def test_new_features_come_to_the_cache_at_once_and_of_several_processes_when_they_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = AskedTeacher(teacher(), cache(tmp_path))
+    asked = CachedTeacher(teacher(), cache(tmp_path))
     asked(batch(0, [1, 2], asked.known(0, np.array([1, 2]))))
     assert asked.known(0, np.array([1, 2, 3])).tolist() == [True, True, False]
     with monkeypatch.context() as patch:
@@ -81,7 +81,7 @@ def test_new_features_come_to_the_cache_at_once_and_of_several_processes_when_th
 def test_on_several_machines_a_view_is_known_as_it_was_when_its_turn_came(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = AskedTeacher(teacher(), cache(tmp_path))
+    asked = CachedTeacher(teacher(), cache(tmp_path))
     for variable, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "x"}.items():
         monkeypatch.setenv(variable, value)
     assert not asked.known(0, np.arange(3)).any()
@@ -92,7 +92,7 @@ def test_on_several_machines_a_view_is_known_as_it_was_when_its_turn_came(
 
 
 def test_it_tells_what_it_saved(tmp_path: Path) -> None:
-    asked = AskedTeacher(teacher(), cache(tmp_path))
+    asked = CachedTeacher(teacher(), cache(tmp_path))
     events: list[Event] = []
     asked.tell(events.append)
     assert not events  # nothing was asked
@@ -113,7 +113,7 @@ def test_a_later_run_knows_what_the_teacher_took(tmp_path: Path, monkeypatch: py
     filled.add_cost(600.0, 2)
     now = [1000.0]
     monkeypatch.setattr("comkd_cli.teachers.cached.time.monotonic", lambda: now[0])
-    asked = AskedTeacher(teacher(), cache(tmp_path))
+    asked = CachedTeacher(teacher(), cache(tmp_path))
     asked(batch(0, [0, 1], asked.known(0, np.array([0, 1]))))
     now[0] += 100
     events: list[Event] = []

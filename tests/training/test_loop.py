@@ -12,7 +12,7 @@ from comkd_cli.errors import CheckpointError, Interrupted, TrainingError
 from comkd_cli.events import Epoch, Event, Progress
 from comkd_cli.recipe.identity import Identity
 from comkd_cli.recipe.model import AdamW, Augment, Sgd
-from comkd_cli.training.loop import StepResult, Task, fit, forget_state, make_accelerator, make_optimizer
+from comkd_cli.training.loop import StepResult, Task, delete_checkpoint, fit, make_accelerator, make_optimizer
 
 INPUT = Preprocessing(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -93,7 +93,7 @@ def stop_after_steps(patch: pytest.MonkeyPatch, steps: int) -> None:
     calls = 0
 
     @contextmanager
-    def wishes():  # type: ignore[no-untyped-def]
+    def options():  # type: ignore[no-untyped-def]
         def wish() -> int | None:
             nonlocal calls
             calls += 1
@@ -101,7 +101,7 @@ def stop_after_steps(patch: pytest.MonkeyPatch, steps: int) -> None:
 
         yield wish
 
-    patch.setattr("comkd_cli.training.loop.stop_wishes", wishes)
+    patch.setattr("comkd_cli.training.loop.stop_requests", options)
 
 
 def test_metrics_hold_a_line_an_epoch_with_the_averages(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_the_state_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest
             train(task(tmp_path))
     with pytest.raises(CheckpointError, match=r"name: a in this checkpoint, b now.*--fresh"):
         train(task(tmp_path, identity=Identity({"name": "b"})))
-    forget_state(tmp_path)
+    delete_checkpoint(tmp_path)
     train(task(tmp_path, identity=Identity({"name": "b"})))
 
 

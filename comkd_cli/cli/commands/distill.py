@@ -95,9 +95,9 @@ def command(
     if dry_run:
         for chosen in loaded:
             _print_plan(chosen, name, runs, data_root, accelerator.device.type, told)
-        collectives.leave()
+        collectives.destroy()
         return
-    collectives.agreed(partial(check_writable, runs, ELSEWHERE))
+    collectives.in_turn(partial(check_writable, runs, ELSEWHERE))
     problems: list[ComkdError] = []
     for position, chosen in enumerate(loaded):
         repeat = _resume_line(choices, position, fresh, repeats=fresh)
@@ -116,7 +116,7 @@ def command(
             continue
         if student is not None:
             _print_next_steps(student)
-    collectives.leave()
+    collectives.destroy()
     if problems:
         raise DataError(f"{len(problems)} of {len(loaded)} runs could not be made; see the errors above")
 
@@ -151,9 +151,9 @@ def _distil(
 
     with reporting() as report:
         new = once(report, told)
-        source = collectives.agreed(partial(open_source, recipe.data, data_root, runs, new, fetch=True))
-        stage = collectives.agreed(partial(adapt.stage_1, recipe, source, data_root, runs, new))
-        with collectives.unlimited():  # reading the contents of many images takes long
+        source = collectives.in_turn(partial(open_source, recipe.data, data_root, runs, new, fetch=True))
+        stage = collectives.in_turn(partial(adapt.stage_1, recipe, source, data_root, runs, new))
+        with collectives.without_timeout():  # reading the contents of many images takes long
             run = distill.Run(recipe, name, source, runs, stage.contents, stage.key)
             run.identity.digest  # noqa: B018  reads them now
         done = not precompute and not fresh and distill.finished(run, new)
@@ -161,7 +161,7 @@ def _distil(
         messages().print(f"already finished: {run.student_file} (--fresh repeats it)", markup=False)
         return None
     for folder in (run.folder, stage.folder) if stage.adapts else (run.folder,):
-        collectives.agreed(partial(check_writable, folder, ELSEWHERE))
+        collectives.in_turn(partial(check_writable, folder, ELSEWHERE))
     with reporting() as report, failures_explained():
         teach = partial(adapt.ready_teacher, stage, accelerator, report, resume.teacher)
         if precompute:
@@ -267,7 +267,7 @@ def _print_plan(recipe: Recipe, name: str, runs: Path, data_root: Path, device: 
     try:
         with reporting() as report:
             opened = partial(open_source, recipe.data, data_root, runs, once(report, told))
-            source = collectives.agreed(opened)
+            source = collectives.in_turn(opened)
     except DataError as error:
         known = CATALOG.get(recipe.data.dataset or "")
         outline = distill.outline(recipe, known.classes if known else 1)  # classes add no parameters

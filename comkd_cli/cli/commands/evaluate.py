@@ -113,10 +113,10 @@ def command(
             seeds=seeds,
             allow_download=allow_download,
         )
-        collectives.agreed(partial(check_writable, home, "give another folder for the results with --out"))
+        collectives.in_turn(partial(check_writable, home, "give another folder for the results with --out"))
         files = ResultFiles(home, report)
         results = evaluate.evaluate(model, runs, bench, files.add if ranks.is_main() else _ignore)
-    collectives.leave()
+    collectives.destroy()
     if not ranks.is_main():
         return
     failed = [entry for entry in results.missing if entry.failed or not whole_suite]

@@ -101,7 +101,7 @@ def command(
     target = out or student.parent / "bundle"
     with starting():
         from comkd_cli.flows import export
-    wishes = export.Wishes(
+    options = export.ExportOptions(
         precisions=precisions,
         text=text,
         web=web or web_runtime is not None,
@@ -116,7 +116,7 @@ def command(
         license=license_,
     )
     with reporting(quiet=as_json) as report:
-        exported = export.export(student, target, data_root, report, force, wishes)
+        exported = export.export(student, target, data_root, report, force, options)
     if as_json:
         print_json(exported.manifest)
     else:
