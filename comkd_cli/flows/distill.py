@@ -334,7 +334,7 @@ def _uncompiled(recipe: Recipe) -> AbstractContextManager[object]:
 
 
 def _remove_what_was_made_of_an_older_student(folder: Path) -> None:
-    for name in ("results.json", "results.csv", "results.md", "results.tex"):
+    for name in ("results.json", "results.csv", "results.md", "results.tex", "report.html"):
         (folder / name).unlink(missing_ok=True)
     remove_folder(folder / "bundle")
 

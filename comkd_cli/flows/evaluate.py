@@ -16,6 +16,7 @@ from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.data.sources import open_source
 from comkd_cli.data.unreadable import check_unreadable
 from comkd_cli.errors import CheckpointError, ComkdError, DataError, MisuseError, ModelError
+from comkd_cli.evaluation.answers import Observation
 from comkd_cli.evaluation.classes import check_classes
 from comkd_cli.evaluation.features import Features, FeatureStore
 from comkd_cli.evaluation.metrics import agreement_percent
@@ -65,6 +66,8 @@ class Bench:
     seeds: tuple[int, ...] = STANDARD_SEEDS
     allow_download: bool = False
     """Fetch what a student.pt names and this machine lacks."""
+    on_scored: Callable[[Observation], None] = lambda seen: None
+    """Called with each model that was scored on all classes, and its answers."""
     clips: dict[str, Clip] = field(default_factory=dict)
     """Plain CLIPs that were loaded, by argument: one serves every data set."""
     recipes: dict[Path, tuple[Path, Recipe]] = field(default_factory=dict)
@@ -294,6 +297,7 @@ def _score(
     if label != "teacher":  # the teacher meets the same files
         _report_unreadable(test, bench.report)
     scored = zero_shot(subject, source, images, test)
+    bench.on_scored(Observation(subject, source, images, test, scored.predicted))
     records = [replace(scored.record, protocol=name) for name in _whole_protocols(source, bench.protocols)]
     if images.labels is not None:
         if "base-to-novel" in bench.protocols and source.name not in VARIANTS:

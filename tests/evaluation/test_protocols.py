@@ -29,6 +29,7 @@ def test_unreadable_training_images_beyond_the_limit_end_a_few_shot_evaluation()
         role="student",
         seed=1,
         parameters=1,
+        module=torch.nn.Flatten(),
         encoder=Encoder(
             "", Preprocessing(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), lambda images: images.flatten(1)[:, :64]
         ),

@@ -13,6 +13,8 @@ from comkd_cli.cli.options import allow_download_option, data_root_option, json_
 from comkd_cli.runtime import ranks
 
 if TYPE_CHECKING:
+    from comkd_cli.events import Report
+    from comkd_cli.flows.report import RunCollector
     from comkd_cli.recipe.model import Data
     from comkd_cli.results.records import Missing, Results
 
@@ -75,6 +77,7 @@ def command(
     MODEL is a student.pt, or ARCH:WEIGHTS for any open_clip model (then say on what, with --dataset, --all or
     --folder). Left out, the newest finished students of each data set under RUNS are scored. Each image goes
     through a model once: features are kept in RUNS/features, and every protocol is derived from them.
+    Students get a report.html beside results.json.
 
     The records are added to those of results.json; of the same score the latest counts. A model or data set that
     cannot be scored is named, the others are scored, and the exit code is 1; data sets of --all that are not there
@@ -95,15 +98,18 @@ def command(
     data = _data(names, folder, classes, template)
     with starting():
         from comkd_cli.flows import evaluate
+        from comkd_cli.flows.report import RunCollector
         from comkd_cli.runtime import collectives
         from comkd_cli.runtime.devices import best_device
 
     home = out or evaluate.home_of(model, runs, own_data=not names and data is None)
     with reporting(quiet=as_json) as report:
+        collector = RunCollector(report)
         bench = evaluate.Bench(
             device=best_device(),
             data_root=data_root,
-            report=report,
+            report=collector.report,
+            on_scored=collector.observe,
             features=runs / "features",
             data=None if names and model is None else data,
             datasets=names if len(names) > 1 or (names and model is None) else (),
@@ -115,7 +121,14 @@ def command(
         )
         collectives.in_turn(partial(check_writable, home, "give another folder for the results with --out"))
         files = ResultFiles(home, report)
-        results = evaluate.evaluate(model, runs, bench, files.add if ranks.is_main() else _ignore)
+
+        def keep(found: Results) -> None:
+            if ranks.is_main():  # of several processes the main one writes
+                files.add(found)
+                collector.close(found)
+
+        results = evaluate.evaluate(model, runs, bench, keep)
+        _write_report(collector, home, data_root, report)
     collectives.destroy()
     if not ranks.is_main():
         return
@@ -132,8 +145,20 @@ def command(
         raise DataError(f"{len(failed)} of what was asked for could not be scored:\n" + "\n".join(map(_line, failed)))
 
 
-def _ignore(_results: Results) -> None:
-    """Of several processes the main one writes."""
+def _write_report(collector: RunCollector, home: Path, data_root: Path, report: Report) -> None:
+    """Write report.html beside results.json where students were scored; scores are not lost where that fails."""
+    from comkd_cli.cli.options import typed_command
+    from comkd_cli.errors import WriteError
+    from comkd_cli.events import Notice, Stage
+    from comkd_cli.flows.report import NAME
+
+    if not collector.runs:
+        return
+    report(Stage(f"Report: {home / NAME}"))
+    try:
+        collector.write(home / NAME, data_root, typed_command())
+    except WriteError as error:
+        report(Notice(str(error)))
 
 
 def _line(entry: Missing) -> str:

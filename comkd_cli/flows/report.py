@@ -1,0 +1,120 @@
+"""The report of runs: listens while they are scored, and writes one HTML page of what was seen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from comkd_cli.evaluation.answers import Observation, answers, distances
+from comkd_cli.events import Event, Notice, Report
+from comkd_cli.files import write_text
+from comkd_cli.models.checkpoints import load_student_record
+from comkd_cli.models.costs import multiply_adds
+from comkd_cli.report.page import render
+from comkd_cli.report.run import ScoredModel, ScoredRun
+from comkd_cli.results.curve import read_curve
+from comkd_cli.results.records import Results
+from comkd_cli.runtime import ranks
+
+NAME = "report.html"
+MANIFEST = Path("bundle", "manifest.json")
+
+
+class RunCollector:
+    """Collects the runs that an evaluation scores: its events, its models' answers, and where each run ends.
+
+    Give `report`, `observe` and `close` to the evaluation. What a run keeps grows with the images, not with the
+    classes. Of several processes the main one collects.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self.runs: list[ScoredRun] = []
+        self._report = report
+        self._notices: list[str] = []
+        self._student: Observation | None = None
+        self._teacher: Observation | None = None
+
+    def report(self, event: Event) -> None:
+        """Pass an event on; notices are kept for the run at hand."""
+        if isinstance(event, Notice):
+            self._notices.append(event.text)
+        self._report(event)
+
+    def observe(self, seen: Observation) -> None:
+        """Take a model that was scored: a student, then its teacher. Plain CLIPs are not runs."""
+        if not ranks.is_main():
+            return
+        if seen.subject.role == "student":
+            self._student, self._teacher = seen, None
+        elif seen.subject.role == "teacher":
+            self._teacher = seen
+
+    def close(self, found: Results) -> None:
+        """End the run at hand. found: its results, with what could not be scored."""
+        if self._student is not None:
+            problems = [f"The teacher could not be scored: {entry.line}" for entry in found.missing]
+            self.runs.append(_scored_run(self._student, self._teacher, (*self._notices, *problems)))
+        self._student = self._teacher = None
+        self._notices = []
+
+    def write(self, path: Path, data_root: Path, made_by: str) -> None:
+        """Write the page of the collected runs. Raises WriteError.
+
+        data_root, made_by: as `report.page.render` takes them.
+        """
+        write_text(path, render(self.runs, data_root, made_by))
+
+
+def _scored_run(student: Observation, teacher: Observation | None, notices: tuple[str, ...]) -> ScoredRun:
+    path = Path(student.subject.model)
+    facts = load_student_record(path)
+    source, images = student.source, student.images
+    trained = (facts.identity_parts or {}).get("data", {}).get("training_images")
+    no_test_images = source.test is None or not len(source.test)
+    return ScoredRun(
+        path=path,
+        facts=facts,
+        dataset=source.name,
+        class_names=source.class_names,
+        images=images,
+        training_images=len(source.train),
+        student=_scored_model(student),
+        teacher=None if teacher is None else _scored_model(teacher),
+        distances=None if teacher is None else distances(student, teacher),
+        learned_test_images=no_test_images or trained == images.digest,
+        unreadable=student.features.unreadable,
+        notices=notices,
+        history=read_curve(path.parent),
+        manifest=_manifest(path.parent / MANIFEST),
+    )
+
+
+def _scored_model(seen: Observation) -> ScoredModel:
+    subject = seen.subject
+    size = subject.encoder.preprocessing.size
+    return ScoredModel(
+        name=subject.model,
+        sha256=subject.encoder.identity,
+        parameters=subject.parameters,
+        multiply_adds=_multiply_adds(seen, size),
+        image_size=size,
+        answers=answers(seen),
+    )
+
+
+def _multiply_adds(seen: Observation, size: int) -> int | None:
+    try:
+        return multiply_adds(seen.subject.module, size)
+    except (RuntimeError, NotImplementedError):  # some timm towers compute what the meta device cannot
+        return None
+
+
+def _manifest(path: Path) -> Mapping[str, Any] | None:
+    """The manifest of a bundle; None where there is none, or none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
