@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from comkd_cli.events import Event, Notice, Report
 from comkd_cli.files import write_text
 from comkd_cli.models.checkpoints import load_student_record
 from comkd_cli.models.costs import multiply_adds
+from comkd_cli.report.details import Making
 from comkd_cli.report.page import render
 from comkd_cli.report.run import ScoredModel, ScoredRun
 from comkd_cli.results.curve import read_curve
@@ -25,8 +26,8 @@ MANIFEST = Path("bundle", "manifest.json")
 class RunCollector:
     """Collects the runs that an evaluation scores: its events, its models' answers, and where each run ends.
 
-    Give `report`, `observe` and `close` to the evaluation. What a run keeps grows with the images, not with the
-    classes. Of several processes the main one collects.
+    Give `report`, `observe` and `closing()` to the evaluation. What a run keeps grows with the images, not with the
+    classes.
     """
 
     def __init__(self, report: Report) -> None:
@@ -51,20 +52,29 @@ class RunCollector:
         elif seen.subject.role == "teacher":
             self._teacher = seen
 
-    def close(self, found: Results) -> None:
-        """End the run at hand. found: its results, with what could not be scored."""
+    def closing(self, keep: Callable[[Results], None] = lambda found: None) -> Callable[[Results], None]:
+        """What the evaluation calls with the results of each run: keeps them, and ends the run at hand.
+
+        Of several processes the main one keeps and collects.
+        """
+
+        def close(found: Results) -> None:
+            if ranks.is_main():
+                keep(found)
+                self._close(found)
+
+        return close
+
+    def _close(self, found: Results) -> None:
         if self._student is not None:
             problems = [f"The teacher could not be scored: {entry.line}" for entry in found.missing]
             self.runs.append(_scored_run(self._student, self._teacher, (*self._notices, *problems)))
         self._student = self._teacher = None
         self._notices = []
 
-    def write(self, path: Path, data_root: Path, made_by: str) -> None:
-        """Write the page of the collected runs. Raises WriteError.
-
-        data_root, made_by: as `report.page.render` takes them.
-        """
-        write_text(path, render(self.runs, data_root, made_by))
+    def write(self, path: Path, making: Making) -> None:
+        """Write the page of the collected runs. Raises WriteError."""
+        write_text(path, render(self.runs, making))
 
 
 def _scored_run(student: Observation, teacher: Observation | None, notices: tuple[str, ...]) -> ScoredRun:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,16 @@ MOST_IN_MATRIX = 25
 MOST_PAIRS = 20
 MOST_CLASSES = 200
 VERSIONS = ("comkd", "torch", "open_clip_torch", "timm")
+
+
+@dataclass(frozen=True)
+class Making:
+    """How the report was made."""
+
+    command: str
+    """As it was typed."""
+    runs: Path
+    data_root: Path
 
 
 @dataclass(frozen=True)
@@ -124,16 +133,17 @@ def origin(run: ScoredRun) -> list[tuple[str, str]]:
     return [(name, value) for name, value in _origin(run) if value]
 
 
-def commands(run: ScoredRun, data_root: Path, made_by: str) -> list[tuple[str, str]]:
-    """What each command does, and the command. made_by: the one that wrote the report."""
+def commands(run: ScoredRun, making: Making) -> list[tuple[str, str]]:
+    """What each command does, and the command."""
     folder = run.path.parent
     student, recipe = shlex.quote(str(run.path)), shlex.quote(str(folder / "recipe.yaml"))
-    root = f" --data-root {shlex.quote(str(data_root))}"
+    root = shlex.join(["--data-root", str(making.data_root)])
+    both = shlex.join(["--runs", str(making.runs)]) + f" {root}"
     return [
-        ("This report", made_by),
-        ("Train the student again, with every setting written out", f"comkd distill {recipe}{root} --runs runs-again"),
-        ("Score it beside its teacher", f"comkd evaluate {student}{root}"),
-        ("Export it, with latency", f"comkd export --onnx --benchmark {student}"),
+        ("This report", making.command),
+        ("Train the student again, with every setting written out", f"comkd distill {recipe} {root} --runs runs-again"),
+        ("Score it beside its teacher", f"comkd evaluate {student} {both}"),
+        ("Export it, with latency", f"comkd export --onnx --benchmark {student} {both}"),
     ]
 
 
@@ -165,7 +175,7 @@ def _picture(run: ScoredRun, index: int, note: str) -> Picture:
     truth = None if run.images.labels is None else run.images.labels[index]
     given = [_answer(run, role, model, index, truth) for role, model in run.models]
     return Picture(
-        key=os.path.basename(run.images.keys[index]) or run.images.keys[index],
+        key=run.images.keys[index].rpartition("/")[2],
         source=thumbnail(run.images, index),
         label=None if truth is None else run.class_names[truth],
         answers=[answer for answer in given if answer is not None],

@@ -26,8 +26,9 @@ VARIABLES = {INK: "var(--text)", QUIET: "var(--quiet)", LINE: "var(--line)"} | {
     colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, start=1)
 }
 MARKERS, DASHES = ("o", "s", "^", "D"), ("-", "--", "-.", ":")
+LABEL_OFFSETS = (6, 5), (-11, -12)  # points; neighbours in turn, so that letters of near points stay apart
 WIDTH, HEIGHT = 3.9, 2.5  # inches; on a phone a point is about a pixel
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "comkd",
     "font.size": 10,
@@ -82,7 +83,7 @@ def history_figures(history: Sequence[Mapping[str, Any]], prefix: str) -> list[F
     shared = [name for name in history[0] if name.endswith("_gradient_share")]
     terms = _terms(history)
     drawn = [_lines(history, {"loss": "loss"} | dict.fromkeys(terms), f"{prefix}-loss", "Training loss", "loss")]
-    if len(drawn) and (score := score_name(history)):
+    if score := score_name(history):
         label = "top-1" if "top1" in score else "agreement"
         drawn.append(_lines(history, {score: label}, f"{prefix}-score", f"Held-out {label}", "percent"))
     if len(shared) > 1:
@@ -90,9 +91,8 @@ def history_figures(history: Sequence[Mapping[str, Any]], prefix: str) -> list[F
         drawn.append(_lines(history, names, f"{prefix}-shares", "Share of each term in the gradient", "share"))
     elif len(terms) > 1:
         shares = [{"epoch": e["epoch"]} | {t: e[t] / e["loss"] for t in terms if t in e and e["loss"]} for e in history]
-        drawn.append(
-            _lines(shares, dict.fromkeys(terms), f"{prefix}-shares", "Share of each term in the loss", "share")
-        )
+        title = "Share of each term in the loss"
+        drawn.append(_lines(shares, dict.fromkeys(terms), f"{prefix}-shares", title, "share"))
     if any("gate" in epoch for epoch in history):
         drawn.append(_lines(history, {"gate": "gate"}, f"{prefix}-gate", "EduAttention's gate", "gate"))
     return [figure for figure in drawn if figure is not None]
@@ -146,13 +146,19 @@ def cost_figure(points: Sequence[Point], cost: str, score: str, name: str) -> Fi
         return None
     with matplotlib.rc_context(STYLE):
         canvas, axes = _canvas()
-        for point in points:
+        for number, point in enumerate(points):
             colour = SERIES[1] if point.is_teacher else SERIES[0]
             spread = [[point.score - point.interval.low], [point.interval.high - point.score]]
             spread = [[max(0.0, value) for value in side] for side in spread]
             marker = "s" if point.is_teacher else "o"
             axes.errorbar([point.cost], [point.score], yerr=spread, fmt=marker, color=colour, capsize=3, linewidth=1.2)
-            axes.annotate(point.letter, (point.cost, point.score), (6, 4), textcoords="offset points", color=INK)
+            axes.annotate(
+                point.letter,
+                (point.cost, point.score),
+                LABEL_OFFSETS[number % 2],
+                textcoords="offset points",
+                color=INK,
+            )
         axes.set_xscale("log")
         _plain_log(axes.xaxis, EngFormatter(sep=""))
         axes.margins(x=0.18, y=0.18)
@@ -248,4 +254,4 @@ def _svg(canvas: Canvas, name: str, description: str) -> Markup:
     root.set("aria-label", description)
     ElementTree.register_namespace("", SVG)
     ElementTree.register_namespace("xlink", XLINK)
-    return Markup(ElementTree.tostring(root, encoding="unicode"))  # noqa: S704  made here; its texts are escaped
+    return Markup(ElementTree.tostring(root, encoding="unicode"))

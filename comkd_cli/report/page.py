@@ -40,11 +40,8 @@ class Section:
     settings: str
 
 
-def render(runs: Sequence[ScoredRun], data_root: Path, made_by: str) -> str:
-    """The page. runs: one or more, the first of which the others are compared with.
-
-    data_root: for the commands that the page names. made_by: the command that the report comes from.
-    """
+def render(runs: Sequence[ScoredRun], making: details.Making) -> str:
+    """The page. runs: one or more, the first of which the others are compared with."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -55,19 +52,19 @@ def render(runs: Sequence[ScoredRun], data_root: Path, made_by: str) -> str:
     beside = scores.compared(runs) if len(runs) > 1 else None
     page = environment.get_template("template.html").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
-        sections=[_section(run, number, data_root, made_by) for number, run in enumerate(runs[:MOST_DETAILED], 1)],
+        sections=[_section(run, number, making) for number, run in enumerate(runs[:MOST_DETAILED], 1)],
         left_out=[run.name for run in runs[MOST_DETAILED:]],
         compared=beside,
         cost_figures=_cost_figures(beside.rows, runs[0].labelled) if beside else (),
         megabytes=scores.weights_megabytes,
-        made_by=made_by,
+        made_by=making.command,
         marks=CLASSES_OF_NUMBERS,
     )
     # Names that are not UTF-8 reach Python as lone surrogates, which no page can hold.
     return page.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _section(run: ScoredRun, number: int, data_root: Path, made_by: str) -> Section:
+def _section(run: ScoredRun, number: int, making: details.Making) -> Section:
     rows = [scores.score_row(run, role, model, "") for role, model in run.models]
     return Section(
         number=number,
@@ -84,7 +81,7 @@ def _section(run: ScoredRun, number: int, data_root: Path, made_by: str) -> Sect
         disagreements=details.disagreements(run),
         least_certain=details.least_certain(run),
         origin=details.origin(run),
-        commands=details.commands(run, data_root, made_by),
+        commands=details.commands(run, making),
         settings=details.settings(run),
     )
 

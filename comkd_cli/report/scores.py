@@ -34,7 +34,7 @@ class Measure:
     @property
     def interval_text(self) -> str:
         """`96.1 to 98.9`, or nothing."""
-        return "" if self.interval is None else f"{self.interval.low:.1f} to {self.interval.high:.1f}"
+        return "" if self.interval is None else _minus(f"{self.interval.low:.1f} to {self.interval.high:.1f}")
 
 
 @dataclass(frozen=True)
@@ -127,21 +127,19 @@ def score_row(run: ScoredRun, role: str, model: ScoredModel, key: str, name: str
 
 def compared(runs: Sequence[ScoredRun]) -> Compared:
     """A row for each student and, once, for each teacher; and the first run against each other one."""
-    rows: list[ScoreRow] = []
-    teachers: dict[tuple[str, str], None] = {}
-    for number, run in enumerate(runs, start=1):
-        rows.append(score_row(run, "student", run.student, str(number), run.name))
-        if run.teacher is not None and (known := (run.teacher.sha256, run.images.digest)) not in teachers:
-            teachers[known] = None
-            letter = f"T{len(teachers)}"
-            rows.append(score_row(run, "teacher", run.teacher, letter, run.teacher.name))
+    students = [score_row(run, "student", run.student, str(number), run.name) for number, run in enumerate(runs, 1)]
+    found = {(run.teacher.sha256, run.images.digest): (run, run.teacher) for run in runs if run.teacher is not None}
+    teachers = [
+        score_row(run, "teacher", teacher, f"T{number}", teacher.name)
+        for number, (run, teacher) in enumerate(found.values(), 1)
+    ]
     first = runs[0]
     differences = [
         _between(first, other, number)
         for number, other in enumerate(runs[1:], start=2)
         if first.labelled and same_images(first, other)
     ]
-    return Compared(rows, differences)
+    return Compared([*students, *teachers], differences)
 
 
 def against_teacher(run: ScoredRun) -> Difference | None:
@@ -163,9 +161,11 @@ def tiles(run: ScoredRun, rows: Sequence[ScoreRow]) -> list[Tile]:
         made.append(Tile("Kept of the teacher", Measure(kept, f"{kept:.1f} %"), f"its top-1: {teacher.top1.text}"))
     if student.agreement is not None:
         made.append(Tile("Agreement", student.agreement, "same answer as the teacher"))
-    made.append(Tile("Parameters", student.parameters, _ratio(student.parameters, teacher and teacher.parameters)))
+    made.append(
+        Tile("Parameters", student.parameters, _ratio(student.parameters, teacher.parameters if teacher else None))
+    )
     if student.multiply_adds is not None:
-        less = _ratio(student.multiply_adds, teacher and teacher.multiply_adds)
+        less = _ratio(student.multiply_adds, teacher.multiply_adds if teacher else None)
         made.append(Tile("Multiply-adds", student.multiply_adds, less or "for one image"))
     if student.latency is not None:
         made.append(Tile("Latency", student.latency, student.latency.name))
@@ -207,17 +207,22 @@ def _between(first: ScoredRun, other: ScoredRun, number: int) -> Difference:
         gain = sign * points.value
         assert points.interval is not None
         ends = sorted(sign * end for end in (points.interval.low, points.interval.high))
-        told = "" if ends[0] <= 0 <= ends[1] else " The interval excludes 0."
-        sentence = (
-            f"What the teacher gave: {gain:+.2f} points of top-1 over the same images and labels alone "
-            f"(95 % interval {ends[0]:+.1f} to {ends[1]:+.1f}).{told or ' The interval includes 0.'}"
+        zero = "includes" if ends[0] <= 0 <= ends[1] else "excludes"
+        sentence = _minus(
+            f"What the teacher gave: {gain:+.2f} points of top-1 over labels alone, on the same test images (95 % "
+            f"interval {ends[0]:+.1f} to {ends[1]:+.1f}, which {zero} 0)."
         )
     return Difference(f"run 1 less run {number}", points, sentence)
 
 
 def _points(mine: np.ndarray, theirs: np.ndarray) -> Measure:
     value = 100 * (float(np.mean(mine)) - float(np.mean(theirs)))
-    return Measure(value, f"{value:+.2f} points", difference_interval(mine, theirs))
+    return Measure(value, _minus(f"{value:+.2f} points"), difference_interval(mine, theirs))
+
+
+def _minus(text: str) -> str:
+    """With the sign of typography for the hyphens of numbers."""
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _giga(multiply_adds: int) -> Measure:

@@ -9,13 +9,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from comkd_cli.cli.options import allow_download_option, data_root_option, json_option, numbers, runs_option
+from comkd_cli.cli.options import (
+    allow_download_option,
+    data_root_option,
+    json_option,
+    numbers,
+    runs_option,
+    typed_command,
+)
 from comkd_cli.runtime import ranks
 
 if TYPE_CHECKING:
     from comkd_cli.events import Report
     from comkd_cli.flows.report import RunCollector
     from comkd_cli.recipe.model import Data
+    from comkd_cli.report.details import Making
     from comkd_cli.results.records import Missing, Results
 
 PROTOCOLS = ("zero-shot", "base-to-novel", "few-shot", "cross-dataset", "domain-generalization")
@@ -98,7 +106,9 @@ def command(
     data = _data(names, folder, classes, template)
     with starting():
         from comkd_cli.flows import evaluate
+        from comkd_cli.flows.report import NAME as REPORT
         from comkd_cli.flows.report import RunCollector
+        from comkd_cli.report.details import Making
         from comkd_cli.runtime import collectives
         from comkd_cli.runtime.devices import best_device
 
@@ -121,14 +131,8 @@ def command(
         )
         collectives.in_turn(partial(check_writable, home, "give another folder for the results with --out"))
         files = ResultFiles(home, report)
-
-        def keep(found: Results) -> None:
-            if ranks.is_main():  # of several processes the main one writes
-                files.add(found)
-                collector.close(found)
-
-        results = evaluate.evaluate(model, runs, bench, keep)
-        _write_report(collector, home, data_root, report)
+        results = evaluate.evaluate(model, runs, bench, collector.closing(files.add))
+        _write_report(collector, home / REPORT, Making(typed_command(), runs, data_root), report)
     collectives.destroy()
     if not ranks.is_main():
         return
@@ -145,18 +149,16 @@ def command(
         raise DataError(f"{len(failed)} of what was asked for could not be scored:\n" + "\n".join(map(_line, failed)))
 
 
-def _write_report(collector: RunCollector, home: Path, data_root: Path, report: Report) -> None:
-    """Write report.html beside results.json where students were scored; scores are not lost where that fails."""
-    from comkd_cli.cli.options import typed_command
+def _write_report(collector: RunCollector, path: Path, making: Making, report: Report) -> None:
+    """Write the report where students were scored; the scores stand where that fails."""
     from comkd_cli.errors import WriteError
     from comkd_cli.events import Notice, Stage
-    from comkd_cli.flows.report import NAME
 
     if not collector.runs:
         return
-    report(Stage(f"Report: {home / NAME}"))
+    report(Stage(f"Report: {path}"))
     try:
-        collector.write(home / NAME, data_root, typed_command())
+        collector.write(path, making)
     except WriteError as error:
         report(Notice(str(error)))
 

@@ -44,6 +44,7 @@ def command(
     students = [_student_file(path) for path in runs_to_show]
     with starting():
         from comkd_cli.flows.report import NAME, RunCollector
+        from comkd_cli.report.details import Making
         from comkd_cli.runtime import collectives
 
     path = out or (students[0].parent if len(students) == 1 else runs) / NAME
@@ -53,7 +54,7 @@ def command(
         for student in students:
             _score(student, collector, runs, data_root, allow_download)
         if collector.runs:
-            collector.write(path, data_root, typed_command())
+            collector.write(path, Making(typed_command(), runs, data_root))
     collectives.destroy()
     output().print(f"report: {path}", markup=False, soft_wrap=True)
 
@@ -70,7 +71,7 @@ def _score(student: Path, collector: RunCollector, runs: Path, data_root: Path, 
         features=runs / "features",
         allow_download=allow_download,
     )
-    evaluate(str(student), runs, bench, collector.close)
+    evaluate(str(student), runs, bench, collector.closing())
 
 
 def _student_file(path: Path) -> Path:
