@@ -31,7 +31,7 @@ def _about_images(run: ScoredRun) -> Iterator[str]:
     if run.facts.recipe.selection == "promptkd":
         yield "The epoch that was kept is the best on test images: the scores are optimistically biased."
     if run.unreadable:
-        yield f"{len(run.unreadable)} images could not be read and are not scored."
+        yield f"Images that could not be read and are not scored: {len(run.unreadable)}."
     if run.labelled:
         predicted, labels = run.against_reference(run.student)
         interval = share_interval(predicted == labels)
@@ -40,7 +40,8 @@ def _about_images(run: ScoredRun) -> Iterator[str]:
                 f"{len(labels)} test images leave an interval of {interval.high - interval.low:.1f} points: smaller "
                 "differences are not established."
             )
-        absent = [name for label, name in enumerate(run.class_names) if label not in set(labels.tolist())]
+        present = set(labels.tolist())
+        absent = [name for label, name in enumerate(run.class_names) if label not in present]
         if absent:
             yield f"No test images of {len(absent)} of {len(run.class_names)} classes: {some(absent)}."
 

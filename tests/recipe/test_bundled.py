@@ -24,7 +24,7 @@ from tests import tiny
 from tests.flows.test_suite import fill
 
 NAMES = sorted(bundled_recipes())
-PAPER = [name for name in NAMES if name not in ("digits", "cifar10")]
+PAPER = [name for name in NAMES if name not in ("digits", "labels_only", "cifar10")]
 
 
 def test_all_are_valid_for_every_data_set_that_they_name() -> None:
@@ -78,6 +78,14 @@ def differences(first: Any, second: Any, at: str = "") -> set[str]:
 def test_an_ablation_differs_from_the_papers_recipe_in_what_it_is_named_for(name: str, differing: set[str]) -> None:
     paper, other = (load_recipe(which).model_dump(mode="json") for which in ("vitl_to_vitb", name))
     assert differences(paper, other) - {"about"} == differing
+
+
+def test_labels_only_is_the_student_and_teacher_of_digits_with_another_loss() -> None:
+    digits, alone = (load_recipe(which) for which in ("digits", "labels_only"))
+    changed = differences(digits.model_dump(mode="json"), alone.model_dump(mode="json")) - {"about"}
+    assert {path.split(".")[0] for path in changed} == {"loss"}
+    assert not alone.loss.needs_teacher
+    assert alone.loss.edu_attention is None
 
 
 def test_the_papers_settings() -> None:
