@@ -55,6 +55,20 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report.html"
 
 
+def test_a_printed_page_is_light_and_shows_all(browser: Chromium, report: Path) -> None:
+    with browser.open("about:blank") as tab:
+        paper = 700  # pixels of A4 within its margins
+        tab.call("Emulation.setDeviceMetricsOverride", width=paper, height=900, deviceScaleFactor=1, mobile=False)
+        dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+        tab.call("Emulation.setEmulatedMedia", media="print", features=dark)
+        tab.call("Page.navigate", url=report.as_uri())
+        tab.wait_for("document.readyState === 'complete' && document.querySelector('footer') !== null")
+        assert tab.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        assert tab.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        cut = "[...document.querySelectorAll('.scroll')].filter((e) => e.scrollHeight > e.clientHeight + 1).length"
+        assert tab.run(cut) == 0
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 def test_it_fits_fetches_nothing_and_is_legible(browser: Chromium, report: Path, width: int, scheme: str) -> None:

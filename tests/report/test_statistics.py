@@ -81,12 +81,11 @@ def test_the_same_answers_have_the_same_intervals() -> None:
 def test_scores_of_classes_are_scikit_learns(pairs: list[tuple[int, int]]) -> None:
     predicted, labels = np.array(pairs).T
     precision, recall, _, support = precision_recall_fscore_support(
-        labels, predicted, labels=range(CLASSES), zero_division=-1
+        labels, predicted, labels=range(CLASSES), zero_division=np.nan
     )
     rows = class_scores(predicted, labels, CLASSES)
-    # -1: scikit-learn has no figure, as here None.
-    assert [-1 if row.precision is None else row.precision for row in rows] == pytest.approx(list(precision))
-    assert [-1 if row.recall is None else row.recall for row in rows] == pytest.approx(list(recall))
+    for found, expected in (([row.precision for row in rows], precision), ([row.recall for row in rows], recall)):
+        assert [np.nan if value is None else value for value in found] == pytest.approx(list(expected), nan_ok=True)
     assert [row.support for row in rows] == list(support)
     assert sum(row.errors for row in rows) == 2 * int((predicted != labels).sum())
 
