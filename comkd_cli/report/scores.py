@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -221,8 +222,8 @@ def _points(mine: np.ndarray, theirs: np.ndarray) -> Measure:
 
 
 def _minus(text: str) -> str:
-    """With the sign of typography for the hyphens of numbers."""
-    return text.replace("-", "\N{MINUS SIGN}")
+    """With the sign of typography before negative numbers; the hyphen of top-1 stays."""
+    return re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", text)
 
 
 def _giga(multiply_adds: int) -> Measure:

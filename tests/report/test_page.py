@@ -130,6 +130,7 @@ def test_two_runs_are_compared_on_their_images_and_what_the_teacher_gave_is_said
     other_way = page(labels_only, distilled)
     assert "What the teacher gave: +16.67 points" in other_way.text
     assert "\N{MINUS SIGN}16.67 points" in other_way.text
+    assert "top\N{MINUS SIGN}1" not in shown.text
 
 
 def test_runs_on_other_images_stand_beside_each_other_without_a_difference(tmp_path: Path) -> None:
