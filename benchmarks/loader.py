@@ -31,7 +31,7 @@ from torchvision.datasets.folder import pil_loader
 from comkd_cli.data.folder import images_below
 from comkd_cli.data.loaders import TrainingLoader
 from comkd_cli.data.source import ImageSet
-from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.edge.images import Preprocessing
 from comkd_cli.recipe.model import Augment
 from comkd_cli.runtime.ranks import usable_cores
 

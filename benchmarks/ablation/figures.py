@@ -15,7 +15,7 @@ from torch import Tensor
 from comkd_cli.data.folder import folder_source
 from comkd_cli.data.loaders import worker_count
 from comkd_cli.data.source import ImageSet, Source
-from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.edge.images import Preprocessing
 from comkd_cli.evaluation.features import Encoder, FeatureStore
 from comkd_cli.evaluation.metrics import agreement_percent, top1_percent
 from comkd_cli.models.checkpoints import StudentRecord, load_student

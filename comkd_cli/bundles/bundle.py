@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,8 @@ from comkd_cli.bundles.latency import Measured
 from comkd_cli.bundles.parity import Parity
 from comkd_cli.bundles.parts import Parts
 from comkd_cli.bundles.precisions import OPTIMIZATION, Quantisation
-from comkd_cli.edge import classifier, clip_tokenizer
+from comkd_cli.bundles.standalone import standalone_predictor
+from comkd_cli.edge.manifest import BUNDLE_FORMAT
 from comkd_cli.errors import ExportError
 from comkd_cli.files import sha256_of_file, write_text
 from comkd_cli.models.checkpoints import StudentRecord
@@ -127,7 +127,7 @@ def complete_bundle(folder: Path, contents: Contents) -> dict[str, Any]:
     write_text(folder / "classes.txt", class_list(record.class_names))
     write_text(folder / "predict.py", standalone_predictor())
     manifest: dict[str, Any] = {
-        "format": classifier.BUNDLE_FORMAT,
+        "format": BUNDLE_FORMAT,
         "made_by": f"comkd {version('comkd')}",
         "recipe": record.recipe_name,
         "data": record.source,
@@ -165,17 +165,6 @@ def complete_bundle(folder: Path, contents: Contents) -> dict[str, Any]:
     }
     write_text(folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return manifest
-
-
-def standalone_predictor() -> str:
-    """predict.py: the predictor as one file, the tokenizer in the place of its import."""
-    source = Path(classifier.__file__).read_text(encoding="utf-8")
-    tokenizer = Path(clip_tokenizer.__file__).read_text(encoding="utf-8")
-    future = next(node for node in ast.parse(tokenizer).body if isinstance(node, ast.ImportFrom))
-    body = "\n".join(tokenizer.splitlines()[future.lineno :]).strip()
-    head, found, tail = source.partition("from comkd_cli.edge.clip_tokenizer import Tokenizer\n")
-    assert found, "the predictor imports its tokenizer otherwise"
-    return f"{head}{body}\n{tail}"
 
 
 def _precision(precision: str, contents: Contents) -> dict[str, Any]:

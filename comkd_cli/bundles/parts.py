@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from comkd_cli.data.source import ImageSet
-from comkd_cli.edge.classifier import Preprocessing, UnreadableImage, prepare
+from comkd_cli.edge.images import Preprocessing, UnreadableImage, prepare
 from comkd_cli.errors import DataError
 from comkd_cli.events import Notice, Progress, Report
 

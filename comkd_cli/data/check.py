@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from comkd_cli.data.class_names import missing_text
 from comkd_cli.data.splits import Entry, Splits, read_splits, select_half
-from comkd_cli.edge.classifier import UnreadableImage, open_image
+from comkd_cli.edge.images import UnreadableImage, open_image
 from comkd_cli.errors import DataError
 from comkd_cli.recipe.catalog import Dataset
 

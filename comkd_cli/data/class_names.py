@@ -7,12 +7,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from comkd_cli.edge.classifier import clean_class_name
+from comkd_cli.edge.class_names import clean_class_name
 from comkd_cli.errors import DataError
 
 
 def clean_class_names(names: Sequence[str], origin: str, lines: Sequence[int] | None = None) -> list[str]:
-    """Class names as prompts have them (`edge.classifier.clean_class_name`), in the same order.
+    """Class names as prompts have them (`edge.class_names.clean_class_name`), in the same order.
 
     origin: the file or the field that holds them, for messages. lines: where in a file each name is; None counts the
     classes from 1. Raises DataError for a name that cannot be used, for the same name twice, and for fewer than two

@@ -17,7 +17,7 @@ from comkd_cli.data.class_names import class_key, clean_class_names, clean_name,
 from comkd_cli.data.contents import NO_REGULAR_FILE, FileContents
 from comkd_cli.data.image_files import SUFFIXES, is_image, is_junk, skipped_text, suffix_of
 from comkd_cli.data.source import ImageSet, Source
-from comkd_cli.edge.classifier import UnreadableImage, open_image
+from comkd_cli.edge.images import UnreadableImage, open_image
 from comkd_cli.errors import DataError
 from comkd_cli.events import Notice, Report
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from comkd_cli.data.order import epoch_order
 from comkd_cli.data.source import ImageSet
 from comkd_cli.data.transforms import scoring_input, stable_seed, training_inputs
-from comkd_cli.edge.classifier import Preprocessing, UnreadableImage
+from comkd_cli.edge.images import Preprocessing, UnreadableImage
 from comkd_cli.errors import TrainingError
 from comkd_cli.recipe.model import Augment, Data
 from comkd_cli.runtime import ranks

@@ -32,7 +32,7 @@ from PIL import Image
 
 from comkd_cli.data.contents import Fingerprint
 from comkd_cli.data.image_files import SUFFIXES, below_junk, skipped_text, suffix_of
-from comkd_cli.edge.classifier import UnreadableImage, open_image
+from comkd_cli.edge.images import UnreadableImage, open_image
 from comkd_cli.errors import DataError
 from comkd_cli.events import Progress, Report
 from comkd_cli.files import folder_written_whole, remove_folder, sha256_of_data, write_text, written_whole

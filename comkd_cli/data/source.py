@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from comkd_cli.data.contents import Contents
-from comkd_cli.edge.classifier import UnreadableImage
+from comkd_cli.edge.images import UnreadableImage
 from comkd_cli.files import sha256_of_data
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tv
 
-from comkd_cli.edge.classifier import Preprocessing, normalise, prepare
+from comkd_cli.edge.images import Preprocessing, normalise, prepare
 from comkd_cli.recipe.model import Augment
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of a random crop before it is resized; torchvision's and PromptKD's

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from comkd_cli.data.loaders import scoring_batches
 from comkd_cli.data.source import ImageSet
-from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.edge.images import Preprocessing
 from comkd_cli.errors import ComkdError, ModelError, TrainingError
 from comkd_cli.events import Notice, Progress, Report
 from comkd_cli.files import sha256_of_data, written_whole

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.edge.images import Preprocessing
 from comkd_cli.evaluation.features import Encoder
 from comkd_cli.method.student import Student
 from comkd_cli.method.teacher import Teacher

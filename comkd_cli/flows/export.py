@@ -36,7 +36,7 @@ from comkd_cli.bundles.runner import run_graph
 from comkd_cli.bundles.web import add_web_page
 from comkd_cli.data.folder import images_below
 from comkd_cli.data.sources import open_source
-from comkd_cli.edge.classifier import BundleProblem, read_manifest
+from comkd_cli.edge.manifest import BundleProblem, read_manifest
 from comkd_cli.errors import CheckpointError, DataError, ExportError, Interrupted, ModelError
 from comkd_cli.evaluation.classes import check_classes
 from comkd_cli.events import Notice, Progress, Report, Stage

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from comkd_cli.edge.classifier import BundleProblem, Classifier, predict_all
+from comkd_cli.edge.classifier import Classifier, predict_all
+from comkd_cli.edge.manifest import BundleProblem
 from comkd_cli.errors import BundleError
 
 

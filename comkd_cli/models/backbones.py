@@ -22,7 +22,7 @@ from open_clip.tokenizer import HFTokenizer, SigLipTokenizer, basic_clean, canon
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from comkd_cli.edge.classifier import RESAMPLING, Preprocessing
+from comkd_cli.edge.images import RESAMPLING, Preprocessing
 from comkd_cli.errors import ModelError
 from comkd_cli.events import Notice, Report, ignore_event
 from comkd_cli.files import sha256_of_data, sha256_of_file

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comkd_cli.edge.classifier import Preprocessing, checked_preprocessing
+from comkd_cli.edge.images import Preprocessing, checked_preprocessing
 from comkd_cli.errors import CheckpointError, ComkdError
 from comkd_cli.files import is_newer_format, written_whole
 from comkd_cli.method.student import Student

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.edge.images import Preprocessing
 from comkd_cli.errors import CheckpointError, DataError, ModelError
 from comkd_cli.events import Notice, Report, ignore_event
 from comkd_cli.files import sha256_of_file

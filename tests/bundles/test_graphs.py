@@ -20,7 +20,7 @@ from comkd_cli.bundles.graphs import (
     pass_on_refusals,
     quiet,
 )
-from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.edge.images import Preprocessing
 from comkd_cli.errors import ExportError
 from comkd_cli.method.student import Student
 from comkd_cli.method.teacher import encode_classes

@@ -15,7 +15,7 @@ from PIL import Image
 from comkd_cli.bundles.parts import Part, Parts, PartSize, Pool, read_parts
 from comkd_cli.data.folder import images_below
 from comkd_cli.data.source import ImageSet
-from comkd_cli.edge.classifier import Preprocessing, UnreadableImage
+from comkd_cli.edge.images import Preprocessing, UnreadableImage
 from comkd_cli.errors import DataError
 from comkd_cli.events import Event, Notice
 

@@ -22,7 +22,8 @@ from PIL import Image
 
 from comkd_cli.bundles import web
 from comkd_cli.bundles.web import INTEGRITY, PAGE, PAGE_FILES, RUNTIME_FILES, VERSION, add_web_page
-from comkd_cli.edge.classifier import Classifier, Preprocessing, open_image, prepare
+from comkd_cli.edge.classifier import Classifier
+from comkd_cli.edge.images import Preprocessing, open_image, prepare
 from comkd_cli.errors import ExportError
 from tests.chromium import NAMES, Chromium, Tab, find_chromium
 

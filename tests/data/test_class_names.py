@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comkd_cli.data.class_names import class_key, clean_class_names, missing_text, read_class_names
-from comkd_cli.edge.classifier import clean_class_name
+from comkd_cli.edge.class_names import clean_class_name
 from comkd_cli.errors import DataError
 
 BREAKS = ("\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from comkd_cli.data.loaders import Batch, TrainingLoader, scoring_batches, worker_count
 from comkd_cli.data.source import ImageSet
-from comkd_cli.edge.classifier import Preprocessing, UnreadableImage, prepare
+from comkd_cli.edge.images import Preprocessing, UnreadableImage, prepare
 from comkd_cli.errors import TrainingError
 from comkd_cli.recipe.model import Augment, Data
 
@@ -345,7 +345,7 @@ from comkd_cli.data.loaders import TrainingLoader, scoring_batches
 from comkd_cli.data.source import ImageSet
 from comkd_cli.runtime.devices import failures_explained
 from comkd_cli.errors import ComkdError
-from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.edge.images import Preprocessing
 from comkd_cli.recipe.model import Augment
 
 SETTINGS = Preprocessing(8, (0.5,) * 3, (0.5,) * 3)

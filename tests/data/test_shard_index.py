@@ -17,7 +17,7 @@ from comkd_cli.data.shard_index import SkippedFiles, open_index, read_members
 from comkd_cli.data.shards import (
     shard_images,
 )
-from comkd_cli.edge.classifier import UnreadableImage, open_image
+from comkd_cli.edge.images import UnreadableImage, open_image
 from comkd_cli.errors import DataError
 from comkd_cli.events import Event, Progress
 from tests.tars import encoded, opened, samples, silent, write, write_members

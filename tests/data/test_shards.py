@@ -16,7 +16,7 @@ from comkd_cli.data.shards import (
     shard_source,
     source_name,
 )
-from comkd_cli.edge.classifier import open_image
+from comkd_cli.edge.images import open_image
 from comkd_cli.errors import DataError
 from comkd_cli.events import Event, Notice
 from tests.tars import encoded, opened, read_by_webdataset, samples, silent, write, write_members

@@ -20,20 +20,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torchvision import transforms
 
-from comkd_cli.bundles.bundle import standalone_predictor
+from comkd_cli.bundles.standalone import standalone_predictor
 from comkd_cli.edge import classifier
-from comkd_cli.edge.classifier import (
-    BundleProblem,
-    Classifier,
-    Preprocessing,
-    UnreadableImage,
-    as_rgb,
-    open_image,
-    predict_all,
-    prepare,
-    read_manifest,
-    resize_and_crop,
-)
+from comkd_cli.edge.classifier import Classifier, predict_all
+from comkd_cli.edge.images import Preprocessing, UnreadableImage, as_rgb, open_image, prepare, resize_and_crop
+from comkd_cli.edge.manifest import BundleProblem, read_manifest
 
 Noise = Callable[..., Image.Image]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -622,7 +613,7 @@ def test_the_crop_of_a_long_shape_is_resized_alone_to_the_same_picture(
 
 LINE = """
 import resource, sys
-from comkd_cli.edge.classifier import Preprocessing, open_image, prepare
+from comkd_cli.edge.images import Preprocessing, open_image, prepare
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sys.argv[1:]:
     prepare(open_image(path), Preprocessing(224, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)))

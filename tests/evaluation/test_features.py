@@ -8,7 +8,7 @@ from PIL import Image
 
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.source import ImageSet
-from comkd_cli.edge.classifier import Preprocessing, UnreadableImage, prepare
+from comkd_cli.edge.images import Preprocessing, UnreadableImage, prepare
 from comkd_cli.errors import ModelError
 from comkd_cli.evaluation.features import Encoder, FeatureStore, store_key
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from comkd_cli.data.digits import digits_source
-from comkd_cli.edge.classifier import Preprocessing, UnreadableImage
+from comkd_cli.edge.images import Preprocessing, UnreadableImage
 from comkd_cli.errors import DataError
 from comkd_cli.evaluation.features import Encoder, FeatureStore
 from comkd_cli.evaluation.protocols import few_shot

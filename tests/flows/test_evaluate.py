@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 from comkd_cli.data.digits import digits_source
-from comkd_cli.edge.classifier import prepare
+from comkd_cli.edge.images import prepare
 from comkd_cli.errors import CheckpointError, DataError, ModelError
 from comkd_cli.evaluation.subjects import Subject
 from comkd_cli.events import Event, Notice

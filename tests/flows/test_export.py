@@ -22,7 +22,9 @@ from comkd_cli.bundles.bundle import check_head
 from comkd_cli.bundles.parity import GATES, Gate, measure_parity
 from comkd_cli.bundles.runner import run_graph
 from comkd_cli.data.digits import digits_source
-from comkd_cli.edge.classifier import BundleProblem, Classifier, prepare
+from comkd_cli.edge.classifier import Classifier
+from comkd_cli.edge.images import prepare
+from comkd_cli.edge.manifest import BundleProblem
 from comkd_cli.errors import BundleError, DataError, ExportError, Interrupted, WriteError
 from comkd_cli.flows import export as export_flow
 from comkd_cli.flows.export import ExportOptions, export

@@ -7,7 +7,7 @@ from torch import nn
 
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.loaders import Batch, TrainingLoader
-from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.edge.images import Preprocessing
 from comkd_cli.errors import CheckpointError, Interrupted, TrainingError
 from comkd_cli.events import Epoch, Event, Progress
 from comkd_cli.recipe.identity import Identity
