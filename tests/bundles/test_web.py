@@ -261,7 +261,7 @@ def test_a_damaged_package_is_refused(
     assert not cache.exists()
 
 
-def test_where_the_runtime_cannot_be_kept_is_named(
+def test_a_cache_that_cannot_be_written_is_named(
     colour_bundle: Path, tmp_path: Path, fake_npm: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("no folder")
@@ -507,12 +507,12 @@ def test_the_page_tells_colours_apart_and_knows_a_manifests_defaults(colour_bund
 
 @slow
 @NEEDS_BROWSER
-def test_another_precision_can_be_asked_for(bundle: Path, browser: Chromium) -> None:
+def test_another_precision_can_be_selected(bundle: Path, browser: Chromium) -> None:
     with served(bundle) as address:
         record = answer(browser, named(address, "photo.jpg", precision="fp16"))
         refused = answer(browser, named(address, "photo.jpg", precision="int8"))
     agree(record, Classifier(bundle, precision="fp16").predict(bundle / "photo.jpg"))
-    assert refused["error"] == "manifest.json: the bundle has no int8; it has fp32, fp16"
+    assert refused["error"] == "manifest.json: precisions: not in the bundle: int8 (allowed: fp32, fp16)"
 
 
 @slow
@@ -567,7 +567,7 @@ def test_pictures_are_chosen_dropped_and_pasted(bundle: Path, browser: Chromium)
             agree(record, Classifier(bundle).predict(bundle / picture))
         assert tab.run("document.getElementById('picture').naturalWidth") == 70
         tab.run("document.body.dispatchEvent(new DragEvent('drop', {bubbles: true, dataTransfer: new DataTransfer()}))")
-        assert "What was dropped is no file" in tab.text()
+        assert "The dropped item is not a file" in tab.text()
 
 
 @slow
@@ -665,7 +665,8 @@ def test_a_changed_file_is_named(damaged: Path, browser: Chromium, name: str) ->
     (damaged / name).write_bytes(content)
     with served(damaged) as address:
         record = answer(browser, named(address, "photo.jpg"))
-    assert record["error"] == f"{name}: is not the file that was exported (its sha256 differs); export again"
+    problem = "is not the file that was exported: its sha256 differs from that in manifest.json"
+    assert record["error"] == f"{name}: {problem}; export the bundle again"
 
 
 @slow
@@ -674,12 +675,12 @@ def test_a_changed_file_is_named(damaged: Path, browser: Chromium, name: str) ->
     ("fields", "message"),
     [
         ({"format": "comkd-bundle/2"}, "manifest.json: is not a manifest of format comkd-bundle/1"),
-        ({"precisions": None}, "manifest.json: lacks precisions"),
+        ({"precisions": None}, "manifest.json: precisions: missing"),
         ({"precisions": {}}, "manifest.json: precisions: should name the graphs of at least one precision"),
-        ({"files": {}}, "manifest.json: does not list classes.txt with its sha256"),
+        ({"files": {}}, "manifest.json: files: has no sha256 of classes.txt"),
         (
             {"preprocessing": {"size": 8, "interpolation": "lanczos"}},
-            "manifest.json: preprocessing: interpolation lanczos is not known",
+            "manifest.json: preprocessing: interpolation should be bicubic or bilinear, not 'lanczos'",
         ),
     ],
 )
@@ -699,12 +700,12 @@ def test_a_graph_that_the_runtime_refuses_is_named(damaged: Path, browser: Chrom
     sign(damaged, Preprocessing(32, MEAN, STD))
     with served(damaged) as address:
         record = answer(browser, named(address, "photo.jpg"))
-    assert record["error"].startswith("classifier.onnx: this browser can't load it: ")
+    assert record["error"].startswith("classifier.onnx: this browser could not load it: ")
 
 
 @slow
 @NEEDS_BROWSER
-def test_a_picture_that_cannot_be_had_is_named_and_the_next_is_answered(bundle: Path, browser: Chromium) -> None:
+def test_an_image_that_cannot_be_read_is_named_and_the_next_is_classified(bundle: Path, browser: Chromium) -> None:
     (bundle / "odd.png").write_text("no picture")
     with served(bundle) as address:
         gone = answer(browser, named(address, "gone.png"))
@@ -718,7 +719,7 @@ def test_a_picture_that_cannot_be_had_is_named_and_the_next_is_answered(bundle: 
             )
     assert gone == {"image": "gone.png", "error": "gone.png: is missing from the folder of this page"}
     assert elsewhere["error"] == "//127.0.0.1:1/x.png: is missing from the folder of this page"
-    assert odd["error"].startswith("odd.png: can't be read as a picture")
+    assert odd["error"].startswith("odd.png: could not be read as an image")
     agree(record, Classifier(bundle).predict(bundle / "photo.jpg"))
 
 
