@@ -38,7 +38,7 @@ EMPTY_LEFTOVER_SECONDS = 3600
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the place of `path` when the block ends well.
 
     A block that fails, or a process that dies in it, leaves `path` as it was. Raises WriteError, naming the
@@ -63,7 +63,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def folder_written_whole(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` to fill; it takes the place of `path` when the block ends well.
 
     A block that fails or is interrupted leaves `path` as it was and nothing beside it; what processes that were
@@ -192,7 +192,7 @@ def _sync(file: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a whole text file as UTF-8."""
-    with written_whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 

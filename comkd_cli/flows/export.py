@@ -40,7 +40,7 @@ from comkd_cli.edge.classifier import BundleProblem, read_manifest
 from comkd_cli.errors import CheckpointError, DataError, ExportError, Interrupted, ModelError
 from comkd_cli.evaluation.classes import check_classes
 from comkd_cli.events import Notice, Progress, Report, Stage
-from comkd_cli.files import folder_written_whole, write_text
+from comkd_cli.files import atomic_folder, write_text
 from comkd_cli.method.student import Student
 from comkd_cli.models.backbones import bpe_merges
 from comkd_cli.models.checkpoints import StudentRecord, load_student
@@ -125,7 +125,7 @@ def _export(
     class_vectors, logit_scale = student.class_vectors.numpy(), float(student.logit_scale)
     check_head(student_file, record.class_names, class_vectors, logit_scale)
     extra = {CLASS_VECTORS: class_vectors} if student.uses_candidates else {}
-    with folder_written_whole(out) as folder:  # first, for an unwritable place should not cost the work below
+    with atomic_folder(out) as folder:  # first, for an unwritable place should not cost the work below
         parts = _parts(record, data_root, options, report)
         contents = Contents(
             record=record,

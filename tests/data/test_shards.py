@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from comkd_cli.data.shard_index import read_members
+from comkd_cli.data.shard_members import read_members
 from comkd_cli.data.shards import (
     find_shards,
     shard_source,

@@ -8,7 +8,8 @@ import pytest
 
 from comkd_cli.data.catalogued import catalogued_source
 from comkd_cli.data.sources import open_source
-from comkd_cli.data.splits import Entry, Splits, read_splits, sample_shots, select_half
+from comkd_cli.data.split_files import read_splits
+from comkd_cli.data.splits import Entry, Splits, sample_shots, select_half
 from comkd_cli.errors import DataError
 from comkd_cli.events import Event
 from comkd_cli.recipe.catalog import CATALOG
