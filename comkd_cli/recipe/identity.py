@@ -1,4 +1,4 @@
-"""What a run is made of, by name, so that another run is told from it and the difference can be named."""
+"""What a run is made of, by name, so that two runs can be compared and their differences named."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ INDIFFERENT: dict[str, Any] = {
     "teacher": {"adapt": {"data": True, "classes_at_once": True}},
 }
 MOST_NAMED = 5
-KINDS = ("method", "name")  # fields that say which other fields there are: named first
-# What a part is a digest of, by its path: a digest itself tells a person nothing.
+KINDS = ("method", "name")  # fields that determine which other fields exist: named first
+# What a part is a digest of, by its path, for messages.
 CONTENTS = {
     "data.training_images": "the contents of the training images",
     "data.training_labels": "the labels of the training images",
@@ -51,7 +51,7 @@ class Identity:
         return sha256_of_data(comparable(self.parts))
 
     def differences(self, earlier: Mapping[str, Any], what: str) -> list[str]:
-        """What these parts have differently from earlier ones, a line each: `optim.name: adamw in WHAT, sgd now`.
+        """The differences between these parts and earlier ones, a line each: `optim.name: adamw in WHAT, sgd now`.
 
         earlier: parts that were saved, perhaps by an older version. A recipe field that it did not have counts with its
         default, since the default of a new field keeps what was done before; other parts that it does not have are not

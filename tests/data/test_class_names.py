@@ -84,7 +84,7 @@ def test_a_class_list_is_a_name_a_line_whoever_wrote_it(tmp_path: Path, content:
         (
             b"cat\ndog\nCat\ncow\nDOG\n",
             None,
-            "repeats class names: 'cat' at 1 and 3; 'dog' at 2 and 5; list each class",
+            "repeats class names: 'cat' at 1 and 3; 'dog' at 2 and 5; list",
         ),
         (b"red_panda\n\nred panda\n", None, "repeats class names: 'red panda' at 1 and 3"),
         (b"cat\n", None, "too few classes: 1 (allowed: at least 2)"),
