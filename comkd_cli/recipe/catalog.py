@@ -55,7 +55,7 @@ CATALOG = {
             test=50000,
             base_test=25000,
             new_test=25000,
-            origin="image-net.org, ILSVRC 2012 (needs an account): images/train and images/val, a folder for each class",
+            origin="image-net.org, ILSVRC 2012 (needs an account): images/train and images/val, with class folders",
         ),
         Dataset(
             name="caltech101",

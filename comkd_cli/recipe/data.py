@@ -36,8 +36,8 @@ class Data(Closed):
     unreadable_limit_percent: Annotated[float, Field(ge=0, le=100)] = 10.0
     """The share of images that may be unreadable; they are named and skipped. Above it the run stops."""
     fingerprint: Literal["contents", "size_and_time"] = "contents"
-    """How runs, teachers, caches and kept features notice changed images. `contents` reads every file once and keeps its
-    sha256 in RUNS/image_digests.sqlite as long as its path, size and times stay. `size_and_time` reads no file, for
+    """How runs, teachers, caches and kept features notice changed images. `contents` reads every file once and keeps
+    its sha256 in RUNS/image_digests.sqlite as long as its path, size and times stay. `size_and_time` reads no file, for
     datasets that take too long to read: it does not notice a file that was replaced by another of the same size and
     modification time [C]."""
     workers: Annotated[int, Field(ge=0)] | None = None

@@ -205,7 +205,7 @@ def peer_error(error: RuntimeError) -> PeerError | None:
         return PeerError(
             f"another rank did not answer within {_timeout.total_seconds() / 60:g} minutes: it hangs, its machine is "
             "unreachable, or a step takes longer than that",
-            remedy="rerun the same command to resume; if steps are slow, raise collective_timeout_minutes in the recipe",
+            remedy="rerun the same command to resume; if steps are slow, raise the recipe's collective_timeout_minutes",
         )
     if any(words in message for words in ENDINGS):
         return PeerError("another rank exited", remedy="see its output")

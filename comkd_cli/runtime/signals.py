@@ -81,7 +81,7 @@ def _handling(numbers: Sequence[signal.Signals], handle: Callable[[int, Handlers
         yield
         return
     # What was ignored before, as a shell does for its background jobs, stays ignored.
-    before = {n: handler for n in numbers if (handler := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
+    before = {n: current for n in numbers if (current := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
 
     def handler(number: int, _frame: FrameType | None) -> None:
         handle(number, before)
