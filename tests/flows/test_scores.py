@@ -275,7 +275,7 @@ def test_selection_without_labelled_test_images_is_refused_before_a_teacher_is_t
     with pytest.raises(DataError, match="few: selection: promptkd needs labelled test images"):
         train(tmp_path, data=data, selection="promptkd")
     assert not (tmp_path / "teachers").exists()
-    with pytest.raises(RecipeError, match="`selection_classes` belongs to `selection: promptkd`"):
+    with pytest.raises(RecipeError, match="`selection_classes` needs `selection: promptkd`"):
         parse_recipe(tiny.recipe(selection_classes="base"))
 
 
