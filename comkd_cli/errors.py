@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Sequence
+from typing import Any
 
 
 class ComkdError(Exception):
@@ -27,6 +29,10 @@ class ComkdError(Exception):
         super().__init__(problem)
         self.problem, self.path, self.field, self.remedy = problem, path, field, remedy
         self.found, self.allowed = found, allowed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without `__init__`, so that errors whose fields are required survive the way between processes too."""
+        return copyreg.__newobj__, (type(self), self.problem), self.__dict__  # type: ignore[attr-defined]
 
     def __str__(self) -> str:
         """`path: field: problem: found (allowed: a, b); remedy`, without the fields that are not given."""
