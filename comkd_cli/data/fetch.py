@@ -16,7 +16,7 @@ from comkd_cli.files import sha256_of_file
 from comkd_cli.recipe.catalog import CATALOG, Dataset
 
 MIRROR = "zhengli97/prompt_learning_dataset"
-REVISION = "ceb3112337fb6e1bf71534e355ca5569b63f19a6"  # the one that this project was tested with
+REVISION = "ceb3112337fb6e1bf71534e355ca5569b63f19a6"  # pinned: the archives of CATALOG are those of this revision
 MOST_BYTES = 100 * 2**30  # of one unpacked dataset; the largest, SUN397, has about 39 GB
 
 Tick = Callable[[int, int], None]
