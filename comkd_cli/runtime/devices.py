@@ -56,7 +56,8 @@ def failures_explained(memory_remedy: str = MEMORY_REMEDY) -> Iterator[None]:
 def _explained(error: RuntimeError, memory_remedy: str) -> TrainingError | None:
     """The error that a user can act on; None for any other, such as a bug."""
     message = str(error).strip()
-    first, last = (message.splitlines() or [""])[0], (message.splitlines() or [""])[-1]
+    lines = message.splitlines() or [""]
+    first, last = lines[0].rstrip("."), lines[-1].rstrip(".")
     # CUDA has a class of its own; MPS and the CPU have only the message.
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in message or "can't allocate memory" in message:
         return TrainingError("out of memory", found=first, remedy=memory_remedy)

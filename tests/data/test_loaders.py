@@ -383,7 +383,7 @@ if __name__ == "__main__":
     ("event", "said"),
     [
         ("raise", "KeyError: 'a bug'"),
-        ("die", "error: a process that decodes images died"),
+        ("die", "error: data.workers: a process that decodes images died"),
         ("stop", "error: no more of them"),
     ],
 )
