@@ -129,7 +129,7 @@ def make_ways(options: argparse.Namespace, accelerator: Accelerator, folder: Pat
     indices = torch.arange(batch)
     loss = Loss()
     cache.write(0, np.arange(batch), teacher.encode(images).cpu().numpy())
-    warm = Batch((torch.empty(0), images), None, indices, asked=torch.zeros(batch, dtype=torch.bool))
+    warm = Batch((torch.empty(0), images), None, indices, uncached=torch.zeros(batch, dtype=torch.bool))
 
     def learn(answered) -> None:  # type: ignore[no-untyped-def]
         sum(loss_terms(student(images), answered, loss).values()).backward()  # type: ignore[union-attr]

@@ -29,7 +29,7 @@ from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 
 from comkd_cli.data.folder import images_below
-from comkd_cli.data.loaders import TrainingLoader
+from comkd_cli.data.loaders import Crops, Steps, TrainingLoader
 from comkd_cli.data.source import ImageSet
 from comkd_cli.edge.images import Preprocessing
 from comkd_cli.recipe.model import Augment
@@ -98,7 +98,9 @@ def make_contenders(
 
     def comkd(preprocessings: list[Preprocessing], teacher_known: bool = False) -> Callable[[int], Iterable[int]]:
         known = _all_known if teacher_known else None
-        loader = TrainingLoader(images, preprocessings, AUGMENT, batch, seed=1, workers=workers, known=known)
+        loader = TrainingLoader(
+            images, preprocessings, Crops(AUGMENT, seed=1), Steps(batch, seed=1), workers, is_cached=known
+        )
         return lambda number: (len(batch) for (batch,) in loader.epoch(number))
 
     return {

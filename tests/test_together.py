@@ -130,7 +130,7 @@ def test_what_one_process_cannot_read_all_know(workshop: Path) -> None:
     assert record["metrics"]["unreadable"] == 2
     ended = two(workshop, "distill", "damaged.yaml", "--runs", "too many", "--set", "data.unreadable_limit_percent=5")
     assert ended.returncode != 0
-    assert ended.stderr.count("2 of 24 images (8.33 %) can't be read") == 1
+    assert ended.stderr.count("2 of 24 images (8.33 %) could not be read") == 1
 
 
 def test_two_processes_train_the_digits_recipe_to_the_accuracy_of_one(workshop: Path) -> None:

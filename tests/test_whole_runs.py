@@ -163,7 +163,7 @@ def test_shards_of_a_server_are_planned_fetched_learned_from_scored_and_exported
             YAML(typ="safe", pure=True).dump(tiny.recipe(data=data, teacher=teacher, optim=optim), stream)
         planned = comkd(workshop, "distill", "shards.yaml", "--runs", "far", "--dry-run")
         assert planned.returncode == 0, planned.stderr
-        assert "3 of 3 remote shards are not below" in " ".join(planned.stdout.split())
+        assert "3 of 3 remote shards are not in" in " ".join(planned.stdout.split())
         done = comkd(workshop, "distill", "shards.yaml", "--runs", "far")
         assert done.returncode == 0, done.stderr
     finally:
@@ -185,7 +185,7 @@ def test_shards_of_a_server_are_planned_fetched_learned_from_scored_and_exported
     [
         (("evaluate", "tiny.yaml"), "is not a student"),
         (("export", "tiny.yaml"), "is not a student"),
-        (("distill", "tiny.yaml", "--set", "data.folder=nowhere"), "neither nowhere nor data/nowhere exists"),
+        (("distill", "tiny.yaml", "--set", "data.folder=nowhere"), "no such file or folder: nowhere, data/nowhere"),
         (("predict", ".", "one.png"), "no manifest.json"),
     ],
 )

@@ -20,6 +20,7 @@ from comkd_cli.errors import ComkdError
 from comkd_cli.runtime import ranks
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+FIRST_SIGNAL = 129  # 128 + SIGHUP, the lowest: from here on a code means a stop that was requested
 OTHERS_WAIT_SECONDS = 3
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -81,13 +82,15 @@ def _drop_output() -> None:
 
 def _fail(message: str, exit_code: int) -> NoReturn:
     if not ranks.is_main():
-        if exit_code >= INTERRUPTED:
+        if exit_code >= FIRST_SIGNAL:
             sys.exit(exit_code)
         # What the main process meets too is said by it, and its launcher ends this one while it waits.
         time.sleep(OTHERS_WAIT_SECONDS)
         message = f"process {ranks.rank()}: {message}"
-    # An interruption is what the user wished, no error.
-    label = click.style("error:", fg="red", bold=True) if exit_code < INTERRUPTED else click.style("note:", fg="yellow")
+    # A stop that the user requested is not an error.
+    label = (
+        click.style("error:", fg="red", bold=True) if exit_code < FIRST_SIGNAL else click.style("note:", fg="yellow")
+    )
     click.echo(f"{label} {message}", err=True)
     sys.exit(exit_code)
 

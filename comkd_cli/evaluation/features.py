@@ -17,7 +17,7 @@ from comkd_cli.data.source import ImageSet
 from comkd_cli.edge.images import Preprocessing
 from comkd_cli.errors import ComkdError, ModelError, TrainingError
 from comkd_cli.events import Notice, Progress, Report
-from comkd_cli.files import sha256_of_data, written_whole
+from comkd_cli.files import atomic_write, sha256_of_data
 from comkd_cli.runtime import collectives, ranks
 
 BATCH_SIZE = 64  # on CPUs the activations of larger batches of 224 pixels fall out of the caches
@@ -95,7 +95,7 @@ class FeatureStore:
         # Names that are not UTF-8 reach Python as lone surrogates, which the file's metadata cannot hold.
         unreadable = "\n".join(made.unreadable).encode("utf-8", "backslashreplace").decode("utf-8")
         try:
-            with written_whole(path) as unfinished:
+            with atomic_write(path) as unfinished:
                 save_file(
                     {"values": made.values, "indices": made.indices},
                     unfinished,

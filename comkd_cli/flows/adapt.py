@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from comkd_cli.data.loaders import Batch, TrainingLoader, worker_count
+from comkd_cli.data.loaders import Batch, Crops, Steps, TrainingLoader, worker_count
 from comkd_cli.data.source import Source
 from comkd_cli.data.sources import open_source
 from comkd_cli.data.splits import draw_shots, halves
@@ -314,11 +314,9 @@ def _task(
     loader = TrainingLoader(
         source.train,
         [clip.preprocessing],
-        recipe.augment,
-        adapt.batch_size,
-        adapt.seed,
+        Crops(recipe.augment, adapt.seed),
+        Steps(adapt.batch_size, adapt.seed, adapt.accumulation_steps),
         workers,
-        parts=adapt.accumulation_steps,
     )
     return Task(
         model=model,

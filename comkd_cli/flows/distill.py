@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from comkd_cli.data.loaders import Batch, TrainingLoader, check_shares, worker_count
+from comkd_cli.data.loaders import Batch, Crops, Steps, TrainingLoader, check_shares, worker_count
 from comkd_cli.data.source import Source
 from comkd_cli.data.transforms import stable_seed
 from comkd_cli.errors import CheckpointError, DataError, MisuseError
@@ -250,14 +250,10 @@ def distill(
         loader=TrainingLoader(
             source.train,
             [ready.preprocessing, tower.preprocessing],
-            recipe.augment,
-            recipe.optim.batch_size,
-            recipe.seed,
+            Crops(recipe.augment, settings.seed, settings.views) if settings else Crops(recipe.augment, recipe.seed),
+            Steps(recipe.optim.batch_size, recipe.seed, recipe.optim.accumulation_steps),
             workers,
-            views=settings.views if settings else None,
-            crop_seed=settings.seed if settings else None,
-            known=_known(recipe, asked),
-            parts=recipe.optim.accumulation_steps,
+            is_cached=_known(recipe, asked),
         ),
         optim=recipe.optim,
         folder=run.folder,

@@ -27,6 +27,7 @@ from comkd_cli.errors import ModelError
 from comkd_cli.events import Notice, Report, ignore_event
 from comkd_cli.files import sha256_of_data, sha256_of_file
 from comkd_cli.models import downloads
+from comkd_cli.models.config_files import config_files_sha256
 from comkd_cli.models.weights import (
     READ_BY_OPEN_CLIP_ALONE,
     check_finite,
@@ -219,7 +220,15 @@ def bpe_merges(clip: Clip) -> str:
 
 
 def weights_sha256(model: Model) -> str | None:
-    """A digest of the local file or folder that a model's weights come from; None for tags and random ones."""
+    """A digest of the local files that a model is loaded from: its weights, and folders that its config names.
+
+    None for tags and random weights.
+    """
+    weights, named = _weights_sha256(model), config_files_sha256(model.config)
+    return weights if named is None else sha256_of_data([weights, named])
+
+
+def _weights_sha256(model: Model) -> str | None:
     path = Path(model.weights).expanduser() if model.weights else None
     if path is not None and path.is_file():
         return sha256_of_file(path)

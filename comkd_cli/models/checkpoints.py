@@ -12,7 +12,7 @@ from torch import Tensor
 
 from comkd_cli.edge.images import Preprocessing, checked_preprocessing
 from comkd_cli.errors import CheckpointError, ComkdError
-from comkd_cli.files import is_newer_format, written_whole
+from comkd_cli.files import atomic_write, is_newer_format
 from comkd_cli.method.student import Student
 from comkd_cli.models import downloads
 from comkd_cli.models.backbones import Origin, build_image_tower, state_sha256
@@ -255,7 +255,7 @@ def load_teacher(path: Path) -> SavedTeacher:
 
 def save_plain(path: Path, data: dict[str, Any]) -> None:
     """Write plain data and tensors whole, to be read with weights_only=True. Raises ComkdError."""
-    with written_whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         try:
             torch.save(data, unfinished)
         except RuntimeError as error:  # torch's writer hides what the system said

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from comkd_cli.data.loaders import Batch, view_batches, worker_count
+from comkd_cli.data.loaders import Batch, Crops, view_batches, worker_count
 from comkd_cli.data.source import ImageSet
 from comkd_cli.data.unreadable import MOST_NAMED, check_unreadable
 from comkd_cli.events import Notice, Progress, Report
@@ -63,7 +63,7 @@ class CachedTeacher:
             return output
         device = self._teacher.class_vectors.device
         indices = batch.indices.numpy()
-        asked = np.ones(len(indices), bool) if batch.asked is None else batch.asked.numpy()
+        asked = np.ones(len(indices), bool) if batch.uncached is None else batch.uncached.numpy()
         features = torch.empty(len(indices), self.cache.key.dim, device=device)
         if asked.any():
             with self._clock:
@@ -135,22 +135,21 @@ def fill_cache(
             total, done = collectives.broadcast(sum(len(_missing(cache, view, start)) for start in starts)), 0
             for start in starts:
                 wanted = collectives.broadcast(_missing(cache, view, start))
+                mine = ranks.share(wanted)
                 batches = view_batches(
                     images,
                     ready.preprocessing,
-                    recipe.augment,
-                    settings.seed,
+                    Crops(recipe.augment, settings.seed),
                     view,
-                    ranks.share(wanted),
-                    BATCH_SIZE,
+                    [mine[i : i + BATCH_SIZE] for i in range(0, len(mine), BATCH_SIZE)],
                     workers,
                 )
                 # As many rounds for every process, though one's share may be a batch shorter than another's.
                 for _ in range(0, math.ceil(len(wanted) / ranks.world_size()), BATCH_SIZE):
                     batch = next(batches, None)
-                    mine = _answered(ready.teacher, batch, accelerator, clock)
-                    asked += len(mine[0])
-                    answers = collectives.gather(mine)
+                    answer = _answered(ready.teacher, batch, accelerator, clock)
+                    asked += len(answer[0])
+                    answers = collectives.gather(answer)
                     _write(cache, [(view, indices, features) for indices, features, _ in answers])
                     for indices, _, problems in answers:
                         unreadable |= dict.fromkeys(problems)

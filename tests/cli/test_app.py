@@ -116,6 +116,8 @@ def command(how):
         raise DataError("pets: no such folder\\n  look again")
     if how == "stopped":
         raise Interrupted("stopped; the state is saved", 143)
+    if how == "hangup":
+        raise Interrupted("stopped; the state is saved", 129)
     if how == "ctrl-c":
         raise KeyboardInterrupt
     if how == "missing":
@@ -150,6 +152,7 @@ def test_a_module_put_into_the_folder_is_a_command(fails: Callable[..., Result])
     [
         ("data", 1, "error: pets: no such folder\n  look again\n"),
         ("stopped", 143, "note: stopped; the state is saved\n"),
+        ("hangup", 129, "note: stopped; the state is saved\n"),
         ("ctrl-c", 130, "note: interrupted; finished work is kept, and the same command resumes the rest\n"),
         ("missing", 1, "error: /no/such/file: No such file or directory\n"),
     ],
@@ -184,7 +187,7 @@ def test_a_recipe_with_three_mistakes_is_three_lines_and_exit_1(run_comkd: Run, 
     assert failed.returncode == 1
     assert failed.stdout == ""
     assert failed.stderr.splitlines() == [
-        "error: bad.yaml has 3 faults:",
+        "error: bad.yaml: 3 faults:",
         "  bad.yaml: teacher.weight: unknown field; did you mean weights?",
         "  bad.yaml: student.projector.layers: should be less than or equal to 4, not 9",
         "  bad.yaml: precison: unknown field; did you mean precision?",
@@ -197,7 +200,7 @@ def test_debug_shows_the_traceback_of_such_a_recipe(run_comkd: Run, tmp_path: Pa
     failed = run_comkd("--debug", "distill", "bad.yaml", cwd=tmp_path)
     assert failed.returncode == 1
     assert "Traceback (most recent call last)" in failed.stderr
-    assert "comkd_cli.errors.RecipeError: bad.yaml has 3 faults" in failed.stderr
+    assert "comkd_cli.errors.RecipeError: bad.yaml: 3 faults" in failed.stderr
 
 
 def test_an_unknown_recipe_is_answered_with_the_bundled_ones(run_comkd: Run, tmp_path: Path) -> None:
@@ -308,7 +311,7 @@ def test_recipes_check_tells_the_good_from_the_bad(tmp_path: Path, monkeypatch: 
     assert (good.exit_code, good.stdout) == (0, "digits: ok\nrecipes/digits.yaml: ok\n")
     mixed = invoke("recipes", "check", "bad.yaml", "digits", "broken.yaml")
     assert (mixed.exit_code, mixed.stdout) == (1, "digits: ok\n")
-    assert "bad.yaml has 3 faults" in mixed.stderr
+    assert "bad.yaml: 3 faults" in mixed.stderr
     assert "broken.yaml: is not valid YAML" in mixed.stderr
 
 

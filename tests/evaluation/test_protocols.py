@@ -41,6 +41,6 @@ def test_unreadable_training_images_beyond_the_limit_end_a_few_shot_evaluation()
     found = store.features(subject.encoder, images, "it")
     train = replace(DIGITS.train, open_key=partial(open_some, frozenset(DIGITS.train.keys[::2])))
     source = replace(DIGITS, train=train)
-    with pytest.raises(DataError, match=r"train images of the few-shot draws \(.* %\) can't be read, more than"):
+    with pytest.raises(DataError, match=r"train images of the few-shot draws \(.* %\) could not be read"):
         few_shot(subject, source, images, found, store, [1], [1], 10.0)
     assert few_shot(subject, source, images, found, store, [4], [1], 90.0)

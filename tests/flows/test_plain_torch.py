@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from comkd_cli.data.loaders import TrainingLoader
+from comkd_cli.data.loaders import Crops, Steps, TrainingLoader
 from comkd_cli.data.sources import open_source
 from comkd_cli.flows import adapt, distill
 from comkd_cli.method.student import Student
@@ -103,7 +103,11 @@ def test_a_run_without_both_modules_is_promptkd_step_for_step(
     learning = [parameter for parameter in plain.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(learning, lr=RATE, momentum=0.9, weight_decay=5e-4)
     loader = TrainingLoader(
-        source.train, [teacher.preprocessing, tower.preprocessing], recipe.augment, 64, recipe.seed, 0
+        source.train,
+        [teacher.preprocessing, tower.preprocessing],
+        Crops(recipe.augment, recipe.seed),
+        Steps(64, recipe.seed),
+        0,
     )
     expected = []
     plain.train()

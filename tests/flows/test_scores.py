@@ -275,7 +275,7 @@ def test_selection_without_labelled_test_images_is_refused_before_a_teacher_is_t
     with pytest.raises(DataError, match="few: selection: promptkd needs labelled test images"):
         train(tmp_path, data=data, selection="promptkd")
     assert not (tmp_path / "teachers").exists()
-    with pytest.raises(RecipeError, match="`selection_classes` belongs to `selection: promptkd`"):
+    with pytest.raises(RecipeError, match="`selection_classes` needs `selection: promptkd`"):
         parse_recipe(tiny.recipe(selection_classes="base"))
 
 
@@ -329,11 +329,11 @@ def test_too_many_unreadable_test_images_stop_training_and_evaluation(half_damag
     data = {"folder": str(half_damaged), "unreadable_limit_percent": 30.0, "workers": 0}
     run = train(tmp_path / "runs", data=data)
     strict = {**data, "unreadable_limit_percent": 29.0}
-    message = r"6 of 20 test images of digits2 \(30 %\) can't be read.*unreadable_limit_percent \(29 %\)(.|\n)*\.png: "
+    message = r"6 of 20 test images of digits2 \(30 %\) could not be read \(allowed: 29 %\)(.|\n)*\.png: "
     with pytest.raises(DataError, match=message):
         train(tmp_path / "strict", data=strict)
     bench = Bench(
         torch.device("cpu"), Path("data"), lambda event: None, data=parse_recipe(tiny.recipe(data=strict)).data
     )
-    with pytest.raises(DataError, match=r"6 of 20 images of digits2 \(30 %\) can't be read(.|\n)*\.png: "):
+    with pytest.raises(DataError, match=r"6 of 20 images of digits2 \(30 %\) could not be read(.|\n)*\.png: "):
         evaluate(str(run.student_file), run.runs, bench)

@@ -38,7 +38,7 @@ def batch(view: int, indices: list[int], known: np.ndarray) -> Batch:
     asked = torch.from_numpy(~known)
     pictures = [picture(view, index) for index, ask in zip(indices, asked, strict=True) if ask]
     first = torch.stack(pictures) if pictures else torch.empty(0)
-    return Batch((first,), None, torch.tensor(indices), view=view, asked=None if asked.all() else asked)
+    return Batch((first,), None, torch.tensor(indices), view=view, uncached=None if asked.all() else asked)
 
 
 def cache(folder: Path, dtype: str = "fp16") -> TeacherCache:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from comkd_cli.data.digits import digits_source
-from comkd_cli.data.loaders import Batch, TrainingLoader
+from comkd_cli.data.loaders import Batch, Crops, Steps, TrainingLoader
 from comkd_cli.edge.images import Preprocessing
 from comkd_cli.errors import CheckpointError, Interrupted, TrainingError
 from comkd_cli.events import Epoch, Event, Progress
@@ -42,7 +42,9 @@ def task(folder: Path, **changes: object) -> Task:
     settings: dict[str, object] = {
         "model": Net(),
         "loss": cross_entropy,
-        "loader": TrainingLoader(images, [INPUT], Augment(min_scale=0.8, flip=False), 16, seed=1, workers=0),
+        "loader": TrainingLoader(
+            images, [INPUT], Crops(Augment(min_scale=0.8, flip=False), 1), Steps(16, 1), workers=0
+        ),
         "optim": AdamW(epochs=3, batch_size=16),
         "folder": folder,
         "identity": Identity({"name": "a"}),
@@ -218,7 +220,7 @@ def test_a_batch_in_parts_trains_as_a_whole_one(tmp_path: Path, parts: int) -> N
     trained = []
     for count in (1, parts):
         torch.manual_seed(0)
-        loader = TrainingLoader(images, [INPUT], Augment(min_scale=0.8, flip=False), 16, 1, 0, parts=count)
+        loader = TrainingLoader(images, [INPUT], Crops(Augment(min_scale=0.8, flip=False), 1), Steps(16, 1, count), 0)
         made = task(tmp_path / str(count), model=PlainNet(), loader=loader, optim=Sgd(epochs=3, learning_rate=0.1))
         history = train(made)
         trained.append((made.model.state_dict(), history))
@@ -232,7 +234,7 @@ def test_a_batch_in_parts_trains_as_a_whole_one(tmp_path: Path, parts: int) -> N
 
 def test_a_part_is_all_that_the_model_sees_at_once(tmp_path: Path) -> None:
     images = digits_source().train.subset(list(range(50)))
-    loader = TrainingLoader(images, [INPUT], Augment(), 16, 1, 0, parts=4)
+    loader = TrainingLoader(images, [INPUT], Crops(Augment(), 1), Steps(16, 1, 4), 0)
     seen: list[int] = []
 
     def counted(model: nn.Module, batch: Batch, probe: bool) -> StepResult:

@@ -96,7 +96,8 @@ def split(name: str, shots: int | None, seed: int, half: str, data_root: Path, a
     relative to the data set's folder; else a line an image. --shots draws as CoOp and Dassl do.
     """
     from comkd_cli.cli.terminal import print_json
-    from comkd_cli.data.splits import read_splits, sample_shots, select_half
+    from comkd_cli.data.split_files import read_splits
+    from comkd_cli.data.splits import sample_shots, select_half
 
     (dataset,) = _chosen((name,))
     splits = read_splits(dataset, data_root)
