@@ -1,4 +1,4 @@
-"""Whether data has the classes that a student was trained on: what is scored otherwise is another class's answer."""
+"""Whether a dataset has the classes that a student was trained on; with others, its predictions mean other classes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def check_classes(record: StudentRecord, source: Source) -> None:
-    """Raise DataError unless the data has the student's classes in the student's order, naming those that differ.
+    """Raise DataError, naming the differences, unless the dataset has the student's classes in the same order.
 
-    Spellings of one name count as the same: students of older versions keep the underscores of their class lists.
+    Spellings of one name count as equal: students of older versions keep the underscores of their class lists.
     """
     known = [str(name) for name in record.class_names]
     ours, theirs = [class_key(name) for name in known], [class_key(name) for name in source.class_names]
@@ -32,9 +32,10 @@ def check_classes(record: StudentRecord, source: Source) -> None:
         faults = ["their number differs"]
         for label, (name, other) in enumerate(zip(known, source.class_names, strict=False)):
             if ours[label] != theirs[label]:
-                faults = [f"their order differs: class {label + 1} is {name} to the student, and {other} in the data"]
+                faults = [f"their order differs: class {label + 1} is {name} for the student, and {other} in the data"]
                 break
     raise DataError(
-        f"{source.name}: the student was trained on {len(known)} classes, and {'; '.join(faults)}; use data with the "
-        "classes that it was trained on, in their order (for a folder: a class list, with a name a line)"
+        f"{source.name}: the student was trained on {len(known)} classes, and {'; '.join(faults)}",
+        remedy="use data with the classes that it was trained on, in their order (for a folder: a class list, with a "
+        "name per line)",
     )
