@@ -20,7 +20,7 @@ K = TypeVar("K")
 ELEVEN = tuple(name for name, dataset in CATALOG.items() if dataset.layout != "imagenet-variant")
 VARIANTS = tuple(name for name, dataset in CATALOG.items() if dataset.layout == "imagenet-variant")
 TRANSDUCTIVE = (
-    "Students of ComKD and PromptKD are trained on the unlabelled training images of all classes, new ones included "
+    "Students of ComKD and PromptKD learn on the unlabelled training images of all classes, new ones included "
     "(transductive); published PromptKD rows were selected on test."
 )
 

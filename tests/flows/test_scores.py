@@ -302,7 +302,7 @@ def test_scores_say_how_many_test_images_they_lack(half_damaged: Path, tmp_path:
     student, teacher = evaluated(run)
     assert (student.images, student.unreadable) == (teacher.images, teacher.unreadable) == (14, 6)
     assert load_student_record(run.student_file).metrics["test_top1_percent"] == student.top1_percent
-    told = [e.text for e in events if isinstance(e, Notice) and "test images can't be read" in e.text]
+    told = [e.text for e in events if isinstance(e, Notice) and "test images could not be read" in e.text]
     assert len(told) == 2  # by the teacher's training and the student's, each once
     assert all(text.startswith("6 of 20") and text.count(".png: ") == 6 for text in told)
 
