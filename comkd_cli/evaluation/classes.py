@@ -17,25 +17,25 @@ def check_classes(record: StudentRecord, source: Source) -> None:
 
     Spellings of one name count as equal: students of older versions keep the underscores of their class lists.
     """
-    known = [str(name) for name in record.class_names]
-    ours, theirs = [class_key(name) for name in known], [class_key(name) for name in source.class_names]
-    if ours == theirs:
+    trained = [str(name) for name in record.class_names]
+    trained_keys, data_keys = [class_key(name) for name in trained], [class_key(name) for name in source.class_names]
+    if trained_keys == data_keys:
         return
-    added = [name for name, key in zip(source.class_names, theirs, strict=True) if key not in ours]
-    absent = [name for name, key in zip(known, ours, strict=True) if key not in theirs]
+    added = [name for name, key in zip(source.class_names, data_keys, strict=True) if key not in trained_keys]
+    missing = [name for name, key in zip(trained, trained_keys, strict=True) if key not in data_keys]
     faults = []
     if added:
         faults.append(f"it does not know {some(added)}")
-    if absent:
-        faults.append(f"the data lacks {some(absent)}")
+    if missing:
+        faults.append(f"the data lacks {some(missing)}")
     if not faults:
         faults = ["their number differs"]
-        for label, (name, other) in enumerate(zip(known, source.class_names, strict=False)):
-            if ours[label] != theirs[label]:
+        for label, (name, other) in enumerate(zip(trained, source.class_names, strict=False)):
+            if trained_keys[label] != data_keys[label]:
                 faults = [f"their order differs: class {label + 1} is {name} for the student, and {other} in the data"]
                 break
     raise DataError(
-        f"{source.name}: the student was trained on {len(known)} classes, and {'; '.join(faults)}",
+        f"{source.name}: the student was trained on {len(trained)} classes, and {'; '.join(faults)}",
         remedy="use data with the classes that it was trained on, in their order (for a folder: a class list, with a "
         "name per line)",
     )

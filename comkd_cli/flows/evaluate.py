@@ -129,8 +129,9 @@ def evaluate(
 
 def home_of(model: str | None, runs: Path, own_data: bool) -> Path:
     """The default folder of results.json: that of a student that is scored on its own data, else `runs`."""
-    beside = model is not None and own_data and Path(model).is_file()
-    return Path(str(model)).parent if beside else runs
+    if model is not None and own_data and Path(model).is_file():
+        return Path(model).parent
+    return runs
 
 
 def timeout_minutes(model: str | None, runs: Path) -> float:
@@ -322,7 +323,7 @@ def _weights_digest(model: Model) -> str:
 
 def _teacher_of(path: Path, student: Student, record: StudentRecord, bench: Bench) -> Subject:
     """The teacher that a student was trained with. Raises CheckpointError or ModelError if it could not be loaded."""
-    # With the prompts of the student's training, whatever the template of the bench's data.
+    # With the prompts of the student's training, not with the template of the bench's data.
     ready = teacher_of_student(path, student, record, bench.device, bench.allow_download, bench.report)
     if ready.checkpoint is not None:
         name, identity = str(ready.checkpoint), sha256_of_file(ready.checkpoint)

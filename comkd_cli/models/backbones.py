@@ -1,6 +1,6 @@
 """CLIPs and image towers, built by open_clip and checked before they are used.
 
-Callers import every name of `__all__` from here; the modules beside this one are the parts.
+Other rooms import the names of `__all__` from here.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def outline_image_tower(model: Model) -> ImageTower:
 def build_clip(model: Model, seed: int = 0, load_weights: bool = True, report: Report = ignore_event) -> Clip:
     """Both towers, with the weights of the recipe, or random ones drawn from the seed.
 
-    Built on torch's default device. report: gets a Notice for whatever about the weights may be wrong and cannot be
+    Built on torch's default device. report: gets a Notice for what may be wrong with the weights and cannot be
     checked. Raises ModelError, also for a model that does not encode an image and a prompt into one space, and for
     weights with NaN or infinite values.
     """
@@ -265,7 +265,7 @@ def _check_towers(clip: Clip) -> None:
             tokens = clip.tokenize(["a photo of a thing."]).to(torch.get_default_device())
             words = clip.model.encode_text(tokens)  # type: ignore[operator]
         text_width = int(words.shape[-1])
-    except Exception as error:  # whatever a config that does not fit raises, at whatever depth
+    except Exception as error:  # a config that does not fit may raise anything, at any depth
         raise ModelError(f"the text tower of {architecture} failed on a prompt: {first_line(error)}") from error
     image_width = _width(clip.model.visual, clip.preprocessing)  # type: ignore[arg-type]
     if image_width != text_width:

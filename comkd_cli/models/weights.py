@@ -73,7 +73,7 @@ def _refuse_placeholder(path: Path) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message; torch's own goes on with advice to load a file unsafely."""
+    """The first line of an error's message; torch's continues with advice to load the file unsafely."""
     lines = str(error).strip().splitlines()
     if lines and lines[0].startswith("Weights only load failed"):
         if "Unsupported global" in str(error) or "Unsupported class" in str(error):
