@@ -66,10 +66,9 @@ class Scorer:
             if record.classes == select_on and record.top1_percent is not None:
                 return record.top1_percent
         raise DataError(
-            f"none of the test images of {self._source.name} with {select_on} classes could be read, and promptkd "
-            "selects the epoch by these",
+            f"promptkd selects the epoch by the test images of {select_on} classes, and none of {self._source.name} "
+            "could be read",
             field="selection",
-            found="promptkd",
             remedy="use selection: last",
         )
 
