@@ -31,7 +31,7 @@ from comkd_cli.models.backbones import (
     weights_sha256,
 )
 from comkd_cli.models.checkpoints import SavedTeacher, StudentRecord, load_teacher
-from comkd_cli.models.weights import check_finite, differences_told, first_line
+from comkd_cli.models.weights import check_finite, differences_in_error, first_line
 from comkd_cli.recipe.model import Model, Teacher
 from comkd_cli.teachers.promptsrc_checkpoint import START_EMBEDDING, WORD_EMBEDDINGS, ReleasedTeacher, read_released
 
@@ -478,6 +478,6 @@ def _restored(saved: SavedTeacher, path: Path) -> method.Teacher:
     except RuntimeError as error:
         raise CheckpointError(
             f"{path}: its weights do not fit {saved.record.origin.architecture}: it "
-            f"{differences_told(error) or first_line(error)}; train the teacher again"
+            f"{differences_in_error(error) or first_line(error)}; train the teacher again"
         ) from error
     return method.Teacher(tower.module, saved.class_vectors, saved.logit_scale)

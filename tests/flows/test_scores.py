@@ -302,7 +302,7 @@ def test_scores_say_how_many_test_images_they_lack(half_damaged: Path, tmp_path:
     student, teacher = evaluated(run)
     assert (student.images, student.unreadable) == (teacher.images, teacher.unreadable) == (14, 6)
     assert load_student_record(run.student_file).metrics["test_top1_percent"] == student.top1_percent
-    told = [e.text for e in events if isinstance(e, Notice) and "test images can't be read" in e.text]
+    told = [e.text for e in events if isinstance(e, Notice) and "test images could not be read" in e.text]
     assert len(told) == 2  # by the teacher's training and the student's, each once
     assert all(text.startswith("6 of 20") and text.count(".png: ") == 6 for text in told)
 
@@ -321,8 +321,9 @@ def test_where_no_test_image_can_be_read_there_is_a_count_and_no_score(half_dama
     kept = load_student_record(run.student_file).metrics
     assert (kept["test_images"], kept["test_unreadable"]) == (0, 20)
     assert "test_top1_percent" not in kept
-    with pytest.raises(DataError, match="none could be read; use selection: last"):
+    with pytest.raises(DataError) as caught:
         train(tmp_path / "selected", data=data, selection="promptkd")
+    assert (caught.value.field, caught.value.remedy) == ("selection", "use selection: last")
 
 
 def test_too_many_unreadable_test_images_stop_training_and_evaluation(half_damaged: Path, tmp_path: Path) -> None:

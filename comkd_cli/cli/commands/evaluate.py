@@ -99,6 +99,7 @@ def command(
         from comkd_cli.runtime.devices import best_device
 
     home = out or evaluate.home_of(model, runs, own_data=not names and data is None)
+    collectives.set_timeout(evaluate.timeout_minutes(model, runs))
     with reporting(quiet=as_json) as report:
         bench = evaluate.Bench(
             device=best_device(),
