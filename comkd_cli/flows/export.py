@@ -46,7 +46,7 @@ from comkd_cli.models.backbones import bpe_merges
 from comkd_cli.models.checkpoints import StudentRecord, load_student
 from comkd_cli.models.costs import multiply_adds, parameters
 from comkd_cli.runtime.signals import Stopped, stopping_at_once
-from comkd_cli.teachers.loading import ClassEncoder, class_encoder
+from comkd_cli.teachers.of_student import ClassEncoder, class_encoder
 
 CHECK_IMAGES = 512
 TEXT_DIFFERENCE_MAX = 1e-4

@@ -17,7 +17,7 @@ from comkd_cli.models.backbones import build_clip
 from comkd_cli.models.checkpoints import load_student, load_teacher
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Model
-from comkd_cli.training.loop import make_accelerator
+from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
 PROMPTS = {"method": "promptsrc", "shots": 4, "epochs": 3, "tokens": 2, "vision_depth": 2, "text_depth": 1}
@@ -38,7 +38,7 @@ def make_stage(runs: Path, weights: Path, root: Path = Path("data"), **changes: 
 
 def teach(stage: adapt.Stage1, events: list[Event] | None = None):  # type: ignore[no-untyped-def]
     report = (events if events is not None else []).append
-    return adapt.ready_teacher(stage, make_accelerator("fp32"), report, "again")
+    return adapt.TeacherPreparation(stage, make_accelerator("fp32"), report, "again").prepare()
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +63,16 @@ def test_only_prompts_are_saved_with_the_hash_of_what_they_stand_on(done: adapt.
 def test_four_shots_of_each_class_are_learned_from(done: adapt.Stage1) -> None:
     first = json.loads((done.folder / "metrics.jsonl").read_text().splitlines()[0])
     assert {"cross_entropy", "text", "image", "logits"} <= set(first)
-    lessons = adapt._lessons(done, done.settings.adapt)  # type: ignore[arg-type]
+    lessons = done.prompt_source(done.settings.adapt)  # type: ignore[arg-type]
     counts = [list(lessons.train.labels or ()).count(label) for label in range(10)]
     assert counts == [4] * 10
     assert first["learning_rate"] == 1e-5  # the constant warm-up epoch
 
 
 def test_base_classes_have_the_shots_that_they_have_among_all(done: adapt.Stage1, weights: Path) -> None:
-    whole = adapt._lessons(done, done.settings.adapt)  # type: ignore[arg-type]
+    whole = done.prompt_source(done.settings.adapt)  # type: ignore[arg-type]
     stage = make_stage(done.runs, weights, adapt={"classes": "base"})
-    base = adapt._lessons(stage, stage.settings.adapt)  # type: ignore[arg-type]
+    base = stage.prompt_source(stage.settings.adapt)  # type: ignore[arg-type]
     assert base.class_names == whole.class_names[:5]
     kept = [k for k, label in zip(whole.train.keys, whole.train.labels or (), strict=True) if label < 5]
     assert list(base.train.keys) == kept
@@ -142,10 +142,10 @@ def test_a_changed_backbone_is_refused(done: adapt.Stage1, weights: Path, tmp_pa
     stage = make_stage(tmp_path / "runs", moved)
     teach(stage)
     torch.save(build_clip(Model(config=tiny.CLIP), seed=4).model.state_dict(), moved)
-    from comkd_cli.teachers.loading import saved_teacher
+    from comkd_cli.teachers.loading import load_saved_teacher
 
     with pytest.raises(CheckpointError, match="other weights"):
-        saved_teacher(stage.file, stage.source.class_names, torch.device("cpu"))
+        load_saved_teacher(stage.file, stage.source.class_names, torch.device("cpu"))
 
 
 def test_a_student_of_a_prompted_teacher_is_scored_beside_it(done: adapt.Stage1, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from comkd_cli.errors import DataError, MisuseError
 from comkd_cli.events import Event, Notice
 from comkd_cli.flows import adapt, distill
 from comkd_cli.recipe import parse_recipe
-from comkd_cli.training.loop import make_accelerator
+from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
 EPOCHS = 3
@@ -31,7 +31,7 @@ def do(pair, events: list[Event] | None = None) -> dict[str, torch.Tensor]:  # t
     run, stage = pair
     report = (events if events is not None else []).append
     accelerator = make_accelerator("fp32")
-    path = distill.distill(run, lambda: adapt.ready_teacher(stage, accelerator, report, ""), accelerator, report, "")
+    path = distill.distill(run, adapt.TeacherPreparation(stage, accelerator, report, ""), accelerator, report, "")
     state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
     return state
 
@@ -78,7 +78,7 @@ def test_precomputing_leaves_nothing_to_ask(tmp_path: Path, weights: Path, seen:
     run, stage = make(tmp_path, weights, "later", {"views": 2})
     accelerator = make_accelerator("fp32")
     for _ in range(2):  # the second time there is nothing left to do
-        distill.precompute(run, lambda: adapt.ready_teacher(stage, accelerator, print, ""), accelerator, lambda e: None)
+        distill.precompute(run, adapt.TeacherPreparation(stage, accelerator, print, ""), accelerator, lambda e: None)
         assert sum(seen) == 2 * 1437
     do((run, stage))
     assert sum(seen) == 2 * 1437
@@ -99,7 +99,7 @@ def test_a_recipe_without_a_cache_cannot_be_precomputed(tmp_path: Path, weights:
     run, stage = make(tmp_path, weights, "none", None)
     accelerator = make_accelerator("fp32")
     with pytest.raises(MisuseError, match=r"teacher_cache\.views"):
-        distill.precompute(run, lambda: adapt.ready_teacher(stage, accelerator, print, ""), accelerator, print)
+        distill.precompute(run, adapt.TeacherPreparation(stage, accelerator, print, ""), accelerator, print)
 
 
 def folder_of(path: Path, first: int) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def test_precomputing_names_what_it_cannot_read_and_keeps_to_the_limit(tmp_path:
         run, stage = make(tmp_path / "runs", weights, "it", {"views": 1}, data=limited)
         accelerator = make_accelerator("fp32")
         distill.precompute(
-            run, lambda: adapt.ready_teacher(stage, accelerator, events.append, ""), accelerator, events.append
+            run, adapt.TeacherPreparation(stage, accelerator, events.append, ""), accelerator, events.append
         )
 
     fill(10.0)
@@ -143,13 +143,13 @@ def test_a_teacher_trained_anew_has_another_cache(tmp_path: Path, weights: Path)
     folders = []
     for number in range(2):
         run, stage = make(tmp_path / str(number), weights, "it", {"views": 1}, teacher=tiny.recipe()["teacher"])
-        ready = adapt.ready_teacher(stage, make_accelerator("fp32"), lambda event: None, "")
+        ready = adapt.TeacherPreparation(stage, make_accelerator("fp32"), lambda event: None, "").prepare()
         assert ready.checkpoint is not None
         if number:
             saved = torch.load(ready.checkpoint, weights_only=True)
             next(iter(saved["state_dict"].values())).add_(1e-6)
             torch.save(saved, ready.checkpoint)
-        cache = distill._open_cache(run, ready, lambda event: None)
+        cache = distill.open_cache(run, ready, lambda event: None)
         assert cache is not None
         folders.append(cache.folder.name)
     assert folders[0] != folders[1]

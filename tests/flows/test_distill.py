@@ -14,7 +14,7 @@ from comkd_cli.models.backbones import build_clip
 from comkd_cli.models.checkpoints import load_student
 from comkd_cli.models.costs import multiply_adds
 from comkd_cli.recipe import Recipe, parse_recipe, read_yaml
-from comkd_cli.training.loop import make_accelerator
+from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
 
@@ -34,7 +34,7 @@ def do(run: distill.Run, events: list[Event] | None = None, fresh: bool = False)
     accelerator = make_accelerator("fp32")
     return distill.distill(
         run,
-        lambda: adapt.ready_teacher(stage(run.recipe, run.source, run.runs), accelerator, report, "again"),
+        adapt.TeacherPreparation(stage(run.recipe, run.source, run.runs), accelerator, report, "again"),
         accelerator,
         report,
         "again",

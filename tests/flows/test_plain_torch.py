@@ -17,7 +17,7 @@ from comkd_cli.models.backbones import build_clip, build_image_tower
 from comkd_cli.models.checkpoints import load_student
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Model
-from comkd_cli.training.loop import make_accelerator
+from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 from tests.method.test_prompts import prompted_by_hand
 
@@ -72,7 +72,7 @@ def test_a_run_without_both_modules_is_promptkd_step_for_step(
     run = distill.Run(recipe, "promptkd", source, tmp_path, stage.contents, stage.key)
 
     starts: list[Student] = []
-    build = distill._build_student
+    build = distill.build_student
 
     def kept(*arguments):  # type: ignore[no-untyped-def]
         student = build(*arguments)
@@ -91,7 +91,7 @@ def test_a_run_without_both_modules_is_promptkd_step_for_step(
     monkeypatch.setattr(distill, "_distillation_loss", noted)
     accelerator = make_accelerator("fp32")
     path = distill.distill(
-        run, lambda: adapt.ready_teacher(stage, accelerator, lambda e: None, ""), accelerator, lambda e: None, ""
+        run, adapt.TeacherPreparation(stage, accelerator, lambda e: None, ""), accelerator, lambda e: None, ""
     )
 
     teacher = build_clip(recipe.teacher)

@@ -23,7 +23,7 @@ from comkd_cli.flows.evaluate import Bench, evaluate
 from comkd_cli.models.checkpoints import load_student_record, load_teacher
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.results.records import Record
-from comkd_cli.training.loop import make_accelerator
+from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
 CANDIDATES = {"refinement": {"weight": 10.0}, "edu_attention": {"memory": "candidates", "gate_start": 0.5}}
@@ -72,7 +72,7 @@ def train(runs: Path, events: list[Event] | None = None, **changes: Any) -> dist
     report = (events if events is not None else []).append
     run, stage = make_run(runs, **changes)
     accelerator = make_accelerator(run.recipe.precision)
-    distill.distill(run, lambda: adapt.ready_teacher(stage, accelerator, report, ""), accelerator, report, "again")
+    distill.distill(run, adapt.TeacherPreparation(stage, accelerator, report, ""), accelerator, report, "again")
     return run
 
 

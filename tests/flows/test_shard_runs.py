@@ -21,7 +21,7 @@ from comkd_cli.flows import adapt, distill, evaluate
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.teachers.loading import ReadyTeacher
 from comkd_cli.training import loop
-from comkd_cli.training.loop import make_accelerator
+from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
 IMAGES, SHARDS, BATCH, EPOCHS = 90, 6, 16, 2
@@ -128,7 +128,7 @@ def test_what_a_repacked_cache_gives_for_a_key_is_what_the_teacher_says_of_it(
     for runs, shards in (("a", pattern), ("b", write_shards(tmp_path / "turned", range(IMAGES)[::-1], shards=3))):
         run, teach = make(tmp_path / runs, weights, {"shards": shards}, teacher_cache=cache)
         distill.precompute(run, lambda teach=teach: teach(print), make_accelerator("fp32"), lambda event: None)
-        kept = distill._open_cache(run, teach(print), lambda event: None)
+        kept = distill.open_cache(run, teach(print), lambda event: None)
         assert kept is not None
         keys = list(run.source.train.keys)
         values = torch.from_numpy(kept.read(0, torch.arange(IMAGES).numpy()))
@@ -149,7 +149,7 @@ def test_a_shard_that_was_replaced_by_one_of_the_same_names_and_sizes_has_anothe
             for i, shade in enumerate((0, 1, 2, last)):
                 writer.write({"__key__": f"{i:04d}", "bmp": flat(shade)})
         run, teach = make(tmp_path / "runs", weights, {"shards": str(shard)}, teacher_cache={"views": 1})
-        cache = distill._open_cache(run, teach(print), lambda event: None)
+        cache = distill.open_cache(run, teach(print), lambda event: None)
         assert cache is not None
         caches.append((shard.stat().st_size, cache.folder))
     assert caches[0][0] == caches[1][0]

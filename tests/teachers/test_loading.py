@@ -17,13 +17,13 @@ from comkd_cli.models.checkpoints import StudentRecord, load_student, save_stude
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Model, Teacher
 from comkd_cli.teachers.loading import (
+    build_teacher,
     encode_ensemble,
     encode_prompts,
-    made_teacher,
-    report_cut,
+    report_truncation,
     teacher_of_student,
     teacher_sha256,
-    tokenize_apart,
+    tokenize_prompts,
 )
 from tests import tiny
 
@@ -83,7 +83,7 @@ def test_tokenizers_of_transformers_are_asked_for_the_whole_text(clip: Clip, mod
 
 def test_prompts_that_are_cut_are_named_and_counted(clip: Clip) -> None:
     events: list[Event] = []
-    tokenize_apart(clip, NAMES[:2], "a photo of a {}.", events.append)
+    tokenize_prompts(clip, NAMES[:2], "a photo of a {}.", events.append)
     assert events == []
     encode_prompts(clip, NAMES, "a photo of a {}.", CPU, events.append)
     (told,) = notices(events)
@@ -95,7 +95,7 @@ def test_prompts_that_are_cut_are_named_and_counted(clip: Clip) -> None:
 
 def test_a_long_template_is_told_although_the_names_are_whole(clip: Clip) -> None:
     events: list[Event] = []
-    tokenize_apart(clip, ("cat", "dog"), "{}, a type of pet that barks or does not.", events.append)
+    tokenize_prompts(clip, ("cat", "dog"), "{}, a type of pet that barks or does not.", events.append)
     (told,) = notices(events)
     assert "the prompts of 2 of 2 classes are cut ('cat', 'dog')" in told
     assert "the name itself" not in told
@@ -103,7 +103,7 @@ def test_a_long_template_is_told_although_the_names_are_whole(clip: Clip) -> Non
 
 def test_only_the_first_of_many_are_named(clip: Clip) -> None:
     events: list[Event] = []
-    tokenize_apart(
+    tokenize_prompts(
         clip, [f"{letter} thing" for letter in "abcdefg"], "here there and everywhere is {} or so", events.append
     )
     assert "'e thing' and 2 more" in notices(events)[0]
@@ -111,7 +111,7 @@ def test_only_the_first_of_many_are_named(clip: Clip) -> None:
 
 def test_cut_prompts_of_an_ensemble_are_counted_over_its_templates(clip: Clip, roomy: Clip) -> None:
     events: list[Event] = []
-    report_cut(clip, ("cat", "old cat"), PROMPTSRC_TEMPLATES, events.append)
+    report_truncation(clip, ("cat", "old cat"), PROMPTSRC_TEMPLATES, events.append)
     prompts = [template.replace("{}", name) for name in ("cat", "old cat") for template in PROMPTSRC_TEMPLATES]
     count = sum(tokens > 0 for tokens in tokens_cut(clip, prompts))
     assert count
@@ -127,7 +127,7 @@ def test_a_teacher_that_answers_in_no_numbers_is_refused(tmp_path: Path) -> None
     state = {**model.state_dict(), "logit_scale": torch.tensor(100.0)}  # whose exponential is infinite
     torch.save(state, tmp_path / "w.pt")
     with pytest.raises(ModelError, match=r"w\.pt: holds NaN or infinite values, first in the logit scale"):
-        made_teacher(Teacher(config=tiny.CLIP, weights=str(tmp_path / "w.pt")), ("a", "b"), "{}", CPU)
+        build_teacher(Teacher(config=tiny.CLIP, weights=str(tmp_path / "w.pt")), ("a", "b"), "{}", CPU)
 
 
 def teacher(path: Path, seed: int) -> Teacher:
@@ -140,7 +140,7 @@ def taught(tmp_path: Path) -> Callable[..., tuple[Path, Student, StudentRecord]]
     """A student of a zero-shot teacher from clip.pt, as student.pt would have it; takes fields of its record."""
     settings = teacher(tmp_path / "clip.pt", 3)
     names = ("cat", "dog", "fox")
-    ready = made_teacher(settings, names, "a {}", CPU)
+    ready = build_teacher(settings, names, "a {}", CPU)
     recipe = parse_recipe(tiny.recipe(teacher={"config": tiny.CLIP, "weights": settings.weights}))
 
     def make(**changes: Any) -> tuple[Path, Student, StudentRecord]:

@@ -17,7 +17,8 @@ from comkd_cli.errors import CheckpointError, ModelError
 from comkd_cli.events import Event, Notice
 from comkd_cli.models.backbones import build_clip
 from comkd_cli.recipe.model import Model, Teacher
-from comkd_cli.teachers.loading import made_teacher, released_clip
+from comkd_cli.teachers.loading import build_teacher
+from comkd_cli.teachers.prompted import released_prompted
 from comkd_cli.teachers.promptsrc_checkpoint import read_released
 from tests.method.test_prompt_src import text_by_hand, unit
 from tests.method.test_prompts import prompted_by_hand
@@ -100,7 +101,7 @@ def test_logits_of_a_released_teacher_at_any_depth(base: Path, tmp_path: Path, d
     path = write(tmp_path / "model-best.pth.tar", state, _use_new_zipfile_serialization=zipped)
     settings = Teacher(config=CONFIG, weights=str(path), format="promptsrc", backbone_weights=str(base))
     images = torch.randn(4, 3, 16, 16)
-    answered = made_teacher(settings, NAMES, "not this {}", torch.device("cpu")).teacher(images)
+    answered = build_teacher(settings, NAMES, "not this {}", torch.device("cpu")).teacher(images)
     clip = build_clip(Model(config=CONFIG))
     held = torch.load(base, weights_only=True)
     clip.model.load_state_dict({name: value.half().float() for name, value in held.items()})
@@ -211,7 +212,7 @@ def test_prompts_deeper_than_the_architecture_are_told_with_the_file(base: Path,
     state = released_state(base, 3)
     state["image_encoder.transformer.resblocks.3.VPT_shallow"] = torch.zeros(4, 32).half()
     with pytest.raises(CheckpointError, match=r"deep\.pt: its prompts are 4 layers deep in the image"):
-        released_clip(settings(base, write(tmp_path / "deep.pt", state)))
+        released_prompted(settings(base, write(tmp_path / "deep.pt", state)))
 
 
 @pytest.mark.parametrize(
@@ -246,21 +247,21 @@ def settings(base: Path, path: Path, **changes: Any) -> Teacher:
 def test_what_does_not_fit_is_told(base: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "model.pt", released_state(base, 2))
     with pytest.raises(ModelError, match=r"backbone_weights"):
-        released_clip(settings(base, path, backbone_weights=None))
+        released_prompted(settings(base, path, backbone_weights=None))
     with pytest.raises(ModelError, match="QuickGELU"):
-        released_clip(settings(base, path, config={**CONFIG, "quick_gelu": False}))
+        released_prompted(settings(base, path, config={**CONFIG, "quick_gelu": False}))
     wide = {**CONFIG["vision_cfg"], "width": 48}  # type: ignore[dict-item]
     wide_base = tmp_path / "wide.pt"
     torch.save(build_clip(Model(config={**CONFIG, "vision_cfg": wide})).model.state_dict(), wide_base)
     with pytest.raises(ModelError, match="does not hold weights"):
-        released_clip(settings(wide_base, path, config={**CONFIG, "vision_cfg": wide}))
+        released_prompted(settings(wide_base, path, config={**CONFIG, "vision_cfg": wide}))
 
 
 def test_a_table_of_word_embeddings_in_the_file_is_taken(base: Path, tmp_path: Path) -> None:
     state = released_state(base, 2)
     state["text_encoder.token_embedding.weight"] = torch.load(base, weights_only=True)["token_embedding.weight"]
     path = write(tmp_path / "model.pt", state)
-    alone = released_clip(settings(base, path, backbone_weights=None)).clip.model
+    alone = released_prompted(settings(base, path, backbone_weights=None)).clip.model
     assert torch.equal(alone.token_embedding.weight, state["text_encoder.token_embedding.weight"])
 
 
@@ -270,7 +271,7 @@ def test_the_word_embeddings_of_another_clip_are_refused(base: Path, tmp_path: P
     torch.save(build_clip(Model(config=CONFIG), seed=6).model.state_dict(), other)
     message = r"model\.pt: the word embeddings of \S+other\.pt are not .*token_prefix is off by .*backbone_weights"
     with pytest.raises(ModelError, match=message):
-        released_clip(settings(other, path))
+        released_prompted(settings(other, path))
     held = torch.load(base, weights_only=True)
     table = held["token_embedding.weight"]
     start = open_clip.SimpleTokenizer().sot_token_id
@@ -278,7 +279,7 @@ def test_the_word_embeddings_of_another_clip_are_refused(base: Path, tmp_path: P
     changed[start] = table[start]  # so that the words alone differ
     torch.save({**held, "token_embedding.weight": changed}, other)
     with pytest.raises(ModelError, match="token_suffix is off by"):
-        released_clip(settings(other, path))
+        released_prompted(settings(other, path))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -286,7 +287,7 @@ def test_the_right_word_embeddings_pass_in_any_precision(base: Path, tmp_path: P
     start = torch.load(base, weights_only=True)["token_embedding.weight"][-2]
     state = {**released_state(base, 2), "prompt_learner.token_prefix": start.to(dtype)[None, None]}
     events: list[Event] = []
-    released_clip(settings(base, write(tmp_path / "model.pt", state)), events.append)
+    released_prompted(settings(base, write(tmp_path / "model.pt", state)), events.append)
     assert events == []
 
 
@@ -294,7 +295,7 @@ def test_a_file_that_keeps_no_embeddings_is_told_and_taken(base: Path, tmp_path:
     state = {name: value for name, value in released_state(base, 2).items() if "prompt_learner.token_" not in name}
     path = write(tmp_path / "model.pt", state)
     events: list[Event] = []
-    released_clip(settings(base, path), events.append)
+    released_prompted(settings(base, path), events.append)
     (told,) = events
     assert isinstance(told, Notice)
     assert re.search(rf"model\.pt: keeps no prompt_learner\.token_prefix.*{re.escape(str(base))}", told.text)
@@ -305,7 +306,7 @@ def test_a_table_in_the_file_must_be_the_one_of_its_prompts(base: Path, tmp_path
     state["text_encoder.token_embedding.weight"] = torch.randn(49408, 16)
     path = write(tmp_path / "model.pt", state)
     with pytest.raises(ModelError, match=r"model\.pt: its own table of word embeddings is not"):
-        released_clip(settings(base, path, backbone_weights=None))
+        released_prompted(settings(base, path, backbone_weights=None))
 
 
 @pytest.mark.parametrize(
@@ -328,4 +329,4 @@ def test_tensors_that_are_no_numbers_are_told(
 def test_embeddings_of_another_width_are_told(base: Path, tmp_path: Path) -> None:
     state = {**released_state(base, 1), "prompt_learner.token_prefix": torch.zeros(7, 1, 24)}
     with pytest.raises(ModelError, match="token_prefix is 24 wide, and the table 16"):
-        released_clip(settings(base, write(tmp_path / "model.pt", state)))
+        released_prompted(settings(base, write(tmp_path / "model.pt", state)))
