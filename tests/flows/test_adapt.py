@@ -17,6 +17,7 @@ from comkd_cli.models.backbones import build_clip
 from comkd_cli.models.checkpoints import load_student, load_teacher
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Model
+from comkd_cli.teachers.loading import load_saved_teacher
 from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
@@ -60,11 +61,11 @@ def test_only_prompts_are_saved_with_the_hash_of_what_they_stand_on(done: adapt.
     assert not (done.folder / "state").exists()
 
 
-def test_four_shots_of_each_class_are_learned_from(done: adapt.Stage1) -> None:
+def test_prompts_are_trained_on_four_shots_of_each_class(done: adapt.Stage1) -> None:
     first = json.loads((done.folder / "metrics.jsonl").read_text().splitlines()[0])
     assert {"cross_entropy", "text", "image", "logits"} <= set(first)
-    lessons = done.prompt_source(done.settings.adapt)  # type: ignore[arg-type]
-    counts = [list(lessons.train.labels or ()).count(label) for label in range(10)]
+    source = done.prompt_source(done.settings.adapt)  # type: ignore[arg-type]
+    counts = [list(source.train.labels or ()).count(label) for label in range(10)]
     assert counts == [4] * 10
     assert first["learning_rate"] == 1e-5  # the constant warm-up epoch
 
@@ -110,7 +111,7 @@ def test_students_and_seeds_share_a_teacher(done: adapt.Stage1, weights: Path) -
     assert make_stage(done.runs, weights, adapt={"classes_at_once": 3}).folder == done.folder
 
 
-def test_a_teacher_of_one_data_set_teaches_the_classes_of_another(
+def test_a_teacher_of_one_dataset_classifies_among_the_classes_of_another(
     done: adapt.Stage1, weights: Path, tmp_path: Path
 ) -> None:
     pictures = tmp_path / "pictures"
@@ -129,7 +130,7 @@ def test_a_teacher_of_one_data_set_teaches_the_classes_of_another(
     long = {**data, "classes": ("cat", "wolf in the very dark forest")}
     teach(make_stage(done.runs, weights, data=long, adapt=stage_data()), events)
     (told,) = [event.text for event in events if isinstance(event, Notice)]
-    assert "the prompts of 1 of 2 classes are cut ('wolf in the very dark forest')" in told
+    assert "the prompts of 1 of 2 classes are truncated ('wolf in the very dark forest')" in told
 
 
 def stage_data() -> dict[str, Any]:
@@ -142,16 +143,17 @@ def test_a_changed_backbone_is_refused(done: adapt.Stage1, weights: Path, tmp_pa
     stage = make_stage(tmp_path / "runs", moved)
     teach(stage)
     torch.save(build_clip(Model(config=tiny.CLIP), seed=4).model.state_dict(), moved)
-    from comkd_cli.teachers.loading import load_saved_teacher
-
-    with pytest.raises(CheckpointError, match="other weights"):
+    with pytest.raises(CheckpointError, match="other weights") as caught:
         load_saved_teacher(stage.file, stage.source.class_names, torch.device("cpu"))
+    assert caught.value.path == stage.file
 
 
 def test_a_student_of_a_prompted_teacher_is_scored_beside_it(done: adapt.Stage1, tmp_path: Path) -> None:
     run = distill.Run(done.recipe, "tiny", done.source, done.runs, done.contents, done.key)
     accelerator = make_accelerator("fp32")
-    path = distill.distill(run, lambda: teach(done), accelerator, lambda event: None, "again")
+    path = distill.distill(
+        run, adapt.TeacherPreparation(done, accelerator, print, "again"), accelerator, lambda event: None, "again"
+    )
     _, record = load_student(path)
     assert record.teacher is not None
     bench = Bench(torch.device("cpu"), Path("data"), lambda event: None)
@@ -160,7 +162,7 @@ def test_a_student_of_a_prompted_teacher_is_scored_beside_it(done: adapt.Stage1,
     assert teacher.top1_percent == pytest.approx(load_teacher(done.file).record.metrics["test_top1_percent"])
 
 
-def test_prompts_that_are_cut_are_told_while_a_teacher_learns(
+def test_truncated_prompts_are_reported_while_a_teacher_is_trained(
     done: adapt.Stage1, weights: Path, tmp_path: Path, write_image: Callable[..., Path]
 ) -> None:
     """By either way of training, before hours pass; the 60 templates count apart from the class prompts."""
@@ -173,17 +175,18 @@ def test_prompts_that_are_cut_are_told_while_a_teacher_learns(
         recipe = parse_recipe(tiny.recipe(teacher=teacher, data=data))
         events: list[Event] = []
         teach(adapt.stage_1(recipe, open_source(recipe.data, tmp_path), tmp_path, tmp_path / "runs"), events)
-        told = [event.text for event in events if isinstance(event, Notice) and "are cut" in event.text]
+        told = [event.text for event in events if isinstance(event, Notice) and "are truncated" in event.text]
         assert len(told) == count
         assert all("'wolf in the very dark forest'" in text for text in told)
         assert any("of 120 prompts" in text for text in told) == (count == 2)
 
 
-def test_what_cannot_be_learned_is_told(weights: Path, tmp_path: Path, write_image: Any) -> None:
+def test_a_teacher_without_labels_or_weights_is_refused(weights: Path, tmp_path: Path, write_image: Any) -> None:
     for name in range(3):
         write_image(tmp_path / "pictures" / f"{name}.png")
     data = {"folder": str(tmp_path / "pictures"), "classes": ("a", "b")}
-    with pytest.raises(DataError, match="promptsrc learns from labels"):
+    with pytest.raises(DataError) as caught:
         teach(make_stage(tmp_path / "runs", weights, data=data))
+    assert (caught.value.field, caught.value.found) == ("teacher.adapt", "promptsrc")
     with pytest.raises(RecipeError, match="give `weights`"):
         parse_recipe(tiny.recipe(teacher={"config": tiny.CLIP, "adapt": "promptsrc"}))

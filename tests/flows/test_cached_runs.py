@@ -47,25 +47,25 @@ def test_with_a_view_an_epoch_in_fp32_a_run_is_the_one_without_a_cache(
     tmp_path: Path, weights: Path, seen: list[int]
 ) -> None:
     plain = do(make(tmp_path, weights, "plain", None))
-    asked = sum(seen)
+    computed = sum(seen)
     cold = do(make(tmp_path, weights, "cold", FULL))
-    assert sum(seen) == 2 * asked
+    assert sum(seen) == 2 * computed
     warm = do(make(tmp_path, weights, "warm", FULL))
-    assert sum(seen) == 2 * asked  # the teacher was not asked again
+    assert sum(seen) == 2 * computed  # the teacher did not run again
     assert same(plain, cold)
     assert same(plain, warm)
 
 
 def test_other_students_and_seeds_read_what_one_has_filled(tmp_path: Path, weights: Path, seen: list[int]) -> None:
     do(make(tmp_path, weights, "first", FULL))
-    asked = sum(seen)
+    computed = sum(seen)
     events: list[Event] = []
     do(make(tmp_path, weights, "other loss", FULL, loss={"refinement": {"weight": 3.0}, "if_align": None}), events)
-    assert sum(seen) == asked
+    assert sum(seen) == computed
     do(make(tmp_path, weights, "first", FULL, seed=2), events)
     # Another order leaves out other images at the end of an epoch: those alone are new.
-    assert 0 < sum(seen) - asked <= EPOCHS * (1437 % 128)
-    told = [event.text for event in events if isinstance(event, Notice) and "came from it" in event.text]
+    assert 0 < sum(seen) - computed <= EPOCHS * (1437 % 128)
+    told = [event.text for event in events if isinstance(event, Notice) and "crops read" in event.text]
     assert len(told) == 2
 
 
@@ -74,7 +74,7 @@ def test_fewer_views_than_epochs_repeat_them(tmp_path: Path, weights: Path, seen
     assert sum(seen) <= 1437
 
 
-def test_precomputing_leaves_nothing_to_ask(tmp_path: Path, weights: Path, seen: list[int]) -> None:
+def test_precomputing_leaves_nothing_to_compute(tmp_path: Path, weights: Path, seen: list[int]) -> None:
     run, stage = make(tmp_path, weights, "later", {"views": 2})
     accelerator = make_accelerator("fp32")
     for _ in range(2):  # the second time there is nothing left to do
@@ -98,8 +98,9 @@ def test_another_teacher_crop_or_seed_has_another_cache(tmp_path: Path, weights:
 def test_a_recipe_without_a_cache_cannot_be_precomputed(tmp_path: Path, weights: Path) -> None:
     run, stage = make(tmp_path, weights, "none", None)
     accelerator = make_accelerator("fp32")
-    with pytest.raises(MisuseError, match=r"teacher_cache\.views"):
+    with pytest.raises(MisuseError) as caught:
         distill.precompute(run, adapt.TeacherPreparation(stage, accelerator, print, ""), accelerator, print)
+    assert caught.value.field == "teacher_cache"
 
 
 def folder_of(path: Path, first: int) -> dict[str, Any]:
@@ -111,7 +112,9 @@ def folder_of(path: Path, first: int) -> dict[str, Any]:
     return {"folder": str(path), "classes": ("a", "b")}
 
 
-def test_folders_whose_files_are_only_called_alike_do_not_share(tmp_path: Path, weights: Path, seen: list[int]) -> None:
+def test_folders_with_the_same_file_names_alone_do_not_share_a_cache(
+    tmp_path: Path, weights: Path, seen: list[int]
+) -> None:
     optim = {**tiny.OPTIM, "epochs": EPOCHS, "batch_size": 6}
     for name, first in (("one", 0), ("other", 100)):
         before = sum(seen)
@@ -119,7 +122,7 @@ def test_folders_whose_files_are_only_called_alike_do_not_share(tmp_path: Path, 
         assert sum(seen) - before == EPOCHS * 12
 
 
-def test_precomputing_names_what_it_cannot_read_and_keeps_to_the_limit(tmp_path: Path, weights: Path) -> None:
+def test_precomputing_names_unreadable_images_and_stops_above_the_limit(tmp_path: Path, weights: Path) -> None:
     data = folder_of(tmp_path / "pictures", 0)
     (tmp_path / "pictures/3.bmp").write_bytes(b"no picture")
     events: list[Event] = []
@@ -138,7 +141,7 @@ def test_precomputing_names_what_it_cannot_read_and_keeps_to_the_limit(tmp_path:
         fill(5.0)
 
 
-def test_a_teacher_trained_anew_has_another_cache(tmp_path: Path, weights: Path) -> None:
+def test_a_retrained_teacher_has_another_cache(tmp_path: Path, weights: Path) -> None:
     """Its settings are the same, and its weights need not be: on another machine, by other threads."""
     folders = []
     for number in range(2):

@@ -63,9 +63,12 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> distill.Run:
 
 
 def refusal(run: distill.Run) -> str:
+    """What the run has differently from the finished one."""
     with pytest.raises(CheckpointError) as caught:
         distill.finished(run)
-    return str(caught.value)
+    assert caught.value.path == run.student_file
+    assert "--fresh" in str(caught.value.remedy)
+    return str(caught.value.found)
 
 
 def folder_of(run: distill.Run) -> Path:
@@ -93,9 +96,7 @@ def test_the_same_recipe_and_images_are_finished_also_where_the_folder_was_moved
     ids=["optimiser", "loss", "teacher", "augment"],
 )
 def test_another_setting_is_refused_by_its_name(done: distill.Run, changes: dict[str, Any], named: str) -> None:
-    message = refusal(make(folder_of(done), done.runs, **changes)[0])
-    assert named in message
-    assert "--fresh" in message
+    assert named in refusal(make(folder_of(done), done.runs, **changes)[0])
 
 
 def test_a_folder_of_the_same_name_with_other_images_is_another_run_and_another_teacher(

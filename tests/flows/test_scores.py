@@ -158,7 +158,7 @@ def test_a_compiled_student_is_scored_as_it_will_be_evaluated(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("classes", ["all", "base"])
-def test_what_is_told_of_a_selected_epoch_is_told_of_the_weights_that_are_kept(
+def test_the_metrics_of_a_selected_epoch_are_those_of_the_weights_that_are_kept(
     tmp_path: Path, digits: dict[str, Any], classes: str, precision: str
 ) -> None:
     events: list[Event] = []
@@ -194,15 +194,15 @@ def stop_after_steps(patch: pytest.MonkeyPatch, steps: int) -> None:
     calls = 0
 
     @contextmanager
-    def options():  # type: ignore[no-untyped-def]
-        def wish() -> int | None:
+    def requests():  # type: ignore[no-untyped-def]
+        def exit_code() -> int | None:
             nonlocal calls
             calls += 1
             return 130 if calls >= steps else None
 
-        yield wish
+        yield exit_code
 
-    patch.setattr("comkd_cli.training.loop.stop_requests", options)
+    patch.setattr("comkd_cli.training.loop.stop_requests", requests)
 
 
 @pytest.mark.parametrize("stop_at", [9, 14, 30])
@@ -272,8 +272,9 @@ def test_selection_without_labelled_test_images_is_refused_before_a_teacher_is_t
     for index in range(6):
         images.open(index).save(tmp_path / f"few/{index}.png")
     data = {"folder": str(tmp_path / "few"), "classes": ("a", "b")}
-    with pytest.raises(DataError, match="few: selection: promptkd needs labelled test images"):
+    with pytest.raises(DataError) as caught:
         train(tmp_path, data=data, selection="promptkd")
+    assert (caught.value.path, caught.value.field) == ("few", "selection")
     assert not (tmp_path / "teachers").exists()
     with pytest.raises(RecipeError, match="`selection_classes` belongs to `selection: promptkd`"):
         parse_recipe(tiny.recipe(selection_classes="base"))
