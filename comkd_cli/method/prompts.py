@@ -17,16 +17,16 @@ PROMPT_STD = 0.02  # of the normal distribution that prompts are drawn from, as 
 class DeepPrompts(nn.Module):
     """Learned tokens for the first `depth` layers of a transformer: `tokens`, (depth, tokens, width).
 
-    Hooks on the transformer's own modules insert them, so that the forward pass stays open_clip's. which: the recipe
-    field of the depth. Raises ModelError for a transformer with fewer blocks than `depth`.
+    Hooks on the transformer's own modules insert them, so that the forward pass stays open_clip's. depth_field: the
+    recipe's, for errors. Raises ModelError for a transformer with fewer blocks than `depth`.
     """
 
-    def __init__(self, depth: int, tokens: int, width: int, stack: nn.Module, blocks: Any, which: str) -> None:
+    def __init__(self, depth: int, tokens: int, width: int, stack: nn.Module, blocks: Any, depth_field: str) -> None:
         super().__init__()
         if depth > len(blocks):
             raise ModelError(
                 f"the transformer has {len(blocks)} blocks",
-                field=which,
+                field=depth_field,
                 found=depth,
                 allowed=f"at most {len(blocks)}",
             )
@@ -82,13 +82,13 @@ class VisionPrompts(DeepPrompts):
     replaces them by its own. They are removed before pooling, so that a tower that averages its tokens averages those
     of the image alone. With no tokens the features are exactly the tower's own.
 
-    tower: an open_clip VisionTransformer, or its TimmModel around a timm VisionTransformer. which: the recipe field of
-    the prompts. Raises ModelError for a tower without patch tokens or with fewer blocks than `depth`.
+    tower: an open_clip VisionTransformer, or its TimmModel around a timm VisionTransformer. depth_field: the
+    recipe's, for errors. Raises ModelError for a tower without patch tokens or with fewer blocks than `depth`.
     """
 
-    def __init__(self, tower: nn.Module, tokens: int, depth: int, which: str = "student.prompts") -> None:
-        norm, stack, blocks = _vision_parts(tower, which)
-        super().__init__(depth, tokens, _vision_width(tower), stack, blocks, f"{which}.depth")
+    def __init__(self, tower: nn.Module, tokens: int, depth: int, depth_field: str = "student.prompts.depth") -> None:
+        norm, stack, blocks = _vision_parts(tower, depth_field.rpartition(".")[0])
+        super().__init__(depth, tokens, _vision_width(tower), stack, blocks, depth_field)
         self.tower = tower
         norm.register_forward_pre_hook(self._append)
         stack.register_forward_hook(self._strip)
@@ -121,14 +121,14 @@ class TextPrompts(DeepPrompts):
     Raises ModelError for another model, or for one with fewer blocks than `depth`.
     """
 
-    def __init__(self, clip: Any, tokens: int, depth: int, which: str = "teacher.adapt.text_depth") -> None:
+    def __init__(self, clip: Any, tokens: int, depth: int) -> None:
         text = getattr(clip, "text", clip)
         if not hasattr(text, "token_embedding") or not hasattr(getattr(text, "transformer", None), "resblocks"):
             raise ModelError(
                 "prompts need open_clip's own text transformer, and this text tower is another one", field="teacher"
             )
         width = text.token_embedding.embedding_dim
-        super().__init__(depth, tokens, width, text.transformer, text.transformer.resblocks, which)
+        super().__init__(depth, tokens, width, text.transformer, text.transformer.resblocks, "teacher.adapt.text_depth")
         text.token_embedding.register_forward_hook(self._embed)
 
     def _first_index(self, _length: int) -> int:
@@ -155,7 +155,7 @@ class _Replace:
         return (prompts._insert(args[0], self._layer, prompts._token_axis), *args[1:]), kwargs
 
 
-def _vision_parts(tower: nn.Module, which: str) -> tuple[nn.Module, nn.Module, nn.ModuleList | nn.Sequential]:
+def _vision_parts(tower: nn.Module, field: str) -> tuple[nn.Module, nn.Module, nn.ModuleList | nn.Sequential]:
     """The norm before the blocks, the stack that runs them, and the blocks."""
     if hasattr(tower, "ln_pre") and hasattr(tower, "transformer"):
         transformer: Any = tower.transformer
@@ -165,8 +165,8 @@ def _vision_parts(tower: nn.Module, which: str) -> tuple[nn.Module, nn.Module, n
         return trunk.norm_pre, trunk.blocks, trunk.blocks
     raise ModelError(
         "prompts need a vision transformer, and this image tower is none",
-        field=which,
-        remedy="use `train: full` without prompts" if which.startswith("student") else None,
+        field=field,
+        remedy="use `train: full` without prompts" if field.startswith("student") else None,
     )
 
 

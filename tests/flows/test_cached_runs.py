@@ -112,7 +112,7 @@ def folder_of(path: Path, first: int) -> dict[str, Any]:
     return {"folder": str(path), "classes": ("a", "b")}
 
 
-def test_folders_with_the_same_file_names_alone_do_not_share_a_cache(
+def test_other_images_with_the_same_file_names_have_another_cache(
     tmp_path: Path, weights: Path, seen: list[int]
 ) -> None:
     optim = {**tiny.OPTIM, "epochs": EPOCHS, "batch_size": 6}

@@ -115,7 +115,7 @@ def test_the_same_images_in_other_shards_find_the_same_cache(
     other, teach_other = make(tmp_path, weights, {"shards": packed}, teacher_cache=cache)
     assert distill.finished(other)  # what it learned from is the same
     distill.distill(other, teach_other(print), make_accelerator("fp32"), told.append, "", fresh=True)
-    assert sum(seen) == EPOCHS * IMAGES  # the teacher was not asked again
+    assert sum(seen) == EPOCHS * IMAGES  # the teacher did not run again
     assert any(
         isinstance(e, Notice) and f"{EPOCHS * IMAGES:,} of {EPOCHS * IMAGES:,} crops cached" in e.text for e in told
     )
