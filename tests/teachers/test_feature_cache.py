@@ -67,7 +67,7 @@ def test_another_cache_in_its_directory_and_a_damaged_one_are_refused(tmp_path: 
         TeacherCache(tmp_path, replace(KEY, views=5))
     assert (caught.value.path, caught.value.remedy) == (cache.folder / "cache.json", remedy)
     with (cache.folder / "features.bin").open("ab") as file:
-        write(file, b"x")
+        file.write(b"x")
     with pytest.raises(CheckpointError) as caught:
         TeacherCache(tmp_path, KEY)
     assert caught.value.path == cache.folder / "features.bin"
