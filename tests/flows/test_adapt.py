@@ -37,7 +37,7 @@ def make_stage(runs: Path, weights: Path, root: Path = Path("data"), **changes: 
     return adapt.stage_1(recipe, open_source(recipe.data, root), root, runs)
 
 
-def teach(stage: adapt.Stage1, events: list[Event] | None = None):  # type: ignore[no-untyped-def]
+def prepare(stage: adapt.Stage1, events: list[Event] | None = None):  # type: ignore[no-untyped-def]
     report = (events if events is not None else []).append
     return adapt.TeacherPreparation(stage, make_accelerator("fp32"), report, "again").prepare()
 
@@ -45,7 +45,7 @@ def teach(stage: adapt.Stage1, events: list[Event] | None = None):  # type: igno
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> adapt.Stage1:
     stage = make_stage(tmp_path_factory.mktemp("runs"), weights)
-    teach(stage)
+    prepare(stage)
     return stage
 
 
@@ -88,10 +88,10 @@ def test_the_kept_prompts_are_the_weighted_average_of_the_epochs(tmp_path: Path,
     kept = []
     for epochs in (1, 2, 3):
         stage = make_stage(tmp_path / str(epochs), weights, adapt={**steady, "epochs": epochs, "gaussian": None})
-        teach(stage)
+        prepare(stage)
         kept.append(load_teacher(stage.file).state_dict)
     averaged = make_stage(tmp_path / "average", weights, adapt={**steady, "gaussian": {"mean": 2, "deviation": 1}})
-    teach(averaged)
+    prepare(averaged)
     density = torch.exp(-0.5 * torch.tensor([1.0, 0.0, 1.0]))
     share = density / density.sum()
     for name, value in load_teacher(averaged.file).state_dict.items():
@@ -104,7 +104,7 @@ def test_students_and_seeds_share_a_teacher(done: adapt.Stage1, weights: Path) -
     written = done.file.stat().st_mtime_ns
     for changes in ({"seed": 7}, {"loss": {"refinement": {"weight": 5.0}, "if_align": None}}):
         events: list[Event] = []
-        teach(make_stage(done.runs, weights, **changes), events)
+        prepare(make_stage(done.runs, weights, **changes), events)
         assert [e.title for e in events if isinstance(e, Stage)] == [f"Teacher: reused from {done.file}"]
     assert done.file.stat().st_mtime_ns == written
     assert make_stage(done.runs, weights, adapt={"shots": 2}).folder != done.folder
@@ -122,15 +122,15 @@ def test_a_teacher_of_one_dataset_classifies_among_the_classes_of_another(
     data = {"folder": str(pictures), "classes": ("cat", "dog")}
     events: list[Event] = []
     stage = make_stage(done.runs, weights, data=data, adapt={"data": {"dataset": "digits"}})
-    ready = teach(stage, events)
+    ready = prepare(stage, events)
     assert stage.file == done.file
     assert ready.teacher.class_vectors.shape == (2, 16)
     other = make_stage(done.runs, weights, data={**data, "classes": ("cat", "wolf")}, adapt=stage_data())
     assert (other.key, other.contents) == (stage.key, stage.contents)
     long = {**data, "classes": ("cat", "wolf in the very dark forest")}
-    teach(make_stage(done.runs, weights, data=long, adapt=stage_data()), events)
-    (told,) = [event.text for event in events if isinstance(event, Notice)]
-    assert "the prompts of 1 of 2 classes are truncated ('wolf in the very dark forest')" in told
+    prepare(make_stage(done.runs, weights, data=long, adapt=stage_data()), events)
+    (text,) = [event.text for event in events if isinstance(event, Notice)]
+    assert "the prompts of 1 of 2 classes are truncated ('wolf in the very dark forest')" in text
 
 
 def stage_data() -> dict[str, Any]:
@@ -141,7 +141,7 @@ def test_a_changed_backbone_is_refused(done: adapt.Stage1, weights: Path, tmp_pa
     moved = tmp_path / "clip.pt"
     moved.write_bytes(weights.read_bytes())
     stage = make_stage(tmp_path / "runs", moved)
-    teach(stage)
+    prepare(stage)
     torch.save(build_clip(Model(config=tiny.CLIP), seed=4).model.state_dict(), moved)
     with pytest.raises(CheckpointError, match="other weights") as caught:
         load_saved_teacher(stage.file, stage.source.class_names, torch.device("cpu"))
@@ -174,11 +174,11 @@ def test_truncated_prompts_are_reported_while_a_teacher_is_trained(
         teacher = {"config": tiny.CLIP, "weights": str(weights), "adapt": adapts}
         recipe = parse_recipe(tiny.recipe(teacher=teacher, data=data))
         events: list[Event] = []
-        teach(adapt.stage_1(recipe, open_source(recipe.data, tmp_path), tmp_path, tmp_path / "runs"), events)
-        told = [event.text for event in events if isinstance(event, Notice) and "are truncated" in event.text]
-        assert len(told) == count
-        assert all("'wolf in the very dark forest'" in text for text in told)
-        assert any("of 120 prompts" in text for text in told) == (count == 2)
+        prepare(adapt.stage_1(recipe, open_source(recipe.data, tmp_path), tmp_path, tmp_path / "runs"), events)
+        texts = [event.text for event in events if isinstance(event, Notice) and "are truncated" in event.text]
+        assert len(texts) == count
+        assert all("'wolf in the very dark forest'" in text for text in texts)
+        assert any("of 120 prompts" in text for text in texts) == (count == 2)
 
 
 def test_a_teacher_without_labels_or_weights_is_refused(weights: Path, tmp_path: Path, write_image: Any) -> None:
@@ -186,7 +186,7 @@ def test_a_teacher_without_labels_or_weights_is_refused(weights: Path, tmp_path:
         write_image(tmp_path / "pictures" / f"{name}.png")
     data = {"folder": str(tmp_path / "pictures"), "classes": ("a", "b")}
     with pytest.raises(DataError) as caught:
-        teach(make_stage(tmp_path / "runs", weights, data=data))
+        prepare(make_stage(tmp_path / "runs", weights, data=data))
     assert (caught.value.field, caught.value.found) == ("teacher.adapt", "promptsrc")
     with pytest.raises(RecipeError, match="give `weights`"):
         parse_recipe(tiny.recipe(teacher={"config": tiny.CLIP, "adapt": "promptsrc"}))

@@ -65,8 +65,8 @@ def test_other_students_and_seeds_read_what_one_has_filled(tmp_path: Path, weigh
     do(make(tmp_path, weights, "first", FULL, seed=2), events)
     # Another order leaves out other images at the end of an epoch: those alone are new.
     assert 0 < sum(seen) - computed <= EPOCHS * (1437 % 128)
-    told = [event.text for event in events if isinstance(event, Notice) and "crops read" in event.text]
-    assert len(told) == 2
+    texts = [event.text for event in events if isinstance(event, Notice) and "crops read" in event.text]
+    assert len(texts) == 2
 
 
 def test_fewer_views_than_epochs_repeat_them(tmp_path: Path, weights: Path, seen: list[int]) -> None:

@@ -105,8 +105,8 @@ def test_a_run_without_both_modules_is_promptkd_step_for_step(
         optimizer.param_groups[0]["lr"] = rate
         for (batch,) in loader.epoch(epoch):
             with torch.no_grad():
-                taught = functional.normalize(teacher.model.encode_image(batch.inputs[0]), dim=-1)
-                teacher_logits = scale * taught @ vectors.T
+                features = functional.normalize(teacher.model.encode_image(batch.inputs[0]), dim=-1)
+                teacher_logits = scale * features @ vectors.T
             logits = scale * plain(batch.inputs[1]) @ vectors.T
             divergence = functional.kl_div(
                 functional.log_softmax(logits, dim=1),

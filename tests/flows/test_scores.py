@@ -186,8 +186,8 @@ def test_the_metrics_of_a_selected_epoch_are_those_of_the_weights_that_are_kept(
     assert (whole.classes, base.classes, base.role) == ("all", "base", "student")
     assert kept["test_top1_percent"] == whole.top1_percent
     assert kept["selection_score_percent"] == (whole if classes == "all" else base).top1_percent
-    told = [event.text for event in events if isinstance(event, Notice) and "kept the weights" in event.text]
-    assert told == [f"kept the weights of epoch {best + 1}, which has the best selection_score_percent"]
+    texts = [event.text for event in events if isinstance(event, Notice) and "kept the weights" in event.text]
+    assert texts == [f"kept the weights of epoch {best + 1}, which has the best selection_score_percent"]
 
 
 def stop_after_steps(patch: pytest.MonkeyPatch, steps: int) -> None:
@@ -303,9 +303,9 @@ def test_scores_say_how_many_test_images_they_lack(half_damaged: Path, tmp_path:
     student, teacher = evaluated(run)
     assert (student.images, student.unreadable) == (teacher.images, teacher.unreadable) == (14, 6)
     assert load_student_record(run.student_file).metrics["test_top1_percent"] == student.top1_percent
-    told = [e.text for e in events if isinstance(e, Notice) and "test images can't be read" in e.text]
-    assert len(told) == 2  # by the teacher's training and the student's, each once
-    assert all(text.startswith("6 of 20") and text.count(".png: ") == 6 for text in told)
+    texts = [e.text for e in events if isinstance(e, Notice) and "test images can't be read" in e.text]
+    assert len(texts) == 2  # by the teacher's training and the student's, each once
+    assert all(text.startswith("6 of 20") and text.count(".png: ") == 6 for text in texts)
 
 
 def test_the_line_of_an_epoch_tells_unreadable_test_images_where_there_are_some() -> None:

@@ -14,9 +14,9 @@ def outputs() -> tuple[StudentOutput, TeacherOutput]:
     projected = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     vectors = nn.functional.normalize(torch.randn(3, 6, dtype=torch.float64), dim=1)
     features = nn.functional.normalize(projected, dim=1)
-    taught = nn.functional.normalize(torch.randn(4, 6, dtype=torch.float64), dim=1)
+    unit = nn.functional.normalize(torch.randn(4, 6, dtype=torch.float64), dim=1)
     student = StudentOutput(projected, features, 10 * features @ vectors.T)
-    return student, TeacherOutput(taught, 10 * taught @ vectors.T)
+    return student, TeacherOutput(unit, 10 * unit @ vectors.T)
 
 
 def test_with_both_modules_off_it_is_promptkds_objective() -> None:
