@@ -32,8 +32,9 @@ from comkd_cli.recipe.model import EduAttention, Loss, Model, Sgd
 from comkd_cli.recipe.model import Student as StudentSettings
 from comkd_cli.teachers.cached import CachedTeacher
 from comkd_cli.teachers.feature_cache import CacheKey, TeacherCache
-from comkd_cli.teachers.loading import prompted_clip
-from comkd_cli.training.loop import make_accelerator, make_optimizer
+from comkd_cli.teachers.prompted import prompted_clip
+from comkd_cli.training.accelerator import make_accelerator
+from comkd_cli.training.optimizer import make_optimizer
 
 
 def main() -> None:
@@ -128,7 +129,8 @@ def make_ways(options: argparse.Namespace, accelerator: Accelerator, folder: Pat
     images = torch.randn(batch, 3, size, size, device=device)
     indices = torch.arange(batch)
     loss = Loss()
-    cache.write(0, np.arange(batch), teacher.encode(images).cpu().numpy())
+    cache.put(0, np.arange(batch), teacher.encode(images).cpu().numpy())
+    cache.mark(0, np.arange(batch))
     warm = Batch((torch.empty(0), images), None, indices, uncached=torch.zeros(batch, dtype=torch.bool))
 
     def learn(answered) -> None:  # type: ignore[no-untyped-def]

@@ -30,7 +30,7 @@ from comkd_cli.flows import adapt
 from comkd_cli.models.checkpoints import load_teacher
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.teachers.loading import ReadyTeacher
-from comkd_cli.training.loop import make_accelerator
+from comkd_cli.training.accelerator import make_accelerator
 
 CONFIG = {
     "embed_dim": 64,
@@ -53,7 +53,7 @@ def teacher_of(teacher: dict[str, Any], data: dict[str, Any], runs: Path) -> tup
     )
     source = open_source(recipe.data, runs)
     stage = adapt.stage_1(recipe, source, runs, runs / "runs")
-    return adapt.ready_teacher(stage, make_accelerator("fp32"), tell, ""), stage
+    return adapt.TeacherPreparation(stage, make_accelerator("fp32"), tell, "").prepare(), stage
 
 
 def tell(event: Event) -> None:

@@ -21,7 +21,7 @@ from comkd_cli.errors import ComkdError
 from comkd_cli.flows.distill import outline
 from comkd_cli.models.checkpoints import load_student
 from comkd_cli.recipe import parse_recipe
-from comkd_cli.teachers.loading import made_teacher
+from comkd_cli.teachers.loading import build_teacher
 from tests import tiny
 
 TINY = replace(
@@ -236,7 +236,7 @@ def test_a_student_of_half_of_the_classes_answers_about_the_others_as_its_checkp
     assert record.class_names == tuple("01234")
     assert student.uses_candidates
     novel = folder_source(tmp_path / "data" / "novel", None, record.template)
-    ready = made_teacher(
+    ready = build_teacher(
         record.recipe.teacher.model_copy(update={"weights": str(tmp_path / "teacher.pt")}),
         novel.class_names,
         record.template,

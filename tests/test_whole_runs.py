@@ -75,7 +75,7 @@ def test_from_recipe_to_prediction_through_every_interruption(workshop: Path) ->
 
     finished = comkd(workshop, "distill", "tiny.yaml", "--runs", "broken")
     assert finished.returncode == 0, finished.stderr
-    assert "going on from epoch" in finished.stderr
+    assert "resuming from epoch" in finished.stderr
     assert same_tensors(reference, run / "student.pt")
     assert not (run / "state").exists()
 

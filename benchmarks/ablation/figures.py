@@ -20,7 +20,7 @@ from comkd_cli.evaluation.features import Encoder, FeatureStore
 from comkd_cli.evaluation.metrics import agreement_percent, top1_percent
 from comkd_cli.models.checkpoints import StudentRecord, load_student
 from comkd_cli.models.costs import multiply_adds, parameters
-from comkd_cli.teachers.loading import ReadyTeacher, made_teacher
+from comkd_cli.teachers.loading import ReadyTeacher, build_teacher
 
 BINS = 15
 CONFIDENCE = 0.95
@@ -78,7 +78,7 @@ class Scorer:
 
     def _teacher(self, source: Source, record: StudentRecord) -> ReadyTeacher:
         settings = record.recipe.teacher.model_copy(update={"weights": str(self._weights)})
-        return made_teacher(settings, source.class_names, record.template, CPU)
+        return build_teacher(settings, source.class_names, record.template, CPU)
 
     def _teacher_logits(self, folder: Path, source: Source, record: StudentRecord) -> np.ndarray:
         images = (folder / "test").resolve()

@@ -31,7 +31,9 @@ from comkd_cli.recipe.model import SCHEMES, Data, Model, Teacher
 from comkd_cli.results.records import Missing, Results, merged
 from comkd_cli.runtime import collectives, ranks
 from comkd_cli.runtime.devices import failures_explained
-from comkd_cli.teachers.loading import encode_ensemble, teacher_of_clip, teacher_of_student
+from comkd_cli.teachers.class_vectors import encode_ensemble
+from comkd_cli.teachers.loading import teacher_of_clip
+from comkd_cli.teachers.of_student import teacher_of_student
 
 MEMORY_REMEDY = "end other programs, or use a machine with more memory"
 

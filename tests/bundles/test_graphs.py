@@ -23,7 +23,7 @@ from comkd_cli.method.student import Student
 from comkd_cli.method.teacher import encode_classes
 from comkd_cli.models.backbones import build_clip, build_image_tower
 from comkd_cli.recipe import model as recipe
-from comkd_cli.teachers.loading import prompted_clip
+from comkd_cli.teachers.prompted import prompted_clip
 from tests import tiny
 
 CONVOLUTIONAL = {

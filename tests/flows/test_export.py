@@ -33,7 +33,7 @@ from comkd_cli.flows.export import ExportOptions, export
 from comkd_cli.flows.predict import predict
 from comkd_cli.method.teacher import encode_classes
 from comkd_cli.models.checkpoints import load_student
-from comkd_cli.teachers.loading import class_encoder
+from comkd_cli.teachers.of_student import class_encoder
 
 
 def quietly(event: object) -> None:

@@ -13,7 +13,7 @@ from comkd_cli.flows import adapt, distill
 from comkd_cli.models.backbones import build_image_tower, recompute_activations
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Model
-from comkd_cli.training.loop import make_accelerator
+from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
 
@@ -24,8 +24,8 @@ def train(runs: Path, **changes: Any) -> dict[str, torch.Tensor]:
     stage = adapt.stage_1(recipe, source, Path("data"), runs)
     run = distill.Run(recipe, "it", source, runs, stage.contents, stage.key)
     accelerator = make_accelerator("fp32")
-    teach = lambda: adapt.ready_teacher(stage, accelerator, lambda event: None, "")  # noqa: E731
-    path = distill.distill(run, teach, accelerator, lambda event: None, "", fresh=True)
+    teacher = adapt.TeacherPreparation(stage, accelerator, lambda event: None, "")
+    path = distill.distill(run, teacher, accelerator, lambda event: None, "", fresh=True)
     state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
     return state
 

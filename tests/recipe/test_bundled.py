@@ -3,7 +3,6 @@
 import json
 import subprocess
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from comkd_cli.recipe import check_recipes, load_recipe, parse_recipe
 from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.recipe.loading import bundled_recipes
 from comkd_cli.recipe.model import Model
-from comkd_cli.training.loop import make_accelerator
+from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 from tests.flows.test_suite import fill
 
@@ -180,8 +179,8 @@ def reduced_run(name: str, runs: Path, root: Path, small: dict[str, Any]) -> dis
     stage = adapt.stage_1(recipe, source, root, runs)
     run = distill.Run(recipe, name, source, runs, stage.contents, stage.key)
     accelerator = make_accelerator("fp32")
-    teach = partial(adapt.ready_teacher, stage, accelerator, lambda event: None, "")
-    distill.distill(run, teach, accelerator, lambda event: None, "")
+    teacher = adapt.TeacherPreparation(stage, accelerator, lambda event: None, "")
+    distill.distill(run, teacher, accelerator, lambda event: None, "")
     return run
 
 

@@ -87,7 +87,7 @@ def command(
     with starting():
         from comkd_cli.errors import CheckpointError, ComkdError, DataError, Interrupted, ModelError
         from comkd_cli.runtime import collectives
-        from comkd_cli.training.loop import make_accelerator
+        from comkd_cli.training.accelerator import make_accelerator
 
         collectives.set_timeout(max(chosen.collective_timeout_minutes for chosen in loaded))
         accelerator = make_accelerator(loaded[0].precision)
@@ -163,11 +163,11 @@ def _distil(
     for folder in (run.folder, stage.folder) if stage.adapts else (run.folder,):
         collectives.in_turn(partial(check_writable, folder, ELSEWHERE))
     with reporting() as report, failures_explained():
-        teach = partial(adapt.ready_teacher, stage, accelerator, report, resume.teacher)
+        teacher = adapt.TeacherPreparation(stage, accelerator, report, resume.teacher)
         if precompute:
-            distill.precompute(run, teach, accelerator, report)
+            distill.precompute(run, teacher, accelerator, report)
             return None
-        return distill.distill(run, teach, accelerator, report, resume.student, fresh)
+        return distill.distill(run, teacher, accelerator, report, resume.student, fresh)
 
 
 def _suite_below(data_root: Path) -> tuple[str, ...]:
