@@ -39,7 +39,7 @@ def cli_page() -> str:
     parts.append(
         "Exit codes: 0 done; 1 something to mend, told in one message; 2 misuse of the command line; 130 "
         "interrupted, the state being saved. Errors and progress go to standard error, results to standard "
-        "output. COMKD_DATA names the folder of data sets, ACCELERATE_USE_CPU=1 keeps to the CPU.\n"
+        "output. COMKD_DATA names the folder of datasets, ACCELERATE_USE_CPU=1 keeps to the CPU.\n"
     )
     return "\n".join(parts)
 

@@ -1,4 +1,4 @@
-"""`comkd distill --fresh` over several seeds, interrupted: the line that it prints loses no run and repeats none."""
+"""`comkd distill --fresh` over several seeds, interrupted: the line that it prints loses no run and in_teacher none."""
 
 import os
 import shlex
@@ -12,8 +12,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from comkd_cli.cli.commands import distill
-from comkd_cli.cli.commands.distill import Choice
+from comkd_cli.cli.resuming import Choice, StoppedRun
 from tests import tiny
 
 
@@ -25,17 +24,17 @@ def typed(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     return lambda line: monkeypatch.setattr(sys, "argv", shlex.split(line))
 
 
-SEEDS: list[Choice] = [(None, 1), (None, 2), (None, 3)]
-GRID: list[Choice] = [(name, seed) for name in ("dtd", "eurosat", "ucf101") for seed in (1, 2)]
+SEEDS = [Choice(None, 1), Choice(None, 2), Choice(None, 3)]
+GRID = [Choice(name, seed) for name in ("dtd", "eurosat", "ucf101") for seed in (1, 2)]
 
 
 @pytest.mark.parametrize(
-    ("line", "choices", "position", "repeats", "expected"),
+    ("line", "choices", "position", "in_teacher", "expected"),
     [
-        ("comkd distill r.yaml --seed 1", [(None, 1)], 0, False, "comkd distill r.yaml --seed 1"),
+        ("comkd distill r.yaml --seed 1", [Choice(None, 1)], 0, False, "comkd distill r.yaml --seed 1"),
         ("comkd distill r.yaml --seed 1 --seed 2", SEEDS[:2], 1, False, "comkd distill r.yaml --seed 1 --seed 2"),
-        ("comkd distill r.yaml --fresh", [(None, None)], 0, False, "comkd distill r.yaml"),
-        ("comkd distill r.yaml --fresh", [(None, None)], 0, True, "comkd distill r.yaml --fresh"),
+        ("comkd distill r.yaml --fresh", [Choice(None, None)], 0, False, "comkd distill r.yaml"),
+        ("comkd distill r.yaml --fresh", [Choice(None, None)], 0, True, "comkd distill r.yaml --fresh"),
         (
             "comkd --debug distill r.yaml --seed 1 --seed=2 --seed 3 --fresh --set 'about=a b'",
             SEEDS,
@@ -63,7 +62,7 @@ GRID: list[Choice] = [(name, seed) for name in ("dtd", "eurosat", "ucf101") for 
         ),
         (
             "comkd distill --fresh --dataset=dtd --dataset eurosat --dataset ucf101 -- r.yaml",
-            [(name, None) for name in ("dtd", "eurosat", "ucf101")],
+            [Choice(name, None) for name in ("dtd", "eurosat", "ucf101")],
             0,
             False,
             "comkd distill --dataset=dtd -- r.yaml &&\n"
@@ -72,11 +71,11 @@ GRID: list[Choice] = [(name, seed) for name in ("dtd", "eurosat", "ucf101") for 
     ],
 )
 def test_the_line_resumes_the_stopped_run_and_begins_the_others(  # type: ignore[no-untyped-def]
-    typed, line: str, choices: list[Choice], position: int, repeats: bool, expected: str
+    typed, line: str, choices: list[Choice], position: int, in_teacher: bool, expected: str
 ) -> None:
     typed(line)
-    fresh = "--fresh" in line
-    assert distill._resume_line(choices, position, fresh, repeats and fresh) == expected
+    stopped = StoppedRun(choices, position, fresh="--fresh" in line)
+    assert (stopped.resume_teacher if in_teacher else stopped.resume_student) == expected
 
 
 def wait_for(process: subprocess.Popen[str], file: Path, lines: int) -> None:

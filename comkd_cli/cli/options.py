@@ -19,7 +19,7 @@ data_root_option = click.option(
     envvar="COMKD_DATA",
     default=Path("data"),
     show_default=True,
-    help="Folder of data sets.",
+    help="Folder of datasets.",
     show_envvar=True,
 )
 allow_download_option = click.option(

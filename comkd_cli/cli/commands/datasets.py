@@ -1,4 +1,4 @@
-"""`comkd datasets`: what the evaluation suite's data sets are, whether they are here, and their splits."""
+"""`comkd datasets`: what the evaluation suite's datasets are, whether they are here, and their splits."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @click.group()
 def command() -> None:
-    """List, check, split and fetch the data sets of the evaluation suite."""
+    """List, check, split and fetch the datasets of the evaluation suite."""
 
 
 @command.command("list")
 @json_option
 def list_(as_json: bool) -> None:
-    """List the data sets that comkd knows, with their published counts."""
+    """List the datasets that comkd knows, with their published counts."""
     from dataclasses import asdict
 
     from comkd_cli.cli.terminal import Column, print_json, print_table
@@ -33,7 +33,7 @@ def list_(as_json: bool) -> None:
         print_json([asdict(dataset) for dataset in CATALOG.values()])
         return
     figures = [Column(head) for head in ("classes", "train", "val", "test")]
-    columns = [Column("data set", "word"), Column("folder", "word"), *figures, Column("prompt", "text")]
+    columns = [Column("dataset", "word"), Column("folder", "word"), *figures, Column("prompt", "text")]
     rows = []
     for dataset in CATALOG.values():
         counts = (dataset.classes, dataset.train, dataset.val, dataset.test)
@@ -47,7 +47,7 @@ def list_(as_json: bool) -> None:
 @data_root_option
 @json_option
 def check(names: tuple[str, ...], deep: bool, data_root: Path, as_json: bool) -> None:
-    """Say of each data set whether it is ready, incomplete or missing, and what to do.
+    """Say of each dataset whether it is ready, incomplete or missing, and what to do.
 
     Reads the split files, looks for every image that they name, and compares the counts with the published
     ones. Without a NAME, all are checked; exits 1 if a named one is not ready, or none at all is.
@@ -93,7 +93,7 @@ def split(name: str, shots: int | None, seed: int, half: str, data_root: Path, a
     """Print the train, val and test images of NAME, from its split files alone.
 
     With --json a document {"train": [[path, label, class name], ...], "val": ..., "test": ...}, paths
-    relative to the data set's folder; else a line an image. --shots draws as CoOp and Dassl do.
+    relative to the dataset's folder; else a line an image. --shots draws as CoOp and Dassl do.
     """
     from comkd_cli.cli.terminal import print_json
     from comkd_cli.data.splits import read_splits, sample_shots, select_half
@@ -116,7 +116,7 @@ def split(name: str, shots: int | None, seed: int, half: str, data_root: Path, a
 @data_root_option
 @json_option
 def fetch(names: tuple[str, ...], data_root: Path, as_json: bool) -> None:
-    """Download, unpack and check each data set NAME from its mirror on the Hugging Face Hub.
+    """Download, unpack and check each dataset NAME from its mirror on the Hugging Face Hub.
 
     An interrupted download goes on where it stopped. For ImageNet and its variants, which no mirror has, the
     message says where they come from.
@@ -148,7 +148,7 @@ def _chosen(names: Sequence[str]) -> list[Dataset]:
     from comkd_cli.recipe.catalog import CATALOG
 
     if unknown := [name for name in names if name not in CATALOG]:
-        raise DataError(f"{unknown[0]}: no such data set; comkd knows {', '.join(CATALOG)}")
+        raise DataError(f"{unknown[0]}: no such dataset; comkd knows {', '.join(CATALOG)}")
     return [CATALOG[name] for name in names] or list(CATALOG.values())
 
 
@@ -158,7 +158,7 @@ def _print_checks(checks: Sequence[Check]) -> None:
     from comkd_cli.cli.terminal import Column, print_table
 
     colours = {"ready": "green", "incomplete": "yellow", "missing": "red"}
-    columns = [Column("data set", "word"), Column("state", "word"), Column("images"), Column("what to do", "text")]
+    columns = [Column("dataset", "word"), Column("state", "word"), Column("images"), Column("what to do", "text")]
     rows = []
     for entry in checks:
         told = "\n".join([*entry.problems, *entry.notes, *([entry.remedy] if entry.remedy else [])])
