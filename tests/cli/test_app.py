@@ -150,7 +150,7 @@ def test_a_module_put_into_the_folder_is_a_command(fails: Callable[..., Result])
     [
         ("data", 1, "error: pets: no such folder\n  look again\n"),
         ("stopped", 143, "note: stopped; the state is saved\n"),
-        ("ctrl-c", 130, "note: interrupted; finished work is kept, and the same command resumes the rest\n"),
+        ("ctrl-c", 130, "note: interrupted; rerun the same command to resume\n"),
         ("missing", 1, "error: /no/such/file: No such file or directory\n"),
     ],
 )
@@ -220,7 +220,7 @@ def test_ctrl_c_ends_a_command_with_130_and_without_a_traceback(tmp_path: Path) 
             out, err = process.communicate(timeout=60)
         finally:
             os.close(writer)
-    message = "note: interrupted; finished work is kept, and the same command resumes the rest\n"
+    message = "note: interrupted; rerun the same command to resume\n"
     assert (process.returncode, out, err) == (130, "", message)
 
 
@@ -371,7 +371,7 @@ def test_predict_on_a_damaged_bundle_names_the_file(colour_bundle: Path, picture
         (("distill", "digits", "--fresh", "--precompute"), "--fresh and --precompute exclude each other"),
         (("export", "student.pt", "--gate", "int8.cosine=0.9"), "should be PRECISION.LIMIT=VALUE"),
         (("export", "student.pt", "--gate", "int4.cosine_min=0.9"), "should be PRECISION.LIMIT=VALUE"),
-        (("export", "student.pt", "--gate", "int8.cosine_min=much"), "'much' is no number"),
+        (("export", "student.pt", "--gate", "int8.cosine_min=much"), "'much' is not a number"),
         (("export", "student.pt", "--opset", "13"), "13 is not in the range x>=18"),
         (("export", "student.pt", "--precision", "int4"), "'int4' is not one of"),
     ],

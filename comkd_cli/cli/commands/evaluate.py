@@ -1,4 +1,4 @@
-"""`comkd evaluate`: what a student kept of its teacher, and how models do on the suite."""
+"""`comkd evaluate`: the scores of students, of their teachers and of plain CLIP models."""
 
 from __future__ import annotations
 
@@ -27,31 +27,33 @@ PROTOCOLS = ("zero-shot", "base-to-novel", "few-shot", "cross-dataset", "domain-
     "datasets",
     metavar="NAME",
     multiple=True,
-    help="Score on this dataset: digits, or one of `comkd datasets list`; may be repeated.",
+    help="Score on this dataset, digits or one of `comkd datasets list`; may be repeated.",
 )
 @click.option("--all", "whole_suite", is_flag=True, help="Score on every dataset of the suite, by every protocol.")
 @click.option(
     "--folder",
     type=click.Path(file_okay=False, exists=True),
-    help="Score on this folder, with test/ and a sub-folder a class in it.",
+    help="Score on this folder, which holds test/<class>/.",
 )
-@click.option("--classes", type=click.Path(dir_okay=False, exists=True), help="Class names of --folder, one a line.")
-@click.option("--template", help="Prompt of a class of --folder, {} standing for its name.")
+@click.option("--classes", type=click.Path(dir_okay=False, exists=True), help="Class names of --folder, one per line.")
+@click.option("--template", help="Prompt for the classes of --folder, with {} for the class name.")
 @click.option(
     "--protocol",
     "protocols",
     type=click.Choice(PROTOCOLS),
     multiple=True,
-    help="How to score; may be repeated. Left out: zero-shot, with --all every one.",
+    help="How to score; may be repeated. Default: zero-shot; with --all every protocol.",
 )
-@click.option("--shots", callback=numbers, default="1,2,4,8,16", show_default=True, help="Of few-shot.")
-@click.option("--seeds", callback=numbers, default="1,2,3", show_default=True, help="Of the few-shot draws.")
+@click.option(
+    "--shots", callback=numbers, default="1,2,4,8,16", show_default=True, help="Training images per class of few-shot."
+)
+@click.option("--seeds", callback=numbers, default="1,2,3", show_default=True, help="Seeds of the few-shot draws.")
 @runs_option
 @data_root_option
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for results.json, .csv, .md and .tex. Left out: the student's own, or RUNS.",
+    help="Folder for results.json, .csv, .md and .tex. Default: the student's own, or RUNS.",
 )
 @allow_download_option
 @json_option
