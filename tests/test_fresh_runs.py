@@ -1,4 +1,4 @@
-"""`comkd distill --fresh` over several seeds, interrupted: the line that it prints loses no run and in_teacher none."""
+"""`comkd distill --fresh` over several seeds, interrupted: the command that it prints omits no run and repeats none."""
 
 import os
 import shlex
@@ -18,7 +18,7 @@ from tests import tiny
 
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """Pretend that a command line was typed."""
+    """Sets the command line of this process."""
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return lambda line: monkeypatch.setattr(sys, "argv", shlex.split(line))
@@ -70,7 +70,7 @@ GRID = [Choice(name, seed) for name in ("dtd", "eurosat", "ucf101") for seed in 
         ),
     ],
 )
-def test_the_line_resumes_the_stopped_run_and_begins_the_others(  # type: ignore[no-untyped-def]
+def test_the_printed_command_resumes_the_stopped_run_and_starts_the_others(  # type: ignore[no-untyped-def]
     typed, line: str, choices: list[Choice], position: int, in_teacher: bool, expected: str
 ) -> None:
     typed(line)
@@ -95,7 +95,7 @@ def weights(runs: Path, seed: int) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_interrupted_fresh_command_ends_with_the_same_students(tmp_path: Path) -> None:
-    """Seed 2 is interrupted: seed 1 stays as it is, 2 is resumed, and 3, finished before, is made afresh."""
+    """Seed 2 is interrupted: seed 1 stays as it is, 2 is resumed, and 3, finished before, starts from scratch."""
     with (tmp_path / "tiny.yaml").open("w") as stream:
         YAML(typ="safe", pure=True).dump(tiny.recipe(optim={**tiny.OPTIM, "epochs": 25}), stream)
     folder = tmp_path / "bin"
