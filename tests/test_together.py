@@ -193,7 +193,7 @@ def test_two_processes_score_what_one_does(workshop: Path, one_process: Path) ->
 def test_the_plan_is_printed_once(workshop: Path) -> None:
     ended = two(workshop, "distill", "tiny.yaml", "--runs", "planned", "--dry-run")
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("1,437 to learn from") == 1
+    assert ended.stdout.count("1,437 training images") == 1
     assert "cpu, fp32, 2 processes" in ended.stdout
     assert not (workshop / "planned").exists()
 
@@ -209,7 +209,7 @@ def test_without_a_launcher_a_scripts_own_variables_do_not_count(workshop: Path)
     command = [sys.executable, "-m", "comkd_cli", "distill", "tiny.yaml", "--dry-run"]
     ended = subprocess.run(command, cwd=workshop, env=env, capture_output=True, text=True, check=False, timeout=100)
     assert ended.returncode == 0, ended.stderr
-    assert "1,437 to learn from" in ended.stdout
+    assert "1,437 training images" in ended.stdout
 
 
 def test_a_process_that_hangs_ends_the_run_within_its_timeout(workshop: Path) -> None:

@@ -126,7 +126,7 @@ def test_a_dry_run_tells_of_each_kind_of_images_that_are_not_there(
     cross = run_comkd("distill", "vitl_to_vitb_cross", "--dry-run", "--data-root", only_target, cwd=tmp_path)
     assert cross.returncode == 0, cross.stderr
     told = " ".join(cross.stdout.split())
-    assert "12 to learn from" in told
+    assert "12 training images" in told
     assert "imagenet is not there" in told
 
 
