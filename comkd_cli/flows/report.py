@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from comkd_cli.evaluation.answers import Observation, answers, distances
+from comkd_cli.evaluation.subjects import Subject
 from comkd_cli.events import Event, Notice, Report
 from comkd_cli.files import write_text
 from comkd_cli.models.checkpoints import load_student_record
@@ -47,9 +48,9 @@ class RunCollector:
         """Take a model that was scored: a student, then its teacher. Plain CLIPs are not runs."""
         if not ranks.is_main():
             return
-        if seen.subject.role == "student":
+        if seen.evaluation.subject.role == "student":
             self._student, self._teacher = seen, None
-        elif seen.subject.role == "teacher":
+        elif seen.evaluation.subject.role == "teacher":
             self._teacher = seen
 
     def closing(self, keep: Callable[[Results], None] = lambda found: None) -> Callable[[Results], None]:
@@ -78,9 +79,9 @@ class RunCollector:
 
 
 def _scored_run(student: Observation, teacher: Observation | None, notices: tuple[str, ...]) -> ScoredRun:
-    path = Path(student.subject.model)
+    path = Path(student.evaluation.subject.model)
     facts = load_student_record(path)
-    source, images = student.source, student.images
+    source, images = student.evaluation.source, student.evaluation.images
     trained = (facts.identity_parts or {}).get("data", {}).get("training_images")
     no_test_images = source.test is None or not len(source.test)
     return ScoredRun(
@@ -94,7 +95,7 @@ def _scored_run(student: Observation, teacher: Observation | None, notices: tupl
         teacher=None if teacher is None else _scored_model(teacher),
         distances=None if teacher is None else distances(student, teacher),
         learned_test_images=no_test_images or trained == images.digest,
-        unreadable=student.features.unreadable,
+        unreadable=student.evaluation.test.unreadable,
         notices=notices,
         history=read_curve(path.parent),
         manifest=_manifest(path.parent / MANIFEST),
@@ -102,21 +103,21 @@ def _scored_run(student: Observation, teacher: Observation | None, notices: tupl
 
 
 def _scored_model(seen: Observation) -> ScoredModel:
-    subject = seen.subject
+    subject = seen.evaluation.subject
     size = subject.encoder.preprocessing.size
     return ScoredModel(
         name=subject.model,
         sha256=subject.encoder.identity,
         parameters=subject.parameters,
-        multiply_adds=_multiply_adds(seen, size),
+        multiply_adds=_multiply_adds(subject, size),
         image_size=size,
         answers=answers(seen),
     )
 
 
-def _multiply_adds(seen: Observation, size: int) -> int | None:
+def _multiply_adds(subject: Subject, size: int) -> int | None:
     try:
-        return multiply_adds(seen.subject.module, size)
+        return multiply_adds(subject.module, size)
     except (RuntimeError, NotImplementedError):  # some timm towers compute what the meta device cannot
         return None
 

@@ -8,7 +8,7 @@ import io
 from PIL import Image
 
 from comkd_cli.data.source import ImageSet
-from comkd_cli.edge.classifier import UnreadableImage
+from comkd_cli.edge.images import UnreadableImage
 
 LONGEST_SIDE = 112  # pixels
 SMALL_SIDE = 56  # pictures below this are enlarged by whole factors, so that their own pixels stay visible

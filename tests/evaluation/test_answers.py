@@ -7,10 +7,11 @@ from scipy.spatial.distance import cityblock
 from scipy.special import softmax
 
 from comkd_cli.data.digits import digits_source
-from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.edge.images import Preprocessing
 from comkd_cli.evaluation import answers as room
 from comkd_cli.evaluation.answers import Observation, answers, distances
 from comkd_cli.evaluation.features import Encoder, Features
+from comkd_cli.evaluation.protocols import Evaluation
 from comkd_cli.evaluation.subjects import Subject
 
 SOURCE = digits_source()
@@ -36,13 +37,14 @@ def observation(images: list[int], seed: int, scale: float = 5.0) -> Observation
     values = torch.randn(len(images), DIM, generator=random).numpy()
     assert SOURCE.test is not None
     features = Features(values, np.array(images, np.int64), ())
-    return Observation(subject, SOURCE, SOURCE.test, features, subject.predict(values, range(CLASSES)))
+    return Observation(Evaluation(subject, SOURCE, SOURCE.test, features), subject.predict(values, range(CLASSES)))
 
 
 def by_scipy(seen: Observation) -> np.ndarray:
-    values = seen.features.values.astype(np.float64)
+    subject = seen.evaluation.subject
+    values = seen.evaluation.test.values.astype(np.float64)
     values /= np.linalg.norm(values, axis=1, keepdims=True)
-    logits = seen.subject.logit_scale * values @ seen.subject.class_vectors.double().numpy().T
+    logits = subject.logit_scale * values @ subject.class_vectors.double().numpy().T
     found: np.ndarray = softmax(logits, axis=1)
     return found
 
@@ -70,5 +72,6 @@ def test_distances_are_of_the_images_that_both_models_have_answered() -> None:
 def test_a_model_is_no_distance_from_itself_and_nothing_in_common_has_none() -> None:
     seen = observation([0, 1, 2], seed=3)
     assert distances(seen, seen).values == pytest.approx(0)
-    apart = distances(seen, replace(seen, features=replace(seen.features, indices=np.array([7, 8, 9]))))
+    test = replace(seen.evaluation.test, indices=np.array([7, 8, 9]))
+    apart = distances(seen, replace(seen, evaluation=replace(seen.evaluation, test=test)))
     assert len(apart.indices) == len(apart.values) == 0

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from comkd_cli.data.source import ImageSet
-from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.edge.images import Preprocessing
 from comkd_cli.evaluation.answers import Answers, Distances
 from comkd_cli.models.backbones import Origin
 from comkd_cli.models.checkpoints import StudentRecord

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from comkd_cli.data.source import ImageSet
-from comkd_cli.edge.classifier import UnreadableImage
+from comkd_cli.edge.images import UnreadableImage
 from comkd_cli.report.thumbnails import LONGEST_SIDE, thumbnail
 
 
