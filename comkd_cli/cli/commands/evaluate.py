@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,8 +21,7 @@ from comkd_cli.cli.options import (
 from comkd_cli.runtime import ranks
 
 if TYPE_CHECKING:
-    from comkd_cli.events import Report
-    from comkd_cli.flows.report import RunCollector
+    from comkd_cli.flows.evaluate import Bench
     from comkd_cli.recipe.model import Data
     from comkd_cli.report.details import Making
     from comkd_cli.results.records import Missing, Results
@@ -101,8 +101,6 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
 
     with starting():
         from comkd_cli.flows import evaluate
-        from comkd_cli.flows.report import NAME as REPORT
-        from comkd_cli.flows.report import RunCollector
         from comkd_cli.report.details import Making
         from comkd_cli.runtime import collectives
         from comkd_cli.runtime.devices import best_device
@@ -110,12 +108,10 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     home = out or evaluate.home_of(model, runs, own_data=selected == Selection())
     collectives.set_timeout(evaluate.timeout_minutes(model, runs))
     with reporting(quiet=as_json) as report:
-        collector = RunCollector(report)
         bench = evaluate.Bench(
             device=best_device(),
             data_root=data_root,
-            report=collector.report,
-            on_scored=collector.observe,
+            report=report,
             features=runs / "features",
             data=selected.folder,
             datasets=selected.datasets,
@@ -127,8 +123,7 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
         )
         collectives.in_turn(partial(check_writable, home, "give another folder for the results with --out"))
         files = ResultFiles(home, report)
-        results = evaluate.evaluate(model, runs, bench, collector.closing(files.add))
-        _write_report(collector, home / REPORT, Making(typed_command(), runs, data_root), report)
+        results = _evaluate(model, bench, files, Making(typed_command(), runs, data_root))
     collectives.destroy()
     if ranks.is_main():
         _finish(results, files, whole_suite, as_json)
@@ -160,18 +155,24 @@ def _select(
     return Selection(names)
 
 
-def _write_report(collector: RunCollector, path: Path, making: Making, report: Report) -> None:
-    """Write the report where students were scored; the scores stand where that fails."""
+def _evaluate(model: str | None, bench: Bench, files: ResultFiles, making: Making) -> Results:
+    """Score, and write the report of the students beside the results; the scores stand where that fails."""
     from comkd_cli.errors import WriteError
     from comkd_cli.events import Notice, Stage
+    from comkd_cli.flows.evaluate import evaluate
+    from comkd_cli.flows.report import NAME, RunCollector
 
-    if not collector.runs:
-        return
-    report(Stage(f"Report: {path}"))
-    try:
-        collector.write(path, making)
-    except WriteError as error:
-        report(Notice(str(error)))
+    collector = RunCollector(bench.report)
+    listening = replace(bench, report=collector.report, on_scored=collector.observe)
+    results = evaluate(model, making.runs, listening, collector.closing(files.add))
+    if collector.runs:
+        path = files.folder / NAME
+        bench.report(Stage(f"Report: {path}"))
+        try:
+            collector.write(path, making)
+        except WriteError as error:
+            bench.report(Notice(str(error)))
+    return results
 
 
 def _finish(results: Results, files: ResultFiles, whole_suite: bool, as_json: bool) -> None:
