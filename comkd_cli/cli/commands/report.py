@@ -78,6 +78,8 @@ def _student_file(path: Path) -> Path:
     """The student.pt that a RUN names. Raises DataError, with the runs below it, for a folder that has none."""
     from comkd_cli.errors import DataError
 
+    if not path.exists():
+        raise DataError("no such run", path=path, remedy=f"give a {STUDENT} or its folder")
     if not path.is_dir():
         return path
     if (path / STUDENT).is_file():
