@@ -9,10 +9,10 @@ import numpy as np
 from comkd_cli.data.class_names import some
 from comkd_cli.report.run import ScoredRun
 from comkd_cli.report.statistics import share_interval
+from comkd_cli.results.curve import IDLE_GATE
 
 MOST_ANSWERS = 0.5  # one class that takes more of the answers than this, and twice its share, is reported
 WIDE_POINTS = 5.0  # an interval wider than this does not tell good students apart
-IDLE_GATE = 0.01
 
 
 def findings(run: ScoredRun) -> list[str]:

@@ -13,6 +13,7 @@ NAME = "metrics.jsonl"
 SCORES = ("test_top1_percent", "test_agreement_percent")
 """Held-out figures of an epoch, the one to go by first."""
 NOISE_POINTS = 0.5  # what a score moves by where nothing says of how many images it is
+IDLE_GATE = 0.01  # below this EduAttention adds less than a hundredth of a unit vector to a feature
 STILL_FALLING = 0.02  # of the loss, over the last fifth of the epochs
 
 Trend = Literal["rising", "level", "falling", "unknown"]

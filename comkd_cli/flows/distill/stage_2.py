@@ -32,6 +32,7 @@ from comkd_cli.models.backbones import ImageTower, build_image_tower, recompute_
 from comkd_cli.models.checkpoints import StudentRecord, save_student
 from comkd_cli.models.costs import parameters
 from comkd_cli.recipe import Recipe, to_yaml
+from comkd_cli.results.curve import IDLE_GATE
 from comkd_cli.results.result_files import forget_model
 from comkd_cli.runtime import collectives, ranks
 from comkd_cli.teachers.cached import CachedTeacher
@@ -40,8 +41,6 @@ from comkd_cli.training.checkpoint import delete_checkpoint, has_checkpoint
 from comkd_cli.training.gradient_shares import gradient_shares
 from comkd_cli.training.loop import Trainer
 from comkd_cli.training.task import Objective, StepResult, Task
-
-IDLE_GATE = 0.01  # below this EduAttention adds less than a hundredth of a unit vector to a feature
 
 
 @dataclass(frozen=True)
