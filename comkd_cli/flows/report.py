@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.evaluation.answers import Observation, answers, distances
 from comkd_cli.evaluation.subjects import Subject
 from comkd_cli.events import Event, Notice, Report
@@ -83,7 +84,6 @@ def _scored_run(student: Observation, teacher: Observation | None, notices: tupl
     facts = load_student_record(path)
     source, images = student.evaluation.source, student.evaluation.images
     trained = (facts.identity_parts or {}).get("data", {}).get("training_images")
-    no_test_images = source.test is None or not len(source.test)
     return ScoredRun(
         path=path,
         facts=facts,
@@ -94,12 +94,22 @@ def _scored_run(student: Observation, teacher: Observation | None, notices: tupl
         student=_scored_model(student),
         teacher=None if teacher is None else _scored_model(teacher),
         distances=None if teacher is None else distances(student, teacher),
-        learned_test_images=no_test_images or trained == images.digest,
+        learned_test_images=trained_on(trained, source, images),
         unreadable=student.evaluation.test.unreadable,
         notices=notices,
         history=read_curve(path.parent),
         manifest=_manifest(path.parent / MANIFEST),
     )
+
+
+def trained_on(trained: str | None, source: Source, images: ImageSet) -> bool:
+    """Whether images that a student is scored on are those that it was trained on.
+
+    trained: the digest of its training images, as student.pt records it; None where it does not. source: what the
+    images are from; where it has no test images, they are its training images or some of them.
+    """
+    no_test_images = source.test is None or not len(source.test)
+    return trained is not None and trained in (images.digest, source.train.digest if no_test_images else None)
 
 
 def _scored_model(seen: Observation) -> ScoredModel:

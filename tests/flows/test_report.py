@@ -13,7 +13,7 @@ from comkd_cli.data.digits import digits_source
 from comkd_cli.data.source import ImageSet
 from comkd_cli.events import Event, Notice
 from comkd_cli.flows.evaluate import Bench, evaluate
-from comkd_cli.flows.report import RunCollector
+from comkd_cli.flows.report import RunCollector, trained_on
 from comkd_cli.models.checkpoints import load_student
 from comkd_cli.models.costs import multiply_adds
 from comkd_cli.recipe.model import Data
@@ -87,7 +87,7 @@ def test_unlabelled_images_give_agreement_and_a_broken_one_is_counted(tiny_stude
     assert set(values(page, "agreement_percent")) == {results.records[0].agreement_percent}
     assert values(page, "top1_percent") == []
     assert "could not be read and are not scored: 1." in page
-    assert "The student was trained on the images" in page  # there are no test images
+    assert "was trained on the images" not in page  # it was trained on others
 
 
 def test_a_student_without_its_teacher_has_a_report_that_says_why(tiny_student: Path, tmp_path: Path) -> None:
@@ -113,6 +113,18 @@ def test_the_notices_of_a_run_are_not_those_of_the_next(tiny_student: Path) -> N
     assert "of the next run" not in first.notices
     assert "of the next run" in second.notices
     assert Notice("of the next run") in events
+
+
+def test_images_of_the_training_are_recognised_by_their_digest() -> None:
+    source = digits_source()
+    assert source.test is not None
+    assert not trained_on(source.train.digest, source, source.test)
+    assert trained_on(source.test.digest, source, source.test)  # as on ImageNet's variants
+    unlabelled = replace(source, test=None)
+    some = source.train.subset([0, 5])  # of many images only some are compared
+    assert trained_on(source.train.digest, unlabelled, some)
+    assert not trained_on("other", unlabelled, some)
+    assert not trained_on(None, unlabelled, some)
 
 
 def test_results_without_a_student_make_no_run() -> None:
