@@ -37,8 +37,8 @@ def _about_images(run: ScoredRun) -> Iterator[str]:
         interval = share_interval(predicted == labels)
         if interval.high - interval.low > WIDE_POINTS:
             yield (
-                f"{len(labels)} test images leave an interval of {interval.high - interval.low:.1f} points: smaller "
-                "differences are not established."
+                f"{len(labels)} test images leave an interval of {interval.high - interval.low:.1f} points around top-1; "
+                "more of them would narrow it."
             )
         present = set(labels.tolist())
         absent = [name for label, name in enumerate(run.class_names) if label not in present]
