@@ -37,7 +37,7 @@ def _about_images(run: ScoredRun) -> Iterator[str]:
         interval = share_interval(predicted == labels)
         if interval.high - interval.low > WIDE_POINTS:
             yield (
-                f"{len(labels)} test images leave an interval of {interval.high - interval.low:.1f} points around top-1; "
+                f"{len(labels)} test images leave an interval of {interval.high - interval.low:.1f} points: "
                 "more of them would narrow it."
             )
         present = set(labels.tolist())
