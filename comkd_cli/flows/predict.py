@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from comkd_cli.edge.classifier import Classifier, predict_all
+from comkd_cli.edge.folder_csv import CsvJob, CsvProblem, CsvSummary, bundle_settings, write_folder_csv
+from comkd_cli.edge.image_files import skipped_text
 from comkd_cli.edge.manifest import BundleProblem
-from comkd_cli.errors import BundleError
+from comkd_cli.errors import BundleError, DataError
+from comkd_cli.events import Notice, Progress, Report, ignore_event
+
+
+@dataclass(frozen=True)
+class Table:
+    """A CSV file with a row for each image of a folder."""
+
+    folder: Path
+    path: Path
+    fresh: bool = False
+    """Replace what an earlier run wrote, instead of resuming it."""
 
 
 def predict(
@@ -16,13 +30,45 @@ def predict(
 ) -> list[dict[str, Any]]:
     """A plain record for each image: its likeliest classes, or the reason that it can't be read.
 
-    precision: None takes the first that the bundle has. add_classes: names to look for beside the bundle's
-    own. Raises BundleError, naming the file of the bundle.
+    images: paths; `-` is standard input. precision: None takes the first that the bundle has. add_classes: names to
+    look for beside the bundle's own. Raises BundleError, naming the file of the bundle.
     """
     try:
-        classifier = Classifier(bundle, precision=precision)
-        if add_classes:
-            classifier.add_classes(add_classes)
-        return predict_all(classifier, images, top)
+        return predict_all(_classifier(bundle, precision, add_classes), images, top)
     except BundleProblem as error:
         raise BundleError(str(error)) from error
+
+
+def predict_folder(
+    bundle: Path,
+    table: Table,
+    top: int,
+    precision: str | None = None,
+    add_classes: Sequence[str] = (),
+    report: Report = ignore_event,
+) -> CsvSummary:
+    """Write the table of a folder, resuming an interrupted one; see edge/folder_csv.py.
+
+    Other arguments as in `predict`. Raises BundleError; DataError for a folder without images, and for a table that
+    was written from other images or settings; OSError where the system refuses to write.
+    """
+    try:
+        classifier = _classifier(bundle, precision, add_classes)
+        job = CsvJob(table.folder, table.path, top, bundle_settings(bundle, precision, add_classes), table.fresh)
+        summary = write_folder_csv(
+            classifier, job, lambda done, total: report(Progress("classifying images", done, total))
+        )
+    except BundleProblem as error:
+        raise BundleError(str(error)) from error
+    except CsvProblem as error:
+        raise DataError(error.problem, path=error.path, found=error.found, remedy=error.remedy) from error
+    if skipped := skipped_text(summary.skipped):
+        report(Notice(f"{table.folder}: {skipped}"))
+    return summary
+
+
+def _classifier(bundle: Path, precision: str | None, add_classes: Sequence[str]) -> Classifier:
+    classifier = Classifier(bundle, precision=precision)
+    if add_classes:
+        classifier.add_classes(add_classes)
+    return classifier
