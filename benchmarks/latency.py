@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from comkd_cli.bundles.parity import GATES, Gate
+from comkd_cli.bundles.gates import GATES, Gate
 from comkd_cli.data.digits import digits_source
 from comkd_cli.events import Event, Notice, Stage
 from comkd_cli.flows.distill import outline

@@ -8,10 +8,10 @@ JOINERS = "\u200c\u200d"  # invisible, and part of the spelling of Persian, Hind
 
 
 def clean_class_name(name: str) -> str:
-    """A class name as prompts and classes.txt have it: underscores as spaces, white space collapsed, in NFC.
+    """A class name for prompts and classes.txt: underscores become spaces, white space is collapsed, NFC is applied.
 
-    The result is one line of visible characters. Raises ValueError, whose text completes "class 2 ...", where the name
-    is empty, is not UTF-8, or has a line break or another invisible character within it.
+    The result is one line of visible characters. Raises ValueError, whose text completes "class 2 ...", if the name is
+    empty, is not UTF-8, or contains a line break or another invisible character.
     """
     text = unicodedata.normalize("NFC", name.replace("_", " ")).strip()
     if not text.strip(JOINERS):

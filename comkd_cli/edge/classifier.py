@@ -27,14 +27,14 @@ from comkd_cli.edge.class_names import clean_class_name
 from comkd_cli.edge.clip_tokenizer import Tokenizer
 from comkd_cli.edge.folder_csv import CsvJob, bundle_settings, folder_csv_command
 from comkd_cli.edge.images import ImageSource, UnreadableImage, load_prepared
-from comkd_cli.edge.manifest import BundleProblem, read_manifest, read_preprocessing, verified_bytes
+from comkd_cli.edge.manifest import EXPORT_AGAIN, BundleProblem, read_manifest, read_preprocessing, verified_bytes
 
 STANDARD_INPUT = "-"  # in the place of an image's path; a file of that name is ./-
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A class and the probability that the image shows it, among the bundle's classes."""
+    """A class and its probability, the softmax over all classes of the classifier."""
 
     class_name: str
     probability: float
@@ -43,13 +43,13 @@ class Prediction:
 def start_session(graph: bytes, threads: int | None, optimization: str = "all") -> Any:
     """An onnxruntime session of a graph on the CPU.
 
-    threads: within an operator; None takes every core. optimization: `all`, or `basic` for graphs that
-    onnxruntime's own fusions do not bear.
+    threads: within an operator; None uses every core. optimization: `all`, or `basic` for graphs that
+    onnxruntime's extended fusions would break.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors: its warnings are about the graph, which nobody here can change
+    options.log_severity_level = 3  # errors only: its warnings concern the graph, which the user cannot change
     if threads is not None:
         options.intra_op_num_threads = threads
     if optimization == "basic":
@@ -58,126 +58,141 @@ def start_session(graph: bytes, threads: int | None, optimization: str = "all") 
 
 
 class Classifier:
-    """The student of a bundle, ready to name what images show.
+    """Classifies images with the graphs of a bundle.
 
-    bundle: the folder that holds manifest.json. Every file that is used is checked against the
-    manifest's sha256 first. precision: `fp32`, `fp16` or `int8`; None takes the first that the bundle has.
-    threads: onnxruntime's threads within an operator; None takes every core. Raises BundleProblem, naming
-    the file.
+    bundle: the folder that holds manifest.json. Each file is checked against the manifest's sha256 before it is used.
+    precision: `fp32`, `fp16` or `int8`; None takes the first of the bundle. threads: onnxruntime's threads within an
+    operator; None uses every core. Raises BundleProblem.
     """
 
     def __init__(
         self, bundle: str | os.PathLike[str], threads: int | None = None, precision: str | None = None
     ) -> None:
         self._folder = Path(bundle)
+        self._manifest_path = self._folder / "manifest.json"
         self._manifest = read_manifest(self._folder)
         self._threads = threads
         self.preprocessing = read_preprocessing(self._folder, self._manifest)
-        self.class_names = self._own_class_names()
-        self._graphs = self._chosen_graphs(precision)
+        self.class_names = self._read_class_names()
+        self._graphs = self._select_graphs(precision)
         self._scale = self._manifest.get("logit_scale")
         self._optimization = str(self._graphs.get("optimization", "all"))
         self._class_vectors: np.ndarray | None = None
         self._takes_vectors = self._manifest.get("memory") == "candidates"
         if self._takes_vectors:
-            self._class_vectors = self._own_class_vectors()
+            self._class_vectors = self._read_class_vectors()
         self._session = self._start(self._graphs["classifier"])
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """Logits (batch, classes) of prepared images, float32 (batch, 3, size, size)."""
+        """Logits (batch, classes) of prepared images, float32 (batch, 3, size, size). Raises BundleProblem."""
         inputs = {"image": images}
         if self._takes_vectors:
             inputs["class_vectors"] = self._class_vectors  # type: ignore[assignment]
         try:
-            (answer,) = self._session.run(None, inputs)
-        except Exception as error:  # onnxruntime's own, for inputs that are not the graph's
-            raise BundleProblem(f"{self._folder}: the graph does not take what manifest.json says: {error}") from error
+            (output,) = self._session.run(None, inputs)
+        except Exception as error:  # onnxruntime's own types, for inputs that do not fit the graph
+            problem = f"does not accept images as manifest.json describes them: {error}"
+            raise BundleProblem(problem, path=self._folder / self._graphs["classifier"]) from error
         if self._takes_vectors or self._class_vectors is None:
-            return np.asarray(answer)
-        # With classes that were added, the session gives features.
-        return np.asarray(np.float32(self._scale) * answer @ self._class_vectors.T)
+            return np.asarray(output)
+        # Once classes are added, the session is the image encoder's.
+        return np.asarray(np.float32(self._scale) * output @ self._class_vectors.T)
 
     def add_classes(self, names: Sequence[str]) -> None:
-        """Let images be named by these classes too, which the student was not taught.
+        """Add classes that the student was not trained on.
 
         Needs a bundle with its text encoder (`comkd export --text`). Raises BundleProblem.
         """
-        manifest = self._folder / "manifest.json"
         text = self._manifest.get("text")
         if not text:
-            raise BundleProblem(f"{manifest}: the bundle has no text encoder; export it with --text to add classes")
-        names = [_name_to_add(name) for name in ([names] if isinstance(names, str) else names)]
-        known = [name.replace("_", " ") for name in self.class_names]
-        for position, name in enumerate(names):
-            if name in [*known, *names[:position]]:
-                raise BundleProblem(f"{name!r} is one of the classes already")
-        try:
-            merges = verified_bytes(self._folder, self._manifest, text["merges"]).decode("utf-8")
-            tokenizer = Tokenizer(merges, int(text["context_length"]))
-            tokens = tokenizer([text["prompt"].replace("{}", name) for name in (*self.class_names, *names)])
-            cut = [name for name in names if tokenizer.cut(text["prompt"].replace("{}", name))]
-            graph = self._start(text["file"], "all")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BundleProblem(f"{manifest}: text: is damaged: {error!r}") from error
-        if len(np.unique(tokens, axis=0)) < len(tokens):
             raise BundleProblem(
-                f"{', '.join(names)}: the text encoder can't tell them apart, from one another or from the "
-                f"classes that there are: it sees {tokens.shape[1]} tokens; shorten the names"
+                "the bundle has no text encoder",
+                path=self._manifest_path,
+                field="text",
+                remedy="export it with --text to add classes",
             )
-        if cut:
-            raise BundleProblem(
-                f"{', '.join(map(repr, cut))}: too long for the text encoder, which reads {tokens.shape[1]} tokens of "
-                "a prompt; shorten the names"
-            )
-        (vectors,) = graph.run(["text_features"], {"tokens": tokens[len(self.class_names) :]})
+        names = [_clean(name) for name in ([names] if isinstance(names, str) else names)]
+        taken = [name.replace("_", " ") for name in self.class_names]
+        for i, name in enumerate(names):
+            if name in [*taken, *names[:i]]:
+                raise BundleProblem("the class exists already", found=repr(name))
+        vectors = self._encode(text, names)
         if self._class_vectors is None:
             if not isinstance(self._scale, int | float):
-                raise BundleProblem(f"{manifest}: logit_scale should be a number, not {self._scale!r}")
-            self._class_vectors = self._own_class_vectors()
+                raise BundleProblem(
+                    "should be a number", path=self._manifest_path, field="logit_scale", found=repr(self._scale)
+                )
+            self._class_vectors = self._read_class_vectors()
             self._session = self._start(self._graphs["image_encoder"])
         self._class_vectors = np.concatenate([self._class_vectors, vectors])
         self.class_names = [*self.class_names, *names]
 
-    def predict(self, image: ImageSource | Image.Image, top: int = 5) -> list[Prediction]:
-        """The `top` likeliest classes of an image, likeliest first. Raises UnreadableImage.
+    def _encode(self, text: dict[str, Any], names: Sequence[str]) -> np.ndarray:
+        """The class vectors of new names, float32 (names, dim). text: the manifest's entry of the text encoder."""
+        try:
+            merges = verified_bytes(self._folder, self._manifest, text["merges"]).decode("utf-8")
+            tokenizer = Tokenizer(merges, int(text["context_length"]))
+            tokens = tokenizer([text["prompt"].replace("{}", name) for name in (*self.class_names, *names)])
+            too_long = [name for name in names if tokenizer.cut(text["prompt"].replace("{}", name))]
+            graph = self._start(text["file"], "all")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleProblem(
+                f"is damaged: {error!r}", path=self._manifest_path, field="text", remedy=EXPORT_AGAIN
+            ) from error
+        encoder = f"the text encoder, which reads {tokens.shape[1]} tokens of a prompt"
+        if len(np.unique(tokens, axis=0)) < len(tokens):
+            problem = f"{encoder}, cannot distinguish these classes from one another or from the existing ones"
+            raise BundleProblem(problem, found=", ".join(map(repr, names)), remedy="shorten the names")
+        if too_long:
+            found = ", ".join(map(repr, too_long))
+            raise BundleProblem(f"too long for {encoder}", found=found, remedy="shorten the names")
+        (vectors,) = graph.run(["text_features"], {"tokens": tokens[len(self.class_names) :]})
+        return np.asarray(vectors)
 
-        image: a path, an open binary file, its content as bytes, or a Pillow image. The last is turned as its EXIF data
-        say, like a file, unless `PIL.ImageOps.exif_transpose` did so before and removed the orientation.
+    def predict(self, image: ImageSource | Image.Image, top: int = 5) -> list[Prediction]:
+        """The `top` most probable classes of an image, in descending order. Raises UnreadableImage, BundleProblem.
+
+        image: a path, an open binary file, its content as bytes, or a Pillow image. As with a file, the EXIF
+        orientation of a Pillow image is applied, unless `PIL.ImageOps.exif_transpose` did that and removed the tag.
         """
         (logits,) = self.logits(load_prepared(image, self.preprocessing)[None]).astype(np.float64)
-        weights = np.exp(logits - logits.max())
-        probabilities = weights / weights.sum()
+        exponentials = np.exp(logits - logits.max())
+        probabilities = exponentials / exponentials.sum()
         order = np.argsort(-probabilities, kind="stable")[:top]
         return [Prediction(self.class_names[i], float(probabilities[i])) for i in order]
 
-    def _chosen_graphs(self, precision: str | None) -> dict[str, Any]:
-        """The graphs of a precision, by what they are."""
-        there = self._manifest["precisions"]
-        chosen = precision or next(iter(there))
-        if chosen not in there:
+    def _select_graphs(self, precision: str | None) -> dict[str, Any]:
+        """The manifest's entry of a precision, which names its graphs."""
+        precisions = self._manifest["precisions"]
+        selected = precision or next(iter(precisions))
+        if selected not in precisions:
             raise BundleProblem(
-                f"{self._folder / 'manifest.json'}: the bundle has no {chosen}; it has {', '.join(there)}"
+                "not in the bundle",
+                path=self._manifest_path,
+                field="precisions",
+                found=selected,
+                allowed=", ".join(precisions),
             )
-        graphs: dict[str, Any] = there[chosen]
-        if absent := {"classifier", "image_encoder"} - {key for key, file in graphs.items() if isinstance(file, str)}:
-            raise BundleProblem(f"{self._folder / 'manifest.json'}: {chosen} lacks {', '.join(sorted(absent))}")
+        graphs: dict[str, Any] = precisions[selected]
+        for graph in ("classifier", "image_encoder"):
+            if not isinstance(graphs.get(graph), str):
+                raise BundleProblem("missing", path=self._manifest_path, field=f"precisions.{selected}.{graph}")
         return graphs
 
-    def _own_class_names(self) -> list[str]:
+    def _read_class_names(self) -> list[str]:
+        path = self._folder / "classes.txt"
         content = verified_bytes(self._folder, self._manifest, "classes.txt")
         try:
             names = content.decode("utf-8").splitlines()
         except UnicodeDecodeError as error:
-            raise BundleProblem(f"{self._folder / 'classes.txt'}: is not UTF-8: {error}") from error
+            raise BundleProblem(f"is not UTF-8: {error}", path=path) from error
         classes = self._manifest.get("classes", len(names))
-        if classes != len(names):  # a name of two lines would move every name after it to another class
-            raise BundleProblem(
-                f"{self._folder / 'classes.txt'}: has {len(names)} lines, and manifest.json says {classes} classes; "
-                "export the bundle again"
-            )
+        if classes != len(names):  # a name of two lines would shift all later names to other classes
+            problem = f"has {len(names)} lines, but manifest.json has {classes} classes"
+            raise BundleProblem(problem, path=path, remedy=EXPORT_AGAIN)
         return names
 
-    def _own_class_vectors(self) -> np.ndarray:
+    def _read_class_vectors(self) -> np.ndarray:
         content = verified_bytes(self._folder, self._manifest, "class_vectors.npy")
         return np.asarray(np.load(io.BytesIO(content), allow_pickle=False), dtype=np.float32)
 
@@ -185,19 +200,19 @@ class Classifier:
         graph = verified_bytes(self._folder, self._manifest, name)
         try:
             return start_session(graph, self._threads, optimization or self._optimization)
-        except Exception as error:  # onnxruntime raises types of its own that share no other base
-            raise BundleProblem(f"{self._folder / name}: onnxruntime can't load it: {error}") from error
+        except Exception as error:  # onnxruntime's types of errors share no other base
+            raise BundleProblem(f"onnxruntime could not load it: {error}", path=self._folder / name) from error
 
 
-def _name_to_add(name: str) -> str:
+def _clean(name: str) -> str:
     try:
         return clean_class_name(name)
     except ValueError as error:
-        raise BundleProblem(f"a class to add {error}: {name!r}") from error
+        raise BundleProblem(f"a class to add {error}", found=repr(name)) from error
 
 
 def predict_all(classifier: Classifier, images: Iterable[str], top: int) -> list[dict[str, Any]]:
-    """One plain record per image: its classes and probabilities, or the reason that it can't be read.
+    """One plain record per image: its classes and probabilities, or the error if it could not be read.
 
     images: paths; `-` is standard input.
     """
@@ -214,17 +229,17 @@ def predict_all(classifier: Classifier, images: Iterable[str], top: int) -> list
 
 
 def json_text(document: object, encoding: str | None) -> str:
-    """A JSON document for a stream with this encoding: as it is where that is UTF-8, else in ASCII with escapes.
+    """A JSON document for a stream with this encoding: UTF-8 text where the stream is UTF-8, else ASCII with escapes.
 
-    JSON is UTF-8 by its standard (RFC 8259, section 8.1); names that are no text are escaped too.
+    JSON is UTF-8 by its standard (RFC 8259, section 8.1). File names that are not valid Unicode are escaped, too.
     """
     text = json.dumps(document, ensure_ascii=False, indent=2)
     try:
         text.encode("utf-8")
-        as_it_is = codecs.lookup(encoding or "ascii").name == "utf-8"
+        is_utf8 = codecs.lookup(encoding or "ascii").name == "utf-8"
     except (UnicodeEncodeError, LookupError):
-        as_it_is = False
-    return text if as_it_is else json.dumps(document, indent=2)
+        is_utf8 = False
+    return text if is_utf8 else json.dumps(document, indent=2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,4 @@
-"""Reads and prepares images: what a model is trained on and what a device sees come from the same lines.
-
-Needs numpy and Pillow; it becomes a part of every bundle's predict.py.
-"""
+"""Decodes, resizes and normalises images, for training and, as a part of predict.py, on a device."""
 
 from __future__ import annotations
 
@@ -17,14 +14,14 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-MOST_PIXELS = 178_956_970  # of an image that is decoded: where Pillow too sees a decompression bomb
-# What a resized picture may take before its crop is resized alone. A line of 65,000 x 1 pixels, resized to 224 pixels
-# on its short side, would take 13 GB of which the crop shows 0.0015 %.
+MOST_PIXELS = 178_956_970  # of an image that is decoded; Pillow's own limit for a decompression bomb
+# The largest image that is resized whole; of a larger one only the crop is resized. A line of 65,000 x 1 pixels,
+# resized to 224 pixels on its short side, would take 13 GB, of which the crop shows 0.0015 %.
 MOST_RESIZED_PIXELS = 2**26
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 ORIENTATION = 0x0112  # the EXIF tag
-# What turns a picture of each orientation upright. Pillow's exif_transpose would also rewrite the EXIF data,
-# which fails where any other tag of it is damaged.
+# The transpose that undoes each orientation. Pillow's exif_transpose would also rewrite the EXIF data, which fails if
+# any other tag is damaged.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,15 +31,15 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-PILLOW = r"PIL(\.|$)"  # its modules, as a warnings filter matches them
-NOWHERE = logging.NullHandler()
+PILLOW_MODULES = r"PIL(\.|$)"
+NULL_HANDLER = logging.NullHandler()
 
 ImageSource = str | os.PathLike[str] | IO[bytes] | bytes
 """An image file: its path, an open binary file, or its content."""
 
 
 class UnreadableImage(Exception):
-    """A file that can't be decoded as an image; the message names it."""
+    """A file that cannot be decoded as an image; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +56,21 @@ class Preprocessing:
 
 
 def checked_preprocessing(plain: Any) -> Preprocessing:
-    """The pre-processing that plain data describe. Raises ValueError, naming the field that is wrong."""
+    """The pre-processing of plain data, such as a manifest's. Raises ValueError, naming the invalid field."""
     try:
         preprocessing = Preprocessing(**plain)
     except TypeError as error:
         raise ValueError(str(error)) from error
-    size, known = preprocessing.size, ("shortest", "squash")
+    size = preprocessing.size
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"size should be a number of pixels, not {size!r}")
     for field in ("mean", "std"):
         values = getattr(preprocessing, field)
         if not isinstance(values, list | tuple) or len(values) != 3 or not all(map(_is_number, values)):
             raise ValueError(f"{field} should be three numbers, not {values!r}")
-    if preprocessing.interpolation not in list(RESAMPLING):
-        raise ValueError(f"interpolation {preprocessing.interpolation} is not known")
-    if preprocessing.resize_mode not in known:
-        raise ValueError(f"resize_mode {preprocessing.resize_mode} is not known")
+    for field, allowed in (("interpolation", list(RESAMPLING)), ("resize_mode", ["shortest", "squash"])):
+        if (value := getattr(preprocessing, field)) not in allowed:
+            raise ValueError(f"{field} should be {' or '.join(allowed)}, not {value!r}")
     return preprocessing
 
 
@@ -83,44 +79,45 @@ def _is_number(value: object) -> bool:
 
 
 def open_image(file: ImageSource) -> Image.Image:
-    """The picture a person sees in an image file, as 8-bit RGB.
+    """An image file as 8-bit RGB, the way a viewer would show it.
 
-    file: a path, an open binary file, or the content as bytes. EXIF rotation is applied, transparency is laid on
-    white, 16-bit grey is scaled to 8 bits, and of an animation the first frame is taken. Pillow's warnings are ignored
-    from the first call on. Raises UnreadableImage, naming the file and the reason, whatever the decoder raises.
+    file: a path, an open binary file, or its content as bytes. The EXIF orientation is applied, transparency is
+    composited on white, 16-bit grey is scaled to 8 bits, and an animation gives its first frame. Pillow's warnings are
+    ignored from the first call on. Raises UnreadableImage, with the file's name and the reason, whatever the decoder
+    raises.
     """
     with _decoding(_name(file)), Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
         return as_rgb(opened)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The picture a person sees in a Pillow image of any mode, as 8-bit RGB; see `open_image`.
+    """A Pillow image of any mode as 8-bit RGB; see `open_image`.
 
     Raises what Pillow raises, or ValueError for an image without pixels, with too many, or without its palette.
     """
     width, height = image.size
     if width < 1 or height < 1:
-        raise ValueError(f"{width} x {height} pixels show no picture")
+        raise ValueError(f"{width} x {height} pixels: the image is empty")
     if width * height > MOST_PIXELS:
         raise ValueError(
             f"{width} x {height} pixels: the image size exceeds the limit of {MOST_PIXELS:,} pixels; make it smaller"
         )
     if image.format == "TIFF" and image.mode in ("I", "F"):
-        # Levels of 0 to 1, or 0 to 255, in 32 bits would all become black.
-        raise ValueError("32-bit TIFF, which does not say what its brightest level is; save it with 8 or 16 bits")
+        # The scale of 32-bit levels is unknown: those from 0 to 1, or from 0 to 255, would all become black.
+        raise ValueError("32-bit TIFF, whose white level is not defined; save it with 8 or 16 bits")
     low_bytes = _prepare_transparency(image)
     image.load()
     rgb = _on_white(image, low_bytes)
-    turn = _turn(image)
-    return rgb if turn is None else rgb.transpose(turn)
+    transpose = _transpose(image)
+    return rgb if transpose is None else rgb.transpose(transpose)
 
 
 def _on_white(image: Image.Image, low_bytes: np.ndarray | None) -> Image.Image:
-    """A loaded image as RGB, its transparency laid on white. low_bytes: see `_prepare_transparency`."""
+    """A loaded image as RGB, composited on white. low_bytes: see `_prepare_transparency`."""
     key = image.info.get("transparency")
     if image.mode == "I" or image.mode.startswith("I;16"):
         levels = np.asarray(image)
-        # Pillow would clip 16-bit greys at 255, turning most of such a picture white.
+        # Pillow would clip 16-bit greys at 255, so that most of the image became white.
         rgb = Image.fromarray((np.clip(levels, 0, 65535).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
         return _erased(rgb, levels == key) if isinstance(key, int) else rgb
     if low_bytes is not None:
@@ -129,7 +126,7 @@ def _on_white(image: Image.Image, low_bytes: np.ndarray | None) -> Image.Image:
         return _erased(Image.fromarray(high_bytes), transparent.all(axis=2))
     if image.mode == "P" and image.palette is None:
         raise ValueError("a palette image without its palette")
-    if image.mode == "La":  # which Pillow converts to nothing else
+    if image.mode == "La":  # Pillow converts it to LA alone
         image = image.convert("LA")
     if not image.has_transparency_data:
         return image.convert("RGB")
@@ -144,15 +141,16 @@ def _erased(rgb: Image.Image, transparent: np.ndarray) -> Image.Image:
 
 
 def _prepare_transparency(image: Image.Image) -> np.ndarray | None:
-    """Make a PNG's transparent colour fit the pixels that Pillow decodes; call it before the image is loaded.
+    """Scale a PNG's transparent colour to the pixels that Pillow decodes; call it before the image is loaded.
 
-    The file gives the colour in its own bit depth, Pillow decodes greys of 2 and 4 bits to 8. Of 16-bit RGB it decodes
-    the high bytes alone; the low ones, which the colour is compared with too, are returned, uint8 (height, width, 3).
+    The file has the colour in its own bit depth, but Pillow decodes greys of 2 and 4 bits to 8, and of 16-bit RGB the
+    high bytes alone. Returns the low bytes of the latter, uint8 (height, width, 3), since a transparent pixel must
+    match both.
     """
     key, tiles = image.info.get("transparency"), getattr(image, "tile", None)
     if image.format != "PNG" or not tiles or key is None:
         return None
-    layout = tiles[0][3]  # how the file stores a pixel, in Pillow's words
+    layout = tiles[0][3]  # Pillow's name of the file's pixel format
     if layout == "RGB;16B":
         return _low_bytes(image)
     if layout == "RGB":
@@ -164,81 +162,80 @@ def _prepare_transparency(image: Image.Image) -> np.ndarray | None:
 
 
 def _low_bytes(image: Image.Image) -> np.ndarray:
-    """The low bytes of a 16-bit RGB PNG that was opened and not loaded yet, uint8 (height, width, 3)."""
+    """The low bytes of a 16-bit RGB PNG that is opened but not loaded, uint8 (height, width, 3)."""
     file: IO[bytes] = image.fp  # type: ignore[attr-defined]
     position = file.tell()
     file.seek(0)
     content = file.read()
     file.seek(position)
-    with Image.open(io.BytesIO(content)) as again:
-        # Read as little-endian, so that what Pillow takes for the high byte is the low one.
-        again.tile = [(*tile[:3], "RGB;16L") for tile in again.tile]  # type: ignore[misc]
-        return np.array(again)
+    with Image.open(io.BytesIO(content)) as swapped:
+        # Decoded as little-endian: Pillow keeps the second byte of each level instead of the first.
+        swapped.tile = [(*tile[:3], "RGB;16L") for tile in swapped.tile]  # type: ignore[misc]
+        return np.array(swapped)
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What turns an image upright by its EXIF orientation; None where it has none or its EXIF data are damaged."""
+def _transpose(image: Image.Image) -> Image.Transpose | None:
+    """The transpose for an image's EXIF orientation; None if it has none or its EXIF data are damaged."""
     try:
         return UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # of many kinds; the picture itself can be shown
+    except Exception:  # of many types; the image itself is readable
         return None
 
 
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
-    """Within the block Pillow does not warn, and whatever it raises becomes UnreadableImage with that name."""
+    """Silence Pillow's warnings in the block, and turn whatever it raises into UnreadableImage with that name."""
     _silence_pillow()
     try:
         yield
     except UnreadableImage:
         raise
-    except Exception as error:  # decoders by many authors, each with errors of its own
+    except Exception as error:  # each decoder has its own types of errors
         raise UnreadableImage(f"{name}: {_reason(error)}") from error
 
 
 def _silence_pillow() -> None:
-    """Ignore Pillow's warnings from now on: they concern metadata and sizes, which do not change what is shown.
+    """Ignore Pillow's warnings from now on: they concern metadata and sizes, which do not change the pixels.
 
-    A filter for Pillow's modules alone. `warnings.catch_warnings` would be no choice: it changes the filters of all
-    threads, and makes warnings of other libraries appear again. The filter is looked for at each call because whoever
-    restores older filters removes it.
+    `warnings.catch_warnings` would change the filters of all threads and repeat the warnings of other libraries, so a
+    filter for Pillow's modules is added. It is looked up at each call, since code that restores older filters removes
+    it.
     """
     first = warnings.filters[0] if warnings.filters else ("",) * 5
-    if first[0] != "ignore" or getattr(first[3], "pattern", None) != PILLOW:
-        warnings.filterwarnings("ignore", module=PILLOW)
-        logging.getLogger("PIL").addHandler(NOWHERE)  # else logging prints its errors
+    if first[0] != "ignore" or getattr(first[3], "pattern", None) != PILLOW_MODULES:
+        warnings.filterwarnings("ignore", module=PILLOW_MODULES)
+        logging.getLogger("PIL").addHandler(NULL_HANDLER)  # without a handler, logging prints errors
 
 
 def _name(image: ImageSource | Image.Image) -> str:
-    """What messages call an image: its path where it has one."""
+    """The name of an image in messages: its path if it has one."""
     if isinstance(image, str | os.PathLike):
         return str(image)
-    named = getattr(image, "filename", "") or getattr(image, "name", "")
-    if named:
-        return str(named)
+    if path := getattr(image, "filename", "") or getattr(image, "name", ""):
+        return str(path)
     return "the image" if isinstance(image, bytes | Image.Image) or type(image) is io.BytesIO else str(image)
 
 
 def _reason(error: Exception) -> str:
-    """Why an image can't be decoded, in one line."""
+    """Why an image could not be decoded, in one line."""
     if isinstance(error, UnidentifiedImageError):
         return "is not an image of a format that Pillow can read"
     if isinstance(error, MemoryError):
-        return "there is not enough memory to decode it"
+        return "not enough memory to decode it"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    said = " ".join(str(error).split())
-    if said and isinstance(error, OSError | ValueError | SyntaxError | EOFError | Image.DecompressionBombError):
-        return said  # what Pillow's own decoders raise of damaged files
-    return f"its decoder failed: {type(error).__name__}" + (f": {said}" if said else "")
+    text = " ".join(str(error).split())
+    if text and isinstance(error, OSError | ValueError | SyntaxError | EOFError | Image.DecompressionBombError):
+        return text  # Pillow's own decoders raise these for damaged files
+    return f"its decoder failed: {type(error).__name__}" + (f": {text}" if text else "")
 
 
 def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     """An RGB image as the model's square input, before normalisation.
 
-    Sizes and offsets are rounded as torchvision's Resize and CenterCrop round them. Of a shape so long that the whole
-    would exceed MOST_RESIZED_PIXELS, only the crop is resized. Pillow may then resize rows before columns, and levels
-    differ a little.
+    Sizes and offsets are rounded as in torchvision's Resize and CenterCrop. If the resized image would exceed
+    MOST_RESIZED_PIXELS, only the crop is resized; Pillow may then resize rows before columns, and levels differ a
+    little.
     """
     size, resampling = preprocessing.size, RESAMPLING[preprocessing.interpolation]
     if preprocessing.resize_mode == "squash":
@@ -258,8 +255,8 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
 
 
 def normalise(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """A square RGB image as float32 (3, size, size), scaled to 0..1, less the mean, over the deviation."""
-    # Bytes are moved into place before they become four times as many, and changed where they are.
+    """A square RGB image as float32 (3, size, size): scaled to 0..1, minus the mean, divided by the deviation."""
+    # Bytes are transposed before they become floats, four times as large, and these are changed in place.
     pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).astype(np.float32)
     pixels /= np.float32(255)
     pixels -= np.asarray(preprocessing.mean, dtype=np.float32)[:, None, None]

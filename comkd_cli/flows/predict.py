@@ -1,8 +1,9 @@
-"""What images show, by a bundle. Needs no torch."""
+"""Classify images with a bundle. Needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,13 @@ class Table:
 def predict(
     bundle: Path, images: Sequence[str], top: int, precision: str | None = None, add_classes: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """A plain record for each image: its likeliest classes, or the reason that it can't be read.
+    """A plain record for each image: its `top` most probable classes, or the error if it could not be read.
 
-    images: paths; `-` is standard input. precision: None takes the first that the bundle has. add_classes: names to
-    look for beside the bundle's own. Raises BundleError, naming the file of the bundle.
+    images: paths; `-` is standard input. precision: None takes the first of the bundle. add_classes: names of classes
+    beside the bundle's own. Raises BundleError.
     """
-    try:
+    with _bundle_errors():
         return predict_all(_classifier(bundle, precision, add_classes), images, top)
-    except BundleProblem as error:
-        raise BundleError(str(error)) from error
 
 
 def predict_folder(
@@ -53,13 +52,12 @@ def predict_folder(
     was written from other images or settings; OSError where the system refuses to write.
     """
     try:
-        classifier = _classifier(bundle, precision, add_classes)
-        job = CsvJob(table.folder, table.path, top, bundle_settings(bundle, precision, add_classes), table.fresh)
-        summary = write_folder_csv(
-            classifier, job, lambda done, total: report(Progress("classifying images", done, total))
-        )
-    except BundleProblem as error:
-        raise BundleError(str(error)) from error
+        with _bundle_errors():
+            classifier = _classifier(bundle, precision, add_classes)
+            job = CsvJob(table.folder, table.path, top, bundle_settings(bundle, precision, add_classes), table.fresh)
+            summary = write_folder_csv(
+                classifier, job, lambda done, total: report(Progress("classifying images", done, total))
+            )
     except CsvProblem as error:
         raise DataError(error.problem, path=error.path, found=error.found, remedy=error.remedy) from error
     if skipped := skipped_text(summary.skipped):
@@ -72,3 +70,19 @@ def _classifier(bundle: Path, precision: str | None, add_classes: Sequence[str])
     if add_classes:
         classifier.add_classes(add_classes)
     return classifier
+
+
+@contextmanager
+def _bundle_errors() -> Iterator[None]:
+    """Within the block a BundleProblem becomes a BundleError with its fields."""
+    try:
+        yield
+    except BundleProblem as error:
+        raise BundleError(
+            error.problem,
+            path=error.path,
+            field=error.field,
+            found=error.found,
+            allowed=error.allowed,
+            remedy=error.remedy,
+        ) from error

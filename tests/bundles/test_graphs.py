@@ -17,8 +17,8 @@ from comkd_cli.bundles.graphs import (
     export_image_encoder,
     export_text_encoder,
     opset_of,
-    pass_on_refusals,
     quiet,
+    reraise_system_error,
 )
 from comkd_cli.edge.images import Preprocessing
 from comkd_cli.errors import ExportError
@@ -176,7 +176,7 @@ def test_what_libraries_say_on_the_way_is_not_shown(
 
 
 def test_what_the_system_refuses_is_no_fault_of_a_graph() -> None:
-    pass_on_refusals(OSError("could not get source code"))  # torch's, which has no number
-    pass_on_refusals(ValueError("shape"))
+    reraise_system_error(OSError("could not get source code"))  # torch's, which has no number
+    reraise_system_error(ValueError("shape"))
     with pytest.raises(OSError, match="No space"):
-        pass_on_refusals(OSError(errno.ENOSPC, "No space left on device"))
+        reraise_system_error(OSError(errno.ENOSPC, "No space left on device"))

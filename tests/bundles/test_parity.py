@@ -11,7 +11,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from comkd_cli.bundles.parity import GATES, Gate, Parity, Reference, measure_parity
+from comkd_cli.bundles.gates import GATES, Gate
+from comkd_cli.bundles.parity import Parity, Reference, measure_parity
 from comkd_cli.bundles.runner import run_graph
 from comkd_cli.errors import ExportError
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from comkd_cli.bundles import precisions
-from comkd_cli.bundles.parity import Gate
+from comkd_cli.bundles.gates import Gate
 from comkd_cli.bundles.precisions import QuantisationImages, to_int8
 
 GATE = Gate(cosine_min=0.98, agreement_min_percent=98.0, top1_loss_max_points=1.0)
@@ -42,7 +42,7 @@ def ranked(
 
     monkeypatch.setattr(precisions, "run_graph", answers)
     monkeypatch.setattr(
-        precisions, "single_thread_seconds", lambda *_: {name: (seconds or {}).get(name, 0.001) for name in features}
+        precisions, "single_thread_timings", lambda *_: {name: (seconds or {}).get(name, 0.001) for name in features}
     )
     return [way for way, _ in precisions._ranked(source, made, IMAGES, HEAD, GATE, {})]
 

@@ -19,7 +19,8 @@ from ruamel.yaml import YAML
 
 from comkd_cli.bundles import precisions
 from comkd_cli.bundles.bundle import check_head
-from comkd_cli.bundles.parity import GATES, Gate, measure_parity
+from comkd_cli.bundles.gates import GATES, Gate
+from comkd_cli.bundles.parity import measure_parity
 from comkd_cli.bundles.runner import run_graph
 from comkd_cli.data.digits import digits_source
 from comkd_cli.edge.classifier import Classifier
@@ -414,7 +415,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[set[bytes]]]:
     monkeypatch.setattr(export_flow, "measure_parity", measured)
     monkeypatch.setattr(export_flow, "to_int8", quantised)
     # Fifteen processes, which another test starts.
-    monkeypatch.setattr(precisions, "single_thread_seconds", lambda ways, *_: {way.name: 0.001 for way in ways})
+    monkeypatch.setattr(precisions, "single_thread_timings", lambda ways, *_: {way.name: 0.001 for way in ways})
     return found
 
 
@@ -548,7 +549,7 @@ def test_int8_that_misses_its_gate_fails_with_its_figures_and_no_other_way_is_tr
         return failing("int8")(encoder, *arguments)
 
     monkeypatch.setattr(export_flow, "measure_parity", counted)
-    monkeypatch.setattr(precisions, "single_thread_seconds", lambda ways, *_: {way.name: 0.001 for way in ways})
+    monkeypatch.setattr(precisions, "single_thread_timings", lambda ways, *_: {way.name: 0.001 for way in ways})
     exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=INT8)
     assert encoders == ["image_encoder.onnx", "image_encoder.int8.onnx"]
     assert "least cosine 0.500000 (limit 0.9)" in exported.failed["int8"]

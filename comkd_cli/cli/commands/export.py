@@ -6,16 +6,12 @@ import math
 import shlex
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from comkd_cli.bundles.gates import GATES, PRECISIONS, Gate
 from comkd_cli.cli.options import allow_download_option, data_root_option, json_option, runs_option
-
-if TYPE_CHECKING:
-    from comkd_cli.bundles.parity import Gate
-
-PRECISIONS = ("fp32", "fp16", "int8")
 
 
 @click.command()
@@ -128,8 +124,6 @@ def command(
 
 def _gates(settings: tuple[str, ...]) -> dict[str, Gate]:
     """The gates, with the limits of the command line in place of their own."""
-    from comkd_cli.bundles.parity import GATES
-
     changed = dict(GATES)
     limits = [limit.name for limit in fields(GATES["fp32"])]
     for setting in settings:
