@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 INDENT = 2
 COMMENT_WIDTH = 92
@@ -51,9 +51,22 @@ def _tree(settings: Sequence[Setting], depth: int) -> CommentedMap:
         value = setting.value
         if isinstance(value, list | tuple) and value and isinstance(value[0], Setting):
             value = _tree(value, depth + 1)
-        tree[setting.name] = value
+        tree[setting.name] = _with_numbers_in_a_line(value)
         if setting.reason:
             width = COMMENT_WIDTH - depth * INDENT
-            comment = "\n".join(textwrap.wrap(printable(setting.reason), width, break_long_words=False))
+            comment = "\n".join(
+                textwrap.wrap(printable(setting.reason), width, break_long_words=False, break_on_hyphens=False)
+            )
             tree.yaml_set_comment_before_after_key(setting.name, before=comment, indent=depth * INDENT)
     return tree
+
+
+def _with_numbers_in_a_line(value: Any) -> Any:
+    """The same value; lists of numbers, as in a model's config, are written as [1, 2]."""
+    if isinstance(value, dict) and not isinstance(value, CommentedMap):
+        return {name: _with_numbers_in_a_line(below) for name, below in value.items()}
+    if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
+        line = CommentedSeq(value)
+        line.fa.set_flow_style()
+        return line
+    return value
