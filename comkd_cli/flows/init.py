@@ -318,7 +318,7 @@ def _recipe_path(path: Path) -> str:
     """A path as a recipe has it: relative as it was given, with a remedy for names that are not text."""
     text = os.fspath(path)
     if text.startswith("~"):  # which reading the recipe would expand
-        text = f"./{text}"
+        text = str(path.resolve())
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -78,8 +78,8 @@ def proposed_image_size(short_side: int) -> int:
 
 def given_teacher(argument: str) -> ChosenTeacher:
     """The teacher that a user names as ARCH:WEIGHTS, a tag or a file. Raises ModelError."""
-    arch, colon, weights = argument.partition(":")
-    if not colon or not weights:
+    arch, _, weights = argument.partition(":")
+    if not arch or not weights:
         allowed = "ARCH:WEIGHTS, such as ViT-B-32:laion2b_s34b_b79k, or ARCH:FILE"
         raise ModelError("is not a teacher", found=argument, allowed=allowed)
     if not Path(weights).expanduser().is_file() and not open_clip.get_pretrained_cfg(arch, weights):
