@@ -58,7 +58,7 @@ def test_without_weights_labels_train_a_teacher_and_no_labels_are_refused() -> N
 
 def test_a_given_teacher_is_a_tag_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "clip.pt").write_bytes(b"")
-    assert given_teacher("ViT-B-32:openai").dim == 512
+    assert given_teacher("ViT-B-32-quickgelu:openai").dim == 512
     assert given_teacher(f"RN50:{tmp_path / 'clip.pt'}").dim == 1024
     for argument in ("ViT-B-32", "ViT-B-32:", ":openai", "ViT-B-32:opnai", "ViT-B-32:gone.pt"):
         with pytest.raises(ModelError) as caught:
