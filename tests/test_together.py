@@ -70,14 +70,14 @@ def two_processes(workshop: Path, one_process: Path) -> Path:
         time.sleep(0.02)
     started.send_signal(signal.SIGTERM)
     _, said = started.communicate(timeout=120)
-    assert said.count("the state is saved") == 1
+    assert said.count("checkpoint saved") == 1
     assert "torchrun --nproc-per-node 2 -m comkd_cli distill tiny.yaml --runs two" in said
     assert (workshop / "two" / RUN / "state/state.pt").is_file()
     shutil.copytree(workshop / "two", workshop / "two then one")
 
     ended = two(workshop, "distill", "tiny.yaml", "--runs", "two")
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("going on from epoch") == 1  # one process speaks
+    assert ended.stderr.count("resuming from epoch") == 1  # one process speaks
     assert ended.stdout.count("student.pt") == 3
     return workshop / "two"
 
@@ -95,7 +95,7 @@ def test_two_processes_end_where_one_does(one_process: Path, two_processes: Path
 def test_one_process_goes_on_where_two_were_stopped(workshop: Path, two_processes: Path) -> None:
     ended = alone(workshop, "distill", "tiny.yaml", "--runs", "two then one")
     assert ended.returncode == 0, ended.stderr
-    assert "going on from epoch" in ended.stderr
+    assert "resuming from epoch" in ended.stderr
     first, second = metrics(two_processes), metrics(workshop / "two then one")
     assert [line["epoch"] for line in second] == list(range(1, EPOCHS + 1))
     for left, right in zip(first, second, strict=True):
@@ -130,7 +130,7 @@ def test_what_one_process_cannot_read_all_know(workshop: Path) -> None:
     assert record["metrics"]["unreadable"] == 2
     ended = two(workshop, "distill", "damaged.yaml", "--runs", "too many", "--set", "data.unreadable_limit_percent=5")
     assert ended.returncode != 0
-    assert ended.stderr.count("2 of 24 images (8.33 %) can't be read") == 1
+    assert ended.stderr.count("2 of 24 images (8.33 %) could not be read") == 1
 
 
 def test_two_processes_train_the_digits_recipe_to_the_accuracy_of_one(workshop: Path) -> None:
@@ -161,7 +161,7 @@ def test_two_processes_fill_one_cache(workshop: Path, two_processes: Path) -> No
     assert 2 * 1400 < sum(there) <= min(len(there), 2 * seen)
     ended = two(workshop, "distill", "tiny.yaml", "--runs", "two", "--precompute")
     assert ended.returncode == 0, ended.stderr
-    assert "2,874 of 2,874 crops are there" in ended.stderr
+    assert "2,874 of 2,874 crops cached" in ended.stderr
     assert sum((cache / "there.bin").read_bytes()) == 2 * 1437
 
 
@@ -193,7 +193,7 @@ def test_two_processes_score_what_one_does(workshop: Path, one_process: Path) ->
 def test_the_plan_is_printed_once(workshop: Path) -> None:
     ended = two(workshop, "distill", "tiny.yaml", "--runs", "planned", "--dry-run")
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("1,437 to learn from") == 1
+    assert ended.stdout.count("1,437 training images") == 1
     assert "cpu, fp32, 2 processes" in ended.stdout
     assert not (workshop / "planned").exists()
 
@@ -209,7 +209,7 @@ def test_without_a_launcher_a_scripts_own_variables_do_not_count(workshop: Path)
     command = [sys.executable, "-m", "comkd_cli", "distill", "tiny.yaml", "--dry-run"]
     ended = subprocess.run(command, cwd=workshop, env=env, capture_output=True, text=True, check=False, timeout=100)
     assert ended.returncode == 0, ended.stderr
-    assert "1,437 to learn from" in ended.stdout
+    assert "1,437 training images" in ended.stdout
 
 
 def test_a_process_that_hangs_ends_the_run_within_its_timeout(workshop: Path) -> None:

@@ -136,7 +136,7 @@ def _numbers(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
         "",
         _compared(manifest),
         "",
-        "| precision | classifier, MB | smallest cosine to PyTorch | top-1 agreement with PyTorch | top-1 (PyTorch's) |",
+        "| precision | classifier, MB | smallest cosine with PyTorch | top-1 agreement | top-1 (PyTorch's) |",
         "|---|---:|---:|---:|---:|",
         *(_parity_row(precision, entry, sizes) for precision, entry in manifest["precisions"].items()),
     ]
@@ -213,16 +213,16 @@ def _limits(manifest: Mapping[str, Any], record: StudentRecord) -> str:
         "## Limits",
         "",
         f"It assigns one of its classes to any image: {names}{more}.",
-        f"It was trained on the images of {manifest['data']} and on its teacher, and has the biases of both; measure its "
-        "accuracy before you use it on other images.",
+        f"It has the biases of the images of {manifest['data']} and of its teacher; measure its accuracy before you "
+        "use it on other images.",
     ]
     if record.recipe.selection == "promptkd":
         lines.append(
             "Its score is optimistically biased because its epoch was selected on test images, as in PromptKD's "
             "released code."
         )
-    for precision, why in manifest["failed"].items():
-        lines.append(f"{precision} is not in the bundle: {why}.")
+    for precision, reason in manifest["failed"].items():
+        lines.append(f"{precision} is not in the bundle: {reason}.")
     license_note = (
         "No licence was given for this model; those of its data, its teacher and its backbone apply."
         if manifest["license"] == "unknown"

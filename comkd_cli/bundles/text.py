@@ -15,7 +15,7 @@ from comkd_cli.events import Notice, Report, Stage
 from comkd_cli.files import write_text
 from comkd_cli.models.backbones import bpe_merges
 from comkd_cli.models.checkpoints import StudentRecord
-from comkd_cli.teachers.loading import ClassEncoder, class_encoder
+from comkd_cli.teachers.of_student import ClassEncoder, class_encoder
 
 DIFFERENCE_MAX = 1e-4
 

@@ -18,7 +18,7 @@ import zlib
 from pathlib import Path
 
 from comkd_cli.errors import ExportError, WriteError
-from comkd_cli.files import folder_written_whole
+from comkd_cli.files import atomic_folder
 
 PAGE = Path(__file__).with_name("web_page")
 PAGE_FILES = ("index.html", "style.css", "prepare.js", "classify.js")
@@ -74,7 +74,7 @@ def _fetched_runtime() -> Path:
         package = _packed_by_npm(Path(name))
         _check_integrity(package)
         try:
-            with folder_written_whole(folder) as unfinished:
+            with atomic_folder(folder) as unfinished:
                 _unpack(package, unfinished)
         except WriteError as error:
             raise ExportError(

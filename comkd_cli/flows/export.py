@@ -33,7 +33,7 @@ from comkd_cli.edge.manifest import BundleProblem, read_manifest
 from comkd_cli.errors import DataError, ExportError, Interrupted
 from comkd_cli.evaluation.classes import check_classes
 from comkd_cli.events import Notice, Progress, Report, Stage
-from comkd_cli.files import folder_written_whole
+from comkd_cli.files import atomic_folder
 from comkd_cli.method.student import Student
 from comkd_cli.models.checkpoints import StudentRecord, load_student
 from comkd_cli.models.costs import multiply_adds, parameters
@@ -100,7 +100,7 @@ def export(
             teacher = (
                 text_teacher(student_file, source.record, options.allow_download, report) if options.text else None
             )
-            with folder_written_whole(out) as folder:  # before the work below, which a read-only folder would waste
+            with atomic_folder(out) as folder:  # before the work below, which a read-only folder would waste
                 report(Stage("Reading real images"))
                 exporter = _Exporter(
                     source, folder, _read_parts(source.record, data_root, options, report), options, report

@@ -267,7 +267,7 @@ class _Settings:
         )
         start = "ImageNet weights" if self.student.pretrained else "random weights"
         both = f"{RATE_PRETRAINED:g} or {RATE_FROM_SCRATCH:g}"
-        rate = f"For {start}: {both} at a batch of {MOST_BATCH}, in proportion to the batch."
+        rate = f"For {start}: {both} at a batch of {MOST_BATCH}, in proportion to the batch's square root."
         base = RATE_PRETRAINED if self.student.pretrained else RATE_FROM_SCRATCH
         return [
             Setting("name", "adamw", "Every weight is trained; SGD is for prompts alone."),
@@ -327,10 +327,11 @@ def _recipe_path(path: Path) -> str:
 
 
 def _rate(base: float, batch_size: int) -> float:
-    """A learning rate in proportion to the batch, with two digits."""
-    return float(f"{base * batch_size / MOST_BATCH:.2g}")
+    """Adam's learning rate, in proportion to the square root of the batch (Malladi et al., 2205.10287), two digits."""
+    return float(f"{base * math.sqrt(batch_size / MOST_BATCH):.2g}")
 
 
 def unreadable_files(inspection: Inspection) -> Sequence[str]:
     """`path: reason` of every file that is known to be unreadable, each once."""
-    return tuple(dict.fromkeys((*inspection.missing, *inspection.sample.unreadable)))
+    known = (*inspection.missing, *inspection.sample.unreadable)
+    return tuple({line.partition(": ")[0]: line for line in reversed(known)}.values())[::-1]

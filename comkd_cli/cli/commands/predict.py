@@ -1,4 +1,4 @@
-"""`comkd predict`: name what images show, with a bundle."""
+"""`comkd predict`: classify images with a bundle."""
 
 from __future__ import annotations
 
@@ -24,16 +24,20 @@ if TYPE_CHECKING:
     help="Classify every image below one folder, given as IMAGE, into this CSV file; a rerun resumes it.",
 )
 @click.option("--fresh", is_flag=True, help="Replace the CSV file instead of resuming it.")
-@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes to print for an image.")
-@click.option("--precision", help="fp32, fp16 or int8. Left out: the first that BUNDLE has.")
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes to print per image.")
+@click.option("--precision", help="fp32, fp16 or int8. Default: the first that BUNDLE has.")
 @click.option(
-    "--add-class", "add_classes", metavar="NAME", multiple=True, help="Look for this class too; may be repeated."
+    "--add-class",
+    "add_classes",
+    metavar="NAME",
+    multiple=True,
+    help="Add this class to those of BUNDLE; may be repeated.",
 )
 @json_option
 def command(
     bundle: Path, images: tuple[str, ...], csv_file: Path | None, fresh: bool, as_json: bool, **settings: Any
 ) -> None:
-    """Print the likeliest classes of each IMAGE, by the exported BUNDLE. Needs no torch.
+    """Print the most probable classes of each IMAGE, by the exported BUNDLE. Needs no torch.
 
     IMAGE is an image file, or - for standard input. With --csv it is a folder. The columns of the CSV file are the path
     below the folder, class and probability, the further classes, and the error of an image that cannot be read.
@@ -67,7 +71,7 @@ def _print_predictions(bundle: Path, images: tuple[str, ...], as_json: bool, set
                     line = f"  {entry['probability']:7.2%}  {entry['class']}"
                     console.print(line, markup=False, soft_wrap=True)
     if unreadable := [record["error"] for record in records if "error" in record]:
-        raise DataError("can't be read: " + "\n".join(unreadable))
+        raise DataError("some images could not be read:\n  " + "\n  ".join(unreadable))
 
 
 def _write_table(bundle: Path, table: Table, settings: dict[str, Any]) -> None:
