@@ -38,7 +38,7 @@ def test_the_summary_and_the_next_commands_follow_the_recipe(pets: Path) -> None
     assert "18 training" in rows["images"]
     assert "2: [red]dog, cat" in rows["classes"]
     assert "empty.jpg: is empty" in rows["unreadable"]
-    assert "1 copies of other images" in rows["duplicates"]
+    assert "1 copy of other images" in rows["duplicates"]
     assert "1 file of another type is skipped: 1 .txt" in rows["notes"]
     assert [line.strip() for line in lines[-2:]] == [
         "comkd distill 'my recipe.yaml' --dry-run",

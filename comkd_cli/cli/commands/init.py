@@ -120,7 +120,7 @@ def _rows(proposal: Proposal) -> dict[str, str]:
     names = [printable(name) for name in source.class_names]
     splits = {"training": source.train, "test": source.test, "validation": source.val}
     counts = [f"{len(images):,} {name}" for name, images in splits.items() if images is not None and len(images)]
-    labels = "labelled" if source.train.labels is not None else "training images without labels"
+    labels = "labelled" if source.train.labels is not None else "no labels to train on"
     formats = ", ".join(f"{count:,} {suffix}" for suffix, count in inspection.suffixes.most_common())
     rows = {
         "images": f"{', '.join(counts)}, {labels}; {inspection.total_bytes / 1e6:,.1f} MB",
@@ -146,7 +146,7 @@ def _attention(proposal: Proposal) -> dict[str, str]:
     inspection = proposal.inspection
     duplicates, sample = inspection.duplicates, inspection.sample
     unreadable, truncated = unreadable_files(inspection), sample.truncated
-    copies = [f"{duplicates.copies:,} copies of other images"] if duplicates.copies else []
+    copies = [f"{duplicates.copies:,} {'copy' if duplicates.copies == 1 else 'copies'} of other images"] if duplicates.copies else []
     if duplicates.across_splits:
         first, other = duplicates.across_splits[0]
         copies.append(f"{len(duplicates.across_splits):,} test images are also in train/, such as {first} = {other}")
