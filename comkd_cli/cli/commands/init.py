@@ -146,7 +146,9 @@ def _attention(proposal: Proposal) -> dict[str, str]:
     inspection = proposal.inspection
     duplicates, sample = inspection.duplicates, inspection.sample
     unreadable, truncated = unreadable_files(inspection), sample.truncated
-    copies = [f"{duplicates.copies:,} {'copy' if duplicates.copies == 1 else 'copies'} of other images"] if duplicates.copies else []
+    copies = []
+    if duplicates.copies:
+        copies.append(f"{duplicates.copies:,} {'copy' if duplicates.copies == 1 else 'copies'} of other images")
     if duplicates.across_splits:
         first, other = duplicates.across_splits[0]
         copies.append(f"{len(duplicates.across_splits):,} test images are also in train/, such as {first} = {other}")
