@@ -276,7 +276,7 @@ def test_members_that_are_no_images_are_counted_once_for_all(tmp_path: Path, mon
         write_members(
             tmp_path / "x-1.tar",
             ("d.gif", picture),
-            ("e.HEIC", picture),
+            ("e.PSD", picture),
             ("__MACOSX/d.jpg", picture),
             ("s/.hidden/d.jpg", picture),
             ("Thumbs.db", b"x"),
