@@ -17,6 +17,7 @@ from comkd_cli.data.class_names import class_key, clean_class_names, clean_name,
 from comkd_cli.data.contents import NO_REGULAR_FILE, FileContents
 from comkd_cli.data.image_files import SUFFIXES, is_image, is_junk, skipped_text, suffix_of
 from comkd_cli.data.source import ImageSet, Source
+from comkd_cli.edge.image_files import walk_images
 from comkd_cli.edge.images import UnreadableImage, open_image
 from comkd_cli.errors import DataError
 from comkd_cli.events import Notice, Report
@@ -87,19 +88,10 @@ def find_images(folder: Path, skipped: Counter[str] | None = None, above: Sequen
     skipped: other files are counted in it, by suffix. above: folders that the folder lies in, for links that lead
     back up to them. Raises DataError for a folder that cannot be listed.
     """
-    seen = {os.path.realpath(path) for path in above}
-    for parent, subfolders, names in os.walk(folder, followlinks=True, onerror=_refuse):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link that leads back up
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not is_junk(name))
-        for name in sorted(names):
-            if is_image(name):
-                yield Path(parent) / name
-            elif skipped is not None and not is_junk(name):
-                skipped[suffix_of(name)] += 1
+    try:
+        yield from walk_images(folder, skipped, above)
+    except OSError as error:
+        _refuse(error)
 
 
 def open_below(root: Path, key: str) -> Image.Image:

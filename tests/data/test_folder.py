@@ -29,7 +29,7 @@ def test_images_of_every_kind_are_found_at_any_depth_and_nothing_else(tmp_path: 
         write_image(tmp_path / name)
     for name in ("j.jfif", "k.JPE"):
         write_image(tmp_path / name, format="JPEG")
-    for name in ("notes.txt", "model.pt", "png", "f.png.part", "deep/g.heic"):
+    for name in ("notes.txt", "model.pt", "png", "f.png.part", "deep/g.psd"):
         (tmp_path / name).write_text("no picture")
     (tmp_path / "folder.png").mkdir()
     found = names(tmp_path)
@@ -307,9 +307,9 @@ def texts(told: list[Event]) -> list[str]:
 def test_files_of_other_types_are_counted_by_suffix_wherever_they_lie(pets: Path) -> None:
     for name in (
         "readme.md",
-        "train/a.HEIC",
-        "train/cat/b.heic",
-        "train/cat/young/c.heic",
+        "train/a.PSD",
+        "train/cat/b.psd",
+        "train/cat/young/c.psd",
         "test/dog/noext",
         "x/y.txt",
     ):
@@ -318,7 +318,7 @@ def test_files_of_other_types_are_counted_by_suffix_wherever_they_lie(pets: Path
     told: list[Event] = []
     source = folder_source(pets, None, TEMPLATE, told.append)
     assert len(source.train) == 3
-    assert texts(told) == [f"{pets}: 6 files of other types are skipped: 3 .heic, 1 .md, 1 .txt, 1 without a suffix"]
+    assert texts(told) == [f"{pets}: 6 files of other types are skipped: 3 .psd, 1 .md, 1 .txt, 1 without a suffix"]
 
 
 @pytest.mark.parametrize("junk", ["__MACOSX", "@eaDir", ".ipynb_checkpoints", "__pycache__", "$RECYCLE.BIN"])

@@ -175,7 +175,7 @@ def test_a_student_of_shards_is_scored_by_agreement_on_some_of_them(
 ) -> None:
     pair = make(tmp_path, weights, {"shards": pattern})
     do(pair)
-    monkeypatch.setattr(evaluate, "MOST_FOR_AGREEMENT", 30)
+    monkeypatch.setattr(scoring, "MOST_FOR_AGREEMENT", 30)
     told: list[Event] = []
     bench = evaluate.Bench(torch.device("cpu"), tmp_path, told.append)
     records = evaluate.evaluate(str(pair[0].student_file), tmp_path, bench).records
