@@ -16,6 +16,7 @@ from comkd_cli.data import order
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.sources import open_source
 from comkd_cli.errors import DataError, Interrupted
+from comkd_cli.evaluation import scoring
 from comkd_cli.events import Event, Notice, Progress
 from comkd_cli.flows import adapt, distill, evaluate
 from comkd_cli.recipe import parse_recipe
