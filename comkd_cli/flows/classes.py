@@ -59,9 +59,9 @@ def add_classes(
 ) -> tuple[Path, list[Added]]:
     """Write a student that also knows these classes; returns its file, and the nearest class of each.
 
-    The text encoder of its teacher gives their vectors. Raises DataError for a name that cannot be added, CheckpointError
-    where the text encoder is not available or does not give the student's own vectors, MisuseError for a template that
-    cannot be used or a file that exists.
+    The text encoder of its teacher gives their vectors. Raises DataError for a name that cannot be added,
+    CheckpointError where the text encoder is not available or does not give the student's own vectors, and MisuseError
+    for a template that cannot be used or a file that exists.
     """
     target = options.out or student_file.with_name(DEFAULT_NAME)
     if target.exists() and not options.force:
@@ -174,5 +174,4 @@ def _moved(record: StudentRecord, student_file: Path, target: Path) -> StudentRe
     """The record with the path of its teacher from another file."""
     if record.teacher is None:
         return record
-    teacher = os.path.abspath(teacher_file(record, student_file))
-    return replace(record, teacher=os.path.relpath(teacher, os.path.abspath(target.parent)))
+    return replace(record, teacher=os.path.relpath(teacher_file(record, student_file), target.parent))

@@ -74,8 +74,11 @@ class Data(Closed):
             raise ValueError(f"`templates` should be a list or `{OPENAI_TEMPLATES}`, not {self.templates!r}")
         if self.templates == ():
             raise ValueError("`templates` is empty")
-        given = {"template": () if self.template is None else (self.template,)}
-        given["templates"] = () if self.templates is None or isinstance(self.templates, str) else self.templates
+        given: dict[str, tuple[str, ...]] = {}
+        if self.template is not None:
+            given["template"] = (self.template,)
+        if self.templates is not None and not isinstance(self.templates, str):
+            given["templates"] = self.templates
         for field, templates in given.items():
             for template in templates:
                 if template.count("{}") != 1:

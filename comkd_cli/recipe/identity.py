@@ -28,7 +28,6 @@ KINDS = ("method", "name")  # fields that determine which other fields exist: na
 CONTENTS = {
     "data.training_images": "the contents of the training images",
     "data.training_labels": "the labels of the training images",
-    "data.descriptions": "the descriptions in data.prompts",
     "data.test_images": "the contents of the test images, which select the epoch,",
     "data.test_labels": "the labels of the test images, which select the epoch,",
     "student.weights_sha256": "a file of the student's weights or config",
