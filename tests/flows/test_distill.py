@@ -137,20 +137,22 @@ def test_more_epochs_than_a_finished_run_has_can_start_from_its_student(done: di
     Path(move[1]).rename(move[2])
     field, _, weights = warm[6].partition("=")
     assert field == "student.weights"
-    again = make_run(runs, optim=longer, student={"train": "full", "config": tiny.TOWER, "weights": weights})
+    # So low a rate leaves the weights as they started.
+    hardly = {**longer, "learning_rate": 1e-12}
+    again = make_run(runs, optim=hardly, student={"train": "full", "config": tiny.TOWER, "weights": weights})
     events: list[Event] = []
     student, record = load_student(do(again, events))
     assert any(isinstance(event, Notice) and "tensors start from" in event.text for event in events)
-    assert "Teacher: reused from" in next(event.title for event in events if isinstance(event, Stage))
+    assert any(isinstance(event, Stage) and event.title.startswith("Teacher: reused from") for event in events)
     assert distill.finished(again)
-    first = json.loads((again.folder / "metrics.jsonl").read_text().splitlines()[0])
-    cold = json.loads((done.folder / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["test_top1_percent"] > cold["test_top1_percent"]
+    old, _ = load_student(Path(weights))
+    for ours, theirs in zip(student.parameters(), old.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-6)
     assert record.class_names == again.source.class_names
     assert again.identity.parts["student"]["weights_sha256"] == sha256_of_file(Path(weights))
+    itself = make_run(runs, student={"train": "full", "config": tiny.TOWER, "weights": str(again.student_file)})
     with pytest.raises(ModelError) as refused:
-        itself = {"train": "full", "config": tiny.TOWER, "weights": str(again.student_file)}
-        do(make_run(runs, student=itself), fresh=True)
+        do(itself, fresh=True)
     assert refused.value.field == "student.weights"
 
 
@@ -169,9 +171,9 @@ def test_a_student_of_several_prompts_has_the_mean_vectors_and_they_count_in_its
     torch.testing.assert_close(student.class_vectors[7], mean / mean.norm())
     assert record.prompts.of("7") == ("the 7", "number 7.")
     for other in ({"template": "the {}"}, {"templates": ["the {}", "digit {}"]}):
+        changed = make_run(tmp_path, teacher=teacher, optim=optim, data={"dataset": "digits", **other})
         with pytest.raises(CheckpointError) as caught:
-            changed = {"dataset": "digits", **other}
-            distill.finished(make_run(tmp_path, teacher=teacher, optim=optim, data=changed))
+            distill.finished(changed)
         assert "data.templates: the {}, number {}. in the finished run" in str(caught.value.found)
 
 
