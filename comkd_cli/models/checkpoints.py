@@ -18,7 +18,7 @@ from comkd_cli.files import atomic_write, is_newer_format
 from comkd_cli.method.student import Student
 from comkd_cli.models import downloads
 from comkd_cli.models.backbones import Origin, build_image_tower, state_sha256
-from comkd_cli.models.weights import check_finite, differences_in_error
+from comkd_cli.models.weights import check_finite, differences_in_error, is_torchscript
 from comkd_cli.recipe import Recipe, parse_recipe
 
 STUDENT_FORMAT = "comkd-student/1"
@@ -182,7 +182,7 @@ def load_student_state(path: Path) -> tuple[StudentRecord, dict[str, Tensor]]:
 
 def is_student(path: Path) -> bool:
     """Whether a file is a student.pt, of this or a newer version; False for a file that could not be read."""
-    if not zipfile.is_zipfile(path):  # also where there is no such file
+    if not zipfile.is_zipfile(path) or is_torchscript(path):  # the first also where there is no such file
         return False
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
