@@ -10,6 +10,7 @@ from ruamel.yaml import YAML
 
 from comkd_cli.bundles.latency import disturbance
 from comkd_cli.bundles.parts import PartSize
+from comkd_cli.data.class_names import some
 from comkd_cli.evaluation.metrics import wilson_interval_percent
 from comkd_cli.models.checkpoints import StudentRecord
 
@@ -216,6 +217,8 @@ def _limits(manifest: Mapping[str, Any], record: StudentRecord) -> str:
         f"It has the biases of the images of {manifest['data']} and of its teacher; measure its accuracy before you "
         "use it on other images.",
     ]
+    if record.classes_added:
+        lines.append(f"It was not trained on these classes, which were added by name: {some(record.classes_added)}.")
     if record.recipe.selection == "promptkd":
         lines.append(
             "Its score is optimistically biased because its epoch was selected on test images, as in PromptKD's "

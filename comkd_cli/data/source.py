@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from comkd_cli.data.contents import Contents
+from comkd_cli.data.prompts import Prompts
 from comkd_cli.edge.images import UnreadableImage
 from comkd_cli.files import sha256_of_data
 
@@ -91,28 +92,43 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Source:
-    """Classes, their prompt template, and the images for training and scoring."""
+    """Classes, their prompts, and the images for training and scoring."""
 
     name: str
     class_names: tuple[str, ...]
     template: str
-    """`{}` stands for the class name."""
+    """The prompt of a class, or the first of several; `{}` stands for the class name."""
     train: ImageSet
     test: ImageSet | None
     val: ImageSet | None = None
     """Labelled images to choose few-shot settings on; only the suite's datasets have them."""
+    ensemble: Prompts | None = None
+    """Several templates, or descriptions of single classes; None: `template` alone."""
+
+    @property
+    def wording(self) -> Prompts:
+        """All prompts of the classes."""
+        return self.ensemble or Prompts((self.template,))
 
     @property
     def prompts(self) -> list[str]:
-        """The prompt of each class, in the order of the labels."""
-        return [self.template.replace("{}", name) for name in self.class_names]
+        """The first prompt of each class, in the order of the labels."""
+        return [self.wording.of(name)[0] for name in self.class_names]
 
     def identity(self) -> dict[str, Any]:
-        """What determines training on it, as named plain data: classes, prompt, and the images with their labels."""
+        """What determines training on it, as named plain data: classes, prompts, and the images with their labels.
+
+        `templates` and `descriptions` exist only where a recipe sets them.
+        """
         labels = self.train.labels
+        prompts = self.wording
+        several = {"templates": list(prompts.templates)} if len(prompts.templates) > 1 else {}
+        described = {name: list(texts) for name, texts in prompts.descriptions.items()}
         return {
             "class_names": list(self.class_names),
             "template": self.template,
+            **several,
+            **({"descriptions": described} if described else {}),
             "training_images": self.train.digest,
             "training_labels": None if labels is None else sha256_of_data(list(labels)),
         }

@@ -132,22 +132,29 @@ class Classifier:
         try:
             merges = verified_bytes(self._folder, self._manifest, text["merges"]).decode("utf-8")
             tokenizer = Tokenizer(merges, int(text["context_length"]))
-            tokens = tokenizer([text["prompt"].replace("{}", name) for name in (*self.class_names, *names)])
-            too_long = [name for name in names if tokenizer.cut(text["prompt"].replace("{}", name))]
+            templates = text.get("templates") or [text["prompt"]]  # older bundles have one prompt
+            written = [[part.replace("{}", name) for part in templates] for name in (*self.class_names, *names)]
+            tokens = tokenizer([prompt for prompts in written for prompt in prompts])
+            new = written[len(self.class_names) :]
+            too_long = [name for name, prompts in zip(names, new, strict=True) if any(map(tokenizer.cut, prompts))]
             graph = self._start(text["file"], "all")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleProblem(
                 f"is damaged: {error!r}", path=self._manifest_path, field="text", remedy=EXPORT_AGAIN
             ) from error
         encoder = f"the text encoder, which reads {tokens.shape[1]} tokens of a prompt"
-        if len(np.unique(tokens, axis=0)) < len(tokens):
+        by_class = tokens.reshape(len(written), -1)
+        if len(np.unique(by_class, axis=0)) < len(by_class):
             problem = f"{encoder}, cannot distinguish these classes from one another or from the existing ones"
             raise BundleProblem(problem, found=", ".join(map(repr, names)), remedy="shorten the names")
         if too_long:
             found = ", ".join(map(repr, too_long))
             raise BundleProblem(f"too long for {encoder}", found=found, remedy="shorten the names")
-        (vectors,) = graph.run(["text_features"], {"tokens": tokens[len(self.class_names) :]})
-        return np.asarray(vectors)
+        (features,) = graph.run(["text_features"], {"tokens": tokens[len(tokens) - len(names) * len(templates) :]})
+        if len(templates) == 1:
+            return np.asarray(features)
+        means = features.reshape(len(names), len(templates), features.shape[1]).mean(axis=1)
+        return np.asarray(means / np.linalg.norm(means, axis=1, keepdims=True), dtype=np.float32)
 
     def predict(self, image: ImageSource | Image.Image, top: int = 5) -> list[Prediction]:
         """The `top` most probable classes of an image, in descending order. Raises UnreadableImage, BundleProblem.

@@ -12,6 +12,7 @@ from comkd_cli.recipe.fields import Closed
 
 DATASETS = ("digits", *CATALOG)
 DEFAULT_TEMPLATE = "a photo of a {}."
+OPENAI_TEMPLATES = "openai"
 
 
 class Data(Closed):
@@ -33,6 +34,13 @@ class Data(Closed):
     all names."""
     template: str | None = None
     """The prompt of a class, with `{}` for its name. Default: the dataset's own, or `a photo of a {}.`"""
+    templates: str | Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    """Several prompts of a class instead of `template`, each with `{}` for its name; or `openai`, the 80 of OpenAI's
+    ImageNet ensemble. The vector of a class is the normalised mean of those of its prompts. `adapt: full` uses the
+    first alone [C]; promptsrc learns its own words and takes neither `templates` nor `prompts`."""
+    prompts: str | None = None
+    """A YAML file with descriptions of single classes, `class name: text` or a list of texts, which replace the prompts
+    of that class. A relative path is taken as for `folder`."""
     unreadable_limit_percent: Annotated[float, Field(ge=0, le=100)] = 10.0
     """The share of images that may be unreadable; they are named and skipped. Above it the run stops."""
     fingerprint: Literal["contents", "size_and_time"] = "contents"
@@ -56,9 +64,34 @@ class Data(Closed):
             raise ValueError(f"`classes` needs `folder` or `shards`; the dataset {self.dataset} has its own")
         if self.shards is not None and self.classes is None:
             raise ValueError("`shards` have no labels: give `classes`, a list or a text file with a name on each line")
-        if self.template is not None and self.template.count("{}") != 1:
-            raise ValueError(f"`template` must contain {{}} once, for the class name; it is {self.template!r}")
         return self
+
+    @model_validator(mode="after")
+    def _prompts(self) -> Data:
+        if self.template is not None and self.templates is not None:
+            raise ValueError("`template` and `templates` exclude each other")
+        if isinstance(self.templates, str) and self.templates != OPENAI_TEMPLATES:
+            raise ValueError(f"`templates` should be a list or `{OPENAI_TEMPLATES}`, not {self.templates!r}")
+        if self.templates == ():
+            raise ValueError("`templates` is empty")
+        given: dict[str, tuple[str, ...]] = {}
+        if self.template is not None:
+            given["template"] = (self.template,)
+        if self.templates is not None and not isinstance(self.templates, str):
+            given["templates"] = self.templates
+        for field, templates in given.items():
+            for template in templates:
+                if template.count("{}") != 1:
+                    raise ValueError(f"`{field}` must contain {{}} once, for the class name; it is {template!r}")
+            if len(set(templates)) < len(templates):
+                raise ValueError(f"`{field}` repeats a template")
+        return self
+
+    @property
+    def words(self) -> str | None:
+        """The field that gives a class several prompts or its own; None where no field does."""
+        given = {"templates": self.templates, "prompts": self.prompts}
+        return next((name for name, value in given.items() if value is not None), None)
 
 
 class Augment(Closed):

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from comkd_cli.data.prompts import Prompts
 from comkd_cli.edge.images import Preprocessing
 from comkd_cli.errors import CheckpointError
 from comkd_cli.events import Report, ignore_event
@@ -44,18 +45,22 @@ class TeacherSource(Protocol):
 
 
 def build_teacher(
-    settings: Teacher, class_names: Sequence[str], template: str, device: torch.device, report: Report = ignore_event
+    settings: Teacher,
+    class_names: Sequence[str],
+    prompts: Prompts | str,
+    device: torch.device,
+    report: Report = ignore_event,
 ) -> ReadyTeacher:
     """A teacher with its weights as they are, not adapted to any data.
 
-    A CLIP gets the class vectors of `template`. A released checkpoint has its own prompts, which replace the template's
-    words. Raises ModelError or CheckpointError.
+    prompts: a CLIP gets their class vectors, as `encode_prompts` gives them. A released checkpoint has its own prompts,
+    which replace them. Raises ModelError or CheckpointError.
     """
     sha256 = teacher_sha256(settings)
     if settings.format == "promptsrc":
         ready = teacher_of_prompted(released_prompted(settings, report), class_names, device, report=report)
     else:
-        ready = teacher_of_clip(build_clip(settings, report=report), class_names, template, device, report)
+        ready = teacher_of_clip(build_clip(settings, report=report), class_names, prompts, device, report)
     return replace(ready, sha256=sha256)
 
 
@@ -89,11 +94,18 @@ def load_saved_teacher(
 
 
 def teacher_of_clip(
-    clip: Clip, class_names: Sequence[str], template: str, device: torch.device, report: Report = ignore_event
+    clip: Clip,
+    class_names: Sequence[str],
+    prompts: Prompts | str,
+    device: torch.device,
+    report: Report = ignore_event,
 ) -> ReadyTeacher:
-    """A CLIP as a frozen teacher, with the class vectors of these names. Raises ModelError."""
+    """A CLIP as a frozen teacher, with the class vectors of these names. prompts: as `build_teacher`.
+
+    Raises ModelError.
+    """
     clip.model.to(device)
-    vectors = encode_prompts(clip, class_names, template, device, report)
+    vectors = encode_prompts(clip, class_names, prompts, device, report)
     return _ready(clip, clip.model.visual, vectors, clip.model.logit_scale.detach().exp())  # type: ignore[arg-type,operator]
 
 

@@ -68,6 +68,30 @@ def test_the_template_of_a_folder_is_clips_own_unless_given(root: Path, write_im
     assert open_source(own, root).prompts == ["one cat", "one dog"]
 
 
+def test_several_templates_and_descriptions_are_prompts_of_the_classes(
+    here: Path, root: Path, write_image: WriteImage
+) -> None:
+    write_image(root / "pets/1.png")
+    (root / "prompts.yaml").write_text("red_panda: a small red bear\n")
+    data = {"folder": "pets", "classes": ("cat", "red_panda")}
+    source = open_source(Data(**data, templates=("one {}", "two {}"), prompts="prompts.yaml"), root)
+    assert source.template == "one {}"
+    assert [source.wording.of(name) for name in source.class_names] == [("one cat", "two cat"), ("a small red bear",)]
+    (here / "prompts.yaml").write_text("cat: nearer than the data root\n")
+    source = open_source(Data(**data, prompts="prompts.yaml"), root)
+    assert source.prompts == ["nearer than the data root", "a photo of a red panda."]
+    ensemble = open_source(Data(**data, templates="openai"), root)
+    assert ensemble.identity()["templates"][:2] == ["a bad photo of a {}.", "a photo of many {}."]
+    with pytest.raises(DataError) as caught:
+        open_source(Data(**data, prompts="nowhere.yaml"), root)
+    assert caught.value.field == "data.prompts"
+
+
+def test_a_single_template_in_a_list_is_the_same_source_as_the_template(root: Path) -> None:
+    single = open_source(Data(dataset="digits", template="the {}"), root)
+    assert open_source(Data(dataset="digits", templates=("the {}",)), root).identity() == single.identity()
+
+
 def test_a_path_that_is_nowhere_is_told_with_its_field_and_every_place_looked_at(here: Path, root: Path) -> None:
     with pytest.raises(DataError) as caught:
         open_source(Data(folder="pets", classes=("a", "b")), root)

@@ -41,8 +41,8 @@ class TeacherPreparation:
         if isinstance(settings.adapt, NoAdapt):
             name = settings.arch or "inline model"
             self.report(Stage(f"Teacher: {name}, {_prompts_of(settings)}"))
-            template = stage.source.template
-            return collectives.on_every_rank(lambda: build_teacher(settings, names, template, device, self.report))
+            prompts = stage.source.wording
+            return collectives.on_every_rank(lambda: build_teacher(settings, names, prompts, device, self.report))
         if collectives.broadcast(stage.file.is_file()):
             self.report(Stage(f"Teacher: reused from {stage.file}"))
         else:

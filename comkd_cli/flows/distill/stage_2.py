@@ -31,6 +31,7 @@ from comkd_cli.method.student import Student
 from comkd_cli.models.backbones import ImageTower, build_image_tower, recompute_activations, state_sha256
 from comkd_cli.models.checkpoints import StudentRecord, save_student
 from comkd_cli.models.costs import parameters
+from comkd_cli.models.warm_start import WarmStart
 from comkd_cli.recipe import Recipe, to_yaml
 from comkd_cli.results.curve import IDLE_GATE
 from comkd_cli.results.result_files import forget_model
@@ -114,13 +115,16 @@ def distill(
     """
     recipe = run.recipe
     _check(run, resume=not fresh)
-    tower = _build_backbone(recipe, report)
+    start = collectives.on_every_rank(lambda: WarmStart.of(recipe.student))
+    tower = _build_backbone(recipe, start, report)
     ready = teacher.prepare()
     if fresh:
         _discard(run)
     ready.teacher.to(accelerator.device)
     backbone_sha256 = state_sha256(tower.module) if recipe.student.train == "prompts" else None
     student = build_student(recipe, tower, ready.teacher.class_vectors, ready.teacher.logit_scale)
+    if start is not None:
+        start.load_into(student, report)
     student.to(accelerator.device)
     if recipe.compile:
         # The towers alone: the rest is small, and gradients are measured between it and the tower.
@@ -168,11 +172,18 @@ def _check(run: Run, resume: bool) -> None:
     if resume:
         has_checkpoint(run.folder, run.identity)  # raises where it is another run's
     run.check_steps()
+    run.check_start()
 
 
-def _build_backbone(recipe: Recipe, report: Report) -> ImageTower:
+def _build_backbone(recipe: Recipe, start: WarmStart | None, report: Report) -> ImageTower:
     seed = stable_seed("backbone", recipe.seed)
-    tower = collectives.on_every_rank(lambda: build_image_tower(recipe.student, seed, report=report))
+
+    def build() -> ImageTower:
+        if start is not None:
+            return start.build_tower(recipe.student, seed, report)
+        return build_image_tower(recipe.student, seed, report=report)
+
+    tower = collectives.on_every_rank(build)
     if recipe.checkpointing:
         recompute_activations(tower.module)
     return tower
@@ -242,6 +253,8 @@ def _record(
         source=run.source.name,
         class_names=run.source.class_names,
         template=run.source.template,
+        templates=run.source.wording.templates,
+        descriptions=dict(run.source.wording.descriptions),
         preprocessing=tower.preprocessing,
         backbone=tower.origin,
         backbone_sha256=backbone_sha256,
