@@ -1,10 +1,16 @@
-"""Which files of a folder, a zip file or a tar are images, and the summary of the others."""
+"""Which files of a folder, a zip file or a tar are images, where they lie, and the summary of the others."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from PIL import features
+
+from comkd_cli.errors import DataError
 
 SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -66,3 +72,56 @@ def skipped_text(skipped: Mapping[str, int], what: str = "file") -> str:
         counts.append(f"{sum(count for _, count in rest):,} of {len(rest)} other types")
     files = f"1 {what} of another type is" if total == 1 else f"{total:,} {what}s of other types are"
     return f"{files} skipped: {', '.join(counts)}"
+
+
+def find_images(folder: Path, skipped: Counter[str] | None = None, above: Sequence[Path] = ()) -> Iterator[Path]:
+    """Every image file anywhere below a folder, in a fixed order; links are followed, hidden and junk names skipped.
+
+    skipped: other files are counted in it, by suffix. above: folders that the folder lies in, for links that lead
+    back up to them. Raises DataError for a folder that cannot be listed.
+    """
+    seen = {os.path.realpath(path) for path in above}
+    for parent, subfolders, names in os.walk(folder, followlinks=True, onerror=_refuse):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link that leads back up
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not is_junk(name))
+        for name in sorted(names):
+            if is_image(name):
+                yield Path(parent) / name
+            elif skipped is not None and not is_junk(name):
+                skipped[suffix_of(name)] += 1
+
+
+def image_names(folder: Path, skipped: Counter[str]) -> list[str]:
+    """The names of the images directly in a folder, sorted; other files are counted in `skipped`. Raises DataError."""
+    images = []
+    for entry in _entries(folder):
+        if entry.is_dir() or is_junk(entry.name):
+            continue
+        if is_image(entry.name):
+            images.append(entry.name)
+        else:
+            skipped[suffix_of(entry.name)] += 1
+    return images
+
+
+def subfolders_of(folder: Path) -> list[str]:
+    """The names of the folders directly in a folder, sorted, without junk. Raises DataError."""
+    return [entry.name for entry in _entries(folder) if entry.is_dir() and not is_junk(entry.name)]
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, by name. Raises DataError where it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        _refuse(error)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """A folder that could not be listed would silently make the dataset smaller."""
+    raise DataError("could not be read", path=error.filename, found=error.strerror) from error

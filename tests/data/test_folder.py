@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from comkd_cli.data.class_names import clean_class_names
-from comkd_cli.data.folder import find_images, folder_source, images_below
+from comkd_cli.data.folder import folder_source, images_below
+from comkd_cli.data.image_files import find_images
 from comkd_cli.edge.images import UnreadableImage
 from comkd_cli.errors import DataError
 from comkd_cli.events import Event, Notice
