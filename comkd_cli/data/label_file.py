@@ -6,6 +6,7 @@ import csv
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from comkd_cli.data.class_names import class_key, clean_name, some
@@ -97,15 +98,14 @@ class _Resolver:
 
     def __init__(self, path: Path, folder: Path, images: set[str]) -> None:
         """path: of the file. images: relative to the folder, with `/` separators."""
-        self._path, self._folder, self._images = path, folder.absolute(), images
-        self._bases = ("", os.path.relpath(path.parent.resolve(), folder.resolve()))
+        self._path, self._folder, self._images = path, folder.resolve(), images
+        self._bases = (self._folder, path.parent.resolve())
+        self._starts = (self._folder, folder.absolute())  # they differ where absolute paths lead through a link
 
     def image_of(self, row: Row) -> str:
         """The image, relative to the folder. Raises DataError where the path names none, or two."""
-        if Path(row.image).is_absolute():
-            candidates = {os.path.relpath(row.image, self._folder)}
-        else:
-            candidates = {os.path.normpath(Path(base, row.image)) for base in self._bases}
+        pairs = product(self._bases, self._starts)
+        candidates = {os.path.relpath(base / row.image, start) for base, start in pairs}
         found = {Path(candidate).as_posix() for candidate in candidates} & self._images
         if len(found) == 1:
             return found.pop()
@@ -133,8 +133,8 @@ def read_label_file(path: Path) -> LabelFile:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            line = 1
             _check_header(path, reader.fieldnames or ())
+            line = 1
             reader.fieldnames = [name.strip().casefold() for name in reader.fieldnames or ()]
             rows = []
             for fields in reader:
@@ -168,12 +168,13 @@ def _check_header(path: Path, names: Sequence[str]) -> None:
 
 def _row(path: Path, line: int, fields: Mapping[str | None, str | list[str] | None]) -> Row:
     image, name = (fields.get(column) for column in COLUMNS)
-    if None in fields or not isinstance(image, str) or not isinstance(name, str) or not image.strip():
+    extra = fields.get(None) or ()
+    if extra or not isinstance(image, str) or not isinstance(name, str) or not image.strip():
         raise DataError(
             "should have a path and a class",
             path=path,
             field=f"line {line}",
-            found=",".join(str(value) for value in fields.values() if value is not None),
+            found=",".join([*(value for value in fields.values() if isinstance(value, str)), *extra]),
             remedy='write path,class; put a value with a comma in double quotes: "a,b.png"',
         )
     return Row(line, image.strip(), clean_name(name, path, f"line {line}"))
