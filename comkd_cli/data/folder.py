@@ -13,7 +13,7 @@ from PIL import Image
 
 from comkd_cli.data.class_names import class_key, clean_class_names, clean_name, some
 from comkd_cli.data.contents import NO_REGULAR_FILE, FileContents
-from comkd_cli.data.image_files import SUFFIXES, find_images, image_names, skipped_text, subfolders_of
+from comkd_cli.data.image_files import SUFFIXES, find_images, image_names, skipped_text, subfolders_of, suffix_of
 from comkd_cli.data.label_file import LabelFile
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.data.split_names import SPLITS, check_split_names, check_splits_further_down
@@ -71,7 +71,7 @@ def folder_source(
         )
     if labels is not None:
         found["train"] = _labelled_by_file(folder, labels, names, found, report)
-    _report_skipped(folder, skipped, report)
+    _report_skipped(folder, skipped, report, labels)
     _report_unused(folder, splits, found, report)
     train = found.get("train", _image_set(folder / "train", [], None))
     test, val = (found[name] if name in found and len(found[name]) else None for name in ("test", "val"))
@@ -124,7 +124,7 @@ def _without_splits(
     if classes is None:
         raise _no_classes(folder)
     check_splits_further_down(folder, images.keys)
-    _report_skipped(folder, skipped, report)
+    _report_skipped(folder, skipped, report, labels)
     if labels is not None:
         images = replace(images, labels=labels.labels(folder, images.keys, classes, ()).labels)
     return Source(folder.resolve().name, tuple(classes), template, images, None)
@@ -240,7 +240,10 @@ def _class_names_of_folders(folder: Path, splits: Mapping[str, _Split]) -> list[
     return clean_class_names(sorted(found.values()), folder)
 
 
-def _report_skipped(folder: Path, skipped: Counter[str], report: Report) -> None:
+def _report_skipped(folder: Path, skipped: Counter[str], report: Report, labels: LabelFile | None = None) -> None:
+    """Report the files that were skipped, without the file of labels, which was read."""
+    if labels is not None and labels.path.resolve().is_relative_to(folder.resolve()):
+        skipped -= Counter([suffix_of(labels.path.name)])
     if text := skipped_text(skipped):
         report(Notice(f"{folder}: {text}"))
 

@@ -500,7 +500,9 @@ def test_a_label_file_labels_part_of_an_unlabelled_folder(tmp_path: Path, write_
     for name in ("a.png", "cat/b.png", "cat/c.png"):
         write_image(tmp_path / name)
     labels = label_file(tmp_path, "cat/b.png,dog", "a.png,cat")
-    source = folder_source(tmp_path, None, TEMPLATE, labels=labels)
+    told: list[Event] = []
+    source = folder_source(tmp_path, None, TEMPLATE, told.append, labels)
+    assert told == []
     assert source.class_names == ("cat", "dog")
     assert labelled(source.train.keys, source.train.labels) == {"a.png": 0, "cat/b.png": 1, "cat/c.png": -1}
     assert folder_source(tmp_path, ["dog", "cow", "cat"], TEMPLATE, labels=labels).train.labels == (2, 0, -1)
