@@ -74,7 +74,7 @@ def _summary(manifest: Mapping[str, Any], record: StudentRecord) -> str:
             f"Trained by {manifest['made_by']} on the labelled images of {manifest['data']}, without distillation, on "
             f"the class vectors of {manifest['teacher']}: {manifest['student']}. {_score(manifest)}"
         )
-    labels = "with their labels" if record.recipe.loss.labels else "without labels"
+    labels = "with the labels that they have" if record.recipe.loss.labels else "without labels"
     return (
         f"Distilled by {manifest['made_by']} (ComKD-CLIP, arXiv 2408.04145) on the images of {manifest['data']}, "
         f"{labels}, from the teacher {manifest['teacher']} into {manifest['student']}. {_score(manifest)}"

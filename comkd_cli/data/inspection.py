@@ -15,10 +15,11 @@ from PIL import Image, UnidentifiedImageError
 
 from comkd_cli.data.class_names import class_key, clean_name, read_class_names, some
 from comkd_cli.data.contents import NO_REGULAR_FILE
-from comkd_cli.data.folder import SPLITS, find_images, folder_source
-from comkd_cli.data.image_files import is_junk, suffix_of
+from comkd_cli.data.folder import folder_source
+from comkd_cli.data.image_files import find_images, is_junk, suffix_of
 from comkd_cli.data.same_files import same_contents
 from comkd_cli.data.source import ImageSet, Source
+from comkd_cli.data.split_names import SPLITS
 from comkd_cli.edge.images import MOST_PIXELS
 from comkd_cli.errors import DataError
 from comkd_cli.events import Event, Notice, Report, ignore_event

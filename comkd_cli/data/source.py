@@ -15,6 +15,7 @@ from comkd_cli.data.contents import Contents
 from comkd_cli.data.prompts import Prompts
 from comkd_cli.edge.images import UnreadableImage
 from comkd_cli.files import sha256_of_data
+from comkd_cli.recipe.data import UNLABELLED
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class ImageSet:
     keys: Sequence[str]
     """A name for each image that stays the same from run to run: its path below the folder."""
     labels: tuple[int, ...] | None
-    """For each image the index of its class, or None where the set is unlabelled."""
+    """For each image the index of its class, or UNLABELLED (-1) where it has none; None where none of the set has one.
+    Only training images can have labels in part."""
     open_key: Callable[[str], Image.Image]
     """The RGB image of a key; picklable, so that worker processes can open images too."""
     contents: Contents | None = field(default=None, compare=False)
@@ -45,6 +47,19 @@ class ImageSet:
             open_key=self.open_key,
             contents=self.contents,
         )
+
+    @property
+    def labelled_count(self) -> int:
+        """The number of images with a label."""
+        return sum(label != UNLABELLED for label in self.labels or ())
+
+    @property
+    def labelled(self) -> ImageSet:
+        """The images with a label, in their order; this set itself if all have one."""
+        labels = self.labels or ()
+        if self.labels is not None and UNLABELLED not in labels:
+            return self
+        return self.subset([index for index, label in enumerate(labels) if label != UNLABELLED])
 
     @cached_property
     def digest(self) -> str:

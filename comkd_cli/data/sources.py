@@ -10,6 +10,7 @@ from comkd_cli.data.class_names import missing_text, read_class_names
 from comkd_cli.data.contents import FileContents
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.folder import folder_source
+from comkd_cli.data.label_file import read_label_file
 from comkd_cli.data.prompts import Prompts, openai_templates, read_prompts
 from comkd_cli.data.shards import ShardStore
 from comkd_cli.data.source import ImageSet, Source
@@ -36,8 +37,12 @@ def open_source(
     reported. Raises DataError.
     """
     source = _with_prompts(_open_source(data, data_root, runs, report, fetch), data, data_root)
+    labelled, images = source.train.labelled_count, len(source.train)
+    partly = 0 < labelled < images
+    if partly:
+        report(Notice(f"{source.name}: {labelled:,} of {images:,} training images have labels"))
     labels = {
-        "training": source.train.labels,
+        "labelled training" if partly else "training": source.train.labelled.labels,
         "validation": source.val.labels if source.val else None,
         "test": source.test.labels if source.test else None,
     }
@@ -72,7 +77,8 @@ def _open_source(data: Data, data_root: Path, runs: Path, report: Report, fetch:
         names = None
     template = data.template or DEFAULT_TEMPLATE
     if folder is not None:
-        return folder_source(folder, names, template, report)
+        labels = None if data.labels is None else read_label_file(locate(data.labels, data_root, "data.labels", folder))
+        return folder_source(folder, names, template, report, labels)
     assert data.shards is not None  # the recipe has one of the three
     assert names is not None  # and with shards it has classes
     store = ShardStore(runs / "shards", data_root, report, fetch, data.fingerprint)
@@ -91,9 +97,9 @@ def _with_prompts(source: Source, data: Data, data_root: Path) -> Source:
     return replace(source, template=templates[0], ensemble=ensemble)
 
 
-def locate(path: str, data_root: Path, field: str) -> Path:
-    """An existing path, from the current directory or below the data root. Raises DataError."""
-    candidates = [Path(path).expanduser(), data_root / path]
+def locate(path: str, data_root: Path, field: str, folder: Path | None = None) -> Path:
+    """An existing path, from the current directory, the data root or then the folder. Raises DataError."""
+    candidates = [Path(path).expanduser(), data_root / path, *([] if folder is None else [folder / path])]
     for candidate in candidates:
         if candidate.exists():
             return candidate

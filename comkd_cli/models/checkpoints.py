@@ -83,7 +83,8 @@ class TeacherRecord:
     origin: Origin
     metrics: dict[str, float]
     backbone_sha256: str | None = None
-    """Of the frozen CLIP under learned prompts; None for a teacher that holds all its weights."""
+    """Of the frozen CLIP under learned prompts or fitted class vectors; None for a teacher that holds all its
+    weights."""
     made_of: dict[str, Any] | None = None
     """The parts of which `key` is a digest; None in files of versions that did not record them."""
 
@@ -98,12 +99,18 @@ class SavedTeacher:
     logit_scale: Tensor
     """Scalar."""
     state_dict: dict[str, Tensor]
-    """Of the whole CLIP, or of a prompted one `prompts.vision` and `prompts.text`, (depth, tokens, width) each."""
+    """Of the whole CLIP; of a prompted one `prompts.vision` and `prompts.text`, (depth, tokens, width) each; empty if
+    only the class vectors were fitted."""
+
+    @property
+    def is_frozen_clip(self) -> bool:
+        """Whether its CLIP is loaded from the weights that it started from, since none of them were trained."""
+        return self.record.backbone_sha256 is not None
 
     @property
     def prompts(self) -> dict[str, Tensor] | None:
-        """The learned prompts of the `vision` and the `text` encoder; None for a teacher trained in full."""
-        if self.record.backbone_sha256 is None:
+        """The learned prompts of the `vision` and the `text` encoder; None for a teacher without them."""
+        if not self.is_frozen_clip or not self.state_dict:
             return None
         return {name: self.state_dict[f"prompts.{name}"] for name in ("vision", "text")}
 

@@ -13,6 +13,8 @@ from comkd_cli.recipe.fields import Closed
 DATASETS = ("digits", *CATALOG)
 DEFAULT_TEMPLATE = "a photo of a {}."
 OPENAI_TEMPLATES = "openai"
+UNLABELLED = -1
+"""The label of an image without one, in a set where others have labels, and in its batches."""
 
 
 class Data(Closed):
@@ -23,15 +25,20 @@ class Data(Closed):
     1,797 handwritten digits, 8 by 8 pixels."""
     folder: str | None = None
     """A folder of images: unlabelled anywhere below it, or train/, val/ and test/ with a sub-folder for each class.
-    A relative path is taken from the current directory, then from the data root."""
+    train/unlabelled/ beside the class folders holds training images without a label. A relative path is taken from the
+    current directory, then from the data root."""
+    labels: str | None = None
+    """With `folder`: a CSV file with the columns `path` and `class`, which gives labels to any of the training images;
+    the others have none, whatever their folders. Paths count from `folder`, or from the file's own folder. The file is
+    looked for as `folder` is, then in `folder`."""
     shards: str | None = None
     """WebDataset shards, tar files of unlabelled images: a path or address, in which braces name many shards, such as
     `"train-{0000..0099}.tar"` (in quotes). A relative path is taken as for `folder`; `http:`, `pipe:` and whatever else
     webdataset opens is fetched once, into RUNS/shards. Needs `classes`."""
     classes: str | Annotated[tuple[str, ...], Field(strict=False)] | None = None
     """Class names in the order of the labels: a text file with a name on each line, or a list. Empty lines are skipped;
-    a line that starts with `#` is refused. Default: the names of the sub-folders, sorted. Underscores become spaces in
-    all names."""
+    a line that starts with `#` is refused. Default: the names of the sub-folders, sorted; with `labels`, those of test/
+    and val/, or else the classes of the file. Underscores become spaces in all names."""
     template: str | None = None
     """The prompt of a class, with `{}` for its name. Default: the dataset's own, or `a photo of a {}.`"""
     templates: str | Annotated[tuple[str, ...], Field(strict=False)] | None = None
@@ -62,6 +69,8 @@ class Data(Closed):
             raise ValueError(f"unknown dataset {self.dataset!r}; {hint}")
         if self.dataset is not None and self.classes is not None:
             raise ValueError(f"`classes` needs `folder` or `shards`; the dataset {self.dataset} has its own")
+        if self.labels is not None and self.folder is None:
+            raise ValueError("`labels` needs `folder`: it gives labels to images of a folder")
         if self.shards is not None and self.classes is None:
             raise ValueError("`shards` have no labels: give `classes`, a list or a text file with a name on each line")
         return self

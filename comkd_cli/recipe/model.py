@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from comkd_cli.recipe.architecture import SCHEMES, Model
-from comkd_cli.recipe.data import DATASETS, DEFAULT_TEMPLATE, OPENAI_TEMPLATES, Augment, Data
+from comkd_cli.recipe.data import DATASETS, DEFAULT_TEMPLATE, OPENAI_TEMPLATES, UNLABELLED, Augment, Data
 from comkd_cli.recipe.fields import Closed
 from comkd_cli.recipe.loss import EduAttention, FeatureCosine, FeatureMse, IFAlign, Labels, Loss, Refinement
 from comkd_cli.recipe.optim import AdamW, Optim, Sgd
@@ -20,6 +20,7 @@ from comkd_cli.recipe.teacher import (
     Adapt,
     FullAdapt,
     Gaussian,
+    LinearProbeAdapt,
     NoAdapt,
     PromptSrcAdapt,
     Teacher,
@@ -32,6 +33,7 @@ __all__ = [
     "OPENAI_TEMPLATES",
     "SCHEMA_VERSION",
     "SCHEMES",
+    "UNLABELLED",
     "AdamW",
     "Adapt",
     "Augment",
@@ -44,6 +46,7 @@ __all__ = [
     "Gaussian",
     "IFAlign",
     "Labels",
+    "LinearProbeAdapt",
     "Loss",
     "Model",
     "NoAdapt",

@@ -21,7 +21,7 @@ from comkd_cli.models.checkpoints import SavedTeacher, load_teacher
 from comkd_cli.models.weights import check_finite, differences_in_error, first_line
 from comkd_cli.recipe.model import Model, Teacher
 from comkd_cli.teachers.class_vectors import encode_prompts
-from comkd_cli.teachers.prompted import Prompted, released_prompted, saved_prompted
+from comkd_cli.teachers.prompted import Prompted, frozen_clip, released_prompted, saved_prompted
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def load_saved_teacher(
     """The teacher of a teacher.pt, with the class vectors of these names.
 
     key: its expected `TeacherRecord.key`. Raises CheckpointError where it has another key, or where it was trained in
-    full on other classes, whose vectors it cannot compute; ModelError where the backbone of its prompts could not be
-    loaded.
+    full or probed on other classes, whose vectors it cannot compute; ModelError where the CLIP that it was adapted on
+    could not be loaded.
     """
     saved = load_teacher(path)
     if key is not None and saved.record.key != key:
@@ -90,7 +90,8 @@ def load_saved_teacher(
             path=path,
             found=f"{len(saved.record.class_names)} classes",
         )
-    return ReadyTeacher(_load_full(saved, path), saved.record.preprocessing, path, sha256)
+    load = _load_probed if saved.is_frozen_clip else _load_full
+    return ReadyTeacher(load(saved, path), saved.record.preprocessing, path, sha256)
 
 
 def teacher_of_clip(
@@ -148,6 +149,12 @@ def _load_full(saved: SavedTeacher, path: Path) -> method.Teacher:
             remedy=f"delete {path.parent} to retrain it",
         ) from error
     return method.Teacher(tower.module, saved.class_vectors, saved.logit_scale)
+
+
+def _load_probed(saved: SavedTeacher, path: Path) -> method.Teacher:
+    """A teacher whose CLIP is frozen, with its fitted class vectors."""
+    clip = frozen_clip(saved.record, path)
+    return method.Teacher(clip.model.visual, saved.class_vectors, saved.logit_scale)  # type: ignore[arg-type]
 
 
 def teacher_sha256(settings: Teacher, checkpoint: Path | None = None) -> dict[str, str]:

@@ -117,6 +117,13 @@ def _class_encoder(record: StudentRecord, student_file: Path, report: Report) ->
     saved = load_teacher(path)
     if saved.prompts is not None:
         return _prompted_encoder(saved_prompted(saved, path))
+    if saved.is_frozen_clip:
+        raise CheckpointError(
+            "its class vectors were fitted to labelled images, and no text encoder gives those of other classes",
+            path=path,
+            field="teacher.adapt",
+            found="linear_probe",
+        )
     clip = build_clip(Model(**saved.record.model), load_weights=False)
     load_clip_state(clip, saved.state_dict, path)
     return ClassEncoder(clip, _prompts_of_full(record))

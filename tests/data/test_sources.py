@@ -51,6 +51,26 @@ def test_an_absolute_folder_and_one_from_home_are_taken_as_they_are(
         assert (source.train.keys, source.name) == (("a.png",), "pictures")
 
 
+def test_a_label_file_is_looked_for_in_the_folder_last_and_the_labelled_images_are_counted(
+    here: Path, root: Path, write_image: WriteImage
+) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        write_image(root / "pets" / name)
+    data = Data(folder="pets", labels="labels.csv")
+    with pytest.raises(DataError) as caught:
+        open_source(data, root)
+    assert caught.value.field == "data.labels"
+    expected = {root / "pets": (-1, 0, 1), root: (0, 1, -1), here: (1, -1, 0)}
+    for folder, labels in expected.items():
+        before = "pets/" if folder == root else ""  # paths count from the file's folder or from the images'
+        rows = [f"{before}{name}.png,{'xy'[label]}" for name, label in zip("abc", labels, strict=True) if label >= 0]
+        (folder / "labels.csv").write_text("\n".join(["path,class", *rows]))
+        told: list[Event] = []
+        source = open_source(data, root, report=told.append)
+        assert (source.train.labels, source.class_names) == (labels, ("x", "y"))
+        assert Notice("pets: 2 of 3 training images have labels") in told
+
+
 def test_classes_come_from_the_list_the_file_or_the_folders(here: Path, root: Path, write_image: WriteImage) -> None:
     for name in ("train/dog/1.png", "train/cat/2.png"):
         write_image(root / "pets" / name)

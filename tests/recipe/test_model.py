@@ -148,6 +148,7 @@ def test_the_ends_of_a_range_and_whole_numbers_for_fractions_are_accepted(
         ({"folder": "x", "shards": "x.tar", "classes": ["a", "b"]}, "exactly one of `dataset`, `folder` and `shards`"),
         ({"shards": "x.tar"}, "`shards` have no labels: give `classes`"),
         ({"dataset": "digits", "classes": ["a", "b"]}, "`classes` needs `folder`"),
+        ({"shards": "x.tar", "classes": ["a", "b"], "labels": "labels.csv"}, "`labels` needs `folder`"),
         ({"folder": "x", "template": "a photo"}, "must contain {} once"),
         ({"folder": "x", "template": "{} or {}"}, "must contain {} once"),
         ({"folder": "x", "templates": ["a {}", "a photo"]}, "`templates` must contain {} once"),

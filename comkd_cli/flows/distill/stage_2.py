@@ -130,8 +130,7 @@ def distill(
         # The towers alone: the rest is small, and gradients are measured between it and the tower.
         student.backbone.compile()
         ready.teacher.image_tower.compile()
-    labels = "with their labels" if recipe.loss.labels else "without labels"
-    report(Stage(f"Student: {parameters(student):,} parameters, {len(run.source.train)} images {labels}"))
+    report(Stage(f"Student: {parameters(student):,} parameters, {_images_text(run)}"))
     if ranks.is_main():
         write_text(run.folder / "recipe.yaml", to_yaml(recipe))
 
@@ -223,6 +222,14 @@ def _task(run: Run, objective: Distillation, teacher_preprocessing: Preprocessin
         select_by=SELECTION_SCORE if selection_classes(recipe) else None,
         uses_all_parameters=objective.uses_all_parameters,
     )
+
+
+def _images_text(run: Run) -> str:
+    """The training images, and how many of their labels are used."""
+    images, labelled = len(run.source.train), run.source.train.labelled_count
+    if run.recipe.loss.labels is None:
+        return f"{images} images without labels"
+    return f"{images} images with their labels" if labelled == images else f"{images} images, {labelled} with a label"
 
 
 def _uncompiled(recipe: Recipe) -> AbstractContextManager[object]:
