@@ -1,0 +1,179 @@
+"""Commands as processes that are forked from one that has imported everything: each starts in a moment.
+
+Signals, exit codes, pipes and ranks are those of `python -m comkd_cli`, which imports for seconds first. Tests of the
+interpreter itself (what `--help` imports, the encoding of standard output, torchrun) start a new one.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from multiprocessing.context import ForkServerContext
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PRELOADED = [
+    "tests.warm",
+    "tests.tiny",
+    "comkd_cli.cli.commands.distill",
+    "comkd_cli.flows.distill",
+    "comkd_cli.flows.evaluate",
+    "comkd_cli.flows.export",
+    "comkd_cli.flows.predict",
+    "onnxruntime",
+    "sklearn.datasets",
+    "torch.onnx._internal.exporter._core",
+]
+
+
+@cache
+def _context() -> ForkServerContext:
+    """The process that forks, which ends with this one."""
+    from multiprocessing import forkserver
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        forkserver.ensure_running()
+    return context
+
+
+class _Stream:
+    """A file descriptor that is passed to the new process."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __getstate__(self) -> Any:
+        return DupFd(self.descriptor)
+
+    def __setstate__(self, passed: Any) -> None:
+        self.descriptor = passed.detach()
+
+
+def _become(
+    module: str, arguments: Sequence[str], cwd: str, variables: Mapping[str, str], streams: Sequence[_Stream], few: bool
+) -> None:
+    """In the new process: run a module as `python -m` does."""
+    for descriptor, stream in enumerate(streams):
+        os.dup2(stream.descriptor, descriptor)
+        os.close(stream.descriptor)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", buffering=1 if os.isatty(1) else -1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.argv = [module, *arguments]
+
+    from tests import tiny
+
+    if few:
+        tiny.few_digits(pytest.MonkeyPatch())
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+class Process:
+    """A forked process, with what tests use of subprocess.Popen."""
+
+    def __init__(
+        self,
+        *arguments: object,
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        terminal: int | None = None,
+        module: str = "comkd_cli",
+        few: bool = True,
+    ) -> None:
+        """Start `python -m MODULE ARGUMENTS`, with these variables beside those of this process.
+
+        terminal: a descriptor for its three streams, which are otherwise the null device and two pipes. few: whether
+        the dataset `digits` is `tiny.few_digits`.
+        """
+        self.args = [str(argument) for argument in arguments]
+        self.stdout: IO[str] | None = None
+        self.stderr: IO[str] | None = None
+        if terminal is None:
+            (out, to_out), (err, to_err) = os.pipe(), os.pipe()
+            own = [os.open(os.devnull, os.O_RDONLY), to_out, to_err]
+            self.stdout, self.stderr = (os.fdopen(end, encoding="utf-8", errors="replace") for end in (out, err))
+        else:
+            own = [os.dup(terminal) for _ in range(3)]
+        variables = {**os.environ, **(env or {})}
+        streams = [_Stream(descriptor) for descriptor in own]
+        self._process = _context().Process(target=_become, args=(module, self.args, str(cwd), variables, streams, few))
+        self._process.start()
+        self._lock = threading.Lock()
+        self.pid = self._process.pid or 0
+        for descriptor in own:
+            os.close(descriptor)
+
+    @property
+    def returncode(self) -> int | None:
+        """As subprocess has it: negative if a signal ended it, None while it runs."""
+        with self._lock:  # the exit code is read from a pipe, once
+            return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """The same."""
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Send SIGKILL, unless it has ended."""
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float = 60) -> bool:
+        """Whether it ended in time."""
+        deadline = time.monotonic() + timeout
+        while self.returncode is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.returncode is not None
+
+    def communicate(self, timeout: float = 240) -> tuple[str, str]:
+        """What it writes to both streams until it ends; it is killed after the timeout."""
+        streams = [stream for stream in (self.stdout, self.stderr) if stream is not None]
+        with ThreadPoolExecutor(2) as readers:
+            texts = [readers.submit(stream.read) for stream in streams]
+            expired = not self.wait(timeout)
+            self.kill()
+        self.wait()
+        if expired:
+            raise subprocess.TimeoutExpired(self.args, timeout, texts[0].result(), texts[1].result())
+        return texts[0].result(), texts[1].result()
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in (self.stdout, self.stderr):
+            if stream is not None:
+                stream.close()
+        self.wait()
+
+
+def run(
+    *arguments: object, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 240, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run `comkd ARGUMENTS` to its end; options: see Process."""
+    with Process(*arguments, cwd=cwd, env=env, **options) as process:
+        out, err = process.communicate(timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode or 0, out, err)
