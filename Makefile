@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 # A file of versions for pip to keep to, such as constraints.txt; empty: the newest that fit.
 CONSTRAINTS ?=
+# Worker processes of the tests. Each computes in one thread, so that they do not compete for the cores.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
-# Installs again only when what is to be installed has changed, or the checkout has moved.
+# Installs again only if the dependencies have changed or the checkout has moved.
 STAMP := $(VENV)/installed-$(shell (pwd; cat pyproject.toml $(CONSTRAINTS)) | cksum | cut -d' ' -f1)
 
 .PHONY: demo test check docs install clean
@@ -13,8 +15,8 @@ STAMP := $(VENV)/installed-$(shell (pwd; cat pyproject.toml $(CONSTRAINTS)) | ck
 demo: install  ## distil, score, export and use a student of bundled images; a few minutes
 	@$(BIN)/python examples/demo.py
 
-test: install  ## every test
-	$(BIN)/python -m pytest
+test: install  ## every test, and the ten slowest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=10
 
 check: install  ## style, types, layers, generated pages
 	$(BIN)/ruff check .
@@ -23,7 +25,7 @@ check: install  ## style, types, layers, generated pages
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
 
-docs: install  ## write the generated pages again
+docs: install  ## write the generated pages
 	$(BIN)/python docs/generate.py
 
 install: $(STAMP)

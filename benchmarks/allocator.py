@@ -1,4 +1,4 @@
-"""What keeping freed memory saves a training step on a CPU, in paired processes.
+"""How much time a training step on a CPU saves by keeping freed memory, in paired processes.
 
     python -m benchmarks.allocator [--pairs 3] [--steps 20]
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     seconds: dict[str, list[float]] = {"default": [], "kept": []}
-    for _ in range(options.pairs):  # side by side, so that both meet the same neighbours on the machine
+    for _ in range(options.pairs):  # side by side, so that other programs disturb both equally
         for allocator, measured in seconds.items():
             measured.append(seconds_per_step(allocator, options.steps))
     medians = {allocator: statistics.median(measured) for allocator, measured in seconds.items()}

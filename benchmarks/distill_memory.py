@@ -3,12 +3,12 @@
     python -m benchmarks.distill_memory [--images 1000 50000] [--views 1] [--workers 0]
     python -m benchmarks.distill_memory [--images 1000 50000] --no-cache
 
-Makes a folder of each size, of 32-pixel PNG files of noise, and lets a small zero-shot teacher with random weights
-teach a smaller student for one epoch, in a process of its own on the CPU. With --no-cache the recipe has no
-teacher_cache; else the cache is filled, and the pages of its file that the process has mapped count. Features have
---dim numbers, as a CLIP's do, since it is they that the cache holds. With --workers above 0 the memory of the worker
-processes is not counted. Needs Linux's /proc. Prints one JSON document: the peak, the cache's size and the seconds
-for each number of images, and the ratio of the peaks of the most and the fewest.
+Makes folders of 32-pixel PNG files of noise, and distils a small zero-shot teacher with random weights into a smaller
+student for one epoch, in a process of its own on the CPU. With --no-cache the recipe has no teacher_cache; otherwise
+the cache is filled, and the mapped pages of its file count. Features, which the cache holds, have --dim numbers, as a
+CLIP's do. With --workers above 0 the memory of the worker processes is not counted. Needs Linux's /proc. Prints one
+JSON document: the peak, the cache's size and the seconds for each number of images, and the ratio of the peaks of the
+most and the fewest.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def make_images(folder: Path, count: int) -> None:
-    """So many small pictures, no two alike, the same at every call."""
+    """Small images, all different, the same at every call."""
     random = np.random.default_rng(count)
     for number in range(count):
         path = folder / f"{number // PER_FOLDER:03}" / f"{number:06}.png"
@@ -117,11 +117,11 @@ def distil(recipe: str, runs: Path) -> dict[str, float]:
 def _last_peak_kib(child: subprocess.Popen[bytes]) -> int:
     """The highest resident memory of a process until it ends.
 
-    Of its own memory alone: getrusage would also count what this process held when it started the child.
+    Read from /proc: getrusage would also count the memory of this process when it started the child.
     """
     status, peak = Path(f"/proc/{child.pid}/status"), 0
     while child.poll() is None:
-        # A process that has just ended has a status without memory.
+        # The status of a process that has just ended has no memory.
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM"):
                 peak = int(line.split()[1])

@@ -3,10 +3,10 @@
     python -m benchmarks.distill_step --teacher ViT-L-14 --student ViT-B-16 --classes 100 --batch 8 --steps 3
     python -m benchmarks.distill_step --batch 64 --steps 20 --precision bf16 --compile      # on a GPU
 
-Random weights, on the GPU where there is one. Seconds per image of: the reference code's procedure, in which the
-teacher encodes the images and every class prompt again at each step; class vectors made once; the teacher's features
-read from a warm cache; and the bare forward, backward and optimiser step of the same student on tensors that are ready.
-The ways take turns. Prints one JSON document, with the ratios; on a GPU also its peak memory.
+Random weights, on the GPU if there is one. Seconds per image of: the reference code's procedure, in which the teacher
+encodes the images and every class prompt at each step; class vectors computed once; the teacher's features read from a
+warm cache; and only the forward, backward and optimiser step of the same student on tensors in memory. The variants
+alternate. Prints one JSON document with the ratios; on a GPU also its peak memory.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from comkd_cli.recipe.model import EduAttention, Loss, Model, Sgd
 from comkd_cli.recipe.model import Student as StudentSettings
 from comkd_cli.teachers.cached import CachedTeacher
 from comkd_cli.teachers.feature_cache import CacheKey, TeacherCache
-from comkd_cli.teachers.loading import prompted_clip
-from comkd_cli.training.loop import make_accelerator, make_optimizer
+from comkd_cli.teachers.prompted import prompted_clip
+from comkd_cli.training.accelerator import make_accelerator
+from comkd_cli.training.optimizer import make_optimizer
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def main() -> None:
                 with accelerator.autocast():
                     way()
                 wait_for(accelerator.device)
-                if step:  # the first one pays for what is made once
+                if step:  # the first step also allocates and compiles
                     seconds[name].append(time.perf_counter() - started)
                     peaks[name] = peak_bytes(accelerator.device)
     per_image = {name: statistics.median(measured) / options.batch for name, measured in seconds.items()}
@@ -82,30 +83,30 @@ def main() -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """Of a GPU its card's."""
+    """The name of the GPU, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def wait_for(device: torch.device) -> None:
-    """Until what was asked of a GPU is done."""
+    """Wait until a GPU has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin to look for the most memory that is taken on a GPU."""
+    """Reset the peak memory of a GPU."""
     wait_for(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that was taken on a GPU, all ways' models included."""
+    """The peak memory of a GPU, with the models of all variants."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def make_ways(options: argparse.Namespace, accelerator: Accelerator, folder: Path) -> dict[str, Callable[[], None]]:
-    """Each way as a function that makes one step."""
+    """Each variant as a function that makes one step."""
     device, batch = accelerator.device, options.batch
     prompted = prompted_clip(build_clip(Model(arch=options.teacher)), vision_depth=9, text_depth=9, tokens=4)
     module = prompted.module.eval().to(device)
@@ -128,8 +129,9 @@ def make_ways(options: argparse.Namespace, accelerator: Accelerator, folder: Pat
     images = torch.randn(batch, 3, size, size, device=device)
     indices = torch.arange(batch)
     loss = Loss()
-    cache.write(0, np.arange(batch), teacher.encode(images).cpu().numpy())
-    warm = Batch((torch.empty(0), images), None, indices, asked=torch.zeros(batch, dtype=torch.bool))
+    cache.put(0, np.arange(batch), teacher.encode(images).cpu().numpy())
+    cache.mark(0, np.arange(batch))
+    warm = Batch((torch.empty(0), images), None, indices, uncached=torch.zeros(batch, dtype=torch.bool))
 
     def learn(answered) -> None:  # type: ignore[no-untyped-def]
         sum(loss_terms(student(images), answered, loss).values()).backward()  # type: ignore[union-attr]

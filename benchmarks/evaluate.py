@@ -1,11 +1,11 @@
-"""`comkd evaluate` beside clip-benchmark: the same answers, and the time of each, in paired processes.
+"""`comkd evaluate` beside clip-benchmark: the predictions and the time of each, in paired processes.
 
     pip install clip-benchmark --no-deps; pip install webdataset requests pycocoevalcap --no-deps
     python -m benchmarks.evaluate --folder FOLDER [--arch ViT-S-32-alt] [--weights FILE] [--pairs 2]
 
-FOLDER holds test/ with a sub-folder a class. Without --weights the model is random, drawn once and read by both
-from one file: what is compared is arithmetic and time, and both are the same as with trained weights. Both
-programs run in fp32 as whole processes, one after the other, and neither finds kept features. Prints one JSON
+FOLDER holds test/<class>/. Without --weights the model is random, drawn once and read by both from one file:
+arithmetic and time, which are compared, are the same as with trained weights. Both programs run in fp32 as whole
+processes, one after the other, without kept features. Prints one JSON
 document: top-1 of both, seconds of both, and the ratio of their medians.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 TEMPLATE = "a photo of a {}."
-PEER_DATASET = "imagenet1k-unverified"  # the peer's name for any folder with a sub-folder a class
+PEER_DATASET = "imagenet1k-unverified"  # clip-benchmark's name for a folder with one sub-folder per class
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
         weights = options.weights or _random_weights(options.arch, scratch)
         ours: list[tuple[float, float]] = []
         peers: list[tuple[float, float]] = []
-        for pair in range(options.pairs):  # the order changes, so that neither always meets warm files
+        for pair in range(options.pairs):  # the order alternates, so that neither always reads warm files
             programs = [(ours, _comkd), (peers, _peer)]
             for measured, program in programs if pair % 2 == 0 else reversed(programs):
                 measured.append(program(options.folder.resolve(), options.arch, weights, scratch, pair))

@@ -1,9 +1,9 @@
-"""How long it takes to know whether the files of a folder are the same as last time.
+"""The time to find out whether the files of a folder are unchanged.
 
     python -m benchmarks.image_digests [--files 50000] [--bytes 3000] [--folder FOLDER] [--rounds 3]
 
 Files of random bytes are made in a temporary folder unless --folder names one with images. The first pass reads each
-file and remembers its digest; later passes look at sizes and times. Prints one JSON document: seconds of the first
+file and remembers its digest; later passes compare sizes and times. Prints one JSON document: seconds of the first
 pass, and the median of the later ones, for the index that commands keep under RUNS.
 """
 
@@ -36,7 +36,7 @@ def main() -> None:
         root = options.folder or Path(scratch, "images")
         if options.folder is None:
             make_files(root, options.files, options.bytes)
-            time.sleep(SETTLED_AFTER_SECONDS)  # files that just changed are not remembered
+            time.sleep(SETTLED_AFTER_SECONDS)  # digests of files that have just changed are not remembered
         index = Path(scratch, "digests.sqlite")
         seconds = [seconds_of_pass(root, index) for _ in range(options.rounds + 1)]
         files = len(images_below(root))
@@ -57,7 +57,7 @@ def make_files(root: Path, files: int, size_bytes: int) -> None:
 
 
 def seconds_of_pass(root: Path, index: Path) -> float:
-    """The time of a digest of all images below a folder, without that of listing them."""
+    """The time of a digest of all images below a folder, without listing them."""
     images = images_below(root)
     images = replace(images, contents=FileContents(root, index=index))
     started = time.perf_counter()

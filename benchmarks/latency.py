@@ -3,10 +3,10 @@
     python -m benchmarks.latency [--recipe vitl_to_vit_tiny] [--precision fp16 int8] [--check-images 32]
     python -m benchmarks.latency --student STUDENT.pt [--data-root DATA | --images FOLDER] [--precision fp16 int8]
 
-Without --student a recipe's student is built with random weights, as of the bundled digits, on which its graphs are
-then checked. Its gates are open: its answers are close to ties, so how many of them a graph keeps says nothing. With
---student the gates are those of `comkd export`; a precision that misses its own is told under `left_out`. fp32 is
-always there, as the measure of sizes. Prints one JSON document: for each precision its size relative to fp32's and,
+Without --student a recipe's student is built with random weights for the bundled digits, on which its graphs are then
+checked. Its gates are open: its predictions are close to ties, so their agreement means nothing. With --student the
+gates are those of `comkd export`; a precision that misses its own is listed under `left_out`. fp32 is always included,
+as the reference for sizes. Prints one JSON document: for each precision its size relative to fp32's and,
 for each number of threads, milliseconds of one image, speed-up over eager fp32 PyTorch and share of PyTorch's peak
 memory.
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from comkd_cli.bundles.parity import GATES, Gate
+from comkd_cli.bundles.gates import GATES, Gate
 from comkd_cli.data.digits import digits_source
 from comkd_cli.events import Event, Notice, Stage
 from comkd_cli.flows.distill import outline
@@ -76,10 +76,10 @@ def main() -> None:
 
 
 def random_student(recipe_name: str, path: Path) -> Path:
-    """A checkpoint of the recipe's student with random weights, as if it had learned from the digits."""
+    """A checkpoint of the recipe's student with random weights, as if it had been trained on the digits."""
     recipe = load_recipe(recipe_name, ["data.dataset=digits"])
     if recipe.student.train != "full":
-        sys.exit(f"{recipe_name}: its student stands on weights of its own; give a trained one with --student")
+        sys.exit(f"{recipe_name}: its student has pretrained weights; give a trained one with --student")
     digits = digits_source(recipe.data.template)
     tower = build_image_tower(recipe.student, seed=1, load_weights=False)
     classes = len(digits.class_names)
@@ -106,7 +106,7 @@ def random_student(recipe_name: str, path: Path) -> Path:
 
 
 def _tell(event: Event) -> None:
-    """What is being done goes to standard error."""
+    """Print a notice or stage to standard error."""
     if isinstance(event, Stage):
         print(event.title, file=sys.stderr)
     elif isinstance(event, Notice):
@@ -114,7 +114,7 @@ def _tell(event: Event) -> None:
 
 
 def _size_over_fp32(manifest: dict[str, Any], precision: str) -> float | None:
-    """None where a trained student's fp32 graph missed its gate, and is not in the bundle."""
+    """None if a trained student's fp32 graph missed its gate and is not in the bundle."""
     sizes = {p: manifest["files"][graphs["classifier"]]["bytes"] for p, graphs in manifest["precisions"].items()}
     return sizes[precision] / sizes["fp32"] if "fp32" in sizes else None
 

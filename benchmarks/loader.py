@@ -2,13 +2,13 @@
 
     python -m benchmarks.loader [--images 400] [--side 500] [--folder FOLDER] [--batch 64] [--workers N] [--rounds 3]
 
-Images a second of: torchvision (ImageFolder's way to open a file, RandomResizedCrop, flip, ToTensor, Normalize, in a
-DataLoader that shuffles); comkd with one pre-processing of 224 pixels; comkd with a teacher of 224 and a student of
-256 pixels; and the same pair where what the teacher says of the crops is known, so that it needs no input. All have
-the same files, workers and batch size; each image counts once, however many inputs it becomes. The contenders take
-turns, an epoch each; a first epoch, in which workers start and files are read from the disk, is not counted. Without
---folder the pictures are made here: gradients with noise of several scales, so that the files are about as large as
-those of photographs. Prints one JSON document: median rates over the rounds, and their ratios to torchvision's.
+Images per second of: torchvision (ImageFolder's way to open a file, RandomResizedCrop, flip, ToTensor, Normalize, in a
+DataLoader that shuffles); comkd with one pre-processing of 224 pixels; comkd with a teacher of 224 and a student of 256
+pixels; and the same pair with a warm teacher cache, so that the teacher needs no input. All have the same files,
+workers and batch size; each image counts once, whatever its number of inputs. The contenders alternate epoch by epoch;
+a first epoch, in which workers start and files are read from the disk, is not counted. Without --folder images are
+generated: gradients with noise of several scales, so that the files are about as large as those of photographs. Prints
+one JSON document: median rates over the rounds, and their ratios to torchvision's.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 
 from comkd_cli.data.folder import images_below
-from comkd_cli.data.loaders import TrainingLoader
+from comkd_cli.data.loaders import Crops, Steps, TrainingLoader
 from comkd_cli.data.source import ImageSet
-from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.edge.images import Preprocessing
 from comkd_cli.recipe.model import Augment
 from comkd_cli.runtime.ranks import usable_cores
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEACHER, STUDENT = Preprocessing(224, MEAN, STD), Preprocessing(256, MEAN, STD)
 AUGMENT = Augment()
-# Cells a side of the noise, and its amplitude in grey values: finer structure is fainter, as in photographs.
+# Cells per side of the noise, and its amplitude in grey values: finer structure is fainter, as in photographs.
 OCTAVES = ((4, 60.0), (16, 30.0), (64, 20.0), (250, 16.0))
 JPEG_QUALITY = 90
 
@@ -90,7 +90,7 @@ def make_contenders(
         batch_size=min(batch, len(images)),
         shuffle=True,
         num_workers=workers,
-        # As comkd's: only whole batches, workers that outlive an epoch, and pinned memory where there is a GPU.
+        # As in comkd: only whole batches, workers that outlive an epoch, and pinned memory if there is a GPU.
         drop_last=True,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
@@ -98,7 +98,9 @@ def make_contenders(
 
     def comkd(preprocessings: list[Preprocessing], teacher_known: bool = False) -> Callable[[int], Iterable[int]]:
         known = _all_known if teacher_known else None
-        loader = TrainingLoader(images, preprocessings, AUGMENT, batch, seed=1, workers=workers, known=known)
+        loader = TrainingLoader(
+            images, preprocessings, Crops(AUGMENT, seed=1), Steps(batch, seed=1), workers, is_cached=known
+        )
         return lambda number: (len(batch) for (batch,) in loader.epoch(number))
 
     return {
@@ -110,7 +112,7 @@ def make_contenders(
 
 
 class _PlainImages(Dataset[torch.Tensor]):
-    """What a training script without comkd does with a file."""
+    """The images as a training script without comkd reads them."""
 
     def __init__(self, paths: list[Path]) -> None:
         self._paths = paths
@@ -139,14 +141,14 @@ def _all_known(_view: int, indices: np.ndarray) -> np.ndarray:
 
 
 def timed(batch_sizes: Iterable[int]) -> tuple[int, float]:
-    """The images of an epoch, and the rate from asking for its first batch to having its last."""
+    """The images of an epoch, and their rate from the request for the first batch to the arrival of the last."""
     started = time.perf_counter()
     images = sum(batch_sizes)
     return images, images / (time.perf_counter() - started)
 
 
 def make_pictures(folder: Path, count: int, side: int) -> None:
-    """So many square JPEG files, no two alike, the same at every call."""
+    """Square JPEG files, all different, the same at every call."""
     for number in range(count):
         random = np.random.default_rng(number)
         across = np.linspace(0, 1, side, dtype=np.float32)

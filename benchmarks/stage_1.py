@@ -1,10 +1,10 @@
-"""What 16 labelled images a class add to a zero-shot teacher: PromptSRC on digits.
+"""The gain of a zero-shot teacher from 16 labelled images per class: PromptSRC on digits.
 
     python -m benchmarks.stage_1 [--known 7] [--seeds 1 2 3] [--epochs 20] [--learning-rate 0.005]
 
 A small CLIP of two transformers is first trained on the digits 0 to known - 1 of scikit-learn's training images.
 Frozen, it is then scored on the test images of all ten digits, zero-shot and after stage 1 with 16 images of each
-digit. Prints one JSON document: top-1 in percent, of all test images and of those of the digits that it never saw.
+digit. Prints one JSON document: top-1 in percent, on all test images and on those of the unseen digits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from comkd_cli.flows import adapt
 from comkd_cli.models.checkpoints import load_teacher
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.teachers.loading import ReadyTeacher
-from comkd_cli.training.loop import make_accelerator
+from comkd_cli.training.accelerator import make_accelerator
 
 CONFIG = {
     "embed_dim": 64,
@@ -53,11 +53,11 @@ def teacher_of(teacher: dict[str, Any], data: dict[str, Any], runs: Path) -> tup
     )
     source = open_source(recipe.data, runs)
     stage = adapt.stage_1(recipe, source, runs, runs / "runs")
-    return adapt.ready_teacher(stage, make_accelerator("fp32"), tell, ""), stage
+    return adapt.TeacherPreparation(stage, make_accelerator("fp32"), tell, "").prepare(), stage
 
 
 def tell(event: Event) -> None:
-    """Epochs go to standard error."""
+    """Print epochs to standard error."""
     if isinstance(event, Epoch) and event.number % 10 == 0:
         print(f"epoch {event.number}/{event.total} {event.figures}", file=sys.stderr)
 
@@ -116,7 +116,7 @@ def main() -> None:
 
 
 def save_known(digits: Source, known: int, folder: Path) -> None:
-    """The training images of the first classes, a folder each."""
+    """Write the training images of the first classes, one folder per class."""
     for index, label in enumerate(digits.train.labels or ()):
         if label < known:
             path = folder / "train" / digits.class_names[label] / f"{index}.png"

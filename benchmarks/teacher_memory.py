@@ -19,7 +19,7 @@ import json, resource, sys, time, torch
 from comkd_cli.models.backbones import build_clip
 from comkd_cli.method.prompt_src import prompt_src_terms
 from comkd_cli.recipe.model import Model
-from comkd_cli.teachers.loading import prompted_clip
+from comkd_cli.teachers.prompted import prompted_clip
 arch, classes, at_once = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 clip = build_clip(Model(arch=arch))
 prompted = prompted_clip(clip, vision_depth=9, text_depth=9, tokens=4)

@@ -1,15 +1,17 @@
-"""The project's errors: what a user can mend. Each becomes one message and an exit code, never a traceback."""
+"""The project's errors: what a user can fix. Each becomes one message and an exit code, never a traceback."""
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Sequence
+from typing import Any
 
 
 class ComkdError(Exception):
-    """Something the user can mend; its text is the problem with whatever of these fields is given.
+    """Something the user can fix; its text is the problem with the fields that are given.
 
-    problem: what is wrong, without what the fields say. path: the file or folder. field: of the recipe or document.
-    found, allowed: the value that is wrong, and those that are right. remedy: what to do, as an imperative.
+    problem: what is wrong, without repeating the fields. path: the file or folder. field: of the recipe or document.
+    found, allowed: the invalid value, and the valid ones. remedy: what to do, as an imperative.
     """
 
     exit_code = 1
@@ -28,8 +30,12 @@ class ComkdError(Exception):
         self.problem, self.path, self.field, self.remedy = problem, path, field, remedy
         self.found, self.allowed = found, allowed
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without `__init__`, so that errors whose fields are required survive the way between processes too."""
+        return copyreg.__newobj__, (type(self), self.problem), self.__dict__  # type: ignore[attr-defined]
+
     def __str__(self) -> str:
-        """`path: field: problem: found (allowed: a, b); remedy`, less what is not given."""
+        """`path: field: problem: found (allowed: a, b); remedy`, without the fields that are not given."""
         parts = [self.path, self.field, self.problem, self.found]
         text = ": ".join(str(part) for part in parts if part is not None)
         if self.allowed is not None:
@@ -39,33 +45,33 @@ class ComkdError(Exception):
 
 
 class MisuseError(ComkdError):
-    """A command line that can't be meant."""
+    """Invalid command-line arguments."""
 
     exit_code = 2
 
 
 class RecipeError(ComkdError):
-    """A recipe that can't be read or does not say a runnable thing; the message lists every fault."""
+    """A recipe that could not be read or cannot be run; the message lists every fault."""
 
 
 class DataError(ComkdError):
-    """A folder, class list or image set that can't be used as it is."""
+    """A folder, class list or image set that cannot be used as it is."""
 
 
 class ModelError(ComkdError):
-    """An architecture or weights that open_clip can't build or that do not fit each other."""
+    """An architecture or weights that open_clip cannot build, or that do not match each other."""
 
 
 class CheckpointError(ComkdError):
-    """A file that is not the checkpoint it should be, or belongs to another run."""
+    """A file that is not a valid checkpoint, or belongs to another run."""
 
 
 class TrainingError(ComkdError):
-    """A run that can't go on: memory, precision, or losses that are no longer numbers."""
+    """A run that cannot continue: out of memory, an unsupported precision, or losses that are NaN."""
 
 
 class PeerError(TrainingError):
-    """Another process of the run that ended, or did not answer in time."""
+    """Another process of the run that exited, or did not answer in time."""
 
 
 class BatchTooSmallError(ComkdError):
@@ -73,7 +79,7 @@ class BatchTooSmallError(ComkdError):
 
 
 class ExportError(ComkdError):
-    """A student that can't be exported, or whose graphs do not answer as it does."""
+    """A student that cannot be exported, or whose graphs failed the parity check."""
 
 
 class BundleError(ComkdError):
@@ -81,15 +87,20 @@ class BundleError(ComkdError):
 
 
 class WriteError(ComkdError):
-    """A file or folder that the system refuses to write, such as on a full disk."""
+    """A file or folder that could not be written, as on a full disk."""
 
     def __init__(self, problem: str, *, path: object, remedy: str) -> None:
         super().__init__(problem, path=path, remedy=remedy)
 
 
 class Interrupted(ComkdError):
-    """The user or the scheduler asked the run to stop; its state is saved."""
+    """The user or the scheduler stopped the run; its checkpoint is saved."""
 
     def __init__(self, message: str, exit_code: int = 130) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""What long work says while it runs. Flows report these events through a callback and never print."""
+"""Events of long work. Flows report them through a callback and never print."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Stage:
-    """A new piece of work begins, such as training the teacher."""
+    """A new stage begins, such as training the teacher."""
 
     title: str
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the present piece of work is."""
+    """Progress within the current stage."""
 
     label: str
     done: int
     total: int
     figures: Mapping[str, float] = field(default_factory=dict)
-    """Losses and the like, by name."""
+    """Losses and other values, by name."""
     unit: str = "images"
-    """What `done` and `total` are counted in."""
+    """Of `done` and `total`."""
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """An epoch is over; its averages."""
+    """An epoch has ended; its averages."""
 
     number: int
     """From 1."""
@@ -39,7 +39,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something the user should know that is no error."""
+    """Information for the user that is not an error."""
 
     text: str
 
@@ -48,21 +48,21 @@ Event = Stage | Progress | Epoch | Notice
 Report = Callable[[Event], None]
 
 
-def once(report: Report, told: set[str]) -> Report:
-    """The same report without the notices whose text is in `told`; those that pass are added to it.
+def once(report: Report, seen: set[str]) -> Report:
+    """The same report without the notices whose text is in `seen`; those that pass are added to it.
 
-    For what is said of a dataset that several students or seeds open one after another.
+    Several students or seeds open the same dataset one after another; its notices are shown once.
     """
 
     def pass_on(event: Event) -> None:
         if isinstance(event, Notice):
-            if event.text in told:
+            if event.text in seen:
                 return
-            told.add(event.text)
+            seen.add(event.text)
         report(event)
 
     return pass_on
 
 
 def ignore_event(_event: Event) -> None:
-    """A report for work whose user was told already, or that has none."""
+    """A report that shows nothing."""

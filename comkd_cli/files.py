@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and their fingerprints."""
+"""Atomic writes of files and folders, and their digests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from comkd_cli.errors import WriteError
 
-# Why the system refuses to write, and what a user can do about it.
+# What a user can do about an error of a write.
 REMEDIES = {
     errno.ENOSPC: "free space there and in the folder for temporary files",
     errno.EDQUOT: "free space in your quota, or choose another folder",
@@ -32,17 +32,17 @@ REMEDIES = {
     errno.EISDIR: "a folder has that name; choose another path",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
-WITHOUT_A_NAME = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""What a write to an open file can fail with; Python does not say which file it was."""
+ERRORS_WITHOUT_FILENAME = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Errors of a write to an open file; Python does not name the file in them."""
 EMPTY_LEFTOVER_SECONDS = 3600
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the place of `path` when the block ends well.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it replaces `path` when the block succeeds.
 
-    A block that fails, or a process that dies in it, leaves `path` as it was. Raises WriteError, naming the
-    file, where it could not be written.
+    If the block fails, or the process dies in it, `path` stays as it was. Raises WriteError, naming the
+    file, if it could not be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,28 +56,28 @@ def written_whole(path: Path) -> Iterator[Path]:
         unfinished.chmod(0o666 & ~_umask())  # mkstemp keeps files to their owner
         _sync(unfinished)
         unfinished.replace(path)
-    except OSError as error:  # a full disk has no file name of its own
+    except OSError as error:  # of a full disk, without a file name
         raise write_error(path, error) from error
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
-def folder_written_whole(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to fill; it takes the place of `path` when the block ends well.
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to fill; it replaces `path` when the block succeeds.
 
-    A block that fails or is interrupted leaves `path` as it was and nothing beside it; what processes that were
-    killed have left beside it is removed first. Raises WriteError, naming `path`, where the system refuses to
-    write there; the block's other errors pass.
+    If the block fails or is interrupted, `path` stays as it was and nothing is left beside it; leftovers of killed
+    processes are removed first. Raises WriteError, naming `path`, if it could not be written; other errors of the
+    block pass.
     """
-    place = path.resolve()  # renaming `.` or a link would not replace the folder
-    if place.is_mount():
+    target = path.resolve()  # renaming `.` or a link would not replace the folder
+    if target.is_mount():
         raise WriteError(
             "could not be written: a mount point cannot be replaced",
             path=path,
             remedy=f"choose a folder in it, such as {path / 'bundle'}",
         )
-    with _scratch_beside(place, path) as scratch:
+    with _scratch_beside(target, path) as scratch:
         unfinished = scratch / "new"
         try:
             unfinished.mkdir()
@@ -85,7 +85,7 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
             for file in unfinished.rglob("*"):
                 if file.is_file():
                     _sync(file)
-            _move_in(scratch, place)
+            _move_in(scratch, target)
         except OSError as error:
             if not _is_refusal(error, scratch):
                 raise
@@ -93,59 +93,59 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
 
 
 def write_error(path: Path, error: OSError) -> WriteError:
-    """The error of a path that the system refuses to write, with the remedy."""
+    """The error of a path that could not be written, with the remedy."""
     reason = error.strerror or str(error)
     remedy = REMEDIES.get(error.errno or 0, "choose another folder")
     return WriteError(f"could not be written: {reason}", path=path, remedy=remedy)
 
 
 @contextmanager
-def _scratch_beside(place: Path, named: Path) -> Iterator[Path]:
-    """A folder beside `place` that is locked while the block lasts, and gone after it."""
+def _scratch_beside(target: Path, shown: Path) -> Iterator[Path]:
+    """A folder beside `target` that is locked during the block and removed after it."""
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(place)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        raise write_error(named, error) from error
+        raise write_error(shown, error) from error
     lock = None
     try:
         lock = _locked(scratch, wait=True)
         yield scratch
     finally:
-        _put_back(scratch, place)
+        _put_back(scratch, target)
         shutil.rmtree(scratch, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
 
-def _move_in(scratch: Path, place: Path) -> None:
-    """Put scratch/new in the place; what was there goes to scratch/old."""
-    if place.exists():
-        place.replace(scratch / "old")
-    (scratch / "new").replace(place)
+def _move_in(scratch: Path, target: Path) -> None:
+    """Move scratch/new to the target, and an existing target to scratch/old."""
+    if target.exists():
+        target.replace(scratch / "old")
+    (scratch / "new").replace(target)
 
 
-def _put_back(scratch: Path, place: Path) -> None:
-    """Undo the first half of a move that did not come to its second."""
-    if (scratch / "old").exists() and not place.exists():
-        (scratch / "old").replace(place)
+def _put_back(scratch: Path, target: Path) -> None:
+    """Undo the first half of a move whose second half failed."""
+    if (scratch / "old").exists() and not target.exists():
+        (scratch / "old").replace(target)
 
 
-def _remove_leftovers(place: Path) -> None:
-    """Remove the scratch folders of processes that were killed while they wrote `place`.
+def _remove_leftovers(target: Path) -> None:
+    """Remove the scratch folders of processes that were killed while they wrote `target`.
 
-    A running process holds the lock of its own. It locks the folder before it puts anything in, so an empty one
-    may be just about to be locked.
+    A running process holds the lock of its folder. It locks the folder before it writes into it, so an empty one may
+    be about to be locked.
     """
-    for folder in place.parent.glob(f".{glob.escape(place.name)}.????????"):
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.????????"):
         if not folder.is_dir() or folder.is_symlink() or (lock := _locked(folder, wait=False)) is None:
             continue
         try:
-            held = {entry.name for entry in folder.iterdir()}
-            forgotten = time.time() - folder.stat().st_mtime > EMPTY_LEFTOVER_SECONDS
-            if held <= {"new", "old"} and (held or forgotten):
-                _put_back(folder, place)
+            entries = {entry.name for entry in folder.iterdir()}
+            old = time.time() - folder.stat().st_mtime > EMPTY_LEFTOVER_SECONDS
+            if entries <= {"new", "old"} and (entries or old):
+                _put_back(folder, target)
                 shutil.rmtree(folder, ignore_errors=True)
         except FileNotFoundError:  # another process removes the same one
             continue
@@ -156,8 +156,8 @@ def _remove_leftovers(place: Path) -> None:
 def _locked(folder: Path, wait: bool) -> int | None:
     """A handle that holds the folder's lock until it is closed; None where another process has the lock.
 
-    The lock ends with the process that took it, however it ends. None as well where the system or the file system
-    has no such locks: then nothing counts as left over.
+    The lock ends with its process, however that ends. Also None if the system or the file system has no such locks:
+    then nothing counts as a leftover.
     """
     if sys.platform == "win32":
         return None
@@ -176,30 +176,30 @@ def _locked(folder: Path, wait: bool) -> int | None:
 
 
 def _is_refusal(error: OSError, scratch: Path) -> bool:
-    """Whether the system refused to write in the scratch folder: an error of another file is not the folder's."""
+    """Whether a write in the scratch folder failed: errors of other files are not the folder's."""
     if error.filename is None:
-        return error.errno in WITHOUT_A_NAME
-    if error.errno == errno.EEXIST:  # what some file systems say where another process has filled the place
+        return error.errno in ERRORS_WITHOUT_FILENAME
+    if error.errno == errno.EEXIST:  # of some file systems, if another process has written the target meanwhile
         return False
     return error.errno in REMEDIES and Path(os.fsdecode(error.filename)).is_relative_to(scratch)
 
 
 def _sync(file: Path) -> None:
-    """Wait until the content is on the disk, which is where some file systems first notice that it is full."""
+    """Wait until the content is on the disk; some file systems notice only then that it is full."""
     with file.open("r+b") as written:
         os.fsync(written.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a whole text file as UTF-8."""
-    with written_whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def check_writable(folder: Path, remedy: str) -> None:
-    """Raise WriteError, with the remedy, where a folder cannot be written to, or cannot be made. It is not made."""
+    """Raise WriteError, with the remedy, if a folder cannot be written to or created. It is not created."""
     try:
-        nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
@@ -218,7 +218,7 @@ def is_newer_format(found: object, known: str) -> bool:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and what is in it, if it is there."""
+    """Remove a folder and its contents, if it exists."""
     if path.exists():
         shutil.rmtree(path)
 
@@ -233,7 +233,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 def sha256_of_data(data: Any) -> str:
-    """The sha256 of plain data, in hexadecimal; the order of a mapping's keys does not count."""
+    """The sha256 of plain data, in hexadecimal; independent of the order of a mapping's keys."""
     text = json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     # surrogatepass: file names that are not UTF-8 reach Python as lone surrogates.
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,7 +1,7 @@
 """Write docs/cli.md and docs/recipes.md from the code.
 
 python docs/generate.py           writes them
-python docs/generate.py --check   exits 1 where one is not what the code says
+python docs/generate.py --check   exits 1 where one is out of date
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def cli_page() -> str:
         )
         parts.append(f"## {' '.join(path)}\n\n```text\n{command.get_help(context)}\n```\n")
     parts.append(
-        "Exit codes: 0 done; 1 something to mend, told in one message; 2 misuse of the command line; 130 "
-        "interrupted, the state being saved. Errors and progress go to standard error, results to standard "
-        "output. COMKD_DATA names the folder of data sets, ACCELERATE_USE_CPU=1 keeps to the CPU.\n"
+        "Exit codes: 0 success; 1 an error that a user can correct, printed as one message; 2 invalid command-line "
+        "arguments; 130 interrupted, with a checkpoint saved. Errors and progress go to standard error, results to "
+        "standard output. COMKD_DATA names the folder of datasets; ACCELERATE_USE_CPU=1 uses the CPU only.\n"
     )
     return "\n".join(parts)
 
@@ -49,13 +49,13 @@ def recipe_page() -> str:
     parts = [
         NOTE,
         "# Recipes\n",
-        "A recipe is a YAML file that says all of a run. Unknown fields are refused, every fault is told at "
-        "once. `extends: other.yaml` takes another recipe (a file beside it, or a bundled one) and lays this one "
-        "over it, mapping by mapping; lists and a model's `config` are replaced whole, and naming another kind of "
-        "thing (a `folder` or `shards` over a `dataset`, another `adapt`, `optim.name`, `arch` or `config`) drops what "
-        "belonged to the old one. `--set key.path=value` does the same from the command line. `null` switches an "
-        "optional part off. `for_dataset: {dtd: {...}}` holds the fields that a recipe has differently for single data "
-        "sets.\n",
+        "A recipe is a YAML file with all settings of a run. Unknown fields are refused, and all faults are reported"
+        " at once. `extends: other.yaml` starts from another recipe (a file beside it, or a bundled one) and merges "
+        "this one into it, mapping by mapping; lists and a model's `config` are replaced whole, and naming another "
+        "kind of thing (a `folder` or `shards` over a `dataset`, another `adapt`, `optim.name`, `arch` or `config`) "
+        "drops the fields of the old one. `--set key.path=value` does the same from the command line. `null` "
+        "switches an optional part off. `for_dataset: {dtd: {...}}` holds the fields that differ for single "
+        "datasets.\n",
         "Sources of defaults: [P] the ComKD-CLIP paper, [K] PromptKD, [S] PromptSRC, [C] this project's choice.\n",
         "## Bundled\n",
         "| recipe | about |\n|---|---|",
@@ -124,7 +124,7 @@ def main(check: bool) -> int:
         elif not check:
             path.write_text(text, encoding="utf-8")
     if stale:
-        print(f"{', '.join(stale)}: not what the code says; run `make docs`", file=sys.stderr)
+        print(f"{', '.join(stale)}: out of date; run `make docs`", file=sys.stderr)
     return 1 if stale else 0
 
 

@@ -1,4 +1,4 @@
-"""What many tests share: the command line as a process, small pictures, a small bundle, a small recipe."""
+"""Fixtures of many tests: the command line as a process, small images, a small bundle, a small recipe."""
 
 import gc
 import hashlib
@@ -42,23 +42,26 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End a run with the number of skipped tests and the reasons, so that `passed` hides none of them."""
+    """End a run with the number of skipped tests and the reasons, so that `passed` hides none of them.
+
+    pytest-xdist's workers have no reporter; the process that started them has the reports of them all.
+    """
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     skipped = reporter.stats.get("skipped", []) if reporter is not None else []
     reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
     if reasons:
-        told = "; ".join(f"{count} because {reason}" for reason, count in reasons.most_common())
-        reporter.write_line(f"{len(skipped)} tests were skipped: {told}", yellow=True)
+        summary = "; ".join(f"{count} because {reason}" for reason, count in reasons.most_common())
+        reporter.write_line(f"{len(skipped)} tests were skipped: {summary}", yellow=True)
 
 
-# The same examples at every run, and no deadline: machines differ.
+# The same examples in every run, and no deadline, since machines differ in speed.
 settings.register_profile("comkd", deadline=None, derandomize=True, database=None)
 settings.load_profile("comkd")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def ears_for_ctrl_c() -> Iterator[None]:
-    """A shell starts its background jobs deaf to SIGINT; tests send it, to themselves and to processes of theirs."""
+def sigint_enabled() -> Iterator[None]:
+    """Tests send SIGINT to themselves and to child processes; a shell starts background jobs with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -66,9 +69,9 @@ def ears_for_ctrl_c() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def run_comkd() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command line in a new interpreter: run_comkd("predict", bundle, image, cwd=folder).
+    """Runs the command line in a new interpreter: run_comkd("predict", bundle, image, cwd=folder).
 
-    Commands that import torch start sooner by tests/warm.py.
+    Commands that import torch start faster with tests/warm.py.
     """
 
     def run(
@@ -98,20 +101,20 @@ def few_digits() -> Iterator[None]:
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    """An RGB picture in which no two pixels are alike, so that any shift or turn shows."""
+    """An RGB image of random pixels, so that any shift or rotation is detected."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 @pytest.fixture(scope="session", name="noise")
 def noise_fixture() -> Callable[..., Image.Image]:
-    """A picture of random pixels: noise(width, height, seed=0)."""
+    """An image of random pixels: noise(width, height, seed=0)."""
     return noise
 
 
 @pytest.fixture(scope="session")
 def write_image() -> Callable[..., Path]:
-    """Write a small picture, its folder too: write_image(path, seed=0, size=(12, 9)) returns the path."""
+    """Writes a small image and creates its folder: write_image(path, seed=0, size=(12, 9)) returns the path."""
 
     def write(path: Path, seed: int = 0, size: tuple[int, int] = (12, 9), **options: Any) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +126,7 @@ def write_image() -> Callable[..., Path]:
 
 @pytest.fixture
 def minimal_recipe() -> dict[str, Any]:
-    """Plain data with all that a recipe must say and nothing else."""
+    """The required fields of a recipe, as plain data."""
     return {
         "data": {"dataset": "digits"},
         "teacher": {"arch": "ViT-L-14", "weights": "openai"},
@@ -138,7 +141,7 @@ COLOUR_BIAS = np.array([0.125, -0.25, 0.5], dtype=np.float32)
 
 @pytest.fixture(scope="session")
 def write_bundle() -> Callable[..., Path]:
-    """Write a bundle that tells red, green and blue pictures apart, and that needs no torch to make.
+    """Writes a bundle that classifies red, green and blue images; it is made without torch.
 
     Its logits are COLOUR_WEIGHTS times the mean of each normalised channel, plus COLOUR_BIAS.
     """
@@ -182,5 +185,5 @@ def write_bundle() -> Callable[..., Path]:
 
 @pytest.fixture
 def colour_bundle(tmp_path: Path, write_bundle: Callable[..., Path]) -> Path:
-    """A bundle that tells red, green and blue pictures apart; see write_bundle."""
+    """A bundle that classifies red, green and blue images; see write_bundle."""
     return write_bundle(tmp_path / "bundle")

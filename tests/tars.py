@@ -11,7 +11,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from comkd_cli.data.shard_index import open_index
+from comkd_cli.data.shard_indexing import open_index
 from comkd_cli.data.shards import ShardImages, shard_images
 from comkd_cli.events import Event
 

@@ -120,4 +120,4 @@ def test_a_lower_limit_stops_every_command_that_scores(workshop: Path) -> None:
     trained = comkd(workshop, "distill", "few.yaml", "--runs", "low", *low)
     assert trained.returncode == 1
     assert "Traceback" not in trained.stderr
-    assert "can't be read, more than data.unreadable_limit_percent (5 %)" in trained.stderr
+    assert "could not be read (allowed: 5 %)" in trained.stderr

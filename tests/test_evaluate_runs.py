@@ -1,4 +1,4 @@
-"""`comkd evaluate` as a process: results that accumulate, models that fail, disks that are full, odd terminals."""
+"""`comkd evaluate` as a process: accumulated results, failing models, full disks and narrow terminals."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def write_recipe(path: Path, **changes: Any) -> None:
 
 
 def digits_folder(path: Path, classes: int = 3, images: int = 4) -> Path:
-    """Digits as files in train/ and test/, with names that no ASCII terminal can show."""
+    """Digits as files in train/ and test/, with names that an ASCII terminal cannot show."""
     source = digits_source()
     for label in range(classes):
         positions = [i for i, own in enumerate(source.train.labels or ()) if own == label]
@@ -74,13 +74,13 @@ def test_a_narrower_evaluation_keeps_what_a_wider_one_found(home: Path, run_comk
     assert narrow.returncode == 0, narrow.stderr
     printed = json.loads(narrow.stdout)["records"]
     assert {(r["dataset"], r["protocol"]) for r in printed} == {("digits", "zero-shot")}
-    assert records(home / "wide") == before  # the same scores, found again
+    assert records(home / "wide") == before  # the same scores again
     once_more = run_comkd("evaluate", OTHER, "--out", "wide", cwd=home)
     assert f"results.json: {len(before)} records in all" in once_more.stdout
     assert "digits" not in once_more.stdout
 
 
-def test_a_student_that_was_made_again_takes_its_old_scores_away(home: Path, run_comkd: Comkd) -> None:
+def test_training_a_student_again_removes_its_old_scores(home: Path, run_comkd: Comkd) -> None:
     assert run_comkd("distill", "tiny.yaml", "--runs", "again", cwd=home).returncode == 0
     assert run_comkd("evaluate", "--runs", "again", cwd=home).returncode == 0
     assert {r["role"] for r in records(home / "again")} == {"student", "teacher"}
@@ -107,18 +107,18 @@ def test_one_model_that_fails_is_named_and_the_others_are_scored(home: Path, run
     assert (missing["dataset"], missing["failed"]) == ("letters", True)
     assert missing["model"] == "runs/broken/letters/seed1/student.pt"
     assert {r["dataset"] for r in records(home / "failing")} == {"digits", ODD}
-    assert everything.returncode == 1  # none of the suite's data sets has a student here
+    assert everything.returncode == 1  # no dataset of the suite has a student here
 
 
-def test_a_data_set_that_was_named_and_is_not_there_is_exit_1(home: Path, run_comkd: Comkd) -> None:
+def test_a_named_dataset_that_is_missing_is_exit_1(home: Path, run_comkd: Comkd) -> None:
     scored = run_comkd("evaluate", "--dataset", "digits", "--dataset", "dtd", "--out", "named", cwd=home)
     assert scored.returncode == 1
     assert "comkd distill RECIPE --dataset dtd" in scored.stderr
     assert {r["dataset"] for r in records(home / "named")} == {"digits"}
 
 
-def test_a_student_and_data_sets_by_name_are_scored_on_those(home: Path, run_comkd: Comkd) -> None:
-    """Not on the student's own data, and not beside the student."""
+def test_a_student_is_scored_on_datasets_by_name(home: Path, run_comkd: Comkd) -> None:
+    """Not on the student's own data, and the results are not written to its folder."""
     scored = run_comkd("evaluate", OTHER, "--dataset", "digits", "--dataset", "dtd", "--runs", "runs", cwd=home)
     assert scored.returncode == 1
     assert not (home / OTHER.parent / "results.json").exists()
@@ -140,14 +140,14 @@ def test_ctrl_c_keeps_what_was_scored(home: Path) -> None:
     started.send_signal(signal.SIGINT)
     _, said = started.communicate(timeout=60)
     assert "Traceback" not in said
-    assert started.returncode in (0, 130)  # the second student may have been done already
+    assert started.returncode in (0, 130)  # the second student may be done already
     assert records(home / "stopped")
 
 
 # --- disks ---------------------------------------------------------------------------------------------
 
 
-def test_where_results_cannot_be_written_is_said_at_the_start(home: Path, run_comkd: Comkd) -> None:
+def test_results_that_cannot_be_written_are_an_error_at_the_start(home: Path, run_comkd: Comkd) -> None:
     refused = run_comkd("evaluate", DIGITS, "--out", "/proc/results", cwd=home)
     assert refused.returncode == 1
     assert "error: /proc/results: could not be written" in refused.stderr
@@ -155,10 +155,10 @@ def test_where_results_cannot_be_written_is_said_at_the_start(home: Path, run_co
     assert "Scoring" not in refused.stderr
 
 
-def test_features_that_cannot_be_kept_cost_no_score(home: Path, run_comkd: Comkd) -> None:
+def test_features_that_cannot_be_stored_cost_no_score(home: Path, run_comkd: Comkd) -> None:
     scored = run_comkd("evaluate", DIGITS, "--runs", "/proc/runs", "--out", "unkept", cwd=home)
     assert scored.returncode == 0, scored.stderr
-    assert scored.stderr.count("features are not kept in /proc/runs/features") == 1  # student and teacher alike
+    assert scored.stderr.count("features could not be stored in /proc/runs/features") == 1  # student and teacher alike
     assert len(records(home / "unkept")) == 2
 
 

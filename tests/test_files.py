@@ -16,29 +16,29 @@ from hypothesis import strategies as st
 
 from comkd_cli.errors import ComkdError, WriteError
 from comkd_cli.files import (
+    atomic_folder,
+    atomic_write,
     check_writable,
-    folder_written_whole,
     is_newer_format,
     remove_folder,
     sha256_of_data,
     sha256_of_file,
     write_text,
-    written_whole,
 )
 
 KILLED_WHILE_WRITING_A_FILE = """
 import os, signal, sys
 from pathlib import Path
-from comkd_cli.files import written_whole
-with written_whole(Path(sys.argv[1])) as unfinished:
+from comkd_cli.files import atomic_write
+with atomic_write(Path(sys.argv[1])) as unfinished:
     unfinished.write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
 KILLED_WHILE_WRITING_A_FOLDER = """
 import os, signal, sys
 from pathlib import Path
-from comkd_cli.files import folder_written_whole
-with folder_written_whole(Path(sys.argv[1])) as unfinished:
+from comkd_cli.files import atomic_folder
+with atomic_folder(Path(sys.argv[1])) as unfinished:
     (unfinished / "file").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -65,7 +65,7 @@ def run_and_die(script: str, path: Path) -> None:
 def test_a_file_is_the_old_one_until_the_block_ends_and_the_new_one_then(tmp_path: Path) -> None:
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")
-    with written_whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_bytes(b"new, and longer")
         assert path.read_bytes() == b"old"
         assert unfinished.parent == path.parent  # a rename is whole within one file system only
@@ -77,14 +77,14 @@ def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")
     with pytest.raises(RuntimeError, match="no space"):
-        fail_while_writing(written_whole(path), RuntimeError("no space"))
+        fail_while_writing(atomic_write(path), RuntimeError("no space"))
     assert path.read_bytes() == b"old"
     assert listing(tmp_path) == ["file.bin"]
 
 
 def test_a_block_that_fails_makes_no_file_where_none_was(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        fail_while_writing(written_whole(tmp_path / "file.bin"), KeyboardInterrupt())
+        fail_while_writing(atomic_write(tmp_path / "file.bin"), KeyboardInterrupt())
     assert listing(tmp_path) == []
 
 
@@ -140,7 +140,7 @@ def old_folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_takes_the_place_of_the_old_one_whole(old_folder: Path) -> None:
-    with folder_written_whole(old_folder) as unfinished:
+    with atomic_folder(old_folder) as unfinished:
         (unfinished / "file").write_bytes(b"new")
         assert (old_folder / "file").read_bytes() == b"old"
     assert listing(old_folder) == ["file"]
@@ -149,14 +149,14 @@ def test_a_folder_takes_the_place_of_the_old_one_whole(old_folder: Path) -> None
 
 
 def test_a_folder_is_made_where_none_was_with_the_folders_above_it(tmp_path: Path) -> None:
-    with folder_written_whole(tmp_path / "a/b") as unfinished:
+    with atomic_folder(tmp_path / "a/b") as unfinished:
         (unfinished / "file").write_bytes(b"new")
     assert (tmp_path / "a/b/file").read_bytes() == b"new"
 
 
 def test_a_block_that_fails_leaves_the_old_folder_and_nothing_else(old_folder: Path) -> None:
     with pytest.raises(RuntimeError, match="parity"):
-        fail_while_writing(folder_written_whole(old_folder), RuntimeError("parity"), "file")
+        fail_while_writing(atomic_folder(old_folder), RuntimeError("parity"), "file")
     assert (old_folder / "file").read_bytes() == b"old"
     assert listing(old_folder) == ["file", "only old"]
     assert listing(old_folder.parent) == ["bundle"]
@@ -173,7 +173,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one(old_folder: Path)
     run_and_die(KILLED_WHILE_WRITING_A_FOLDER, old_folder)
     run_and_die(KILLED_WHILE_WRITING_A_FOLDER, old_folder)  # which removes what the first one left
     assert len(listing(old_folder.parent)) == 2
-    with folder_written_whole(old_folder) as unfinished:
+    with atomic_folder(old_folder) as unfinished:
         (unfinished / "file").write_bytes(b"new")
     assert listing(old_folder.parent) == ["bundle"]
 
@@ -181,8 +181,8 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one(old_folder: Path)
 WRITES_AND_WAITS = """
 import sys
 from pathlib import Path
-from comkd_cli.files import folder_written_whole
-with folder_written_whole(Path(sys.argv[1])) as unfinished:
+from comkd_cli.files import atomic_folder
+with atomic_folder(Path(sys.argv[1])) as unfinished:
     (unfinished / "file").write_bytes(b"of the other process")
     print("writing", flush=True)
     sys.stdin.read()
@@ -194,7 +194,7 @@ def test_what_another_process_is_writing_stays(old_folder: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "writing\n"
-        with folder_written_whole(old_folder) as unfinished:
+        with atomic_folder(old_folder) as unfinished:
             (unfinished / "file").write_bytes(b"new")
         assert (old_folder / "file").read_bytes() == b"new"
         other.communicate("")
@@ -209,12 +209,12 @@ def test_folders_that_only_look_like_leftovers_stay(old_folder: Path) -> None:
         (old_folder.parent / name / "precious").write_bytes(b"x")
     (old_folder.parent / ".bundle.aaaaaaaa").mkdir()  # as another process makes it, just before it is locked
     before = listing(old_folder.parent)
-    with folder_written_whole(old_folder):
+    with atomic_folder(old_folder):
         pass
     assert listing(old_folder.parent) == before
     hours_ago = time.time() - 7200
     os.utime(old_folder.parent / ".bundle.aaaaaaaa", (hours_ago, hours_ago))
-    with folder_written_whole(old_folder):
+    with atomic_folder(old_folder):
         pass
     assert ".bundle.aaaaaaaa" not in listing(old_folder.parent)
 
@@ -224,7 +224,7 @@ def test_a_folder_that_a_killed_process_had_moved_aside_comes_back(old_folder: P
     (scratch / "new").mkdir(parents=True)
     old_folder.replace(scratch / "old")
     with pytest.raises(RuntimeError, match="parity"):
-        fail_while_writing(folder_written_whole(old_folder), RuntimeError("parity"), "file")
+        fail_while_writing(atomic_folder(old_folder), RuntimeError("parity"), "file")
     assert listing(old_folder) == ["file", "only old"]
     assert listing(old_folder.parent) == ["bundle"]
 
@@ -240,7 +240,7 @@ def test_an_interruption_between_the_two_moves_brings_the_old_folder_back(
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt), folder_written_whole(old_folder):
+    with pytest.raises(KeyboardInterrupt), atomic_folder(old_folder):
         pass
     assert listing(old_folder) == ["file", "only old"]
     assert listing(old_folder.parent) == ["bundle"]
@@ -248,7 +248,7 @@ def test_an_interruption_between_the_two_moves_brings_the_old_folder_back(
 
 def test_a_link_leads_to_the_folder_that_is_replaced(old_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(old_folder)
-    with folder_written_whole(tmp_path / "link") as unfinished:
+    with atomic_folder(tmp_path / "link") as unfinished:
         (unfinished / "file").write_bytes(b"new")
     assert (tmp_path / "link").is_symlink()
     assert (old_folder / "file").read_bytes() == b"new"
@@ -257,7 +257,7 @@ def test_a_link_leads_to_the_folder_that_is_replaced(old_folder: Path, tmp_path:
 def test_the_current_folder_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with folder_written_whole(Path()) as unfinished:
+    with atomic_folder(Path()) as unfinished:
         (unfinished / "file").write_bytes(b"new")
     assert listing(tmp_path / "here") == ["file"]
     assert listing(tmp_path) == ["here"]
@@ -266,7 +266,7 @@ def test_the_current_folder_can_be_written(tmp_path: Path, monkeypatch: pytest.M
 # --- what the system refuses ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("whole", [written_whole, folder_written_whole])
+@pytest.mark.parametrize("whole", [atomic_write, atomic_folder])
 @pytest.mark.parametrize(
     ("number", "reason"),
     [
@@ -284,7 +284,7 @@ def test_a_full_disk_is_one_message_with_the_path_and_the_remedy(
     assert listing(tmp_path) == []
 
 
-@pytest.mark.parametrize("whole", [written_whole, folder_written_whole])
+@pytest.mark.parametrize("whole", [atomic_write, atomic_folder])
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [(errno.EROFS, "not read-only"), (errno.EACCES, "you may write to"), (errno.EPERM, "you may write to")],
@@ -307,7 +307,7 @@ def test_a_place_that_may_not_be_written_is_one_message_before_the_block_runs(
         pytest.fail("the block must not run")
 
 
-@pytest.mark.parametrize("whole", [written_whole, folder_written_whole])
+@pytest.mark.parametrize("whole", [atomic_write, atomic_folder])
 def test_a_file_in_the_place_of_a_folder_above_is_said(
     tmp_path: Path, whole: Callable[[Path], AbstractContextManager[Path]]
 ) -> None:
@@ -323,14 +323,14 @@ LIMITED = """
 import resource, signal, sys
 from pathlib import Path
 from comkd_cli.errors import WriteError
-from comkd_cli.files import folder_written_whole, write_text
+from comkd_cli.files import atomic_folder, write_text
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 for write in (lambda path: write_text(path, "x" * 9999), None):
     try:
         if write:
             write(Path(sys.argv[1], "file"))
         else:
-            with folder_written_whole(Path(sys.argv[1], "bundle")) as folder:
+            with atomic_folder(Path(sys.argv[1], "bundle")) as folder:
                 (folder / "graph").write_bytes(b"x" * 9999)
     except WriteError as error:
         print(error)
@@ -349,16 +349,16 @@ def test_a_real_limit_on_the_size_of_files_leaves_the_old_ones(old_folder: Path)
 
 
 def test_an_error_of_another_file_is_not_said_to_be_the_folders(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), folder_written_whole(tmp_path / "bundle"):
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "bundle"):
         (tmp_path / "absent").read_bytes()
-    with pytest.raises(PermissionError) as caught, folder_written_whole(tmp_path / "bundle"):
+    with pytest.raises(PermissionError) as caught, atomic_folder(tmp_path / "bundle"):
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "weights.pt"))
     assert caught.value.filename == str(tmp_path / "weights.pt")
     assert listing(tmp_path) == []
 
 
 def test_a_mount_point_is_refused_before_the_block_runs() -> None:
-    with pytest.raises(WriteError, match="a mount point cannot be replaced"), folder_written_whole(Path("/proc")):
+    with pytest.raises(WriteError, match="a mount point cannot be replaced"), atomic_folder(Path("/proc")):
         pytest.fail("the block must not run")
 
 

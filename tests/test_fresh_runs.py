@@ -1,4 +1,4 @@
-"""`comkd distill --fresh` over several seeds, interrupted: the line that it prints loses no run and repeats none."""
+"""`comkd distill --fresh` over several seeds, interrupted: the command that it prints omits no run and repeats none."""
 
 import os
 import shlex
@@ -12,30 +12,29 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from comkd_cli.cli.commands import distill
-from comkd_cli.cli.commands.distill import Choice
+from comkd_cli.cli.resuming import Choice, StoppedRun
 from tests import tiny
 
 
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """Pretend that a command line was typed."""
+    """Sets the command line of this process."""
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return lambda line: monkeypatch.setattr(sys, "argv", shlex.split(line))
 
 
-SEEDS: list[Choice] = [(None, 1), (None, 2), (None, 3)]
-GRID: list[Choice] = [(name, seed) for name in ("dtd", "eurosat", "ucf101") for seed in (1, 2)]
+SEEDS = [Choice(None, 1), Choice(None, 2), Choice(None, 3)]
+GRID = [Choice(name, seed) for name in ("dtd", "eurosat", "ucf101") for seed in (1, 2)]
 
 
 @pytest.mark.parametrize(
-    ("line", "choices", "position", "repeats", "expected"),
+    ("line", "choices", "position", "in_teacher", "expected"),
     [
-        ("comkd distill r.yaml --seed 1", [(None, 1)], 0, False, "comkd distill r.yaml --seed 1"),
+        ("comkd distill r.yaml --seed 1", [Choice(None, 1)], 0, False, "comkd distill r.yaml --seed 1"),
         ("comkd distill r.yaml --seed 1 --seed 2", SEEDS[:2], 1, False, "comkd distill r.yaml --seed 1 --seed 2"),
-        ("comkd distill r.yaml --fresh", [(None, None)], 0, False, "comkd distill r.yaml"),
-        ("comkd distill r.yaml --fresh", [(None, None)], 0, True, "comkd distill r.yaml --fresh"),
+        ("comkd distill r.yaml --fresh", [Choice(None, None)], 0, False, "comkd distill r.yaml"),
+        ("comkd distill r.yaml --fresh", [Choice(None, None)], 0, True, "comkd distill r.yaml --fresh"),
         (
             "comkd --debug distill r.yaml --seed 1 --seed=2 --seed 3 --fresh --set 'about=a b'",
             SEEDS,
@@ -63,7 +62,7 @@ GRID: list[Choice] = [(name, seed) for name in ("dtd", "eurosat", "ucf101") for 
         ),
         (
             "comkd distill --fresh --dataset=dtd --dataset eurosat --dataset ucf101 -- r.yaml",
-            [(name, None) for name in ("dtd", "eurosat", "ucf101")],
+            [Choice(name, None) for name in ("dtd", "eurosat", "ucf101")],
             0,
             False,
             "comkd distill --dataset=dtd -- r.yaml &&\n"
@@ -71,12 +70,12 @@ GRID: list[Choice] = [(name, seed) for name in ("dtd", "eurosat", "ucf101") for 
         ),
     ],
 )
-def test_the_line_resumes_the_stopped_run_and_begins_the_others(  # type: ignore[no-untyped-def]
-    typed, line: str, choices: list[Choice], position: int, repeats: bool, expected: str
+def test_the_printed_command_resumes_the_stopped_run_and_starts_the_others(  # type: ignore[no-untyped-def]
+    typed, line: str, choices: list[Choice], position: int, in_teacher: bool, expected: str
 ) -> None:
     typed(line)
-    fresh = "--fresh" in line
-    assert distill._resume_line(choices, position, fresh, repeats and fresh) == expected
+    stopped = StoppedRun(choices, position, fresh="--fresh" in line)
+    assert (stopped.resume_teacher if in_teacher else stopped.resume_student) == expected
 
 
 def wait_for(process: subprocess.Popen[str], file: Path, lines: int) -> None:
@@ -96,7 +95,7 @@ def weights(runs: Path, seed: int) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_interrupted_fresh_command_ends_with_the_same_students(tmp_path: Path) -> None:
-    """Seed 2 is interrupted: seed 1 stays as it is, 2 is resumed, and 3, finished before, is made afresh."""
+    """Seed 2 is interrupted: seed 1 stays as it is, 2 is resumed, and 3, finished before, starts from scratch."""
     with (tmp_path / "tiny.yaml").open("w") as stream:
         YAML(typ="safe", pure=True).dump(tiny.recipe(optim={**tiny.OPTIM, "epochs": 25}), stream)
     folder = tmp_path / "bin"

@@ -1,4 +1,4 @@
-"""The whole suite by real processes: killed half way, gone on with, distilled over several data sets."""
+"""The whole suite by real processes: killed, resumed, and distilled over several datasets."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ Comkd = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data root of all 15 data sets, a small random CLIP, and a recipe of one."""
+    """A data root of all 15 datasets, a small random CLIP, and a recipe with it."""
     folder = tmp_path_factory.mktemp("home")
     for dataset in CATALOG.values():
         fill(dataset, folder / "data")
@@ -49,7 +49,7 @@ def written(features: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in features.glob("*.safetensors")}
 
 
-def test_a_killed_evaluation_goes_on_and_repeats_no_finished_data_set(home: Path, run_comkd: Comkd) -> None:
+def test_a_killed_evaluation_resumes_and_repeats_no_finished_dataset(home: Path, run_comkd: Comkd) -> None:
     arguments = ["evaluate", "local-dir:clip", "--all", "--shots", "1", "--seeds", "1", "--runs", "runs", "--json"]
     command = [sys.executable, "-m", "comkd_cli", *arguments]
     started = subprocess.Popen(command, cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -62,7 +62,7 @@ def test_a_killed_evaluation_goes_on_and_repeats_no_finished_data_set(home: Path
     started.kill()
     started.wait()
     before = written(features)
-    # What was scored before the kill is there: whole data sets, in the suite's order.
+    # What was scored before the kill is kept: whole datasets, in the order of the suite.
     killed = json.loads((home / "runs/results.json").read_text())["records"]
     scored = list(dict.fromkeys(entry["dataset"] for entry in killed))
     assert scored == list(CATALOG)[: len(scored)]
@@ -83,13 +83,13 @@ def test_a_killed_evaluation_goes_on_and_repeats_no_finished_data_set(home: Path
     assert written(features) == after
 
 
-def test_students_of_several_data_sets_are_made_found_and_not_made_twice(home: Path, run_comkd: Comkd) -> None:
+def test_students_of_several_datasets_are_trained_once_and_found(home: Path, run_comkd: Comkd) -> None:
     few = ["--dataset", "dtd", "--dataset", "eurosat", "--seed", "1", "--seed", "2", "--runs", "students"]
     made = run_comkd("distill", "small.yaml", *few, cwd=home)
     assert made.returncode == 0, made.stderr
     students = {path.relative_to(home).as_posix() for path in (home / "students").glob("*/*/*/student.pt")}
     assert students == {f"students/small/{name}/seed{k}/student.pt" for name in ("dtd", "eurosat") for k in (1, 2)}
-    assert len(list((home / "students/teachers").iterdir())) == 2  # seeds share a data set's teacher
+    assert len(list((home / "students/teachers").iterdir())) == 2  # seeds share the teacher of a dataset
 
     once_more = run_comkd("distill", "small.yaml", *few, cwd=home)
     assert once_more.stderr.count("already finished") == 4, once_more.stderr
@@ -108,12 +108,12 @@ def test_students_of_several_data_sets_are_made_found_and_not_made_twice(home: P
     assert "comkd distill RECIPE --dataset ucf101" in missing["ucf101"]
 
 
-def test_one_missing_data_set_does_not_keep_the_others_from_running(home: Path, run_comkd: Comkd) -> None:
+def test_a_missing_dataset_does_not_stop_the_others(home: Path, run_comkd: Comkd) -> None:
     broken = home / "broken"
     fill(CATALOG["dtd"], broken)
     (broken / "eurosat").mkdir()
     made = run_comkd("distill", "small.yaml", "--all", "--data-root", str(broken), "--runs", "more", cwd=home)
     assert made.returncode == 1
     assert "split_zhou_EuroSAT.json: is missing" in " ".join(made.stderr.split())
-    assert "1 of 2 runs could not be made" in made.stderr
+    assert "1 of 2 runs failed" in made.stderr
     assert (home / "more/small/dtd/seed1/student.pt").is_file()

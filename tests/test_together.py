@@ -66,14 +66,14 @@ def two_processes(workshop: Path, one_process: Path) -> Path:
         time.sleep(0.02)
     started.send_signal(signal.SIGTERM)
     _, said = started.communicate(timeout=120)
-    assert said.count("the state is saved") == 1
+    assert said.count("checkpoint saved") == 1
     assert "torchrun --nproc-per-node 2 -m comkd_cli distill tiny.yaml --runs two" in said
     assert (workshop / "two" / RUN / "state/state.pt").is_file()
     shutil.copytree(workshop / "two", workshop / "two then one")
 
     ended = two(workshop, "distill", "tiny.yaml", "--runs", "two")
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("going on from epoch") == 1  # one process speaks
+    assert ended.stderr.count("resuming from epoch") == 1  # one process speaks
     assert ended.stdout.count("student.pt") == 3
     return workshop / "two"
 
@@ -91,7 +91,7 @@ def test_two_processes_end_where_one_does(one_process: Path, two_processes: Path
 def test_one_process_goes_on_where_two_were_stopped(workshop: Path, two_processes: Path) -> None:
     ended = alone(workshop, "distill", "tiny.yaml", "--runs", "two then one")
     assert ended.returncode == 0, ended.stderr
-    assert "going on from epoch" in ended.stderr
+    assert "resuming from epoch" in ended.stderr
     first, second = metrics(two_processes), metrics(workshop / "two then one")
     assert [line["epoch"] for line in second] == list(range(1, EPOCHS + 1))
     for left, right in zip(first, second, strict=True):
@@ -126,7 +126,7 @@ def test_what_one_process_cannot_read_all_know(workshop: Path) -> None:
     assert record["metrics"]["unreadable"] == 2
     ended = two(workshop, "distill", "damaged.yaml", "--runs", "too many", "--set", "data.unreadable_limit_percent=5")
     assert ended.returncode != 0
-    assert ended.stderr.count("2 of 24 images (8.33 %) can't be read") == 1
+    assert ended.stderr.count("2 of 24 images (8.33 %) could not be read") == 1
 
 
 def test_two_processes_train_the_digits_recipe_to_the_accuracy_of_one(workshop: Path) -> None:
@@ -157,7 +157,7 @@ def test_two_processes_fill_one_cache(workshop: Path, two_processes: Path) -> No
     assert 1.9 * TRAIN < sum(there) <= min(len(there), 2 * seen)
     ended = two(workshop, "distill", "tiny.yaml", "--runs", "two", "--precompute")
     assert ended.returncode == 0, ended.stderr
-    assert f"{2 * TRAIN} of {2 * TRAIN} crops are there" in ended.stderr
+    assert f"{2 * TRAIN} of {2 * TRAIN} crops cached" in ended.stderr
     assert sum((cache / "there.bin").read_bytes()) == 2 * TRAIN
 
 

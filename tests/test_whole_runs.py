@@ -74,7 +74,7 @@ def test_from_recipe_to_prediction_through_every_interruption(workshop: Path) ->
 
     finished = comkd(workshop, "distill", "tiny.yaml", "--runs", "broken")
     assert finished.returncode == 0, finished.stderr
-    assert "going on from epoch" in finished.stderr
+    assert "resuming from epoch" in finished.stderr
     assert same_tensors(reference, run / "student.pt")
     assert not (run / "state").exists()
 
@@ -134,7 +134,7 @@ def test_a_dry_run_tells_once_what_the_data_of_student_and_teacher_leave_out(wor
         YAML(typ="safe", pure=True).dump(plain, stream)
     planned = comkd(workshop, "distill", "folders.yaml", "--runs", "none", "--dry-run", "--seed", "1", "--seed", "2")
     assert planned.returncode == 0, planned.stderr
-    assert planned.stdout.count("60 to learn from, 1 to test on, 10 classes") == 2
+    assert planned.stdout.count("60 training images, 1 test images, 10 classes") == 2
     said = planned.stderr
     for name in ("mine", "theirs"):
         assert said.count(f"{name}: 1 file of another type is skipped: 1 .heic") == 1
@@ -162,14 +162,14 @@ def test_shards_of_a_server_are_planned_fetched_learned_from_scored_and_exported
             YAML(typ="safe", pure=True).dump(tiny.recipe(data=data, teacher=teacher, optim=optim), stream)
         planned = comkd(workshop, "distill", "shards.yaml", "--runs", "far", "--dry-run")
         assert planned.returncode == 0, planned.stderr
-        assert "3 of 3 remote shards are not below" in " ".join(planned.stdout.split())
+        assert "3 of 3 remote shards are not in" in " ".join(planned.stdout.split())
         done = comkd(workshop, "distill", "shards.yaml", "--runs", "far")
         assert done.returncode == 0, done.stderr
     finally:
         server.kill()
         server.communicate()
     planned = comkd(workshop, "distill", "shards.yaml", "--runs", "far", "--dry-run")
-    assert "set: 60 to learn from, 0 to test on, 10 classes" in " ".join(planned.stdout.split())
+    assert "set: 60 training images, 0 test images, 10 classes" in " ".join(planned.stdout.split())
     assert "finished; --fresh repeats it" in planned.stdout
     student = "far/shards/set/seed1/student.pt"
     scored = comkd(workshop, "evaluate", student, "--runs", "far", "--json")
@@ -184,7 +184,7 @@ def test_shards_of_a_server_are_planned_fetched_learned_from_scored_and_exported
     [
         (("evaluate", "tiny.yaml"), "is not a student"),
         (("export", "tiny.yaml"), "is not a student"),
-        (("distill", "tiny.yaml", "--set", "data.folder=nowhere"), "neither nowhere nor data/nowhere exists"),
+        (("distill", "tiny.yaml", "--set", "data.folder=nowhere"), "no such file or folder: nowhere, data/nowhere"),
         (("predict", ".", "one.png"), "no manifest.json"),
     ],
 )

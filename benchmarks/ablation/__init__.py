@@ -1,1 +1,1 @@
-"""What each part of the method is worth: students of one teacher that differ in one thing, over several seeds."""
+"""The effect of each part of the method: students of one teacher that differ in one setting, over several seeds."""

@@ -1,13 +1,13 @@
-"""Students of one teacher that differ in one thing: the objective, the images, the size, the classes.
+"""Students of one teacher that differ in one setting: the objective, the images, the size, the classes.
 
     python -m benchmarks.ablation --data FOLDER --out FOLDER --dry-run
     python -m benchmarks.ablation --data FOLDER --out FOLDER [--study objectives] [--seeds 1 2 3] [--rows refinement]
 
 The studies are objectives, images, size and base_to_novel. FOLDER of --data holds train/ and test/ with a sub-folder
 for each class, such as CIFAR-10's. The teacher is trained once; each row is an ordinary `comkd distill` over a recipe
-in OUT/recipes, and any of them can be repeated in OUT by the command in the recipe's first line. Stopped and started
-again, the study continues where it was. Weights are chosen by a grid on training images that the student was not
-given. Writes OUT/ablation.json and OUT/ablation.md after every run.
+in OUT/recipes, and any of them can be repeated in OUT by the command in the recipe's first line. Started again, the
+study resumes. Weights are chosen by a grid on training images that the student is not trained on. Writes
+OUT/ablation.json and OUT/ablation.md after every run.
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows of the studies")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="each row has some of these")
     parser.add_argument("--adopt", type=Path, metavar="JSON", help="take over the finished runs of this ablation.json")
-    parser.add_argument("--dry-run", action="store_true", help="list the runs with an estimate, and run nothing")
-    parser.add_argument("--rate", type=float, default=1000.0, help="images a second, for the estimate")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list the runs with an estimate of the time, and run nothing"
+    )
+    parser.add_argument("--rate", type=float, default=1000.0, help="images per second, for the estimate")
     return parser
 
 

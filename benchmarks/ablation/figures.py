@@ -1,4 +1,4 @@
-"""What a finished student is worth: accuracy, agreement with its teacher, calibration, and what its training told."""
+"""The figures of a finished student: accuracy, agreement with its teacher, calibration, and figures of its training."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor
 from comkd_cli.data.folder import folder_source
 from comkd_cli.data.loaders import worker_count
 from comkd_cli.data.source import ImageSet, Source
-from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.edge.images import Preprocessing
 from comkd_cli.evaluation.features import Encoder, FeatureStore
 from comkd_cli.evaluation.metrics import agreement_percent, top1_percent
 from comkd_cli.models.checkpoints import StudentRecord, load_student
 from comkd_cli.models.costs import multiply_adds, parameters
-from comkd_cli.teachers.loading import ReadyTeacher, made_teacher
+from comkd_cli.teachers.loading import ReadyTeacher, build_teacher
 
 BINS = 15
 CONFIDENCE = 0.95
@@ -35,7 +35,7 @@ class Scorer:
 
     def __init__(self, weights: Path) -> None:
         self._weights = weights
-        self._taught: dict[Path, np.ndarray] = {}
+        self._logits_of: dict[Path, np.ndarray] = {}
 
     def figures(self, student_file: Path, folder: Path) -> dict[str, Any]:
         """Of a student on the test images of a folder: percentages, gate, gradient shares, costs."""
@@ -43,17 +43,17 @@ class Scorer:
         source = folder_source(folder, record.class_names, record.template)
         assert source.test is not None  # rows are scored on labelled images
         logits = _logits(lambda batch: student(batch).logits, record.preprocessing, source.test, record)
-        taught = self._teacher_logits(folder, source, record)
+        teacher_logits = self._teacher_logits(folder, source, record)
         labels = np.asarray(source.test.labels)
         lines = [json.loads(line) for line in (student_file.parent / "metrics.jsonl").read_text().splitlines()]
         shares = [name for name in lines[-1] if name.endswith("_gradient_share")]
         return {
             "images": len(labels),
             "top1_percent": top1_percent(logits.argmax(axis=1), labels),
-            "teacher_top1_percent": top1_percent(taught.argmax(axis=1), labels),
-            "agreement_percent": agreement_percent(logits.argmax(axis=1), taught.argmax(axis=1)),
+            "teacher_top1_percent": top1_percent(teacher_logits.argmax(axis=1), labels),
+            "agreement_percent": agreement_percent(logits.argmax(axis=1), teacher_logits.argmax(axis=1)),
             "calibration_error_percent": calibration_error_percent(logits, labels),
-            "teacher_calibration_error_percent": calibration_error_percent(taught, labels),
+            "teacher_calibration_error_percent": calibration_error_percent(teacher_logits, labels),
             "gate": student.gate,
             "gradient_shares": {
                 name.removesuffix("_gradient_share"): float(np.mean([line[name] for line in lines])) for name in shares
@@ -63,32 +63,32 @@ class Scorer:
         }
 
     def novel_figures(self, student_file: Path, folder: Path) -> dict[str, Any]:
-        """Of a student on the test images of classes that it was not taught, by the teacher's class vectors of them."""
+        """Of a student on the test images of classes that it was not trained on, by the teacher's class vectors."""
         student, record = load_student(student_file)
         source = folder_source(folder, None, record.template)
         assert source.test is not None
         vectors = self._teacher(source, record).teacher.class_vectors
         logits = _logits(lambda batch: student(batch, vectors).logits, record.preprocessing, source.test, record)
-        taught = self._teacher_logits(folder, source, record)
+        teacher_logits = self._teacher_logits(folder, source, record)
         labels = np.asarray(source.test.labels)
         return {
             "novel_top1_percent": top1_percent(logits.argmax(axis=1), labels),
-            "teacher_novel_top1_percent": top1_percent(taught.argmax(axis=1), labels),
+            "teacher_novel_top1_percent": top1_percent(teacher_logits.argmax(axis=1), labels),
         }
 
     def _teacher(self, source: Source, record: StudentRecord) -> ReadyTeacher:
         settings = record.recipe.teacher.model_copy(update={"weights": str(self._weights)})
-        return made_teacher(settings, source.class_names, record.template, CPU)
+        return build_teacher(settings, source.class_names, record.template, CPU)
 
     def _teacher_logits(self, folder: Path, source: Source, record: StudentRecord) -> np.ndarray:
         images = (folder / "test").resolve()
-        if images not in self._taught:
+        if images not in self._logits_of:
             assert source.test is not None
             ready = self._teacher(source, record)
-            self._taught[images] = _logits(
+            self._logits_of[images] = _logits(
                 lambda batch: ready.teacher(batch).logits, ready.preprocessing, source.test, record
             )
-        return self._taught[images]
+        return self._logits_of[images]
 
 
 def _logits(

@@ -73,12 +73,12 @@ class Row:
     base: str = BASE
     """The row that this one is compared with, seed by seed."""
     half: bool = False
-    """Learn from the images of the first half of the classes alone, and answer about the others too."""
+    """Train on the images of the first half of the classes only, and classify the others too."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The pair and how long it is taught."""
+    """The pair and the length of its training."""
 
     classes: int
     template: str

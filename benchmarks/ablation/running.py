@@ -34,7 +34,7 @@ INTERRUPTED = 130
 
 
 class Stopped(Exception):
-    """A run was interrupted; the same command goes on where it stopped."""
+    """A run was interrupted; the same command resumes it."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class Job:
 
 
 def jobs_of(rows: Sequence[Row], seeds: Sequence[int]) -> list[Job]:
-    """Every row with the first seed, then with the second, so that what is there at any time is balanced."""
+    """Every row with the first seed, then with the second, so that the finished runs are balanced at any time."""
     return [Job(row, seed) for seed in seeds for row in rows if seed <= row.seeds]
 
 
 class Study:
     """A folder with the images, the teacher, every run and a record of each.
 
-    out: the study's folder; it can be continued there at any time. data: a folder with train/ and test/, a sub-folder
+    out: the study's folder, where it can be resumed at any time. data: a folder with train/ and test/, a sub-folder
     for each class.
     """
 
@@ -103,7 +103,8 @@ class Study:
             held = round(len(images) * self.settings.validation_share)
             kept = count // self.settings.classes
             if kept + held > len(images):
-                raise ComkdError(f"{label}: has {len(images)} images, and the study needs {kept + held} of each class")
+                problem = f"too few images: the study needs {kept + held} of each class"
+                raise ComkdError(problem, path=label, found=len(images))
             for image in images[:kept]:
                 _link(image, unfinished / "train" / label.name / image.name)
             if held_out:
@@ -132,11 +133,11 @@ class Study:
         if code in (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
             raise Stopped(command)
         if code:
-            raise ComkdError(f"{command}: exit code {code}; its message is above")
+            raise ComkdError("failed", path=command, found=f"exit code {code}", remedy="see its message above")
         return command, time.monotonic() - started
 
     def teach(self) -> str:
-        """Train the teacher unless it is there, and return the digest of its weights."""
+        """Train the teacher unless it exists, and return the digest of its weights."""
         weights = self.out / TEACHER
         if not weights.is_file():
             recipe = teacher_recipe(self.settings, self._linked("all", None))
@@ -160,7 +161,7 @@ class Study:
         return grid, {term: float(max(scores, key=lambda weight: scores[weight])) for term, scores in grid.items()}
 
     def run(self, job: Job, chosen: Mapping[str, float]) -> dict[str, Any]:
-        """The record of a job, which is run unless it is there. Raises ComkdError where it fails."""
+        """The record of a job, which is run unless it is finished. Raises ComkdError if it fails."""
         folder = self.folder_of(job.row)
         recipe = recipe_of(job.row, self.settings, chosen, folder)
         teacher = self.teach()
@@ -201,17 +202,15 @@ class Study:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def adopt(self, document: Mapping[str, Any]) -> int:
-        """Take over the records of an earlier study's JSON, but for those that are there; their number.
+        """Take over the records of an earlier study's JSON that this study does not have; returns their number.
 
-        Raises ComkdError where they are of another teacher.
+        Raises ComkdError if they belong to another teacher.
         """
         teacher, taken = self.teach(), 0
         for record in document["runs"]:
             if record["teacher_sha256"] != teacher:
-                raise ComkdError(
-                    f"{record['row']}: was taught by another teacher than {self.out / TEACHER}; its figures can't "
-                    "stand beside those of this study"
-                )
+                problem = f"its teacher is not {self.out / TEACHER}, so its figures cannot be compared"
+                raise ComkdError(problem, path=record["row"])
             path = self.out / "records" / f"{record['row']}-seed{record['seed']}.json"
             if not path.is_file():
                 write_text(path, json.dumps(record, indent=2) + "\n")

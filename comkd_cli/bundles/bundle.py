@@ -1,11 +1,10 @@
-"""The bundle: a folder that a device can use without torch, and that says what it is."""
+"""The bundle: a folder with the graphs, a manifest and a model card, which a device can use without torch."""
 
 from __future__ import annotations
 
-import ast
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from comkd_cli.bundles.latency import Measured
 from comkd_cli.bundles.parity import Parity
 from comkd_cli.bundles.parts import Parts
 from comkd_cli.bundles.precisions import OPTIMIZATION, Quantisation
-from comkd_cli.edge import classifier, clip_tokenizer
+from comkd_cli.bundles.standalone import standalone_predictor
+from comkd_cli.edge.manifest import BUNDLE_FORMAT
 from comkd_cli.errors import ExportError
 from comkd_cli.files import sha256_of_file, write_text
 from comkd_cli.models.checkpoints import StudentRecord
@@ -31,87 +31,98 @@ class Text:
     """How a device turns a class name into tokens for the text encoder."""
 
     prompt: str
-    """`{}` stands for the name."""
+    """With `{}` for the name."""
     context_length: int
     difference_max: float
-    """Of a text feature from PyTorch's, over the run's own class prompts."""
+    """Largest |difference| of a text feature from PyTorch's, over the run's own class prompts."""
 
 
-@dataclass
-class Contents:
-    """All that a bundle says, beside the files that are in its folder already."""
+@dataclass(frozen=True)
+class Head:
+    """What turns image features into logits."""
 
-    record: StudentRecord
     class_vectors: np.ndarray
     """float32 (classes, dim), L2-normalised."""
     logit_scale: float
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """float32 (dim, classes): logits are features @ matrix."""
+        return np.ascontiguousarray(np.float32(self.logit_scale) * self.class_vectors.T)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a bundle's manifest and model card are made of, besides the files in its folder."""
+
+    record: StudentRecord
+    head: Head
     candidates: bool
     """Whether the class vectors are an input of the graphs."""
     opset: int
     parameters: int
-    """Of everything between an image and its feature."""
+    """Of the student, from the image to its features."""
     multiply_adds: int
     """For one image."""
     parts: Parts
     """The real images of the checks."""
-    license: str = "unknown"
-    parities: dict[str, Parity] = field(default_factory=dict)
-    """By precision; those of the bundle."""
-    failed: dict[str, str] = field(default_factory=dict)
+    license: str
+    parities: Mapping[str, Parity]
+    """By precision; those in the bundle."""
+    failed: Mapping[str, str]
     """By precision: why it is not in the bundle."""
-    quantisation: list[Quantisation] = field(default_factory=list)
-    """The ways to int8 that were compared, the one that was taken first."""
+    quantisation: Sequence[Quantisation]
+    """The quantisation methods that were compared, the chosen one first."""
     text: Text | None = None
-    latency: list[Measured] = field(default_factory=list)
-
-    @property
-    def head(self) -> np.ndarray:
-        """float32 (dim, classes): logits are features @ head."""
-        return np.ascontiguousarray(np.float32(self.logit_scale) * self.class_vectors.T)
+    latency: Sequence[Measured] = ()
 
 
-def graph_name(what: str, precision: str) -> str:
-    """The file of `image_encoder` or `classifier` in a precision."""
-    return f"{what}.onnx" if precision == "fp32" else f"{what}.{precision}.onnx"
+def graph_name(graph: str, precision: str) -> str:
+    """The file of a graph, `image_encoder` or `classifier`, in a precision."""
+    return f"{graph}.onnx" if precision == "fp32" else f"{graph}.{precision}.onnx"
 
 
-def check_head(student_file: Path, names: Sequence[str], vectors: np.ndarray, logit_scale: float) -> None:
+def check_head(student_file: Path, names: Sequence[str], head: Head) -> None:
     """Refuse a student whose class names and vectors do not go together in a bundle. Raises ExportError."""
-    if len(names) != len(vectors):
+    if len(names) != len(head.class_vectors):
         raise ExportError(
-            f"{student_file}: has {len(names)} class names and {len(vectors)} class vectors; train the student again"
+            f"has {len(names)} class names but {len(head.class_vectors)} class vectors",
+            path=student_file,
+            remedy="train the student again",
         )
-    # As a bundle's readers take the list apart: a line too many or too few would give every later class another's name.
+    # An extra or a missing line in classes.txt would shift all later names to other classes.
     lines = class_list(names).splitlines()
     if len(lines) != len(names) or not all(lines):
         raise ExportError(
-            f"{student_file}: has a class without a name; correct data.classes and train the student again"
+            "has a class without a name",
+            path=student_file,
+            remedy="correct data.classes and train the student again",
         )
-    if not (np.isfinite(vectors).all() and np.isfinite(logit_scale)):
+    if not (np.isfinite(head.class_vectors).all() and np.isfinite(head.logit_scale)):
         raise ExportError(
-            f"{student_file}: its class vectors or its logit scale are not numbers (NaN or infinite); train it again"
+            "its class vectors or its logit scale are not finite", path=student_file, remedy="train the student again"
         )
 
 
 def class_list(names: Sequence[str]) -> str:
-    """The content of classes.txt.
+    """The content of classes.txt: one line per name.
 
-    A line each, whatever an older version stored: a line break in a name would move every name after it.
+    Older versions stored names with line breaks, which would shift all later names to other classes.
     """
     return "".join(f"{' '.join(name.split())}\n" for name in names)
 
 
 def changed_score(contents: Contents) -> str | None:
-    """A sentence where the test images are not those that the student's score is of; None where they may be.
+    """A sentence if the student's score on its test images has changed since it was trained; otherwise None.
 
-    It is compared where the gate has as many test images as were scored: then both are the student's top-1 on all.
+    Scores are compared if the gate has as many test images as were scored: then both are of all test images.
     """
     scored, images = (contents.record.metrics.get(name) for name in ("test_top1_percent", "test_images"))
     gate = contents.parts.gate.size
     parity = next(iter(contents.parities.values()), None)
     if scored is None or parity is None or parity.student_top1_percent is None or images != gate.images:
         return None
-    # One image may go either way where another batch size rounds otherwise.
+    # One image may change its class, because other batch sizes round differently.
     if abs(scored - parity.student_top1_percent) < 150 / gate.images:
         return None
     return (
@@ -121,41 +132,12 @@ def changed_score(contents: Contents) -> str | None:
 
 
 def complete_bundle(folder: Path, contents: Contents) -> dict[str, Any]:
-    """Add to a folder with the graphs all that makes it a bundle, and return its manifest."""
+    """Add all other files of a bundle to a folder with its graphs, and return the manifest."""
     record = contents.record
-    np.save(folder / "class_vectors.npy", contents.class_vectors)
+    np.save(folder / "class_vectors.npy", contents.head.class_vectors)
     write_text(folder / "classes.txt", class_list(record.class_names))
     write_text(folder / "predict.py", standalone_predictor())
-    manifest: dict[str, Any] = {
-        "format": classifier.BUNDLE_FORMAT,
-        "made_by": f"comkd {version('comkd')}",
-        "recipe": record.recipe_name,
-        "data": record.source,
-        "teacher": _model_name(record.recipe.teacher),
-        "student": _model_name(record.recipe.student),
-        "classes": len(record.class_names),
-        "template": record.template,
-        "preprocessing": asdict(record.preprocessing),
-        "logit_scale": contents.logit_scale,
-        "feature_dim": contents.class_vectors.shape[1],
-        "memory": "candidates" if contents.candidates else "training",
-        "opset": contents.opset,
-        "parameters": contents.parameters,
-        "multiply_adds": contents.multiply_adds,
-        "precisions": {precision: _precision(precision, contents) for precision in contents.parities},
-        "failed": contents.failed,
-        "images": _images(contents.parts),
-        "text": None,
-        "latency": [asdict(measured) for measured in contents.latency],
-        # Of the training, where it had held-out test images with labels; the gates' images never count here.
-        **{name: record.metrics.get(name) for name in ("test_top1_percent", "test_images", "test_unreadable")},
-        "test_images_were_learned_from": _learns_from_test_images(record),
-        "test_top1_changed": changed_score(contents),
-        "selection": record.recipe.selection,
-        "license": contents.license,
-    }
-    if contents.text is not None:
-        manifest["text"] = {"file": TEXT_ENCODER, "merges": MERGES, **asdict(contents.text)}
+    manifest = _manifest(contents)
     sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     write_text(folder / "README.md", model_card(manifest, record, sizes))
     manifest["files"] = {
@@ -167,33 +149,58 @@ def complete_bundle(folder: Path, contents: Contents) -> dict[str, Any]:
     return manifest
 
 
-def standalone_predictor() -> str:
-    """predict.py: the predictor as one file, the tokenizer in the place of its import."""
-    source = Path(classifier.__file__).read_text(encoding="utf-8")
-    tokenizer = Path(clip_tokenizer.__file__).read_text(encoding="utf-8")
-    future = next(node for node in ast.parse(tokenizer).body if isinstance(node, ast.ImportFrom))
-    body = "\n".join(tokenizer.splitlines()[future.lineno :]).strip()
-    head, found, tail = source.partition("from comkd_cli.edge.clip_tokenizer import Tokenizer\n")
-    assert found, "the predictor imports its tokenizer otherwise"
-    return f"{head}{body}\n{tail}"
+def _manifest(contents: Contents) -> dict[str, Any]:
+    """The manifest without its entries of files."""
+    record = contents.record
+    text = None
+    if contents.text is not None:
+        text = {"file": TEXT_ENCODER, "merges": MERGES, **asdict(contents.text)}
+    return {
+        "format": BUNDLE_FORMAT,
+        "made_by": f"comkd {version('comkd')}",
+        "recipe": record.recipe_name,
+        "data": record.source,
+        "teacher": _model_name(record.recipe.teacher),
+        "student": _model_name(record.recipe.student),
+        "classes": len(record.class_names),
+        "template": record.template,
+        "preprocessing": asdict(record.preprocessing),
+        "logit_scale": contents.head.logit_scale,
+        "feature_dim": contents.head.class_vectors.shape[1],
+        "memory": "candidates" if contents.candidates else "training",
+        "opset": contents.opset,
+        "parameters": contents.parameters,
+        "multiply_adds": contents.multiply_adds,
+        "precisions": {precision: _precision(precision, contents) for precision in contents.parities},
+        "failed": dict(contents.failed),
+        "images": _images(contents.parts),
+        "text": text,
+        "latency": [asdict(measured) for measured in contents.latency],
+        # As recorded in training, if it had held-out test images with labels; the gates' images do not count here.
+        **{name: record.metrics.get(name) for name in ("test_top1_percent", "test_images", "test_unreadable")},
+        "test_images_were_learned_from": _learns_from_test_images(record),
+        "test_top1_changed": changed_score(contents),
+        "selection": record.recipe.selection,
+        "license": contents.license,
+    }
 
 
 def _precision(precision: str, contents: Contents) -> dict[str, Any]:
-    entry: dict[str, Any] = {what: graph_name(what, precision) for what in ("image_encoder", "classifier")}
+    entry: dict[str, Any] = {graph: graph_name(graph, precision) for graph in ("image_encoder", "classifier")}
     entry |= {"optimization": OPTIMIZATION[precision], "parity": contents.parities[precision].document()}
     if precision == "int8":
-        entry["quantisation"] = [asdict(way) for way in contents.quantisation]
+        entry["quantisation"] = [asdict(method) for method in contents.quantisation]
     return entry
 
 
 def _images(parts: Parts) -> dict[str, Any]:
-    """How many images each part has, and where they are from."""
+    """The number of images in each part, and their origin."""
     sizes = {name: asdict(getattr(parts, name).size) for name in ("gate", "choose", "calibrate")}
     return sizes | {"unreadable": parts.unreadable}
 
 
 def _learns_from_test_images(record: StudentRecord) -> bool:
-    """Whether the student was distilled on its test images, without their labels, as on ImageNet's variants."""
+    """Whether the student was trained on its test images, without their labels, as on ImageNet's variants."""
     dataset = CATALOG.get(record.recipe.data.dataset or "")
     return dataset is not None and dataset.layout == "imagenet-variant"
 

@@ -1,4 +1,4 @@
-"""The bundle's README: a model card in the Hub's format, from the manifest alone."""
+"""The bundle's README: a model card in the Hugging Face Hub's format."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from comkd_cli.bundles.parts import PartSize
 from comkd_cli.evaluation.metrics import wilson_interval_percent
 from comkd_cli.models.checkpoints import StudentRecord
 
-WHAT_FILES_ARE = {
-    "class_vectors.npy": "one L2-normalised vector a class; logits = logit_scale * features @ vectors.T",
+FILES = {
+    "class_vectors.npy": "one L2-normalised vector per class; logits = logit_scale * features @ vectors.T",
     "classes.txt": "class names in the order of the logits",
     "predict.py": "command line and `Classifier`, without torch",
     "text_encoder.onnx": "`tokens` (texts, context) int64 -> `text_features`: the class vectors of new classes",
     "bpe_merges.txt": "the merges of CLIP's tokenizer",
-    "index.html": "classifies in a browser; serve this folder with `python -m http.server`",
+    "index.html": "classifies images in a browser; serve this folder with `python -m http.server`",
 }
 MOST_CLASSES = 20
 NO_SCORE = "no held-out labelled images"
 
 
 def model_card(manifest: Mapping[str, Any], record: StudentRecord, sizes: Mapping[str, int]) -> str:
-    """Markdown with the Hub's metadata at its head. sizes: bytes of each file of the bundle."""
+    """Markdown with the Hub's metadata as front matter. sizes: bytes of each file of the bundle."""
     sections = [
         f"---\n{_metadata(manifest)}---",
         f"# {manifest['recipe']}: an image classifier for {manifest['classes']} classes",
@@ -81,18 +81,18 @@ def _summary(manifest: Mapping[str, Any], record: StudentRecord) -> str:
 
 
 def _score(manifest: Mapping[str, Any]) -> str:
-    """What the student's own score is, on what, and why there is none."""
+    """The student's own score and the images that it is of, or why there is none."""
     score, images, unreadable = (manifest[name] for name in ("test_top1_percent", "test_images", "test_unreadable"))
     if score is None:
-        return "Its accuracy is not known: no held-out labelled images were at hand when it was trained."
-    of = "the" if images is None else f"{int(images)}"
-    text = f"Top-1 on {of} test images, in PyTorch: {score:.2f} %"
+        return "Its accuracy is unknown: there were no held-out labelled images when it was trained."
+    count = "the" if images is None else f"{int(images)}"
+    text = f"Top-1 on {count} test images, in PyTorch: {score:.2f} %"
     if images:
         text += f" ({_interval(wilson_interval_percent(score, int(images)))})"
     if unreadable:
         text += f"; {int(unreadable)} more could not be read"
     if manifest["test_images_were_learned_from"]:
-        text += "; the student learned from these images, without their labels"
+        text += "; the student was trained on these images, without their labels"
     changed = manifest["test_top1_changed"]
     return f"{text}. {changed}" if changed else f"{text}."
 
@@ -113,82 +113,97 @@ def _use(manifest: Mapping[str, Any]) -> str:
 
 def _files(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
     size, dim, classes = manifest["preprocessing"]["size"], manifest["feature_dim"], manifest["classes"]
-    also = " and `class_vectors` (classes, dim)" if manifest["memory"] == "candidates" else ""
+    second_input = " and `class_vectors` (classes, dim)" if manifest["memory"] == "candidates" else ""
     rows = []
     for precision, entry in manifest["precisions"].items():
         rows += [
-            f"| {entry['classifier']} | {precision}: `image` (batch, 3, {size}, {size}) float32{also} -> `logits` "
-            f"(batch, {'classes' if also else classes}) |",
+            f"| {entry['classifier']} | {precision}: `image` (batch, 3, {size}, {size}) float32{second_input} -> "
+            f"`logits` (batch, {'classes' if second_input else classes}) |",
             f"| {entry['image_encoder']} | {precision}: the same input -> `image_features` (batch, {dim}), "
             "L2-normalised |",
         ]
-    rows += [f"| {name} | {what} |" for name, what in WHAT_FILES_ARE.items() if name in sizes]
+    rows += [f"| {name} | {description} |" for name, description in FILES.items() if name in sizes]
     rows.append("| manifest.json | pre-processing, logit scale, parity, latency, sha256 and size of every file |")
-    return "\n".join(["## Files", "", "| file | what it is |", "|---|---|", *rows])
+    return "\n".join(["## Files", "", "| file | content |", "|---|---|", *rows])
 
 
 def _numbers(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
     lines = [
         "## In numbers",
         "",
-        f"{manifest['parameters']:,} parameters between image and feature, "
-        f"{manifest['multiply_adds'] / 1e6:,.1f} million multiply-adds an image. ONNX opset {manifest['opset']}.",
+        f"{manifest['parameters']:,} parameters from the image to its features, "
+        f"{manifest['multiply_adds'] / 1e6:,.1f} million multiply-adds per image. ONNX opset {manifest['opset']}.",
         "",
         _compared(manifest),
         "",
-        "| precision | classifier, MB | least cosine to PyTorch | answers as PyTorch's | top-1 (PyTorch's) |",
+        "| precision | classifier, MB | smallest cosine with PyTorch | top-1 agreement | top-1 (PyTorch's) |",
         "|---|---:|---:|---:|---:|",
+        *(_parity_row(precision, entry, sizes) for precision, entry in manifest["precisions"].items()),
     ]
-    for precision, entry in manifest["precisions"].items():
-        parity = entry["parity"]
-        top1 = NO_SCORE
-        if parity["top1_percent"] is not None:
-            top1 = (
-                f"{parity['top1_percent']:.2f} % ({parity['student_top1_percent']:.2f} %), "
-                f"{_interval(parity['top1_interval_percent'])}"
-            )
-        lines.append(
-            f"| {precision} | {sizes[entry['classifier']] / 1e6:.2f} | {parity['feature_cosine_min']:.6f} | "
-            f"{parity['top1_agreement_percent']:.2f} % of {parity['images']}, "
-            f"{_interval(parity['top1_agreement_interval_percent'])} | {top1} |"
+    return "\n".join([*lines, *_quantisation(manifest), *_latency(manifest)])
+
+
+def _parity_row(precision: str, entry: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
+    parity = entry["parity"]
+    top1 = NO_SCORE
+    if parity["top1_percent"] is not None:
+        top1 = (
+            f"{parity['top1_percent']:.2f} % ({parity['student_top1_percent']:.2f} %), "
+            f"{_interval(parity['top1_interval_percent'])}"
         )
-    if ways := manifest["precisions"].get("int8", {}).get("quantisation"):
-        parts = {name: PartSize(**manifest["images"][name]) for name in ("choose", "calibrate")}
-        tried = ", ".join(
-            f"{way['method']} {way['cosine_mean']:.5f} at {way['bytes'] / 1e6:.2f} MB and {way['milliseconds']:.2f} ms"
-            for way in ways
-        )
-        lines += [
-            "",
-            f"int8 was calibrated on {parts['calibrate'].words()}, and its way was chosen on "
-            f"{parts['choose'].images} others, none of which the table counts. The ways with their mean cosine on "
-            f"those {parts['choose'].images}, the first taken: {tried}.",
-        ]
-    if manifest["latency"]:
-        disturbed = disturbance(manifest["latency"])
-        lines += [
-            "",
-            "Batch 1, on the machine that made the bundle; speed-up and memory against eager PyTorch fp32, side by "
-            f"side in one run{'. ' + disturbed if disturbed else ':'}",
-            "",
-            "| what | threads | milliseconds | speed-up | peak memory, MiB | share |",
-            "|---|---:|---:|---:|---:|---:|",
-            *(
-                f"| {entry['name']} | {entry['threads']} | {1e3 * entry['seconds']:.2f} | {entry['speed_up']:.2f} | "
-                f"{entry['peak_bytes'] / 2**20:.0f} | {entry['memory_share']:.2f} |"
-                for entry in manifest["latency"]
-            ),
-        ]
-    return "\n".join(lines)
+    return (
+        f"| {precision} | {sizes[entry['classifier']] / 1e6:.2f} | {parity['feature_cosine_min']:.6f} | "
+        f"{parity['top1_agreement_percent']:.2f} % of {parity['images']}, "
+        f"{_interval(parity['top1_agreement_interval_percent'])} | {top1} |"
+    )
+
+
+def _quantisation(manifest: Mapping[str, Any]) -> list[str]:
+    """How int8 was made; nothing if it is not in the bundle."""
+    methods = manifest["precisions"].get("int8", {}).get("quantisation")
+    if not methods:
+        return []
+    parts = {name: PartSize(**manifest["images"][name]) for name in ("choose", "calibrate")}
+    compared = ", ".join(
+        f"{method['method']} {method['cosine_mean']:.5f} at {method['bytes'] / 1e6:.2f} MB and "
+        f"{method['milliseconds']:.2f} ms"
+        for method in methods
+    )
+    return [
+        "",
+        f"int8 was calibrated on {parts['calibrate'].words()}, and its method was chosen on {parts['choose'].images} "
+        "others; the table is of neither. The methods with their mean cosine on those "
+        f"{parts['choose'].images}, the chosen one first: {compared}.",
+    ]
+
+
+def _latency(manifest: Mapping[str, Any]) -> list[str]:
+    """The measurements of --benchmark; nothing without them."""
+    if not manifest["latency"]:
+        return []
+    disturbed = disturbance(manifest["latency"])
+    return [
+        "",
+        "Batch 1, on the machine that exported the bundle; speed-up and memory against eager PyTorch in fp32, measured "
+        f"in alternation{'. ' + disturbed if disturbed else ':'}",
+        "",
+        "| what | threads | milliseconds | speed-up | peak memory, MiB | share |",
+        "|---|---:|---:|---:|---:|---:|",
+        *(
+            f"| {entry['name']} | {entry['threads']} | {1e3 * entry['seconds']:.2f} | {entry['speed_up']:.2f} | "
+            f"{entry['peak_bytes'] / 2**20:.0f} | {entry['memory_share']:.2f} |"
+            for entry in manifest["latency"]
+        ),
+    ]
 
 
 def _compared(manifest: Mapping[str, Any]) -> str:
-    """On which images the graphs were compared with PyTorch."""
+    """The images on which the graphs were compared with PyTorch."""
     gate = PartSize(**manifest["images"]["gate"])
     unreadable = manifest["images"]["unreadable"]
-    left_out = f"; {unreadable} images could not be read" if unreadable else ""
-    labels = "" if gate.labels else ". No top-1 is given, since these are not held-out labelled images"
-    return f"The graphs were compared with PyTorch on {gate.words(scored=True)}{left_out}{labels}."
+    skipped = f"; {unreadable} images could not be read" if unreadable else ""
+    labels = "" if gate.labels else ". No top-1 is given, because these are not held-out labelled images"
+    return f"The graphs were compared with PyTorch on {gate.words(scored=True)}{skipped}{labels}."
 
 
 def _limits(manifest: Mapping[str, Any], record: StudentRecord) -> str:
@@ -197,17 +212,17 @@ def _limits(manifest: Mapping[str, Any], record: StudentRecord) -> str:
     lines = [
         "## Limits",
         "",
-        f"It answers with one of its classes whatever it is shown: {names}{more}.",
-        f"It learned from the images of {manifest['data']} and from its teacher, with whatever both of them lack or "
-        "prefer; on other images measure it first.",
+        f"It assigns one of its classes to any image: {names}{more}.",
+        f"It has the biases of the images of {manifest['data']} and of its teacher; measure its accuracy before you "
+        "use it on other images.",
     ]
     if record.recipe.selection == "promptkd":
         lines.append(
-            "Its epoch was selected on test images, as PromptKD's released code does: its score is "
-            "optimistically biased because its epoch was selected on test images."
+            "Its score is optimistically biased because its epoch was selected on test images, as in PromptKD's "
+            "released code."
         )
-    for precision, why in manifest["failed"].items():
-        lines.append(f"{precision} is not in the bundle: {why}.")
+    for precision, reason in manifest["failed"].items():
+        lines.append(f"{precision} is not in the bundle: {reason}.")
     license_note = (
         "No licence was given for this model; those of its data, its teacher and its backbone apply."
         if manifest["license"] == "unknown"

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +11,15 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from comkd_cli.edge.classifier import Preprocessing
-from comkd_cli.errors import ExportError
+from comkd_cli.edge.images import Preprocessing
+from comkd_cli.errors import ExportError, first_line
 from comkd_cli.method.student import Student
 from comkd_cli.method.teacher import encode_classes
+from comkd_cli.runtime.quiet import quiet
 
-OPSET = 20  # the first with Gelu as one operator, which vision transformers run measurably faster with
-MOST_BYTES = 2**31 - 2**20  # a protobuf holds 2 GiB; some is left for the graph itself
-# With an example of one the exporter would take the batch axis for a constant.
+OPSET = 20  # the first with Gelu as one operator, with which vision transformers are faster
+MOST_BYTES = 2**31 - 2**20  # a protobuf holds 2 GiB, including the graph itself
+# The exporter takes an axis of length one for a constant.
 EXAMPLE_BATCH = 2
 IMAGE, FEATURES, CLASS_VECTORS, LOGITS = "image", "image_features", "class_vectors", "logits"
 TOKENS, TEXT_FEATURES = "tokens", "text_features"
@@ -63,15 +60,15 @@ class TextEncoder(nn.Module):
 
 
 def export_image_encoder(student: Student, preprocessing: Preprocessing, path: Path, opset: int = OPSET) -> None:
-    """Write `image` (batch, 3, size, size) float32 to `image_features` (batch, dim), for any batch size.
+    """Write the graph from `image` (batch, 3, size, size) float32 to `image_features` (batch, dim), for any batch size.
 
-    With `memory: candidates` there is a second input, `class_vectors` (classes, dim) for any classes. Raises
-    ExportError where torch's exporter can't follow the student.
+    With `memory: candidates` it has a second input, `class_vectors` (classes, dim), for any number of classes. Raises
+    ExportError if torch's exporter fails on the student.
     """
     size = preprocessing.size
     inputs = {IMAGE: (torch.zeros(EXAMPLE_BATCH, 3, size, size), "batch")}
     if student.uses_candidates:
-        # More than the batch, so that the two axes are not taken for one.
+        # Not the length of the batch, or the exporter would take the two axes for one.
         inputs[CLASS_VECTORS] = (torch.zeros(EXAMPLE_BATCH + 1, student.class_vectors.shape[1]), "classes")
         _export(CandidatesEncoder(student), inputs, FEATURES, path, opset)
     else:
@@ -79,9 +76,9 @@ def export_image_encoder(student: Student, preprocessing: Preprocessing, path: P
 
 
 def export_text_encoder(clip: nn.Module, context_length: int, path: Path, opset: int = OPSET) -> None:
-    """Write `tokens` int64 (texts, context) to `text_features` (texts, dim), for any number of texts.
+    """Write the graph from `tokens` int64 (texts, context) to `text_features` (texts, dim), for any number of texts.
 
-    clip: an open_clip model, with prompts in its text encoder or without. Raises ExportError.
+    clip: an open_clip model, whose text encoder may be prompted. Raises ExportError.
     """
     tokens = torch.zeros(EXAMPLE_BATCH, context_length, dtype=torch.int64)
     _export(TextEncoder(clip), {TOKENS: (tokens, "texts")}, TEXT_FEATURES, path, opset)
@@ -90,7 +87,7 @@ def export_text_encoder(clip: nn.Module, context_length: int, path: Path, opset:
 def add_classifier(encoder: Path, path: Path, class_vectors: np.ndarray, logit_scale: float) -> None:
     """Write the encoder's graph with logits = scale * features @ class_vectors' at its end.
 
-    Where the encoder has the class vectors as an input, they stay one. class_vectors: float32 (classes, dim).
+    If the class vectors are an input of the encoder, they remain one. class_vectors: float32 (classes, dim).
     """
     model = onnx.load(encoder)
     graph = model.graph
@@ -111,7 +108,7 @@ def add_classifier(encoder: Path, path: Path, class_vectors: np.ndarray, logit_s
 
 
 def save_graph(model: onnx.ModelProto, path: Path) -> None:
-    """Write a graph as one file, without what the tools that made it noted in it, such as paths of their machine."""
+    """Write a graph as one file, without the metadata of the tools that made it, such as paths of their machine."""
     del model.metadata_props[:]
     model.doc_string = ""
     graph = model.graph
@@ -128,17 +125,17 @@ def save_graph(model: onnx.ModelProto, path: Path) -> None:
 
 
 def check_graph(path: Path, standard_only: bool) -> None:
-    """Let onnx check a graph, shapes too. standard_only: refuse operators outside the standard.
+    """Check a graph with onnx, including shapes. standard_only: refuse operators outside the standard.
 
     Raises ExportError.
     """
     try:
         onnx.checker.check_model(path, full_check=True)
     except Exception as error:  # onnx raises types of its own, in C++ and in Python
-        raise ExportError(f"{path.name}: onnx finds fault with it: {_first_line(error)}") from error
+        raise ExportError(f"is not a valid ONNX graph: {first_line(error)}", path=path.name) from error
     domains = {node.domain for node in onnx.load(path, load_external_data=False).graph.node}
-    if standard_only and (strange := domains - {"", "ai.onnx"}):
-        raise ExportError(f"{path.name}: has operators outside the ONNX standard, of {', '.join(sorted(strange))}")
+    if standard_only and (other := domains - {"", "ai.onnx"}):
+        raise ExportError("has operators outside the ONNX standard", path=path.name, found=", ".join(sorted(other)))
 
 
 def opset_of(path: Path) -> int:
@@ -148,10 +145,11 @@ def opset_of(path: Path) -> int:
 
 
 def _export(module: nn.Module, inputs: Mapping[str, tuple[Tensor, str]], output: str, path: Path, opset: int) -> None:
-    """inputs: by name, an example and the name of its first axis, which may have any length."""
-    held = sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
-    if held > MOST_BYTES:
-        raise ExportError(f"{path.name}: {held / 2**30:.1f} GiB of weights do not fit into one ONNX file of 2 GiB")
+    """inputs: by name, an example and the name of its first axis, whose length is dynamic."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+    if weights > MOST_BYTES:
+        problem = "its weights do not fit into one ONNX file of 2 GiB"
+        raise ExportError(problem, path=path.name, found=f"{weights / 2**30:.1f} GiB")
     try:
         with quiet():
             torch.onnx.export(
@@ -166,35 +164,17 @@ def _export(module: nn.Module, inputs: Mapping[str, tuple[Tensor, str]], output:
                 external_data=False,
                 verbose=False,
             )
-    except Exception as error:  # the exporter raises many kinds, none of them ours to list
-        pass_on_refusals(error)
-        raise ExportError(f"torch can't export this model to ONNX opset {opset}: {_first_line(error)}") from error
-    if (made := opset_of(path)) != opset:
-        raise ExportError(f"torch's exporter could not bring this model to ONNX opset {opset}; it made {made}")
+    except Exception as error:  # the exporter raises many types
+        reraise_system_error(error)
+        problem = f"torch could not export this model to ONNX: {first_line(error)}"
+        raise ExportError(problem, path=path.name, field=f"opset {opset}") from error
+    if (written := opset_of(path)) != opset:
+        problem = "not supported by torch's exporter for this model"
+        raise ExportError(problem, field="--opset", found=opset, remedy=f"export with --opset {written}")
     save_graph(onnx.load(path), path)
 
 
-def pass_on_refusals(error: Exception) -> None:
-    """Raise again what the system refused, such as to write on a full disk: that is no fault of a graph."""
+def reraise_system_error(error: Exception) -> None:
+    """Raise an error of the operating system again, such as a full disk: it is no failure of a graph."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without what exporters and quantisers print, log, and warn of their own dependencies.
-
-    What they log as an error, with a traceback, they raise as well.
-    """
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -1,9 +1,9 @@
-"""How fast a student answers and how much memory it takes, in PyTorch and in onnxruntime, side by side.
+"""Latency and peak memory of a student in PyTorch and in onnxruntime, measured in alternation.
 
-    python -m comkd_cli.bundles.latency WHAT PATH THREADS SIZE OPTIMIZATION INPUTS.npz MOST_SECONDS
+    python -m comkd_cli.bundles.latency JOB
 
-WHAT is `pytorch` (PATH a student.pt) or `onnxruntime` (PATH a graph). Each measurement is a process of its own,
-since memory that a process once took stays its peak; prints {"seconds": [...], "peak_bytes": ...}.
+JOB is a _Job as JSON. Each measurement is a process of its own, because a process never lowers its peak memory. It
+prints {"seconds": [...], "peak_bytes": ...}.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from comkd_cli.bundles.runner import last_line
 from comkd_cli.errors import ExportError
 from comkd_cli.runtime.ranks import usable_cores
 
+PYTORCH = "pytorch"
 ROUNDS = 3
 WARM_UP = 3
 MOST_SECONDS = 4.0
@@ -45,20 +47,55 @@ class Contender:
 
 @dataclass(frozen=True)
 class Measured:
-    """One way at one number of threads, batch 1."""
+    """The figures of a contender at one number of threads, batch 1."""
 
     name: str
     threads: int
     seconds: float
     """Median over all rounds."""
     speed_up: float
-    """PyTorch's seconds over these, at the same number of threads."""
+    """PyTorch's seconds divided by these, at the same number of threads."""
     peak_bytes: int
-    """Resident memory of the whole process at its highest."""
+    """Peak resident memory of the whole process."""
     memory_share: float
-    """Of PyTorch's peak."""
+    """As a fraction of PyTorch's peak."""
     spread: float = 1.0
-    """The slowest round's median over the fastest one's: far from 1 where other programs ran at the same time."""
+    """Median of the slowest round over that of the fastest: far above 1 if other programs were running."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The seconds of one image, in several rounds."""
+
+    median: float
+    """Over all runs of all rounds."""
+    fastest: float
+    """Median of the fastest round."""
+    slowest: float
+    """Median of the slowest round."""
+
+    @classmethod
+    def of(cls, rounds: Sequence[Mapping[str, Any]]) -> Timing:
+        """From what the processes of the rounds printed."""
+        medians = [statistics.median(entry["seconds"]) for entry in rounds]
+        whole = statistics.median(seconds for entry in rounds for seconds in entry["seconds"])
+        return cls(whole, min(medians), max(medians))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One measurement, in a process of its own."""
+
+    runtime: str
+    """`pytorch`, with a student.pt as the path, or `onnxruntime`, with a graph."""
+    path: str
+    threads: int
+    size: int
+    """Side of the image, in pixels."""
+    optimization: str
+    inputs: str
+    """An .npz of the graph's other inputs."""
+    most_seconds: float
 
 
 def measure_latency(
@@ -68,33 +105,32 @@ def measure_latency(
     extra: Mapping[str, np.ndarray],
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Measured]:
-    """Latency and memory of eager fp32 PyTorch and of each graph, with one thread and with all.
+    """Latency and memory of eager fp32 PyTorch and of each graph, with one thread and with all cores.
 
-    The contenders take turns, so that all meet the same neighbours on the machine. Raises ExportError where
-    one can't be run.
+    The contenders alternate, so that other load of the machine affects all of them. extra: the graphs' other inputs.
+    on_step: receives the number of finished measurements and their total. Raises ExportError if one fails.
     """
-    contenders = [Contender("pytorch", student), *graphs]
+    contenders = [Contender(PYTORCH, student), *graphs]
     counts = sorted({1, usable_cores()})
-    found = _in_turns(contenders, counts, size, extra, MOST_SECONDS, on_step)
-    medians = {key: statistics.median(s for entry in runs for s in entry["seconds"]) for key, runs in found.items()}
-    rounds = {key: [statistics.median(entry["seconds"]) for entry in runs] for key, runs in found.items()}
-    peaks = {key: max(int(entry["peak_bytes"]) for entry in runs) for key, runs in found.items()}
+    rounds = _alternate(contenders, counts, size, extra, MOST_SECONDS, on_step)
+    timings = {key: Timing.of(entries) for key, entries in rounds.items()}
+    peaks = {key: max(int(entry["peak_bytes"]) for entry in entries) for key, entries in rounds.items()}
     return [
         Measured(
             name=name,
             threads=threads,
-            seconds=medians[name, threads],
-            speed_up=medians["pytorch", threads] / medians[name, threads],
+            seconds=timing.median,
+            speed_up=timings[PYTORCH, threads].median / timing.median,
             peak_bytes=peaks[name, threads],
-            memory_share=peaks[name, threads] / peaks["pytorch", threads],
-            spread=max(rounds[name, threads]) / min(rounds[name, threads]),
+            memory_share=peaks[name, threads] / peaks[PYTORCH, threads],
+            spread=timing.slowest / timing.fastest,
         )
-        for name, threads in found
+        for (name, threads), timing in timings.items()
     ]
 
 
 def disturbance(latency: Sequence[Mapping[str, Any]]) -> str | None:
-    """A sentence where the rounds of a measurement differ so much that its figures are not the machine's own."""
+    """A sentence if the rounds of a measurement differ so much that other programs must have been running."""
     worst = max(latency, key=lambda entry: float(entry["spread"]), default=None)
     if worst is None or worst["spread"] <= STEADY_SPREAD:
         return None
@@ -104,13 +140,13 @@ def disturbance(latency: Sequence[Mapping[str, Any]]) -> str | None:
     )
 
 
-def single_thread_seconds(graphs: list[Contender], size: int, extra: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The median seconds of one image on one thread, by name, measured in turns. Raises ExportError."""
-    found = _in_turns(graphs, [1], size, extra, most_seconds=1.0)
-    return {name: statistics.median(s for entry in runs for s in entry["seconds"]) for (name, _), runs in found.items()}
+def single_thread_timings(graphs: list[Contender], size: int, extra: Mapping[str, np.ndarray]) -> dict[str, Timing]:
+    """The seconds of one image on one thread, by name, measured in alternation. Raises ExportError."""
+    rounds = _alternate(graphs, [1], size, extra, most_seconds=1.0)
+    return {name: Timing.of(entries) for (name, _), entries in rounds.items()}
 
 
-def _in_turns(
+def _alternate(
     contenders: list[Contender],
     thread_counts: list[int],
     size: int,
@@ -118,36 +154,27 @@ def _in_turns(
     most_seconds: float,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """What each round measured, by a contender's name and the number of threads."""
+    """What the process of each round printed, by the contender's name and the number of threads."""
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     turns = [(threads, contender) for _ in range(ROUNDS) for threads in thread_counts for contender in contenders]
     with tempfile.TemporaryDirectory() as folder:
-        inputs = Path(folder, "inputs.npz")
+        inputs = str(Path(folder, "inputs.npz"))
         np.savez(inputs, **extra)  # type: ignore[arg-type] # numpy types its own keywords only
-        for turn, (threads, contender) in enumerate(turns):
-            measured = _measure(contender, threads, size, inputs, most_seconds)
+        for i, (threads, contender) in enumerate(turns):
+            runtime = PYTORCH if contender.name == PYTORCH else "onnxruntime"
+            path, optimization = str(contender.path), contender.optimization
+            measured = _measure(_Job(runtime, path, threads, size, optimization, inputs, most_seconds))
             found.setdefault((contender.name, threads), []).append(measured)
-            on_step(turn + 1, len(turns))
+            on_step(i + 1, len(turns))
     return found
 
 
-def _measure(contender: Contender, threads: int, size: int, inputs: Path, most_seconds: float) -> dict[str, Any]:
-    what = "pytorch" if contender.name == "pytorch" else "onnxruntime"
-    arguments = [
-        what,
-        str(contender.path),
-        str(threads),
-        str(size),
-        contender.optimization,
-        str(inputs),
-        str(most_seconds),
-    ]
-    command = [sys.executable, "-m", "comkd_cli.bundles.latency", *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+def _measure(job: _Job) -> dict[str, Any]:
+    command = [sys.executable, "-m", "comkd_cli.bundles.latency", json.dumps(asdict(job))]
+    env = {**os.environ, "OMP_NUM_THREADS": str(job.threads)}
     finished = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if finished.returncode:
-        said = finished.stderr.strip().splitlines()
-        raise ExportError(f"{contender.path.name}: the benchmark failed: {said[-1] if said else 'no message'}")
+        raise ExportError(f"the benchmark failed: {last_line(finished.stderr)}", path=Path(job.path).name)
     measured: dict[str, Any] = json.loads(finished.stdout)
     return measured
 
@@ -165,7 +192,7 @@ def _timed(run: Callable[[], object], most_seconds: float) -> list[float]:
 
 def _peak_bytes() -> int:
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux's own getrusage counts what the parent had at the fork, too
+    if status.is_file():  # Linux's getrusage includes the parent's memory at the fork
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     import resource
@@ -174,29 +201,30 @@ def _peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def main(what: str, path: str, threads: str, size: str, optimization: str, inputs: str, most_seconds: str) -> None:
-    """The child's side."""
-    image = np.random.default_rng(0).standard_normal((1, 3, int(size), int(size)), dtype=np.float32)
-    if what == "pytorch":
+def main(argument: str) -> None:
+    """The side of the child process."""
+    job = _Job(**json.loads(argument))
+    image = np.random.default_rng(0).standard_normal((1, 3, job.size, job.size), dtype=np.float32)
+    if job.runtime == PYTORCH:
         import torch
 
         from comkd_cli.models.checkpoints import load_student
 
-        torch.set_num_threads(int(threads))
-        student, _ = load_student(Path(path))
+        torch.set_num_threads(job.threads)
+        student, _ = load_student(Path(job.path))
         tensor = torch.from_numpy(image)
         with torch.inference_mode():
-            seconds = _timed(lambda: student(tensor).logits, float(most_seconds))
+            seconds = _timed(lambda: student(tensor).logits, job.most_seconds)
     else:
         from comkd_cli.edge.classifier import start_session
 
-        session = start_session(Path(path).read_bytes(), int(threads), optimization)
+        session = start_session(Path(job.path).read_bytes(), job.threads, job.optimization)
         first = session.get_inputs()[0].name
-        with np.load(inputs) as arrays:
-            given = {first: image, **{name: arrays[name] for name in arrays.files}}
-        seconds = _timed(lambda: session.run(None, given), float(most_seconds))
+        with np.load(job.inputs) as arrays:
+            inputs = {first: image, **{name: arrays[name] for name in arrays.files}}
+        seconds = _timed(lambda: session.run(None, inputs), job.most_seconds)
     print(json.dumps({"seconds": seconds, "peak_bytes": _peak_bytes()}))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

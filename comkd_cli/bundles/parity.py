@@ -1,4 +1,4 @@
-"""Parity: whether exported graphs answer as the student does, on real images and at several batch sizes."""
+"""Parity: how far exported graphs are from the student in PyTorch, on real images and at several batch sizes."""
 
 from __future__ import annotations
 
@@ -9,43 +9,23 @@ from typing import Any
 
 import numpy as np
 
+from comkd_cli.bundles.gates import Gate
 from comkd_cli.bundles.runner import run_graph
 from comkd_cli.errors import ExportError
 from comkd_cli.evaluation.metrics import agreement_percent, top1_percent, wilson_interval_percent
 
 BATCH_SIZES = (1, 2, 7)
 BATCH_IMAGES = 64
-"""Images that are sent through at every batch size; the others once."""
+"""Images that are run at every batch size; the others are run once."""
 WHOLE_BATCH = 64
-NO_ANSWER = -1
+NO_CLASS = -1
 LOGIT_TOLERANCE = 0.01
-"""Of a logit, as a share of the logit scale: the two graphs run the same encoder, but need not round alike."""
-
-
-@dataclass(frozen=True)
-class Gate:
-    """What a precision must keep to be in a bundle."""
-
-    cosine_min: float
-    """Of the worst image's features with the student's."""
-    agreement_min_percent: float
-    """Answers that are the student's."""
-    top1_loss_max_points: float
-    """Top-1 of the student less that of the graph, where the images have labels."""
-    difference_max: float = float("inf")
-    """Of a single feature."""
-
-
-GATES = {
-    "fp32": Gate(cosine_min=0.99999, agreement_min_percent=100.0, top1_loss_max_points=0.1, difference_max=1e-4),
-    "fp16": Gate(cosine_min=0.9995, agreement_min_percent=99.5, top1_loss_max_points=0.2),
-    "int8": Gate(cosine_min=0.98, agreement_min_percent=98.0, top1_loss_max_points=1.0),
-}
+"""Of a logit, as a fraction of the logit scale: the two graphs have the same encoder, but may round differently."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the student says in PyTorch of prepared images."""
+    """Prepared images and the student's output for them in PyTorch."""
 
     images: np.ndarray
     """float32 (images, 3, size, size)."""
@@ -54,33 +34,33 @@ class Reference:
     logits: np.ndarray
     """float32 (images, classes)."""
     labels: np.ndarray | None
-    """int64 (images,), or None where the images have none."""
+    """int64 (images,), or None for unlabelled images."""
     different: int | None = None
-    """How many of the images differ from all others; None: all."""
+    """Number of images without copies; None: all."""
     head: np.ndarray | None = None
-    """float32 (dim, classes): logits are features @ head; None: that is not checked."""
+    """float32 (dim, classes): logits are features @ head; None: logits are not checked."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the graphs' answers are from PyTorch's: the worst of each figure over all batch sizes."""
+    """How far the graphs' output is from PyTorch's: the worst of each figure over all batch sizes."""
 
     images: int
     batch_sizes: tuple[int, ...]
-    """At which the first 64 of the images were sent through; the rest in batches of 64."""
+    """For the first 64 images; the rest were run in batches of 64."""
     feature_difference_max: float
     """Largest |difference| of the unit-norm features."""
     feature_cosine_min: float
-    """Least cosine similarity of a feature of the one with the other's."""
+    """Smallest cosine similarity of an image's features with PyTorch's."""
     feature_cosine_mean: float
     top1_agreement_percent: float
-    """Answers that are the student's, over all images."""
+    """Images whose top-1 class is the student's."""
     student_top1_percent: float | None
-    """Of PyTorch's student on these images; None without labels."""
+    """Of the student in PyTorch on these images; None without labels."""
     top1_percent: float | None
-    """Of the graph: an image that is wrong at one batch size is wrong."""
+    """Of the graph: an image counts as wrong if it is wrong at any batch size."""
     different: int | None = None
-    """How many of the images differ from all others, which is what the intervals go by; None: all."""
+    """Number of images without copies, on which the intervals are based; None: all."""
 
     @property
     def top1_agreement_interval_percent(self) -> tuple[float, float]:
@@ -103,22 +83,22 @@ class Parity:
 
     @property
     def top1_loss_points(self) -> float:
-        """What the graph lost of the student's top-1; 0 without labels."""
+        """Top-1 of the student minus top-1 of the graph; 0 without labels."""
         if self.student_top1_percent is None or self.top1_percent is None:
             return 0.0
         return self.student_top1_percent - self.top1_percent
 
     def failures(self, gate: Gate) -> list[str]:
-        """Each figure beyond its limit, with both; nothing where the gate is passed.
+        """Each figure that misses its limit, with that limit; empty if the gate is passed.
 
-        Features that are not numbers pass no gate, however wide.
+        Features that are not finite pass no gate, however wide.
         """
         checks = {
-            "features that are not numbers": bool(np.isfinite(self.feature_difference_max)),
+            "features that are not finite": bool(np.isfinite(self.feature_difference_max)),
             f"max |difference| {self.feature_difference_max:.2e} (limit {gate.difference_max:.0e})": (
                 self.feature_difference_max <= gate.difference_max
             ),
-            f"least cosine {self.feature_cosine_min:.6f} (limit {gate.cosine_min})": (
+            f"smallest cosine {self.feature_cosine_min:.6f} (limit {gate.cosine_min})": (
                 self.feature_cosine_min >= gate.cosine_min
             ),
             f"top-1 agreement {self.top1_agreement_percent:.2f} % (limit {gate.agreement_min_percent:g} %)": (
@@ -131,11 +111,11 @@ class Parity:
         return [figure for figure, passed in checks.items() if not passed]
 
     def figures(self) -> str:
-        """One line with what was measured."""
+        """The figures in one line."""
         labelled = f", top-1 {self.top1_percent:.2f} %" if self.top1_percent is not None else ""
         low, high = self.top1_agreement_interval_percent
         return (
-            f"max |difference| {self.feature_difference_max:.2e}, least cosine {self.feature_cosine_min:.6f}, "
+            f"max |difference| {self.feature_difference_max:.2e}, smallest cosine {self.feature_cosine_min:.6f}, "
             f"top-1 agreement {self.top1_agreement_percent:.2f} % (95 % interval {low:.1f} to {high:.1f} %){labelled}"
         )
 
@@ -147,19 +127,19 @@ def measure_parity(
     extra: Mapping[str, np.ndarray] | None = None,
     optimization: str = "all",
 ) -> Parity:
-    """Compare the two graphs with what PyTorch answered.
+    """Compare the output of the two graphs with PyTorch's.
 
-    extra: the class vectors, where they are an input. Features and logits that are not numbers count as the worst
-    there are: no answer of theirs is the student's. Raises ExportError without images, where a graph can't be run,
-    and where the classifier's logits do not follow from the encoder's features.
+    extra: the class vectors, if they are an input. Features that are not finite have a cosine of -1, and logits that
+    are not finite agree with no class. Raises ExportError without images, if a graph could not be run, and if the
+    classifier's logits are not those of the encoder's features.
     """
     images = reference.images
     if not len(images):
-        raise ExportError(f"{encoder.name}: there are no images to compare it on; give some with --images")
+        raise ExportError("there are no images to compare it on", path=encoder.name, remedy="give some with --images")
     batches = _batches(len(images))
-    sent = {name: images[part] for name, part in batches.items()}
-    encoded = run_graph(encoder, sent, extra, optimization)
-    classified = run_graph(classifier, sent, extra, optimization)
+    inputs = {name: images[part] for name, part in batches.items()}
+    encoded = run_graph(encoder, inputs, extra, optimization)
+    classified = run_graph(classifier, inputs, extra, optimization)
     difference, cosine, cosines = 0.0, 1.0, []
     differing = np.zeros(len(images), dtype=bool)
     wrong = np.zeros(len(images), dtype=bool)
@@ -172,11 +152,11 @@ def measure_parity(
         cosine = min(cosine, float(similarity.min())) if np.isfinite(similarity).all() else -1.0
         cosines.append(similarity)
         _check_logits(classifier, classified[name], encoded[name], reference.head)
-        numbers = np.isfinite(classified[name]).all(axis=1)
-        answers = np.where(numbers, classified[name].argmax(axis=1), NO_ANSWER)
-        differing[part] |= answers != expected[part]
+        finite = np.isfinite(classified[name]).all(axis=1)
+        predicted = np.where(finite, classified[name].argmax(axis=1), NO_CLASS)
+        differing[part] |= predicted != expected[part]
         if labels is not None:
-            wrong[part] |= answers != labels[part]
+            wrong[part] |= predicted != labels[part]
     return Parity(
         images=len(images),
         batch_sizes=BATCH_SIZES,
@@ -191,20 +171,22 @@ def measure_parity(
 
 
 def _check_logits(classifier: Path, logits: np.ndarray, features: np.ndarray, head: np.ndarray | None) -> None:
-    """Agreement alone would not notice logits of a wrong scale, which are wrong probabilities. Raises ExportError."""
+    """Check the scale of logits, which top-1 agreement does not depend on but probabilities do. Raises ExportError."""
     if head is None:
         return
     gap = np.abs(logits - features @ head).max()
     limit = LOGIT_TOLERANCE * float(np.linalg.norm(head, axis=0).max())
     if gap > limit:
         raise ExportError(
-            f"{classifier.name}: its logits are not logit_scale * features @ class vectors: "
-            f"max |difference| {gap:.2e} (limit {limit:.0e})"
+            "its logits are not logit_scale * features @ class vectors",
+            path=classifier.name,
+            found=f"max |difference| {gap:.2e}",
+            allowed=f"{limit:.0e}",
         )
 
 
 def _batches(images: int) -> dict[str, slice]:
-    """The first images at every batch size, the rest in whole batches, by a name each."""
-    many = min(BATCH_IMAGES, images)
-    parts = {f"{size}/{i}": slice(i, min(i + size, many)) for size in BATCH_SIZES for i in range(0, many, size)}
-    return parts | {f"rest/{i}": slice(i, min(i + WHOLE_BATCH, images)) for i in range(many, images, WHOLE_BATCH)}
+    """The images of each batch, by its name: the first images at every batch size, then the rest in whole batches."""
+    first = min(BATCH_IMAGES, images)
+    parts = {f"{size}/{i}": slice(i, min(i + size, first)) for size in BATCH_SIZES for i in range(0, first, size)}
+    return parts | {f"rest/{i}": slice(i, min(i + WHOLE_BATCH, images)) for i in range(first, images, WHOLE_BATCH)}

@@ -1,8 +1,8 @@
-"""The same graph in fewer bits: fp16, and int8 by whichever quantisation keeps more on images of their own."""
+"""The same graph in fewer bits: fp16, and int8 by the quantisation that keeps most of the features."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,40 +10,49 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from comkd_cli.bundles.graphs import IMAGE, pass_on_refusals, quiet, save_graph
-from comkd_cli.bundles.latency import Contender, single_thread_seconds
-from comkd_cli.bundles.parity import Gate
+from comkd_cli.bundles.gates import Gate
+from comkd_cli.bundles.graphs import IMAGE, reraise_system_error, save_graph
+from comkd_cli.bundles.latency import Contender, Timing, single_thread_timings
 from comkd_cli.bundles.runner import run_graph
-from comkd_cli.errors import ExportError
+from comkd_cli.errors import ExportError, first_line
 from comkd_cli.evaluation.metrics import agreement_percent
+from comkd_cli.runtime.quiet import quiet
 
-PRECISIONS = ("fp32", "fp16", "int8")
-# onnxruntime's own fusions have crashed the process on some fp16 graphs on CPUs; the basic ones have not.
+# onnxruntime's extended fusions have crashed on some fp16 graphs on CPUs; the basic ones have not.
 OPTIMIZATION = {"fp32": "all", "fp16": "basic", "int8": "all"}
-# Products with weights. What multiplies two activations, as attention does, stays in float, and so do norms:
-# they hold no weights to shrink, and rounding them costs most of the accuracy.
+# Products with weights. Products of two activations, as in attention, and norms stay in float: they have no weights to
+# shrink, and rounding them costs most of the accuracy.
 WEIGHTED = ("Conv", "Gemm", "MatMul")
-# A quantisation that leaves more of the file than this in float is none.
-MOST_OF_FP32 = 0.3
-CLOSE_COSINE = 0.995  # below this, a way that keeps more comes first, however slow
-SLOWER = 1.1  # within this of the fastest, a way that keeps more comes first
+MOST_OF_FP32 = 0.3  # of the fp32 file's size; a larger file has left most weights in float
+CLOSE_COSINE = 0.995  # a method with a lower mean cosine comes after all closer ones, however fast
+SLOWER = 1.1  # a method that takes longer than this times the fastest comes after the others
 CALIBRATION_BATCH = 16
 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """A way to int8, and how well it did on the images that the ways are chosen on."""
+    """A quantisation method, and its figures on the images on which methods are compared."""
 
     method: str
     cosine_mean: float
-    """Of the quantised features with the float graph's, over those images."""
+    """Of the quantised features with the float graph's."""
     cosine_min: float
-    """The same of the worst image."""
+    """Of the worst image."""
     agreement_percent: float
-    """Answers that are the float graph's."""
+    """Images whose top-1 class is the float graph's."""
     bytes: int
     milliseconds: float
-    """Of one image on one thread, measured beside the other ways."""
+    """Of one image on one thread, measured in alternation with the other methods."""
+
+
+@dataclass(frozen=True)
+class QuantisationImages:
+    """Real images of the domain for int8; the gate's images are not among them."""
+
+    calibrate: np.ndarray
+    """float32 (images, 3, size, size), from which the ranges of activations are taken."""
+    choose: np.ndarray
+    """float32 (images, 3, size, size), none of them in `calibrate`, on which the methods are compared."""
 
 
 def to_fp16(source: Path, target: Path) -> None:
@@ -54,158 +63,180 @@ def to_fp16(source: Path, target: Path) -> None:
     try:
         with quiet():
             converted = OnnxModel(convert_float_to_float16(onnx.load(source), keep_io_types=True))
-            converted.topological_sort()  # the casts of inputs and outputs come last
-    except Exception as error:  # the converter meets graphs that it was not written for
-        pass_on_refusals(error)
-        raise ExportError(f"{target.name}: onnxruntime can't convert the graph to fp16: {error}") from error
+            converted.topological_sort()  # the converter appends the casts of inputs and outputs
+    except Exception as error:  # of many types
+        reraise_system_error(error)
+        problem = f"onnxruntime could not convert the graph to fp16: {first_line(error)}"
+        raise ExportError(problem, path=target.name) from error
     save_graph(converted.model, target)
 
 
-@dataclass(frozen=True)
-class QuantisationImages:
-    """Real images of the domain for int8; those of the gate are not among them."""
+class Quantiser:
+    """Makes int8 graphs by several methods and ranks them.
 
-    calibrate: np.ndarray
-    """float32 (images, 3, size, size), from which the ranges of activations are taken."""
-    choose: np.ndarray
-    """float32 (images, 3, size, size), none of them in `calibrate`, on which the ways are compared."""
-
-
-def to_int8(
-    source: Path, images: QuantisationImages, head: np.ndarray, gate: Gate, extra: dict[str, np.ndarray]
-) -> list[tuple[Quantisation, Path]]:
-    """The graph with 8-bit weights, made in each way that applies, the best first.
-
-    Better is, in this order: within the gate's limits on the images to choose on, a file that is small enough,
-    features that stay close, and speed. head: float32 (dim, classes), the class vectors by which features are
-    answers. extra: other inputs of the graph, the same for every batch. The graphs are written beside the source;
-    the caller keeps what it wants. Raises ExportError where none works.
+    images: to calibrate and to compare on. head: float32 (dim, classes); logits are features @ head. gate: the limits
+    that the chosen graph will have to meet, on other images. extra: other inputs of the graph, the same for every
+    batch.
     """
-    prepared = source.with_suffix(".prepared.onnx")
-    try:
-        _prepare(source, prepared)
-    except Exception as error:  # whatever onnxruntime's shape inference and optimiser meet
-        pass_on_refusals(error)
-        prepared.unlink(missing_ok=True)
-        raise ExportError(f"{source.name}: onnxruntime can't prepare the graph for int8: {error}") from error
-    made: dict[str, Path] = {}
-    problems = []
-    ways: dict[str, Callable[[Path], None]] = {
-        "static-channel-percentile": lambda out: _static(prepared, out, images.calibrate, extra, "Percentile", True),
-        "static-channel-entropy": lambda out: _static(prepared, out, images.calibrate, extra, "Entropy", True),
-        "static-tensor-percentile": lambda out: _static(prepared, out, images.calibrate, extra, "Percentile", False),
-        "dynamic-signed": lambda out: _dynamic(prepared, out, signed=True),
-        "dynamic-unsigned": lambda out: _dynamic(prepared, out, signed=False),
-    }
-    for method, quantise in ways.items():
-        out = source.with_suffix(f".{method}.onnx")
+
+    def __init__(
+        self, images: QuantisationImages, head: np.ndarray, gate: Gate, extra: Mapping[str, np.ndarray]
+    ) -> None:
+        self._images, self._head, self._gate, self._extra = images, head, gate, extra
+        self._methods: dict[str, Callable[[Path, Path], None]] = {
+            "static-channel-percentile": self._static("Percentile", per_channel=True),
+            "static-channel-entropy": self._static("Entropy", per_channel=True),
+            "static-tensor-percentile": self._static("Percentile", per_channel=False),
+            "dynamic-signed": lambda source, target: _dynamic(source, target, signed=True),
+            "dynamic-unsigned": lambda source, target: _dynamic(source, target, signed=False),
+        }
+
+    def quantise(self, source: Path) -> list[tuple[Quantisation, Path]]:
+        """The graph with 8-bit weights by each method that works, the best first.
+
+        The order is that of: the gate's limits on the images to choose on, a file that is small enough, features that
+        are close, speed, mean cosine. Speeds that differ by no more than the rounds of their own measurement count as
+        equal, so that the order does not depend on the load of the machine. The graphs are written beside the source;
+        the caller removes those that it does not need. Raises ExportError if no method works.
+        """
+        prepared = source.with_suffix(".prepared.onnx")
         try:
-            with quiet():
-                quantise(out)
-        except Exception as error:  # onnxruntime's quantiser raises whatever a graph makes it fail of
-            pass_on_refusals(error)
-            problems.append(f"{method}: {error}")
-            continue
-        save_graph(_compact(onnx.load(out)), out)
-        made[method] = out
-    prepared.unlink()
-    if not made:
-        raise ExportError(f"{source.name}: onnxruntime can't quantise the graph: {'; '.join(problems)}")
-    return _ranked(source, made, images.choose, head, gate, extra)
+            _prepare(source, prepared)
+        except Exception as error:  # of onnxruntime's shape inference and optimiser, of many types
+            reraise_system_error(error)
+            prepared.unlink(missing_ok=True)
+            problem = f"onnxruntime could not prepare the graph for int8: {first_line(error)}"
+            raise ExportError(problem, path=source.name) from error
+        graphs: dict[str, Path] = {}
+        problems = []
+        for method, write in self._methods.items():
+            target = source.with_suffix(f".{method}.onnx")
+            try:
+                with quiet():
+                    write(prepared, target)
+            except Exception as error:  # of onnxruntime's quantiser, of many types
+                reraise_system_error(error)
+                problems.append(f"{method}: {first_line(error)}")
+                continue
+            save_graph(_compact(onnx.load(target)), target)
+            graphs[method] = target
+        prepared.unlink()
+        if not graphs:
+            problem = f"onnxruntime could not quantise the graph: {'; '.join(problems)}"
+            raise ExportError(problem, path=source.name)
+        return self.rank(source, graphs)
 
+    def rank(self, source: Path, graphs: Mapping[str, Path]) -> list[tuple[Quantisation, Path]]:
+        """The quantised graphs that onnxruntime can run, the best first; the others' files are removed."""
+        images = self._images.choose
+        batches = {str(i): images[i : i + CALIBRATION_BATCH] for i in range(0, len(images), CALIBRATION_BATCH)}
+        reference = np.concatenate(list(run_graph(source, batches, self._extra).values()))
+        features: dict[str, np.ndarray] = {}
+        problems = []
+        for method, path in graphs.items():
+            try:
+                features[method] = np.concatenate(list(run_graph(path, batches, self._extra).values()))
+            except ExportError as error:
+                problems.append(f"{method}: {error}")
+                path.unlink()
+        if not features:
+            problem = f"onnxruntime could not run any quantised graph: {'; '.join(problems)}"
+            raise ExportError(problem, path=source.name)
+        contenders = [Contender(method, graphs[method]) for method in features]
+        timings = single_thread_timings(contenders, images.shape[2], self._extra)
+        figures = {
+            method: self._figures(method, graphs[method], features[method], reference, timings[method].median)
+            for method in features
+        }
+        order = self._order(figures, timings, MOST_OF_FP32 * source.stat().st_size)
+        return [(figures[method], graphs[method]) for method in order]
 
-def _ranked(
-    source: Path,
-    made: dict[str, Path],
-    images: np.ndarray,
-    head: np.ndarray,
-    gate: Gate,
-    extra: dict[str, np.ndarray],
-) -> list[tuple[Quantisation, Path]]:
-    """Those that onnxruntime can run, best first; the files of the others are removed."""
-    batches = {str(i): images[i : i + CALIBRATION_BATCH] for i in range(0, len(images), CALIBRATION_BATCH)}
-    reference = np.concatenate(list(run_graph(source, batches, extra).values()))
-    features: dict[str, np.ndarray] = {}
-    problems = []
-    for method, path in list(made.items()):
-        try:
-            features[method] = np.concatenate(list(run_graph(path, batches, extra).values()))
-        except ExportError as error:
-            problems.append(f"{method}: {error}")
-            path.unlink()
-            del made[method]
-    if not made:
-        raise ExportError(f"{source.name}: onnxruntime can run no quantised graph: {'; '.join(problems)}")
-    contenders = [Contender(method, path) for method, path in made.items()]
-    seconds = single_thread_seconds(contenders, images.shape[2], extra)
-    found = []
-    for method, path in made.items():
-        cosines = _cosines(features[method], reference)
-        agreement = agreement_percent((features[method] @ head).argmax(axis=1), (reference @ head).argmax(axis=1))
-        figures = float(cosines.mean()), float(cosines.min()), agreement
-        found.append((Quantisation(method, *figures, path.stat().st_size, 1e3 * seconds[method]), path))
-    most = MOST_OF_FP32 * source.stat().st_size
-    fastest = min(seconds.values())
+    def _figures(
+        self, method: str, graph: Path, features: np.ndarray, reference: np.ndarray, seconds: float
+    ) -> Quantisation:
+        cosines = _cosines(features, reference)
+        return Quantisation(
+            method=method,
+            cosine_mean=float(cosines.mean()),
+            cosine_min=float(cosines.min()),
+            agreement_percent=agreement_percent(
+                (features @ self._head).argmax(axis=1), (reference @ self._head).argmax(axis=1)
+            ),
+            bytes=graph.stat().st_size,
+            milliseconds=1e3 * seconds,
+        )
 
-    def worse(entry: tuple[Quantisation, Path]) -> tuple[bool, bool, bool, bool, float]:
-        way = entry[0]
-        missed = way.cosine_min < gate.cosine_min or way.agreement_percent < gate.agreement_min_percent
-        slow = way.milliseconds > SLOWER * 1e3 * fastest
-        return missed, way.bytes > most, way.cosine_mean < CLOSE_COSINE, slow, -way.cosine_mean
+    def _order(
+        self, figures: Mapping[str, Quantisation], timings: Mapping[str, Timing], most_bytes: float
+    ) -> list[str]:
+        """The methods, the best first; those that are equal stay in the order of `figures`."""
+        fastest = min(timings.values(), key=lambda timing: timing.median)
 
-    return sorted(found, key=worse)
+        def key(method: str) -> tuple[bool, bool, bool, bool, float]:
+            figure = figures[method]
+            missed = (
+                figure.cosine_min < self._gate.cosine_min or figure.agreement_percent < self._gate.agreement_min_percent
+            )
+            # Slower in every round than the fastest method in any of its rounds.
+            slower = timings[method].fastest > SLOWER * fastest.slowest
+            return missed, figure.bytes > most_bytes, figure.cosine_mean < CLOSE_COSINE, slower, -figure.cosine_mean
+
+        return sorted(figures, key=key)
+
+    def _static(self, how: str, per_channel: bool) -> Callable[[Path, Path], None]:
+        def write(source: Path, target: Path) -> None:
+            _static(source, target, _Reader(self._images.calibrate, self._extra), how, per_channel)
+
+        return write
 
 
 def _cosines(features: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Of each image's features with the unit-length reference, (images,); -1 where they are not numbers."""
+    """Cosine similarity of each image's features with the L2-normalised reference, (images,); -1 if not finite."""
     with np.errstate(invalid="ignore", divide="ignore"):
         found = np.sum(features * reference, axis=1) / np.linalg.norm(features, axis=1)
     return np.where(np.isfinite(found), found, -1.0)
 
 
 def _prepare(source: Path, target: Path) -> None:
-    """Shapes inferred and constants folded, as quantisation needs them."""
+    """Infer shapes and fold constants, which quantisation needs."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with quiet():
         quant_pre_process(str(source), str(target), skip_symbolic_shape=True)
     model = onnx.load(target)
     for index, node in enumerate(model.graph.node):
-        node.name = f"{node.op_type}_{index}"  # what is left out is left out by name
+        node.name = f"{node.op_type}_{index}"  # nodes are excluded by name
     onnx.save(model, target)
 
 
-def _static(
-    source: Path, target: Path, calibration: np.ndarray, extra: dict[str, np.ndarray], how: str, per_channel: bool
-) -> None:
-    """Ranges of activations from calibration images. per_channel: a scale for each output channel of a weight."""
+def _static(source: Path, target: Path, reader: _Reader, how: str, per_channel: bool) -> None:
+    """Take the ranges of activations from calibration images. per_channel: a scale per output channel of a weight."""
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     quantize_static(
         str(source),
         str(target),
-        _Reader(calibration, extra),
-        # In pairs of nodes around float operators, the other format, a small model's scales and biases would
-        # take as much room again as its weights.
+        reader,
+        # In the other format, QDQ, the scales and biases of a small model take as much space as its weights.
         quant_format=QuantFormat.QOperator,
         op_types_to_quantize=list(WEIGHTED),
         nodes_to_exclude=_products_of_activations(source),
         per_channel=per_channel,
-        # CPUs without VNNI add products of an unsigned and a signed byte in sixteen bits, which overflow: signed
-        # weights, which channels need, get seven bits. Unsigned ones are added in more.
+        # CPUs without VNNI accumulate products of an unsigned and a signed byte in 16 bits, which overflow: signed
+        # weights, which per_channel needs, get 7 bits. Products of unsigned bytes are accumulated in more bits.
         reduce_range=per_channel,
         weight_type=QuantType.QInt8 if per_channel else QuantType.QUInt8,
         activation_type=QuantType.QUInt8,
         calibrate_method=CalibrationMethod[how],
-        # A batch at a time, or every activation of every image would be in memory at once.
+        # One batch at a time, or the activations of all images would be in memory at once.
         extra_options={"CalibPercentile": 99.99, "CalibStridedMinMax": 1},
     )
 
 
 def _dynamic(source: Path, target: Path, signed: bool) -> None:
-    """Ranges of activations found as the graph runs.
+    """Compute the ranges of activations at run time.
 
-    Convolutions stay float: those that are quantised as they run are slower than float ones.
+    Convolutions stay float: dynamically quantised ones are slower than those.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -221,7 +252,7 @@ def _dynamic(source: Path, target: Path, signed: bool) -> None:
 
 
 def _compact(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph with short names within, and one zero point where a convolution's channels share it."""
+    """The same graph with short names, and one zero point for a convolution if its channels share it."""
     graph = model.graph
     kept = {entry.name for entry in (*graph.input, *graph.output)}
     names: dict[str, str] = {"": ""}
@@ -243,32 +274,27 @@ def _compact(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _products_of_activations(path: Path) -> list[str]:
-    """Names of the products that no weight takes part in."""
+    """Names of the products without weights."""
     graph = onnx.load(path).graph
     weights = {initializer.name for initializer in graph.initializer}
     return [node.name for node in graph.node if node.op_type in WEIGHTED and not weights & set(node.input)]
 
 
 class _Reader:
-    """Calibration images in batches, as onnxruntime asks for them: by ranges, then one after the other."""
+    """Calibration images in batches: onnxruntime sets a range of batches, then reads them one by one."""
 
-    def __init__(self, images: np.ndarray, extra: dict[str, np.ndarray]) -> None:
+    def __init__(self, images: np.ndarray, extra: Mapping[str, np.ndarray]) -> None:
         starts = range(0, len(images), CALIBRATION_BATCH)
         self._batches = [{IMAGE: images[i : i + CALIBRATION_BATCH], **extra} for i in starts]
-        self._waiting = iter(self._batches)
+        self._remaining = iter(self._batches)
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def set_range(self, start_index: int, end_index: int) -> None:
-        """The batches that are asked for next."""
-        self._waiting = iter(self._batches[start_index:end_index])
+        """Select the batches that get_next returns."""
+        self._remaining = iter(self._batches[start_index:end_index])
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         """The next batch, or None after the last."""
-        return next(self._waiting, None)
-
-
-def in_order(precisions: Sequence[str]) -> tuple[str, ...]:
-    """Each precision once, fp32 first."""
-    return tuple(precision for precision in PRECISIONS if precision in precisions)
+        return next(self._remaining, None)

@@ -1,9 +1,9 @@
-"""Run an ONNX graph in a process of its own: onnxruntime can crash the process that it runs in.
+"""Run an ONNX graph in a process of its own, because onnxruntime can crash the process that it runs in.
 
     python -m comkd_cli.bundles.runner GRAPH INPUTS.npz OUTPUTS.npz OPTIMIZATION
 
 INPUTS holds arrays `batch/NAME`, each a batch for the graph's first input, and `input/NAME` for its other
-inputs, the same for every batch; OUTPUTS gets the answers under the batches' names.
+inputs, which are the same for every batch. OUTPUTS receives the graph's output for each batch, by the batch's name.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def run_graph(
     extra: Mapping[str, np.ndarray] | None = None,
     optimization: str = "all",
 ) -> dict[str, np.ndarray]:
-    """The graph's answers to batches for its first input, by the same names.
+    """The graph's output for each batch, by the same names.
 
-    extra: arrays for its other inputs. optimization: onnxruntime's, `all` or `basic`. What is passed on lies beside
-    the graph while it runs. Raises ExportError where onnxruntime refuses the graph or dies of it, and OSError where
-    the system refuses to write, such as on a full disk: that is no fault of the graph.
+    extra: arrays for its other inputs. optimization: onnxruntime's, `all` or `basic`. Temporary files are written
+    beside the graph. Raises ExportError if onnxruntime refuses the graph or crashes, and OSError if the system refuses
+    to write, such as on a full disk, which is no failure of the graph.
     """
     arrays = {f"{BATCH}{name}": array for name, array in batches.items()}
     arrays |= {f"{OTHER_INPUT}{name}": array for name, array in (extra or {}).items()}
@@ -45,28 +45,33 @@ def run_graph(
         command = [sys.executable, "-m", module, str(graph), str(inputs), str(outputs), optimization]
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         if finished.returncode:
-            said = finished.stderr.strip().splitlines()
-            if refused := re.match(r"OSError: \[Errno (\d+)\]", said[-1] if said else ""):
+            message = last_line(finished.stderr)
+            if refused := re.match(r"OSError: \[Errno (\d+)\]", message):
                 number = int(refused[1])
                 raise OSError(number, os.strerror(number), folder)
-            died = f"signal {-finished.returncode}" if finished.returncode < 0 else f"exit {finished.returncode}"
-            raise ExportError(f"{graph.name}: onnxruntime can't run it ({died}): {said[-1] if said else 'no message'}")
-        with np.load(outputs) as answers:
-            return {name: answers[name] for name in answers.files}
+            status = f"signal {-finished.returncode}" if finished.returncode < 0 else f"exit {finished.returncode}"
+            raise ExportError(f"onnxruntime could not run it ({status}): {message}", path=graph.name)
+        with np.load(outputs) as results:
+            return {name: results[name] for name in results.files}
+
+
+def last_line(text: str) -> str:
+    """The last line of a process's standard error, where Python prints the error itself."""
+    return next(reversed(text.strip().splitlines()), "no message")
 
 
 def main(graph: str, inputs: str, outputs: str, optimization: str) -> None:
-    """The child's side."""
+    """The side of the child process."""
     session = start_session(Path(graph).read_bytes(), threads=None, optimization=optimization)
     first = session.get_inputs()[0].name
     with np.load(inputs) as arrays:
         others = {name.removeprefix(OTHER_INPUT): arrays[name] for name in arrays.files if name.startswith(OTHER_INPUT)}
-        answers = {
+        results = {
             name.removeprefix(BATCH): session.run(None, {first: arrays[name], **others})[0]
             for name in arrays.files
             if name.startswith(BATCH)
         }
-    np.savez(outputs, **answers)
+    np.savez(outputs, **results)
 
 
 if __name__ == "__main__":

@@ -20,15 +20,16 @@ from comkd_cli.errors import ComkdError
 from comkd_cli.runtime import ranks
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-OTHERS_WAIT_SECONDS = 3
+FIRST_SIGNAL = 129  # 128 + SIGHUP, the lowest: from here on a code means a stop that was requested
+OTHER_RANKS_WAIT_SECONDS = 3
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class CommandFolder(click.Group):
-    """A group whose commands are the modules of comkd_cli/cli/commands, imported when they are asked for.
+    """A group whose commands are the modules of comkd_cli/cli/commands, each imported when it is used.
 
-    The one error boundary: a ComkdError, or a file that the system refuses, is printed as one message
-    and ends with its exit code; `--debug` lets the traceback through.
+    It is the only error boundary: a ComkdError, or an OSError about a file, is printed as one message and sets the
+    exit code; with `--debug` the traceback is shown.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -44,8 +45,8 @@ class CommandFolder(click.Group):
         return command
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the command line; whatever the terminal's encoding, a text never ends it."""
-        for stream in (sys.stdout, sys.stderr):  # a file's name need not be text that they can encode
+        """Run the command line. Characters that the terminal cannot encode are escaped."""
+        for stream in (sys.stdout, sys.stderr):  # file names may hold such characters
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         return super().main(*args, **kwargs)
@@ -56,16 +57,16 @@ class CommandFolder(click.Group):
         try:
             with nullcontext() if debug else quiet_libraries():
                 result = super().invoke(ctx)
-                sys.stdout.flush()  # a full disk is met here, not when Python ends
+                sys.stdout.flush()  # raises on a full disk here, not at exit
                 return result
         except ComkdError as error:
             if debug:
                 raise
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail("interrupted; finished work is kept, and the same command resumes the rest", INTERRUPTED)
+            _fail("interrupted; rerun the same command to resume", INTERRUPTED)
         except OSError as error:
-            # Broken pipes are Click's; what has neither a file's name nor to do with a disk is not the user's to mend.
+            # Click handles broken pipes; an error without a file name or a full disk is a bug, not the user's.
             if debug or isinstance(error, BrokenPipeError) or (error.filename is None and error.errno not in NO_SPACE):
                 raise
             if error.filename is None:
@@ -74,20 +75,22 @@ class CommandFolder(click.Group):
 
 
 def _drop_output() -> None:
-    """Let what could not be written to standard output go nowhere, or Python tries once more when it ends."""
+    """Discard what could not be written to standard output; Python would try again at exit."""
     with suppress(OSError, ValueError):  # a test's stream has no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
     if not ranks.is_main():
-        if exit_code >= INTERRUPTED:
+        if exit_code >= FIRST_SIGNAL:
             sys.exit(exit_code)
-        # What the main process meets too is said by it, and its launcher ends this one while it waits.
-        time.sleep(OTHERS_WAIT_SECONDS)
+        # If the main process fails too, it prints the error, and its launcher ends this process during the wait.
+        time.sleep(OTHER_RANKS_WAIT_SECONDS)
         message = f"process {ranks.rank()}: {message}"
-    # An interruption is what the user wished, no error.
-    label = click.style("error:", fg="red", bold=True) if exit_code < INTERRUPTED else click.style("note:", fg="yellow")
+    # A stop that the user requested is not an error.
+    label = (
+        click.style("error:", fg="red", bold=True) if exit_code < FIRST_SIGNAL else click.style("note:", fg="yellow")
+    )
     click.echo(f"{label} {message}", err=True)
     sys.exit(exit_code)
 
@@ -99,7 +102,7 @@ def _fail(message: str, exit_code: int) -> NoReturn:
 @click.version_option(package_name="comkd")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
-    """Distil a large CLIP into a small one, prove what it kept, pack it for devices.
+    """Distil a large CLIP into a small one, measure what it retains, and export it for devices.
 
-    Start with `comkd distill digits`, which needs no download.
+    Start with `comkd distill digits`, which downloads nothing.
     """

@@ -19,23 +19,23 @@ data_root_option = click.option(
     envvar="COMKD_DATA",
     default=Path("data"),
     show_default=True,
-    help="Folder of data sets.",
+    help="Folder of datasets.",
     show_envvar=True,
 )
 allow_download_option = click.option(
     "--allow-download",
     is_flag=True,
-    help="Download what a student.pt names and this machine lacks, such as its backbone or its teacher.",
+    help="Download what a student.pt names and this machine does not have, such as its backbone or its teacher.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
 def numbers(_context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    """`1,2,4` as whole numbers from 1 on, for an option's callback."""
+    """Parse `1,2,4` into positive integers; the callback of an option."""
     try:
         found = tuple(int(part) for part in value.split(","))
     except ValueError:
         found = ()
     if not found or min(found) < 1:
-        raise click.BadParameter(f"{value!r} should be whole numbers from 1 on, such as 1,2,4", param=parameter)
+        raise click.BadParameter(f"{value!r} should be positive integers, such as 1,2,4", param=parameter)
     return found

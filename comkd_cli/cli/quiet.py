@@ -1,4 +1,4 @@
-"""Keeps what libraries say to their programmers away from the user's terminal."""
+"""Hides the warnings and log lines of libraries, which are meant for developers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
-# Warnings that the user can act on, by how they begin: a GPU that torch finds and cannot use.
+# Beginnings of the warnings that a user can act on: torch finds a GPU and cannot use it.
 FOR_USERS = ("CUDA initialization", "User provided device_type of 'cuda', but CUDA is not available")
-# For libraries that read their level once, and for processes that comkd starts; what the user has set stays.
+# For libraries that read their level once, and for child processes. A value that the user has set is kept.
 ENVIRONMENT = {
     "HF_HUB_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -24,14 +24,14 @@ ENVIRONMENT = {
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """While the block lasts, libraries' warnings and log lines are dropped, but for those that concern the user.
+    """Drop libraries' warnings and log lines within the block, except those that concern the user.
 
-    The filters of warnings stay as they are, so that a warning that is an error remains one.
+    The warning filters are not changed, so a warning that is turned into an error remains one.
     """
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    silent = logging.NullHandler()  # a root logger with a handler writes nothing to standard error by itself
+    silent = logging.NullHandler()  # without any handler the root logger would print to standard error
     logging.root.addHandler(silent)
     show = warnings.showwarning
     warnings.showwarning = _show

@@ -1,4 +1,4 @@
-"""How commands speak to people: consoles, progress bars, and plain lines where there is no terminal."""
+"""Output of the commands: consoles, tables, progress bars, and plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from rich.text import Text
 from comkd_cli.events import Epoch, Event, Notice, Progress, Report, Stage
 from comkd_cli.runtime import ranks
 
-PLAIN_LINE_EVERY_SECONDS = 60  # how often long work says where it is, where there is no terminal for a bar
-PLAIN_WIDTH = 200  # of tables where there is no terminal, in characters; wider ones are printed whole
-LEAST_TEXT_WIDTH = 16  # a column of text is not made narrower: the rows are stacked instead
-BAR_FROM_WIDTH = 80  # of the terminal, for a progress bar beside the figures
+PLAIN_LINE_EVERY_SECONDS = 60  # between progress lines, where there is no terminal for a bar
+PLAIN_WIDTH = 200  # characters of a table where there is no terminal; wider tables are not cut
+LEAST_TEXT_WIDTH = 16  # characters; a narrower text column is not readable, so the rows are stacked instead
+BAR_FROM_WIDTH = 80  # characters of a terminal with room for a progress bar beside the figures
 GAP = 2  # characters between the columns of a table
 ASCII = {"±": "+/-", "…": "..."}
 
 
 def encodable(text: str) -> bool:
-    """Whether standard output can show a text as it is."""
+    """Whether standard output can encode a text."""
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
@@ -42,13 +42,13 @@ def encodable(text: str) -> bool:
 
 
 def print_json(document: Any, indent: int | None = 2) -> None:
-    """Print a document as JSON: with names as they are where the terminal can encode them, else with escapes."""
+    """Print a document as JSON; characters that the terminal cannot encode are escaped."""
     text = json.dumps(document, indent=indent, ensure_ascii=False)
     click.echo(text if encodable(text) else json.dumps(document, indent=indent))
 
 
 def output() -> Console:
-    """The console for results: standard output, never wrapped where it is not a terminal."""
+    """The console for results: standard output, not wrapped where it is not a terminal."""
     # emoji=False: a class or a file may be named :dog:
     console = Console(highlight=False, emoji=False, quiet=not ranks.is_main())
     if not console.is_terminal:
@@ -62,15 +62,15 @@ class Column:
 
     head: str
     kind: Literal["text", "word", "figure"] = "figure"
-    """`text` may be folded; a `word` or a `figure`, which stands to the right, is always printed whole."""
+    """`text` may be folded; a `word` and a right-aligned `figure` are never broken."""
 
 
 def print_table(
     columns: Sequence[Column], rows: Iterable[Sequence[str | Text]], title: str = "", note: str = ""
 ) -> None:
-    """Print a table to standard output; where the terminal is too narrow for its figures, row by row instead.
+    """Print a table to standard output; on a terminal too narrow for its figures, each row is a block of its own.
 
-    rows: plain text, without markup. A row has a cell for each column, the first of which names it.
+    rows: plain text, without markup. A row has one cell per column; the first cell names the row.
     """
     console = output()
     if title:
@@ -80,7 +80,7 @@ def print_table(
     cells = [[_text(cell) for cell in row] for row in rows]
     if not console.is_terminal:
         table = _beside(columns, heads, cells)
-        console.width = sys.maxsize  # to measure what it takes
+        console.width = sys.maxsize  # so that its full width can be measured
         console.width = max(PLAIN_WIDTH, console.measure(table).maximum)
         console.print(table)
     elif _least_width(columns, heads, cells) <= console.width:
@@ -96,12 +96,12 @@ def print_table(
 
 
 def print_pairs(pairs: Mapping[str, str]) -> None:
-    """Print names and what belongs to them, a row each, to standard output."""
+    """Print names and their values to standard output, one row each."""
     output().print(_pairs((_text(name, "bold"), _text(value)) for name, value in pairs.items()))
 
 
 def _least_width(columns: Sequence[Column], heads: Sequence[Text], rows: Sequence[Sequence[Text]]) -> int:
-    """The characters that a table needs if text is folded and all else is whole."""
+    """The width in characters that a table needs if only its text columns are folded."""
     widths = []
     for position, (column, head) in enumerate(zip(columns, heads, strict=True)):
         widest = max([0, *(line.cell_len for row in rows for line in row[position].split())])
@@ -121,7 +121,7 @@ def _beside(columns: Sequence[Column], heads: Sequence[Text], rows: Sequence[Seq
 
 
 def _pairs(pairs: Iterable[tuple[Text, Text]]) -> Table:
-    """Two columns, the second folded; what has no value is left out."""
+    """Two columns, the second folded; rows without a value are omitted."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, GAP, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -132,16 +132,16 @@ def _pairs(pairs: Iterable[tuple[Text, Text]]) -> Table:
 
 
 def _text(cell: str | Text, style: str = "") -> Text:
-    """As text without markup, in characters that standard output can show where there are others for them."""
+    """Text without markup; characters that standard output cannot encode are replaced where ASCII has a substitute."""
     if isinstance(cell, Text):
         return cell
     return Text(cell if encodable(cell) else "".join(ASCII.get(character, character) for character in cell), style)
 
 
 def messages() -> Console:
-    """The console for everything said on the way: standard error, so that output can be piped.
+    """The console for messages and progress: standard error, so that the output can be piped.
 
-    Of several processes the main one speaks; those that raise an error say so themselves.
+    Of several processes only the main one prints; any process prints its own error.
     """
     return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True, quiet=not ranks.is_main())
 
@@ -149,8 +149,8 @@ def messages() -> Console:
 def figures_text(figures: Mapping[str, float]) -> str:
     """`loss 0.152  refinement 0.144 (97%)  gate 0.063  test top-1 93.61 %`.
 
-    In brackets stands a term's share of the gradient, where it was measured. Test images that could not be read are
-    told where there are some.
+    A term's share of the gradient is given in brackets where it was measured. Test images that could not be read are
+    counted if there are any.
     """
     return "  ".join(_figures(figures))
 
@@ -174,7 +174,7 @@ def _figures(figures: Mapping[str, float]) -> list[str]:
 
 
 class _Bar(BarColumn):
-    """A bar, where the terminal is wide enough for one beside the figures."""
+    """A bar, if the terminal has room for it beside the figures."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(bar_width=24)
@@ -185,9 +185,9 @@ class _Bar(BarColumn):
 
 
 class _Line(ProgressColumn):
-    """What the work is, how far it is, and of its figures those that the terminal is wide enough for.
+    """The work, its progress, and as many of its figures as fit on the line.
 
-    What does not fit is left out whole: half a number would be a wrong one.
+    A figure that does not fit is omitted, never cut: part of a number would be a wrong number.
     """
 
     def __init__(self, console: Console) -> None:
@@ -216,7 +216,7 @@ class _Line(ProgressColumn):
 
 @contextmanager
 def starting() -> Iterator[None]:
-    """Show on a terminal that the program starts: importing torch takes seconds."""
+    """Show on a terminal that the program is starting: importing torch takes seconds."""
     console = messages()
     with console.status("starting", spinner="dots" if console.encoding.startswith("utf") else "line"):
         yield
@@ -224,14 +224,14 @@ def starting() -> Iterator[None]:
 
 @contextmanager
 def reporting(quiet: bool = False) -> Iterator[Report]:
-    """A callback for flows that shows their events on standard error while the block lasts.
+    """A callback for flows that shows their events on standard error within the block.
 
-    On a terminal: one live bar for the work at hand, and a line for each epoch. Elsewhere lines alone.
+    On a terminal: one live bar for the current work, and a line per epoch. Elsewhere only lines.
     """
     console = messages()
     quiet = console.quiet = quiet or console.quiet
     off = quiet or not console.is_terminal
-    # rich would put proxies in the place of the standard streams, and forked workers would write through them.
+    # rich would replace the standard streams, and forked workers would write through its proxies.
     bars = Bars(
         _Bar(console),
         _Line(console),
@@ -246,14 +246,14 @@ def reporting(quiet: bool = False) -> Iterator[Report]:
 
 
 class _Reporter:
-    """Turns each event into a line or a movement of the bar."""
+    """Prints a line for an event, or moves the bar."""
 
     def __init__(self, console: Console, bars: Bars) -> None:
         self._console = console
         self._bars = bars
         self._task: TaskID | None = None
         self._label = ""
-        self._said_at = time.monotonic()
+        self._printed_at = time.monotonic()
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Progress):
@@ -267,7 +267,7 @@ class _Reporter:
             self._console.print(
                 f"  epoch {event.number:>{width}}/{event.total}  {figures_text(event.figures)}  "
                 f"[dim]{event.images_per_second:.0f} images/s[/dim]",
-                soft_wrap=not self._console.is_terminal,  # a terminal would break it within a figure
+                soft_wrap=not self._console.is_terminal,  # rich wraps between words, a terminal within them
             )
         elif isinstance(event, Notice):
             self._console.print(f"[yellow]note:[/yellow] {escape(event.text)}")
@@ -279,8 +279,8 @@ class _Reporter:
             self._label = event.label
         self._bars.update(self._task, completed=event.done, total=event.total, figures=_figures(event.figures))
         now = time.monotonic()
-        if not self._console.is_terminal and now - self._said_at > PLAIN_LINE_EVERY_SECONDS:
-            self._said_at = now
+        if not self._console.is_terminal and now - self._printed_at > PLAIN_LINE_EVERY_SECONDS:
+            self._printed_at = now
             task = self._bars.tasks[self._bars.task_ids.index(self._task)]
             left = "" if task.time_remaining is None else f"  about {task.time_remaining / 60:.0f} min left"
             figures = figures_text(event.figures)

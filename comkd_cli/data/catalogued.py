@@ -1,4 +1,4 @@
-"""A data set of the evaluation suite as a source."""
+"""A dataset of the evaluation suite as a source."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from comkd_cli.data.class_names import check_class_count
 from comkd_cli.data.contents import FileContents
 from comkd_cli.data.folder import open_below
 from comkd_cli.data.source import ImageSet, Source
-from comkd_cli.data.splits import Entry, read_splits
+from comkd_cli.data.split_files import read_splits
+from comkd_cli.data.splits import Entry
 from comkd_cli.errors import DataError
 from comkd_cli.events import Notice, Report
 from comkd_cli.recipe.catalog import Dataset
@@ -19,22 +21,22 @@ from comkd_cli.recipe.catalog import Dataset
 def catalogued_source(
     dataset: Dataset, data_root: Path, template: str | None = None, report: Report = lambda event: None
 ) -> Source:
-    """The train images of all classes to learn from, and the test images to be scored on.
+    """The images of all classes: those of train for training, those of test for scoring.
 
-    ImageNet's variants have test images alone; a student of one learns from those, without their labels, as
-    PromptKD's do. Class names are those of the split file with spaces for underscores. What a user should know of the
-    lists is reported. Raises DataError.
+    ImageNet's variants have test images alone; a student is trained on those, without their labels, as PromptKD's
+    are. Class names are those of the split file with spaces for underscores. Notices on the lists are reported. Raises
+    DataError.
     """
     folder = data_root / dataset.folder
     if not folder.is_dir():
         raise DataError(
-            f"{folder}: {dataset.name} is not there; `comkd datasets check {dataset.name}` says what to do, and "
-            "--data-root where to look"
+            f"{dataset.name} was not found",
+            path=folder,
+            remedy=f"run `comkd datasets check {dataset.name}`, which says how to get it, or give --data-root",
         )
     splits = read_splits(dataset, data_root)
     names = splits.class_names
-    if len(names) < 2:
-        raise DataError(f"{folder}: lists images of {len(names)} classes; there must be at least 2 to tell apart")
+    check_class_count(len(names), folder)
     for notice in splits.notices:
         report(Notice(notice))
     test = _image_set(folder, splits.test)

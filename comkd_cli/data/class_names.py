@@ -6,15 +6,16 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from comkd_cli.edge.classifier import clean_class_name
+from comkd_cli.edge.class_names import clean_class_name
 from comkd_cli.errors import DataError
 
 
-def clean_class_names(names: Sequence[str], origin: str, lines: Sequence[int] | None = None) -> list[str]:
-    """Class names as prompts have them (`edge.classifier.clean_class_name`), in the same order.
+def clean_class_names(names: Sequence[str], origin: Path | str, lines: Sequence[int] | None = None) -> list[str]:
+    """Class names as prompts use them (`edge.class_names.clean_class_name`), in the same order.
 
-    origin: the file or the field that holds them, for messages. lines: where in a file each name is; None counts the
+    origin: the file that holds them, as a Path, or the field. lines: where in a file each name is; None counts the
     classes from 1. Raises DataError for a name that cannot be used, for the same name twice, and for fewer than two
     names.
     """
@@ -24,36 +25,68 @@ def clean_class_names(names: Sequence[str], origin: str, lines: Sequence[int] | 
     for position, name in enumerate(cleaned):
         positions[class_key(name)].append(position)
     if repeated := [where for where in positions.values() if len(where) > 1]:
-        told = "; ".join(f"{cleaned[w[0]]!r} at {' and '.join(str(numbers[i]) for i in w)}" for w in repeated)
-        raise DataError(f"{origin}: the class list repeats {told}; list each class once")
-    if len(cleaned) < 2:
-        raise DataError(f"{origin}: there must be at least 2 classes to tell apart, not {len(cleaned)}")
+        raise DataError(
+            "repeats class names",
+            **_place(origin),
+            found="; ".join(f"{cleaned[w[0]]!r} at {' and '.join(str(numbers[i]) for i in w)}" for w in repeated),
+            remedy="list each class once",
+        )
+    check_class_count(len(cleaned), origin)
     return cleaned
 
 
-def clean_name(name: str, origin: str, place: str) -> str:
-    """One class name as prompts have it. Raises DataError, naming the file and the place in it."""
+def clean_name(name: str, origin: Path | str, position: str) -> str:
+    """One class name as prompts use it. position: of the name in its origin. Raises DataError."""
     try:
         return clean_class_name(name)
     except ValueError as error:
-        raise DataError(f"{origin}: {place} {error}: {name!r}; give it a name of one line of visible text") from error
+        raise DataError(
+            str(error),
+            **_place(origin, position),
+            found=repr(name),
+            remedy="give it a name of one line of visible text",
+        ) from error
+
+
+def check_class_count(count: int, origin: Path | str) -> None:
+    """Raise DataError for fewer than two classes."""
+    if count < 2:
+        raise DataError("too few classes", **_place(origin), found=count, allowed="at least 2")
 
 
 def read_class_names(path: Path) -> list[str]:
-    """Class names from a text file, one a line; empty lines are skipped. Raises DataError."""
+    """Class names from a text file, one a line; empty lines are skipped.
+
+    Raises DataError, also for a line that starts with `#`: as a class, a comment would change every score unnoticed.
+    """
     try:
         # Not str.splitlines, which also splits at characters that an editor shows within a line.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the class list can't be read: {error}") from error
+        raise DataError("the class list could not be read", path=path, found=str(error)) from error
     named = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    return clean_class_names([line for _, line in named], str(path), [number for number, _ in named])
+    for number, line in named:
+        if line.lstrip().startswith("#"):
+            raise DataError(
+                "looks like a comment, and every line of a class list is a class",
+                **_place(path, f"line {number}"),
+                found=repr(line.strip()),
+                remedy="remove the line; if the class has that name, list the classes in the recipe (data.classes)",
+            )
+    return clean_class_names([line for _, line in named], path, [number for number, _ in named])
+
+
+def _place(origin: Path | str, position: str | None = None) -> dict[str, Any]:
+    """The fields of an error that say where a class name comes from."""
+    if isinstance(origin, Path):
+        return {"path": origin, "field": position}
+    return {"field": origin if position is None else f"{origin}: {position}"}
 
 
 def class_key(name: str) -> str:
-    """What all spellings of one class share: case, underscores for spaces, white space, composed accents.
+    """A key that all spellings of one class share: without case, underscores, extra white space, composed accents.
 
-    Takes any text, so that names stored by older versions can be compared with those of today.
+    Takes any text, so that names stored by older versions can be compared with current ones.
     """
     return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split()).casefold()
 
@@ -61,16 +94,16 @@ def class_key(name: str) -> str:
 def missing_text(names: Sequence[str], labels: Mapping[str, Sequence[int] | None]) -> str:
     """Which classes have no images, such as "no test images of: fox". Empty where each has some in every split.
 
-    names: of the labels, in their order. labels: of each split's images, by what messages call its images; splits
+    names: of the labels, in their order. labels: of the images of each split, by the split's name in messages; splits
     without labels or images do not count.
     """
-    told = []
-    for split, found in labels.items():
-        present = set(found or ())
+    found = []
+    for split, split_labels in labels.items():
+        present = set(split_labels or ())
         if present and (absent := [name for label, name in enumerate(names) if label not in present]):
             mean = f" (the mean per class is over {len(present):,} of {len(names):,})" if split == "test" else ""
-            told.append(f"no {split} images of: {some(absent)}{mean}")
-    return "; ".join(told)
+            found.append(f"no {split} images of: {some(absent)}{mean}")
+    return "; ".join(found)
 
 
 def some(names: Sequence[str], most: int = 5) -> str:

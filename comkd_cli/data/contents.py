@@ -1,4 +1,4 @@
-"""What image files contain, as digests that are remembered, so that files are read once."""
+"""Digests of image files, which are remembered so that each file is read once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 Fingerprint = Literal["contents", "size_and_time"]
 
 DIGEST_BYTES = 32
-FILES_AT_ONCE = 4096  # that are looked up, read and remembered together: what an interruption can lose
+FILES_AT_ONCE = 4096  # looked up, read and remembered together: what an interruption can lose
 FILES_PER_THREAD = 64
 FILES_PER_QUERY = 500  # SQLite allows 999 variables in older builds
 READ_BYTES = 1 << 20
@@ -51,7 +51,7 @@ class Contents(Protocol):
 class FileContents:
     """The contents of files below a folder.
 
-    The digest of a file is the sha256 of its bytes, which tells two files apart whatever they are called. It is
+    The digest of a file is the sha256 of its bytes, whatever its name. It is
     remembered in `index` by the file's path, size, times and inode; a file whose path and state are remembered is not
     read again. With `size_and_time` no file is read: the digest is one of size and modification time.
     """
@@ -61,15 +61,15 @@ class FileContents:
     index: Path | None = None
     """SQLite file of remembered digests; None remembers nothing."""
     report: Report | None = field(default=None, compare=False)
-    """Told how far the reading is."""
+    """Receives the progress of the reading."""
 
     def __getstate__(self) -> dict[str, object]:
-        # Worker processes open images and never ask for digests; a report need not be picklable.
+        # Worker processes open images and need no digests; a report may not be picklable.
         return {**self.__dict__, "report": None}
 
     def digests(self, keys: Sequence[str]) -> Iterator[bytes]:
         """The digest of each file, 32 bytes, in order. A file that cannot be read has a digest of the reason."""
-        # Strings all along: a Path of each of a million files takes longer than its stat.
+        # Strings throughout: a Path of each of a million files takes longer than its stat.
         root = os.path.abspath(self.root)  # noqa: PTH100
         with ThreadPoolExecutor(max(1, ranks.usable_cores() // ranks.per_machine())) as pool:
             for start in range(0, len(keys), FILES_AT_ONCE):
@@ -83,12 +83,12 @@ class FileContents:
     def _digests_of_files(
         self, paths: Sequence[str], states: Sequence[State | str], pool: ThreadPoolExecutor, progress: tuple[int, int]
     ) -> list[bytes]:
-        """The digest of each file, remembered or read now. progress: files before these, and in all."""
-        known = _remembered(self.index, paths)
+        """The digest of each file, remembered or computed now. progress: files before these, and in all."""
+        remembered = _remembered(self.index, paths)
         changed = [
             (path, state)
             for path, state in zip(paths, states, strict=True)
-            if path not in known or known[path][0] != state
+            if path not in remembered or remembered[path][0] != state
         ]
         found: dict[str, bytes] = {}
         done, total = progress[0] + len(paths) - len(changed), progress[1]
@@ -101,11 +101,11 @@ class FileContents:
             entries = [
                 (path, state, found[path])
                 for path, state in changed
-                # Changed while it was read: what was read may be neither the one content nor the other.
+                # A file that changed while it was read may have neither its old nor its new content in the digest.
                 if not isinstance(state, str) and max(state[1], state[2]) < settled and _state(path) == state
             ]
             _remember(self.index, entries)
-        return [found[path] if path in found else known[path][1] for path in paths]
+        return [found[path] if path in found else remembered[path][1] for path in paths]
 
 
 def _parts(items: Sequence[T]) -> Iterator[Sequence[T]]:
@@ -119,12 +119,12 @@ def _states(paths: Sequence[str]) -> list[State | str]:
 
 
 def _state(path: str) -> State | str:
-    """What tells whether a file changed, or why the file cannot be looked at."""
+    """The state of a file, by which a change is noticed, or why it could not be read."""
     try:
         found = os.stat(path)  # noqa: PTH116
     except OSError as error:
         return error.strerror or type(error).__name__
-    if not stat.S_ISREG(found.st_mode):  # reading a pipe waits for ever, reading a device need not end
+    if not stat.S_ISREG(found.st_mode):  # reading a pipe blocks forever, reading a device may never end
         return NO_REGULAR_FILE
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, _signed(found.st_ino)
 
@@ -152,7 +152,7 @@ def _digest_of_file(path: str, state: State | str) -> bytes:
 
 
 def _remembered(index: Path | None, paths: Sequence[str]) -> dict[str, tuple[State, bytes]]:
-    """State and digest of those files that are remembered."""
+    """State and digest of the remembered files."""
     if index is None or not index.is_file():
         return {}
     found: dict[str, tuple[State, bytes]] = {}
@@ -170,7 +170,7 @@ def _remembered(index: Path | None, paths: Sequence[str]) -> dict[str, tuple[Sta
                 for path, size, mtime, ctime, inode, digest in rows:
                     if isinstance(digest, bytes) and len(digest) == DIGEST_BYTES:
                         found[names[path]] = (size, mtime, ctime, inode), digest
-    except sqlite3.Error:  # a damaged or locked index costs time and nothing else: the files are read
+    except sqlite3.Error:  # a damaged or locked index costs only time: the files are read
         return {}
     return found
 
@@ -188,7 +188,7 @@ def _remember(index: Path | None, entries: Sequence[tuple[str, State, bytes]]) -
             return
         except sqlite3.OperationalError:  # locked, read-only or a full disk: the files are read again next time
             return
-        except sqlite3.DatabaseError:  # damaged: it holds nothing that reading the files does not give
+        except sqlite3.DatabaseError:  # damaged: delete it, since it holds nothing that the files do not
             index.unlink(missing_ok=True)
         except OSError:
             return

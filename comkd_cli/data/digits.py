@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from comkd_cli.data.source import ImageSet, Source
-from comkd_cli.edge.classifier import as_rgb
+from comkd_cli.edge.images import as_rgb
 
 TEMPLATE = "a photo of the digit {}."
 TEST_EVERY = 5  # every fifth image is a test image: 360 of them, against 1,437 to learn from

@@ -1,13 +1,13 @@
-"""Bring a data set of the suite from the Hub mirror, and unpack it without trusting it."""
+"""Downloads a dataset of the suite from the Hub mirror, and unpacks it without trusting it."""
 
 from __future__ import annotations
 
 import re
-import stat
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from comkd_cli.data.check import Check, check_dataset
 from comkd_cli.data.image_files import below_junk
@@ -16,8 +16,8 @@ from comkd_cli.files import sha256_of_file
 from comkd_cli.recipe.catalog import CATALOG, Dataset
 
 MIRROR = "zhengli97/prompt_learning_dataset"
-REVISION = "ceb3112337fb6e1bf71534e355ca5569b63f19a6"  # the one whose files this project has a list of
-MOST_BYTES = 100 * 2**30  # of one unpacked data set; the largest, SUN397, has about 39 GB
+REVISION = "ceb3112337fb6e1bf71534e355ca5569b63f19a6"  # pinned: the archives of CATALOG are those of this revision
+MOST_BYTES = 100 * 2**30  # of one unpacked dataset; the largest, SUN397, has about 39 GB
 
 Tick = Callable[[int, int], None]
 
@@ -25,10 +25,10 @@ Tick = Callable[[int, int], None]
 def fetch_dataset(
     dataset: Dataset, data_root: Path, tick: Tick = lambda done, total: None, most_bytes: int = MOST_BYTES
 ) -> Check:
-    """Download, unpack and check a data set; one that is ready already is left as it is.
+    """Download, unpack and check a dataset, unless it is ready already.
 
-    The download goes on where an interrupted one stopped, and is verified by huggingface_hub. tick: called
-    with the files unpacked and their number. Raises DataError.
+    An interrupted download is resumed, and is verified by huggingface_hub. tick: called with the files unpacked and
+    their number. Raises DataError.
     """
     folder = data_root / dataset.folder
     if folder.exists():
@@ -36,10 +36,10 @@ def fetch_dataset(
         if found.state == "ready":
             return found
         raise DataError(
-            f"{folder}: is there and incomplete ({'; '.join(found.problems)}); move it away to fetch it anew"
+            f"is incomplete ({'; '.join(found.problems)})", path=folder, remedy="move it away to download it again"
         )
     if dataset.archive is None:
-        raise DataError(_by_hand(dataset, folder))
+        raise _no_archive(dataset, folder)
     archive = _download(dataset.archive)
     data_root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{dataset.folder}.", dir=data_root) as name:
@@ -50,57 +50,34 @@ def fetch_dataset(
 
 
 def unpack(archive: Path, target: Path, tick: Tick, most_bytes: int) -> None:
-    """Unpack a zip file into an empty folder, refusing what reaches beyond it.
+    """Unpack a zip file into an empty folder, without the files that systems add (`__MACOSX`, `Thumbs.db`).
 
-    Refused with DataError: absolute paths, `..`, links and other special files, and more than `most_bytes`
-    in all, by what the archive says and by what comes out.
+    zipfile keeps every member below the folder, makes no links, and never writes more than a member's stated size; the
+    sum of these is checked here. Raises DataError for more than `most_bytes` and for a damaged archive.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
-            members = opened.infolist()
-            if sum(member.file_size for member in members) > most_bytes:
-                raise DataError(f"{archive.name}: would unpack to more than {most_bytes:,} bytes")
-            left = most_bytes
+            members = [member for member in opened.infolist() if not below_junk(member.filename)]
+            total = sum(member.file_size for member in members)
+            if total > most_bytes:
+                raise DataError("is too large unpacked", path=archive, found=total, allowed=f"{most_bytes:,} bytes")
             for done, member in enumerate(members, start=1):
-                left -= _unpack_member(opened, member, target, left)
+                opened.extract(member, target)
                 tick(done, len(members))
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError) as error:
-        raise DataError(f"{archive}: is not a whole zip file ({error}); remove it and fetch again") from error
-
-
-def _unpack_member(opened: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, most_bytes: int) -> int:
-    """One file or folder; returns its bytes. What a system left in the archive is skipped."""
-    name = PurePosixPath(member.filename.replace("\\", "/"))
-    kind = stat.S_IFMT(member.external_attr >> 16)
-    if name.is_absolute() or ".." in name.parts or (name.parts and ":" in name.parts[0]):
-        raise DataError(f"{opened.filename}: {member.filename!r} lies outside the data set; nothing was kept")
-    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-        raise DataError(f"{opened.filename}: {member.filename!r} is a link or special file; nothing was kept")
-    if below_junk(str(name)):
-        return 0
-    path = target / name
-    if member.is_dir():
-        path.mkdir(parents=True, exist_ok=True)
-        return 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = 0
-    with opened.open(member) as source, path.open("wb") as out:
-        while block := source.read(1 << 20):
-            written += len(block)
-            if written > most_bytes:  # the archive's own sizes need not be true
-                raise DataError(f"{opened.filename}: unpacks to more than it says; nothing was kept")
-            out.write(block)
-    return written
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, zlib.error) as error:
+        raise DataError(
+            f"is not a complete zip file ({error})", path=archive, remedy="delete it and run the command again"
+        ) from error
 
 
 def _top_folder(unpacked: Path, dataset: Dataset, archive: Path) -> Path:
-    """The folder that holds what the data set's folder must hold, whatever the archive calls it."""
+    """The folder with the dataset's files, whatever the archive calls it."""
     expected = {part for part in (dataset.split_file, dataset.images.split("/")[0], "variants.txt") if part}
     candidates = [unpacked, *(path for path in unpacked.iterdir() if path.is_dir())]
     candidates += [path for candidate in candidates[1:] for path in candidate.iterdir() if path.is_dir()]
     best = max(candidates, key=lambda path: sum((path / part).exists() for part in expected))
     if not any((best / part).exists() for part in expected):
-        raise DataError(f"{archive.name}: holds none of {', '.join(sorted(expected))}; it is not {dataset.name}")
+        raise DataError(f"is not {dataset.name}: contains none of {', '.join(sorted(expected))}", path=archive)
     return best
 
 
@@ -112,17 +89,23 @@ def _download(name: str) -> Path:
     except Exception as error:  # the Hub's client raises its own, its HTTP library's, and OSError
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"{name}: can't be fetched from {MIRROR} ({first}); what came is kept, try again, or set HF_ENDPOINT"
+            f"could not be downloaded from {MIRROR}",
+            path=name,
+            found=first,
+            remedy="run the command again to resume, or set HF_ENDPOINT to a mirror of the Hub",
         ) from error
     # The Hub names a large file by the sha256 of its content, and its cache keeps it under that name.
     content = path.resolve()
     if re.fullmatch("[0-9a-f]{64}", content.name) and sha256_of_file(content) != content.name:
         content.unlink()
-        raise DataError(f"{name}: what came is not what the Hub announced (its sha256 differs); fetch again")
+        raise DataError("the download is damaged: its sha256 differs", path=name, remedy="run the command again")
     return path
 
 
-def _by_hand(dataset: Dataset, folder: Path) -> str:
+def _no_archive(dataset: Dataset, folder: Path) -> DataError:
     mirrored = ", ".join(entry.name for entry in CATALOG.values() if entry.archive)
     lists = "" if dataset.layout == "split" else " with CoOp's classnames.txt beside it"
-    return f"{dataset.name}: no mirror has it; put it at {folder}{lists}: {dataset.origin}. The mirror has {mirrored}"
+    return DataError(
+        f"{dataset.name} is not on the mirror, which has {mirrored}",
+        remedy=f"put it at {folder}{lists}: {dataset.origin}",
+    )

@@ -1,4 +1,4 @@
-"""A user's own folder of images as a source: unlabelled, or train/ and test/ with a sub-folder a class."""
+"""A user's own folder of images as a source: unlabelled, or train/ and test/ with a sub-folder for each class."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from comkd_cli.data.class_names import class_key, clean_class_names, clean_name,
 from comkd_cli.data.contents import NO_REGULAR_FILE, FileContents
 from comkd_cli.data.image_files import SUFFIXES, is_image, is_junk, skipped_text, suffix_of
 from comkd_cli.data.source import ImageSet, Source
-from comkd_cli.edge.classifier import UnreadableImage, open_image
+from comkd_cli.edge.images import UnreadableImage, open_image
 from comkd_cli.errors import DataError
 from comkd_cli.events import Notice, Report
 
 SPLITS = ("train", "val", "test")
 
-# Names that people and other tools give to splits: the name that comkd takes.
+# Other common names of the splits, and the name that comkd uses.
 OTHER_SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "eval", "evaluation"), "val"),
     **dict.fromkeys(("test", "testing", "tests", "holdout"), "test"),
 }
-# What such names also hold, as in train2017, val_images and test-data; it does not say which split is meant.
+# Parts of such names that do not say which split it is, as in train2017, val_images and test-data.
 SPLIT_NAME_EXTRA = re.compile(r"[\W\d_]+|dataset|data|images?|imgs?|jpe?g|png|sets?|splits?")
 
 
@@ -39,12 +39,12 @@ def folder_source(
     """The images below a folder.
 
     With train/, val/ or test/ in it, those are the splits, and sub-folders named after the classes give the
-    labels; without test/, val/ is what is scored. Otherwise every image anywhere below is unlabelled training
-    data. classes: the names in label order; None takes the sub-folder names, sorted. Files that are skipped are
-    reported. Raises DataError, also for images that no split would take.
+    labels; without test/, val/ is scored. Otherwise every image anywhere below is unlabelled training
+    data. classes: the names in label order; None takes the sub-folder names, sorted. Skipped files are
+    reported. Raises DataError, also for images that belong to no split.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder of images; check `data.folder` and --data-root")
+        raise DataError("no such folder of images", path=folder, remedy="check `data.folder` and --data-root")
     if classes is not None:
         classes = clean_class_names(classes, "data.classes")
     subfolders = _subfolders(folder)
@@ -60,8 +60,10 @@ def folder_source(
     found = {name: _labelled(split, names) for name, split in splits.items()}
     if stray:
         raise DataError(
-            f"{folder}: has splits, and {len(stray)} images that belong to none: {some(stray)}; move them into a "
-            "class folder of train/ or test/, or out of the folder"
+            f"has splits, and {len(stray)} images that belong to none",
+            path=folder,
+            found=some(stray),
+            remedy="move them into a class folder of train/ or test/, or out of the folder",
         )
     _report_skipped(folder, skipped, report)
     _report_unused(folder, splits, found, report)
@@ -72,7 +74,7 @@ def folder_source(
 
 
 def images_below(folder: Path, report: Report = lambda event: None) -> ImageSet:
-    """Every image anywhere below a folder, unlabelled. Files that are skipped are reported."""
+    """Every image anywhere below a folder, unlabelled. Skipped files are reported."""
     skipped: Counter[str] = Counter()
     images = _image_set(folder, list(find_images(folder, skipped)), None)
     _report_skipped(folder, skipped, report)
@@ -103,14 +105,14 @@ def find_images(folder: Path, skipped: Counter[str] | None = None, above: Sequen
 def open_below(root: Path, key: str) -> Image.Image:
     """The RGB image at a path below a folder. Raises UnreadableImage."""
     path = root / key
-    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+    if path.exists() and not path.is_file():  # opening a pipe would block forever
         raise UnreadableImage(f"{path}: {NO_REGULAR_FILE}")
     return open_image(path)
 
 
 @dataclass(frozen=True)
 class _Split:
-    """What lies in one of train/, val/ and test/."""
+    """The images of one of train/, val/ and test/."""
 
     folder: Path
     classes: Mapping[str, Sequence[Path]]
@@ -143,10 +145,17 @@ def _read_split(path: Path, root: Path, skipped: Counter[str]) -> _Split:
     for name in _subfolders(path):
         other = spellings.setdefault(class_key(name), name)
         if other != name:
-            raise DataError(f"{path}: {other} and {name} are the same class in two spellings; merge them")
+            raise DataError(
+                "has two folders with spellings of one class", path=path, found=f"{other}, {name}", remedy="merge them"
+            )
         other = real.setdefault(os.path.realpath(path / name), name)
         if other != name:
-            raise DataError(f"{path}: {other} and {name} are the same folder by a link; an image has one class")
+            raise DataError(
+                "two class folders are the same folder by a link",
+                path=path,
+                found=f"{other}, {name}",
+                remedy="remove the link: an image has one class",
+            )
         classes[name] = list(find_images(path / name, skipped, above=(root, path)))
     return _Split(path, classes, [path / name for name in _files(path, skipped)])
 
@@ -171,8 +180,10 @@ def _labelled(split: _Split, classes: Sequence[str]) -> ImageSet:
     label_of = {class_key(name): label for label, name in enumerate(classes)}
     if unknown := [name for name in split.classes if class_key(name) not in label_of]:
         raise DataError(
-            f"{split.folder}: {some(unknown)} {'is' if len(unknown) == 1 else 'are'} not in the class list; "
-            "name each sub-folder as its class, or leave `data.classes` out"
+            "has sub-folders that are not in the class list",
+            path=split.folder,
+            found=some(unknown),
+            remedy="name each sub-folder as its class, or leave `data.classes` out",
         )
     labels = [label_of[class_key(name)] for name, paths in split.classes.items() for _ in paths]
     return _image_set(split.folder, [path for paths in split.classes.values() for path in paths], labels)
@@ -192,37 +203,41 @@ def _class_names_of_folders(folder: Path, splits: Mapping[str, _Split]) -> list[
     found: dict[str, str] = {}
     for split in splits.values():
         for name in split.classes:
-            found.setdefault(class_key(name), clean_name(name, str(split.folder), "the folder name"))
+            found.setdefault(class_key(name), clean_name(name, split.folder, "the folder name"))
     if not found:
         raise _no_classes(folder)
     for split in splits.values():
         present = {class_key(name) for name in split.classes}
         if present and (absent := [name for key, name in found.items() if key not in present]):
             raise DataError(
-                f"{split.folder}: lacks a sub-folder for {some(sorted(absent))}, which another split has; "
-                "add it (empty is fine), or give `data.classes`"
+                "lacks sub-folders that another split has",
+                path=split.folder,
+                found=some(sorted(absent)),
+                remedy="add them (empty is fine), or give `data.classes`",
             )
-    return clean_class_names(sorted(found.values()), str(folder))
+    return clean_class_names(sorted(found.values()), folder)
 
 
 def _check_split_names(folder: Path, subfolders: Sequence[str]) -> None:
-    """Refuse a folder whose splits are there under other names: they would pass for unlabelled images."""
+    """Refuse a folder whose splits have other names: they would be taken for unlabelled images."""
     for name in subfolders:
         meant = _split_meant(name)
         if meant and name not in SPLITS and any(find_images(folder / name)):
             raise DataError(
-                f"{folder / name}: looks like a split, and should be called {meant}; rename it, or move it out of the "
-                "folder"
+                "looks like a split with another name",
+                path=folder / name,
+                allowed=SPLITS,
+                remedy=f"rename it to {meant}, or move it out of the folder",
             )
 
 
 def _split_meant(name: str) -> str | None:
-    """The split that a folder's name says it is, in whatever spelling; None for other names."""
+    """The split that a folder's name means, in any spelling; None for other names."""
     return OTHER_SPLIT_NAMES.get(SPLIT_NAME_EXTRA.sub("", name.casefold()))
 
 
 def _check_splits_further_down(folder: Path, keys: Sequence[str]) -> None:
-    """Refuse unlabelled images whose splits are one or more folders further down: test images would be trained on."""
+    """Refuse unlabelled images in splits one or more folders further down: test images would be trained on."""
     inside: dict[PurePosixPath, dict[str, str]] = defaultdict(dict)
     for parent in {PurePosixPath(key).parent for key in keys}:
         for place in (parent, *parent.parents):
@@ -230,10 +245,12 @@ def _check_splits_further_down(folder: Path, keys: Sequence[str]) -> None:
                 inside[place.parent].setdefault(meant, place.name)
     for place, found in sorted(inside.items()):
         if "train" in found and len(found) > 1:
-            names = " and ".join(found[split] for split in SPLITS if split in found)
+            names = ", ".join(found[split] for split in SPLITS if split in found)
             raise DataError(
-                f"{folder / place}: holds {names}, which look like splits, and all would be trained on; give this "
-                f"folder as `data.folder`, or move them out of {folder}"
+                "contains folders that look like splits, and all would be trained on",
+                path=folder / place,
+                found=names,
+                remedy=f"give this folder as `data.folder`, or move them out of {folder}",
             )
 
 
@@ -243,10 +260,10 @@ def _report_skipped(folder: Path, skipped: Counter[str], report: Report) -> None
 
 
 def _report_unused(folder: Path, splits: Mapping[str, _Split], found: Mapping[str, ImageSet], report: Report) -> None:
-    """Say so where a split is there and serves nothing, or where two are one."""
+    """Report splits that are not used, and two splits that are one folder."""
     for name, images in found.items():
         if not len(images):
-            report(Notice(f"{folder / name}: holds no images"))
+            report(Notice(f"{folder / name}: contains no images"))
     val, test = found.get("val"), found.get("test")
     if test is not None and len(test) and val is not None and len(val) and val.labels is None:
         report(Notice(f"{folder / 'val'}: has test/ beside it and no class folders, so its images are not used"))
@@ -258,16 +275,20 @@ def _report_unused(folder: Path, splits: Mapping[str, _Split], found: Mapping[st
 
 
 def _no_images(folder: Path, skipped: Counter[str]) -> DataError:
-    told = skipped_text(skipped)
+    text = skipped_text(skipped)
     return DataError(
-        f"{folder}: holds no images; comkd reads {', '.join(sorted(SUFFIXES))}{f' ({told})' if told else ''}"
+        f"contains no images ({text})" if text else "contains no images",
+        path=folder,
+        remedy=f"comkd reads {', '.join(sorted(SUFFIXES))}",
     )
 
 
 def _no_classes(folder: Path) -> DataError:
     return DataError(
-        f"{folder}: the images have no classes; give `data.classes` (a list, or a text file with a name a line), or "
-        "sort them into train/ and test/ with a sub-folder a class"
+        "the images have no classes",
+        path=folder,
+        remedy="give `data.classes` (a list, or a text file with a name on each line), or sort them into train/ and "
+        "test/ with a sub-folder for each class",
     )
 
 
@@ -298,5 +319,5 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _refuse(error: OSError) -> NoReturn:
-    """A folder that can't be listed would make the data set smaller without a word."""
-    raise DataError(f"{error.filename}: can't be read: {error.strerror}") from error
+    """A folder that could not be listed would silently make the dataset smaller."""
+    raise DataError("could not be read", path=error.filename, found=error.strerror) from error

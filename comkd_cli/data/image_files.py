@@ -1,4 +1,4 @@
-"""Which files of a folder, a zip file or a tar are images, and what is said of the others."""
+"""Which files of a folder, a zip file or a tar are images, and the summary of the others."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ SUFFIXES = frozenset(
     # Pillow has it since 11.3, where it was built with libavif.
     | ({".avif"} if "avif" in features.modules and features.check("avif") else set())
 )
-"""In lower case; a file's own may be in any case."""
+"""In lower case; those of files may be in any case."""
 
-# What systems and tools leave beside a user's files. Names that begin with a dot count too.
+# Files and folders that systems and tools create. So are names that begin with a dot.
 JUNK = frozenset(
     {
         "__macosx",
@@ -32,7 +32,7 @@ MOST_SUFFIXES = 8
 
 
 def is_junk(name: str) -> bool:
-    """Whether a file or folder name is hidden, or one that a system leaves behind: never a class, never an image."""
+    """Whether a file or folder name is hidden, or one that a system leaves behind: neither a class nor an image."""
     return name.startswith(".") or name.casefold() in JUNK
 
 
@@ -53,16 +53,16 @@ def is_image(name: str) -> bool:
 
 
 def skipped_text(skipped: Mapping[str, int], what: str = "file") -> str:
-    """Files that are no images, such as "12 files of other types are skipped: 10 .heic, 2 .txt". Empty for none.
+    """A summary of skipped files, such as "12 files of other types are skipped: 10 .heic, 2 .txt". Empty for none.
 
-    skipped: their number, by suffix. what: what a message calls one of them.
+    skipped: their number, by suffix. what: the word for one of them.
     """
     total = sum(skipped.values())
     if not total:
         return ""
     ranked = sorted(skipped.items(), key=lambda pair: (-pair[1], not pair[0], pair[0]))
-    told = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in ranked[:MOST_SUFFIXES]]
+    counts = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in ranked[:MOST_SUFFIXES]]
     if rest := ranked[MOST_SUFFIXES:]:
-        told.append(f"{sum(count for _, count in rest):,} of {len(rest)} other types")
+        counts.append(f"{sum(count for _, count in rest):,} of {len(rest)} other types")
     files = f"1 {what} of another type is" if total == 1 else f"{total:,} {what}s of other types are"
-    return f"{files} skipped: {', '.join(told)}"
+    return f"{files} skipped: {', '.join(counts)}"

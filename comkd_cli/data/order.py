@@ -8,13 +8,13 @@ import torch
 from comkd_cli.data.source import ImageSet
 from comkd_cli.data.transforms import stable_seed
 
-WINDOW_RUNS = 16  # shards that are read at the same time; an image is shuffled among theirs
+WINDOW_RUNS = 16  # shards that are read at the same time; their images are shuffled together
 
 
 def epoch_order(images: ImageSet, seed: int, epoch: int) -> np.ndarray | WindowedOrder:
     """The positions of a set's images in the order of an epoch: `order[start:stop]` is int64 (stop - start,).
 
-    Images in shards come window by window, so that a few shards are read at a time; others in any order.
+    Images in shards are ordered window by window, so that a few shards are read at a time; others in any order.
     """
     if images.runs_on_disk is None:
         return _shuffled(len(images), "order", seed, epoch)
@@ -24,8 +24,8 @@ def epoch_order(images: ImageSet, seed: int, epoch: int) -> np.ndarray | Windowe
 class WindowedOrder:
     """Runs of images on disk in random order, and random within each window of 16 such runs.
 
-    starts: where each run begins, and where the last ends, int64 (runs + 1,). Holds the windows of one slice
-    at a time; where a slice lies is found by counting, whatever came before it.
+    starts: where each run begins, and where the last ends, int64 (runs + 1,). Keeps the windows of one slice
+    at a time; a slice is found by its position alone, whatever was read before.
     """
 
     def __init__(self, starts: np.ndarray, seed: int, epoch: int) -> None:

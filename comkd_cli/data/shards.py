@@ -1,4 +1,4 @@
-"""Images in tar shards, in WebDataset's layout, as a source: found on this machine or brought from elsewhere."""
+"""Images in tar shards, in WebDataset's layout, as a source: local shards, or remote ones that are fetched once."""
 
 from __future__ import annotations
 
@@ -18,107 +18,118 @@ from PIL import Image
 
 from comkd_cli.data.class_names import clean_class_names
 from comkd_cli.data.contents import Fingerprint
-from comkd_cli.data.shard_index import ShardIndex, open_index
+from comkd_cli.data.shard_index import ShardIndex
+from comkd_cli.data.shard_indexing import open_index
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.errors import DataError
 from comkd_cli.events import Notice, Progress, Report
 
 
-def shard_source(
-    pattern: str,
-    class_names: Sequence[str],
-    template: str,
-    data_root: Path,
-    home: Path,
-    report: Report,
-    fetch: bool = False,
-    fingerprint: Fingerprint = "contents",
-) -> Source:
-    """The images of the shards that a pattern names, unlabelled.
+@dataclass(frozen=True)
+class ShardStore:
+    """Opens shards: looks for local ones, fetches remote ones once, and keeps their index."""
 
-    home: where the index is kept, and shards that are brought from elsewhere. fetch: bring those that are not
-    there yet, which for `pipe:` runs a command. fingerprint: what the index tells images apart by. Members that are no
-    images are reported. Raises DataError, naming the shard.
-    """
-    names = clean_class_names(class_names, "data.classes")
-    shards = find_shards(pattern, data_root, home / "fetched", report, fetch)
-    index = open_index(shards, home, report, fingerprint)
-    name = source_name(shards)
-    for text in index.passed_by.texts():
-        report(Notice(f"{name}: {text}"))
-    return Source(name, tuple(names), template, shard_images(index), None)
+    home: Path
+    """Holds the indexes, and fetched shards."""
+    data_root: Path
+    """Where relative paths are looked for, after the current directory."""
+    report: Report
+    fetch: bool = False
+    """Fetch remote shards that are not in `home` yet, which runs the command of a `pipe:`."""
+    fingerprint: Fingerprint = "contents"
+    """What the index compares images by."""
+
+    def source(self, pattern: str, class_names: Sequence[str], template: str) -> Source:
+        """The images of the shards that a pattern names, unlabelled.
+
+        Members that are skipped are reported. Raises DataError, naming the shard.
+        """
+        names = clean_class_names(class_names, "data.classes")
+        shards = self.find(pattern)
+        index = open_index(shards, self.home, self.report, self.fingerprint)
+        name = source_name(shards)
+        for text in index.skipped.texts():
+            self.report(Notice(f"{name}: {text}"))
+        return Source(name, tuple(names), template, shard_images(index), None)
+
+    def find(self, pattern: str) -> list[Path]:
+        """The local file of each shard that a pattern names, in its order.
+
+        All relative paths are taken from the current directory, or all from the data root. Raises DataError, naming
+        the first missing shard.
+        """
+        from webdataset.cache import islocal
+        from webdataset.shardlists import expand_urls
+
+        try:
+            urls: list[str] = expand_urls(pattern)
+        except (AssertionError, ValueError) as error:
+            raise DataError(f"could not be expanded ({error})", field="data.shards", found=pattern) from error
+        if repeated := [url for url, times in Counter(urls).items() if times > 1]:
+            raise DataError(f"{pattern} names a shard more than once", field="data.shards", found=repeated[0])
+        local = [url for url in urls if islocal(url)]
+        paths = dict(zip(local, self._local_files(local, pattern), strict=True))
+        paths |= self._fetched_files([url for url in urls if url not in paths])
+        return [paths[url] for url in urls]
+
+    def _local_files(self, urls: Sequence[str], pattern: str) -> list[Path]:
+        given = [Path(urlparse(url).path) if url.startswith("file:") else Path(url).expanduser() for url in urls]
+        missing: list[Path] = []
+        for paths in (given, [self.data_root / path for path in given]):
+            absent = [path for path in paths if not path.is_file()]
+            if not absent:
+                return paths
+            if not missing or len(absent) < len(missing):
+                missing = absent
+        raise DataError(
+            f"{pattern}: {len(missing)} of {len(given)} shards are missing, the first is",
+            field="data.shards",
+            found=missing[0],
+            remedy="correct the pattern ({0000..0099} names many shards, * is not expanded), or give --data-root",
+        )
+
+    def _fetched_files(self, urls: Sequence[str]) -> dict[str, Path]:
+        """The local copies of remote shards, by address. Raises DataError."""
+        fetched = self.home / "fetched"
+        # A folder for each address: shards of different places may have the same name.
+        copies = {url: fetched / hashlib.sha256(url.encode()).hexdigest()[:16] / _file_name(url) for url in urls}
+        absent = [url for url, copy in copies.items() if not copy.is_file()]
+        if absent and not self.fetch:
+            raise DataError(
+                f"{len(absent)} of {len(urls)} remote shards are not in {fetched} yet, the first is",
+                field="data.shards",
+                found=absent[0],
+                remedy="run `comkd distill`, which fetches them; a dry run and other commands fetch nothing",
+            )
+        for number, url in enumerate(absent):
+            self.report(Progress("fetching shards", number, len(absent), unit="shards"))
+            _fetch(url, copies[url])
+        return copies
 
 
-def find_shards(pattern: str, data_root: Path, fetched: Path, report: Report, fetch: bool = False) -> list[Path]:
-    """The local file of each shard that a pattern names, in its order.
-
-    Relative paths are taken from the current directory, then from the data root, all from the same one of the
-    two. Remote shards are brought into `fetched` once. Raises DataError, naming the first that is missing.
-    """
-    from webdataset.cache import islocal
-    from webdataset.shardlists import expand_urls
-
-    try:
-        urls: list[str] = expand_urls(pattern)
-    except (AssertionError, ValueError) as error:
-        raise DataError(f"data.shards: {pattern!r} can't be expanded: {error}") from error
-    if repeated := [url for url, times in Counter(urls).items() if times > 1]:
-        raise DataError(f"data.shards: {pattern} names {repeated[0]} more than once")
-    local = [url for url in urls if islocal(url)]
-    paths = dict(zip(local, _on_this_machine(local, pattern, data_root), strict=True))
-    paths |= _brought([url for url in urls if url not in paths], fetched, report, fetch)
-    return [paths[url] for url in urls]
-
-
-def _on_this_machine(urls: Sequence[str], pattern: str, data_root: Path) -> list[Path]:
-    given = [Path(urlparse(url).path) if url.startswith("file:") else Path(url).expanduser() for url in urls]
-    missing: list[Path] = []
-    for paths in (given, [data_root / path for path in given]):
-        absent = [path for path in paths if not path.is_file()]
-        if not absent:
-            return paths
-        if not missing or len(absent) < len(missing):
-            missing = absent
-    raise DataError(
-        f"data.shards: {pattern}: {len(missing)} of {len(given)} shards are missing, the first is {missing[0]}; "
-        "correct the pattern (braces such as {0000..0099} stand for many, * for none), or give --data-root"
-    )
-
-
-def _brought(urls: Sequence[str], fetched: Path, report: Report, fetch: bool) -> dict[str, Path]:
-    """The local copies of remote shards, fetched now where they are not there yet."""
+def _fetch(url: str, copy: Path) -> None:
     from webdataset.cache import FileCache
 
-    # A folder for each address: shards of different places may be called alike.
-    copies = {url: fetched / hashlib.sha256(url.encode()).hexdigest()[:16] / _place(url) for url in urls}
-    absent = [url for url, copy in copies.items() if not copy.is_file()]
-    if absent and not fetch:
+    try:
+        FileCache(str(copy.parent), url_to_name=lambda _: copy.name, validator=None).get_file(url)
+        whole = tarfile.is_tarfile(copy)
+    except (OSError, ValueError, AssertionError) as error:
+        raise DataError(f"{url} could not be fetched", field="data.shards", found=str(error)) from error
+    if not whole:
+        copy.unlink()
         raise DataError(
-            f"data.shards: {len(absent)} of {len(urls)} remote shards are not below {fetched} yet, the first is "
-            f"{absent[0]}; `comkd distill` fetches what its recipe names, a dry run and other commands fetch nothing"
+            "is not a tar, or could not be reached", field="data.shards", found=url, remedy="correct the address"
         )
-    for number, url in enumerate(absent):
-        report(Progress("fetching shards", number, len(absent), unit="shards"))
-        copy = copies[url]
-        try:
-            FileCache(str(copy.parent), url_to_name=lambda _, name=copy.name: name, validator=None).get_file(url)
-            whole = tarfile.is_tarfile(copy)
-        except (OSError, ValueError, AssertionError) as error:
-            raise DataError(f"data.shards: {url} can't be fetched: {error}") from error
-        if not whole:
-            copy.unlink()
-            raise DataError(f"data.shards: {url} is no tar, or not reachable; correct the address")
-    return copies
 
 
-def _place(url: str) -> str:
+def _file_name(url: str) -> str:
     """The file's name within an address or a command, and its folder's, such as train/0001.tar."""
     found: list[str] = re.findall(r"\w[\w.-]*/\w[\w.-]*\.tar\b", url)
     return found[-1] if found else "shards/shard.tar"
 
 
 def source_name(shards: Sequence[Path]) -> str:
-    """What shards are called alike, `train` of train-0000.tar to train-0099.tar; else their folder."""
+    """The common part of the shards' names, `train` of train-0000.tar to train-0099.tar; else their folder's name."""
     names = {path.stem.rstrip("0123456789") for path in shards}
     for name in (names.pop() if len(names) == 1 else "", shards[0].resolve().parent.name):
         if clean := re.sub(r"[^\w.-]+", "_", name).strip("._-"):
@@ -127,7 +138,7 @@ def source_name(shards: Sequence[Path]) -> str:
 
 
 class ShardKeys(Sequence[str]):
-    """The keys of all images of shards, each read from the index when it is asked for."""
+    """The keys of all images of shards, each read from the index on access."""
 
     def __init__(self, index: ShardIndex) -> None:
         self._index = index
@@ -153,7 +164,7 @@ class ShardImages(ImageSet):
     index: ShardIndex = field(kw_only=True)
 
     def open(self, index: int) -> Image.Image:
-        """The image at a position, as RGB. Raises predictor.UnreadableImage."""
+        """The image at a position, as RGB. Raises UnreadableImage."""
         return self.index.open(index)
 
     def subset(self, indices: list[int]) -> ImageSet:

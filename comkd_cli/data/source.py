@@ -1,4 +1,4 @@
-"""A source of images: what every data set looks like to the rest of the code."""
+"""Sets of images, and sources: the common interface of all datasets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from comkd_cli.data.contents import Contents
-from comkd_cli.edge.classifier import UnreadableImage
+from comkd_cli.edge.images import UnreadableImage
 from comkd_cli.files import sha256_of_data
 
 
@@ -33,7 +33,7 @@ class ImageSet:
         return len(self.keys)
 
     def open(self, index: int) -> Image.Image:
-        """The image at a position, as RGB. Raises predictor.UnreadableImage."""
+        """The image at a position, as RGB. Raises UnreadableImage."""
         return self.open_key(self.keys[index])
 
     def subset(self, indices: list[int]) -> ImageSet:
@@ -47,9 +47,9 @@ class ImageSet:
 
     @cached_property
     def digest(self) -> str:
-        """A sha256 of the names and contents of the images, in order: the one answer to what a set of images is.
+        """A sha256 of the names and contents of the images, in order, by which sets of images are compared.
 
-        A set in another folder has the same digest. Reads every file that is not remembered; labels do not count.
+        It does not depend on the folder or on labels. Reads every file whose digest is not remembered.
         """
         found = self._pixel_digests() if self.contents is None else self.contents.digests(self.keys)
         digest = hashlib.sha256()
@@ -60,7 +60,7 @@ class ImageSet:
 
     @property
     def ordered_digest(self) -> str:
-        """As `digest`, and different where the same images are in another order; for what is kept by position."""
+        """As `digest`, but also dependent on the order of the images; for data that is stored by position."""
         return self.digest
 
     def _pixel_digests(self) -> Iterator[bytes]:
@@ -77,21 +77,21 @@ class ImageSet:
 
     @property
     def rows(self) -> np.ndarray | None:
-        """Where what is kept of each image stands, int64 (images,); None: at the image's position."""
+        """The row of each image in stored data, int64 (images,); None: its position."""
         return None
 
     @property
     def runs_on_disk(self) -> np.ndarray | None:
-        """Where each run of images that lie side by side begins, and where the last ends, int64 (runs + 1,).
+        """Where each run of adjacent images begins, and where the last ends, int64 (runs + 1,).
 
-        None where images can be read in any order at the same cost.
+        None if images can be read in any order at the same cost.
         """
         return None
 
 
 @dataclass(frozen=True)
 class Source:
-    """Classes, the prompt that names them, and the images to learn from and to be scored on."""
+    """Classes, their prompt template, and the images for training and scoring."""
 
     name: str
     class_names: tuple[str, ...]
@@ -100,7 +100,7 @@ class Source:
     train: ImageSet
     test: ImageSet | None
     val: ImageSet | None = None
-    """Labelled images to choose few-shot settings on; only the suite's data sets have them."""
+    """Labelled images to choose few-shot settings on; only the suite's datasets have them."""
 
     @property
     def prompts(self) -> list[str]:
@@ -108,7 +108,7 @@ class Source:
         return [self.template.replace("{}", name) for name in self.class_names]
 
     def identity(self) -> dict[str, Any]:
-        """What decides training on it, as named plain data: classes, prompt, and the images with their labels."""
+        """What determines training on it, as named plain data: classes, prompt, and the images with their labels."""
         labels = self.train.labels
         return {
             "class_names": list(self.class_names),

@@ -1,4 +1,4 @@
-"""From what a recipe says of its data to a source."""
+"""Opens the images and classes that a recipe names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from comkd_cli.data.class_names import missing_text, read_class_names
 from comkd_cli.data.contents import FileContents
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.folder import folder_source
-from comkd_cli.data.shards import shard_source
+from comkd_cli.data.shards import ShardStore
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.errors import DataError
 from comkd_cli.events import Notice, Report
@@ -30,8 +30,8 @@ def open_source(
     """The images and classes that a recipe names.
 
     Relative paths are taken from the current directory, then from the data root. runs: below it are kept the digests
-    of image contents, and in shards/ the index of shards and shards from elsewhere. fetch: bring those now, which for
-    `pipe:` runs a command: only for a recipe that the user has asked to run. What is skipped, left out or absent is
+    of image contents, and in shards/ the index of shards and fetched shards. fetch: fetch remote shards now, which for
+    `pipe:` runs a command: only for a recipe that the user runs. Skipped files and classes without images are
     reported. Raises DataError.
     """
     source = _open_source(data, data_root, runs, report, fetch)
@@ -40,19 +40,19 @@ def open_source(
         "validation": source.val.labels if source.val else None,
         "test": source.test.labels if source.test else None,
     }
-    if told := missing_text(source.class_names, labels):
-        report(Notice(f"{source.name}: {told}"))
+    if missing := missing_text(source.class_names, labels):
+        report(Notice(f"{source.name}: {missing}"))
 
-    def settled(images: ImageSet) -> ImageSet:
+    def remembered(images: ImageSet) -> ImageSet:
         if not isinstance(images.contents, FileContents):
             return images
         return replace(images, contents=FileContents(images.contents.root, data.fingerprint, runs / INDEX, report))
 
     return replace(
         source,
-        train=settled(source.train),
-        test=settled(source.test) if source.test else source.test,
-        val=settled(source.val) if source.val else source.val,
+        train=remembered(source.train),
+        test=remembered(source.test) if source.test else source.test,
+        val=remembered(source.val) if source.val else source.val,
     )
 
 
@@ -74,7 +74,8 @@ def _open_source(data: Data, data_root: Path, runs: Path, report: Report, fetch:
         return folder_source(folder, names, template, report)
     assert data.shards is not None  # the recipe has one of the three
     assert names is not None  # and with shards it has classes
-    return shard_source(data.shards, names, template, data_root, runs / "shards", report, fetch, data.fingerprint)
+    store = ShardStore(runs / "shards", data_root, report, fetch, data.fingerprint)
+    return store.source(data.shards, names, template)
 
 
 def locate(path: str, data_root: Path, field: str) -> Path:
@@ -83,6 +84,9 @@ def locate(path: str, data_root: Path, field: str) -> Path:
     for candidate in candidates:
         if candidate.exists():
             return candidate
-    places = list(dict.fromkeys(map(str, candidates)))
-    absent = f"neither {' nor '.join(places)} exists" if len(places) > 1 else f"{places[0]} does not exist"
-    raise DataError(f"{field}: {absent}; correct the path, or give --data-root")
+    raise DataError(
+        "no such file or folder",
+        field=field,
+        found=", ".join(dict.fromkeys(map(str, candidates))),
+        remedy="correct the path, or give --data-root",
+    )

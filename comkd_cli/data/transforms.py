@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tv
 
-from comkd_cli.edge.classifier import Preprocessing, normalise, prepare
+from comkd_cli.edge.images import Preprocessing, normalise, prepare
 from comkd_cli.recipe.model import Augment
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of a random crop before it is resized; torchvision's and PromptKD's
@@ -35,8 +35,8 @@ def training_inputs(
 ) -> list[Tensor]:
     """One random crop of an RGB image, as the input of each of several models.
 
-    The models may differ in input size, but see the same region of the picture, mirrored or not alike:
-    a teacher that sees another view teaches something else. Returns float32 (3, size, size) each; equal
+    The models may differ in input size, but see the same region of the image, mirrored in the same way: the
+    teacher's features must be of the student's view. Returns float32 (3, size, size) each; equal
     pre-processings share one tensor. The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):

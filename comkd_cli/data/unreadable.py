@@ -1,4 +1,4 @@
-"""Images that can't be read: how many may be left out before a result would mislead."""
+"""Images that could not be read: how many may be skipped before a result would mislead."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MOST_NAMED = 10  # unreadable images that are named one by one; all are counted
 
 
 def check_unreadable(problems: Collection[str], images: int, limit_percent: float, what: str = "images") -> None:
-    """Raise DataError, naming them, where more than the limit of so many images can't be read.
+    """Raise DataError, naming them, where more than the limit of so many images could not be read.
 
     problems: a line for each unreadable image. what: names the images in the message, such as "test images".
     """
@@ -19,6 +19,8 @@ def check_unreadable(problems: Collection[str], images: int, limit_percent: floa
     if share > limit_percent:
         named = "\n".join(f"  {problem}" for problem in islice(problems, MOST_NAMED))
         raise DataError(
-            f"{len(problems)} of {images} {what} ({share:.3g} %) can't be read, more than "
-            f"data.unreadable_limit_percent ({limit_percent:g} %); mend or remove them, or raise the limit:\n{named}"
+            f"{len(problems)} of {images} {what} ({share:.3g} %) could not be read",
+            field="data.unreadable_limit_percent",
+            allowed=f"{limit_percent:g} %",
+            remedy=f"repair or remove them, or raise the limit:\n{named}",
         )

@@ -1,13 +1,11 @@
 """CLIP's byte-pair tokenizer on numpy and the standard library: open_clip's SimpleTokenizer, token for token.
 
-open_clip cleans a text with ftfy before it splits it. The fixes of characters are made here too; three
-things are not the same:
+open_clip cleans a text with ftfy before it splits it. The same characters are fixed here, with three differences:
 
-- Mojibake, text that was once decoded with the wrong encoding (`schÃ¶n`), is left as it is, where ftfy
-  guesses what it was.
-- Which code points are letters, numbers or neither is asked of Python's own Unicode data; those that a
-  later version of Unicode assigned may be split from their neighbours otherwise.
-- A line is cleaned as a whole, where ftfy cuts one of more than a million characters.
+- Mojibake, text that was once decoded with the wrong encoding (`schÃ¶n`), is kept; ftfy guesses the original.
+- Python's Unicode data decide which code points are letters, numbers or neither; code points of a later version of
+  Unicode may be split from their neighbours differently.
+- A line is cleaned as a whole; ftfy splits one of more than a million characters.
 """
 
 from __future__ import annotations
@@ -79,14 +77,14 @@ ENTITY = re.compile(r"&(#?[0-9A-Za-z]{1,24};)")
 
 
 def entity_text(entity: re.Match[str]) -> str:
-    """What a match of ENTITY stands for; itself where that is not certain."""
+    """The text of an HTML entity that matches ENTITY; the entity itself if it is ambiguous."""
     name = entity[1]
     if name in html.entities.html5:
         return html.entities.html5[name]
     unescaped = html.unescape(entity[0])
     if name.startswith("#"):
         return entity[0] if ";" in unescaped else unescaped
-    # P&EACUTE;REZ: a name in capitals that means nothing by itself, and something in small letters.
+    # P&EACUTE;REZ: an entity only in lower case.
     if unescaped == entity[0] and name == name.upper() and name.lower() in html.entities.html5:
         return html.entities.html5[name.lower()].upper()
     return entity[0]
@@ -111,11 +109,11 @@ def fix_characters(line: str, unescape: bool) -> str:
 
 
 def clean(text: str) -> str:
-    """A text in lower case, its characters fixed and its entities replaced; its white space is not collapsed."""
+    """A text in lower case, with characters fixed and entities replaced; white space is not collapsed."""
     unescape, lines = True, []
     for line in text.split("\n"):
-        # A < makes it HTML from there on, in which ftfy leaves entities. What they become below keeps, unlike
-        # what they become here, its curly quotes.
+        # ftfy takes a text for HTML from the first < on, and keeps its entities. Those are replaced below, where curly
+        # quotes are kept.
         unescape = unescape and "<" not in line
         lines.append(fix_characters(line, unescape))
     fixed = "\n".join(lines)
@@ -131,18 +129,18 @@ PIECE = re.compile(
     r"|(?P<letters_and_numbers>[^\W_]+)"
     r"|[\W_]+"
 )
-# Its uppercase is a letter and it is none, so that ignoring case it is neither in the pattern's letters nor
-# in the complement of letters, numbers and space.
+# Not a letter, but its uppercase is one: ignoring case, it matches neither the pattern's letters nor the complement of
+# letters, numbers and space.
 COMBINING_GREEK_YPOGEGRAMMENI = "\u0345"
 
 
 def split_words(text: str) -> list[str]:
-    """The parts of a cleaned text that are tokenized one by one, whatever stands beside them."""
+    """The parts of a cleaned text that are tokenized independently."""
     return text.replace(COMBINING_GREEK_YPOGEGRAMMENI, " ").split()
 
 
 def split_pieces(word: str) -> Iterator[str]:
-    """The parts of a word that merges don't cross: runs of letters, single numbers, runs of what is neither."""
+    """The parts of a word that merges do not cross: runs of letters, single digits, runs of other characters."""
     for piece in PIECE.finditer(word):
         run = piece["letters_and_numbers"]
         if run is None or run.isalpha():
@@ -159,18 +157,18 @@ def split_pieces(word: str) -> Iterator[str]:
 
 
 def byte_symbols() -> dict[int, str]:
-    """The character that stands for each byte in the merges, in the order of the tokens of bytes."""
+    """The character of each byte in the merges, in the order of the tokens of bytes."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
 
 
 class Tokenizer:
-    """Turns texts into the tokens that CLIP's text encoders take.
+    """Tokenizes texts for CLIP's text encoders.
 
-    merges: the merges of CLIP's vocabulary, a pair of symbols a line, in order; raises ValueError unless
-    there are as many as that vocabulary has. context_length: tokens of a text, start and end among them;
-    raises ValueError below 1.
+    merges: the merges of CLIP's vocabulary, a pair of symbols per line, in order. context_length: tokens of a text,
+    including start and end. Raises ValueError if the number of merges is not that of the vocabulary, or if
+    context_length is below 1.
     """
 
     def __init__(self, merges: str, context_length: int) -> None:
@@ -189,9 +187,9 @@ class Tokenizer:
         self._cached_word_ids = functools.lru_cache(CACHED_WORDS)(self._word_ids)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """The tokens of each text, int64 (len(texts), context_length), zero after its end token.
+        """The tokens of each text, int64 (len(texts), context_length), with zeros after the end token.
 
-        A text with more is cut, its last token being the end token. A text alone is a batch of one.
+        A longer text is truncated and ends with the end token. A single text is a batch of one.
         """
         if isinstance(texts, str):
             texts = [texts]
@@ -204,18 +202,18 @@ class Tokenizer:
         return tokens
 
     def encode(self, text: str) -> list[int]:
-        """All tokens of a text, without those of its start and end."""
+        """All tokens of a text, without start and end."""
         return [token for word in split_words(clean(text)) for token in self._cached_word_ids(word)]
 
     def cut(self, text: str) -> int:
-        """How many tokens of a text are cut, 0 where it fits into the context."""
+        """The number of tokens by which a text exceeds the context; 0 if it fits."""
         return max(0, len(self.encode(text)) + 2 - self.context_length)
 
     def _word_ids(self, word: str) -> tuple[int, ...]:
         return tuple(self._ids[symbol] for piece in split_pieces(word) for symbol in self._merged(piece))
 
     def _merged(self, piece: str) -> list[str]:
-        """The symbols of a piece, once every merge that applies has been made, the earliest learned first."""
+        """The symbols of a piece after all merges, applied in order of rank."""
         if piece in (START_OF_TEXT, END_OF_TEXT):
             return [piece]
         symbols = [self._byte_symbols[byte] for byte in piece.encode("utf-8")]

@@ -1,1 +1,1 @@
-"""Scores: features and logits of image sets, and what is counted from them."""
+"""Scores of models: features of image sets, the protocols derived from them, and metrics."""

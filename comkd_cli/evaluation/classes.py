@@ -1,4 +1,4 @@
-"""Whether data has the classes that a student was trained on: what is scored otherwise is another class's answer."""
+"""Whether a dataset has the classes that a student was trained on; with others, its predictions mean other classes."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ if TYPE_CHECKING:
 
 
 def check_classes(record: StudentRecord, source: Source) -> None:
-    """Raise DataError unless the data has the student's classes in the student's order, naming those that differ.
+    """Raise DataError, naming the differences, unless the dataset has the student's classes in the same order.
 
-    Spellings of one name count as the same: students of older versions keep the underscores of their class lists.
+    Spellings of one name count as equal: students of older versions keep the underscores of their class lists.
     """
-    known = [str(name) for name in record.class_names]
-    ours, theirs = [class_key(name) for name in known], [class_key(name) for name in source.class_names]
-    if ours == theirs:
+    trained = [str(name) for name in record.class_names]
+    trained_keys, data_keys = [class_key(name) for name in trained], [class_key(name) for name in source.class_names]
+    if trained_keys == data_keys:
         return
-    added = [name for name, key in zip(source.class_names, theirs, strict=True) if key not in ours]
-    absent = [name for name, key in zip(known, ours, strict=True) if key not in theirs]
+    added = [name for name, key in zip(source.class_names, data_keys, strict=True) if key not in trained_keys]
+    missing = [name for name, key in zip(trained, trained_keys, strict=True) if key not in data_keys]
     faults = []
     if added:
         faults.append(f"it does not know {some(added)}")
-    if absent:
-        faults.append(f"the data lacks {some(absent)}")
+    if missing:
+        faults.append(f"the data lacks {some(missing)}")
     if not faults:
         faults = ["their number differs"]
-        for label, (name, other) in enumerate(zip(known, source.class_names, strict=False)):
-            if ours[label] != theirs[label]:
-                faults = [f"their order differs: class {label + 1} is {name} to the student, and {other} in the data"]
+        for label, (name, other) in enumerate(zip(trained, source.class_names, strict=False)):
+            if trained_keys[label] != data_keys[label]:
+                faults = [f"their order differs: class {label + 1} is {name} for the student, and {other} in the data"]
                 break
     raise DataError(
-        f"{source.name}: the student was trained on {len(known)} classes, and {'; '.join(faults)}; use data with the "
-        "classes that it was trained on, in their order (for a folder: a class list, with a name a line)"
+        f"{source.name}: the student was trained on {len(trained)} classes, and {'; '.join(faults)}",
+        remedy="use data with the classes that it was trained on, in their order (for a folder: a class list, with a "
+        "name per line)",
     )

@@ -1,4 +1,4 @@
-"""Image features, computed once for each model and image set and kept on disk."""
+"""Image features, computed once for each model and image set and stored on disk."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from comkd_cli.data.loaders import scoring_batches
 from comkd_cli.data.source import ImageSet
-from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.edge.images import Preprocessing
 from comkd_cli.errors import ComkdError, ModelError, TrainingError
 from comkd_cli.events import Notice, Progress, Report
-from comkd_cli.files import sha256_of_data, written_whole
+from comkd_cli.files import atomic_write, sha256_of_data
 from comkd_cli.runtime import collectives, ranks
 
 BATCH_SIZE = 64  # on CPUs the activations of larger batches of 224 pixels fall out of the caches
@@ -26,10 +26,10 @@ STORE_FORMAT = "comkd-features/2"
 
 @dataclass(frozen=True)
 class Encoder:
-    """What turns images into the features that are kept."""
+    """Turns images into the features that are stored."""
 
     identity: str
-    """A digest of the weights: other weights, other features."""
+    """A digest of the weights."""
     preprocessing: Preprocessing
     encode: Callable[[Tensor], Tensor]
     """From prepared images (batch, 3, size, size) to features (batch, dim)."""
@@ -37,65 +37,67 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Features:
-    """The features of every image of a set that could be read."""
+    """The features of every readable image of a set."""
 
     values: np.ndarray
     """float32 (images, dim)."""
     indices: np.ndarray
-    """int64 (images,): positions in the set."""
+    """int64 (images,): of the images in the set."""
     unreadable: tuple[str, ...]
     """A line for each image that could not be read."""
 
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """Where features are kept, and how they are made where they are not there."""
+    """Stores features, and computes those that it lacks."""
 
     folder: Path | None
-    """None keeps nothing."""
+    """None stores nothing."""
     device: torch.device
     workers: int
     report: Report
 
     def features(self, encoder: Encoder, images: ImageSet, label: str) -> Features:
-        """The features of a set, read back if this model, this pre-processing and these images were met before.
+        """The features of a set, from the folder if they were computed before.
 
-        The file's name is a digest of all three, so that what is found can't be another's. Several processes share
-        the images out, and each is given all features. Raises ModelError where some are not numbers: the class of such
-        an image would be the first, whatever it shows.
+        label: names the work in progress events. The file's name is a digest of the model, the pre-processing and the
+        images, so that stored features cannot be those of others. Several processes divide the images among them, and
+        each returns all features. Raises ModelError where some are NaN or infinite: the predicted class of such an
+        image would be the first, whatever it shows.
         """
         found = self._features(encoder, images, label)
-        if odd := int((~np.isfinite(found.values).all(axis=1)).sum()):
+        if count := int((~np.isfinite(found.values).all(axis=1)).sum()):
             raise ModelError(
-                f"{label}: the model's features of {odd} of {len(found.indices)} images are NaN or infinite; its "
-                "weights are damaged, or come from a training that diverged"
+                f"{label}: the model's features of {count} of {len(found.indices)} images are NaN or infinite: its "
+                "weights are damaged, or its training diverged",
+                remedy="use other weights",
             )
         return found
 
     def _features(self, encoder: Encoder, images: ImageSet, label: str) -> Features:
         if self.folder is None:
             return self._compute(encoder, images, label)
-        with collectives.without_timeout():  # it reads the images that are not remembered
+        with collectives.without_timeout():  # it reads the images whose digests are not cached
             path = self.folder / f"{store_key(encoder, images)}.safetensors"
         kept = _read(path)
         if len({row[0] for row in collectives.all_gather_ints([-1 if kept is None else len(kept.indices)])}) > 1:
-            kept = None  # for all processes: they compute together
+            kept = None  # in all processes, since they compute together
         if kept is not None and len(kept.indices) == len(images):
             return kept
-        made = self._compute(encoder, images, label) if kept is None else self._mended(kept, encoder, images, label)
+        made = self._compute(encoder, images, label) if kept is None else self._completed(kept, encoder, images, label)
         if made is kept:
             return kept
         with collectives.without_timeout():  # disks can be slow
             if ranks.is_main():
-                self._keep(path, made)
+                self._write(path, made)
         return made
 
-    def _keep(self, path: Path, made: Features) -> None:
-        """Write features; a folder that cannot be written to, or a full disk, costs time later and no score now."""
+    def _write(self, path: Path, made: Features) -> None:
+        """Write features. A failure is a notice: the next evaluation takes longer, and no score is lost."""
         # Names that are not UTF-8 reach Python as lone surrogates, which the file's metadata cannot hold.
         unreadable = "\n".join(made.unreadable).encode("utf-8", "backslashreplace").decode("utf-8")
         try:
-            with written_whole(path) as unfinished:
+            with atomic_write(path) as unfinished:
                 save_file(
                     {"values": made.values, "indices": made.indices},
                     unfinished,
@@ -105,11 +107,11 @@ class FeatureStore:
             cause = error.__cause__ or error
             reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
             self.report(
-                Notice(f"features are not kept in {path.parent}: {reason}; the next evaluation computes them again")
+                Notice(f"features could not be stored in {path.parent}: {reason}; the next evaluation recomputes them")
             )
 
-    def _mended(self, kept: Features, encoder: Encoder, images: ImageSet, label: str) -> Features:
-        """Kept features with those of images that could not be read then, and can now."""
+    def _completed(self, kept: Features, encoder: Encoder, images: ImageSet, label: str) -> Features:
+        """Stored features, with those of images that could not be read before and can be read now."""
         absent = sorted(set(range(len(images))) - set(kept.indices.tolist()))
         found = self._compute(encoder, images.subset(absent), label)
         if not len(found.indices):
@@ -126,7 +128,9 @@ class FeatureStore:
         found = self._compute_alone(encoder, images.subset(mine.tolist()), label)
         everywhere = collectives.all_gather((store_key(encoder, images), replace(found, indices=mine[found.indices])))
         if len({key for key, _ in everywhere}) > 1:
-            raise TrainingError(f"{label}: the processes see different images or models; give all the same files")
+            raise TrainingError(
+                f"{label}: the processes read different images or models", remedy="give all of them the same files"
+            )
         parts = [part for _, part in everywhere]
         filled = [part.values for part in parts if len(part.indices)]
         indices = np.concatenate([part.indices for part in parts])
@@ -160,7 +164,7 @@ def store_key(encoder: Encoder, images: ImageSet) -> str:
 
 
 def _read(path: Path) -> Features | None:
-    """Kept features, or None where there are none or the file is damaged: then they are made anew."""
+    """Stored features; None where there are none or the file is damaged, and they have to be computed."""
     if not path.is_file():
         return None
     try:

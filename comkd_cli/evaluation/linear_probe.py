@@ -16,9 +16,10 @@ DEFAULT_C = 1.0  # where no validation images can choose it
 def linear_probe(
     train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, val_labels: np.ndarray, test: np.ndarray
 ) -> np.ndarray:
-    """Classes of test features by L-BFGS logistic regression, C chosen on the validation features.
+    """The classes of test features by L-BFGS logistic regression, with C chosen on the validation features.
 
-    train, val, test: (images, dim); without validation images C is 1. Returns (test images,) class indices.
+    train, val, test: (images, dim); labels: (images,). Without validation images C is 1. Returns (test images,) class
+    indices.
     """
     c = DEFAULT_C
     if len(val):
@@ -30,8 +31,8 @@ def linear_probe(
 def best_c(accuracy: Callable[[float], float]) -> float:
     """The C of highest accuracy by the paper's parametric binary search.
 
-    C in {1e-6, 1e-4, ..., 1e6} first, then the interval around the peak halved again and again, until
-    there are 8 steps in a decade. Of equal accuracies the smaller C, which is the simpler model, wins.
+    First C in {1e-6, 1e-4, ..., 1e6}; then the interval around the peak is halved repeatedly, down to 8 steps per
+    decade. Of equal accuracies the smallest C, which is the simplest model, wins.
     """
     scores: dict[int, float] = {}
     last = (MOST_EXPONENT - LEAST_EXPONENT) * STEPS_PER_DECADE
@@ -59,8 +60,8 @@ def _fit(features: np.ndarray, labels: np.ndarray, c: float):  # type: ignore[no
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
-        # At the largest C the optimum lies far away; the paper stops after 1,000 iterations as well.
+        # At the largest C the optimum is far away; the paper stops after 1,000 iterations as well.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        # One image of each of many classes is what one shot means; scikit-learn takes it for a regression's targets.
+        # With one image per class, scikit-learn suspects that the labels are the targets of a regression.
         warnings.filterwarnings("ignore", "The number of unique classes is greater than", UserWarning)
         return LogisticRegression(C=c, max_iter=MOST_ITERATIONS).fit(features, labels)

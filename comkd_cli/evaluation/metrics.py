@@ -1,4 +1,7 @@
-"""Accuracies and agreement, from class indices."""
+"""Accuracies and agreement, from class indices.
+
+NumPy and math, not scikit-learn and scipy.stats: the formulas are a line each, and the imports take about a second.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,25 @@ NORMAL_95 = 1.959963984540054  # the 0.975 quantile of the standard normal distr
 
 
 def top1_percent(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """The share of images whose likeliest class is their own, in percent. Both (images,)."""
+    """The share of images whose predicted class is their label, in percent. Both (images,)."""
     return float(100 * np.mean(predicted == labels))
 
 
 def mean_per_class_percent(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """The mean over the classes of each class's own top-1, in percent. Classes without images do not count."""
+    """The mean of the top-1 of each class, in percent. Classes without images do not count."""
     return float(100 * np.mean([np.mean(predicted[labels == label] == label) for label in np.unique(labels)]))
 
 
 def agreement_percent(first: np.ndarray, second: np.ndarray) -> float:
-    """The share of images that two models put in the same class, right or wrong, in percent."""
+    """The share of images for which two models predict the same class, right or wrong, in percent."""
     return float(100 * np.mean(first == second))
 
 
 def wilson_interval_percent(share_percent: float, count: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a share that was measured on `count` images, in percent.
+    """The 95 % confidence interval of a share measured on `count` images, in percent.
 
-    Wilson's score interval (E. B. Wilson, 1927): it does not shrink to a point at 0 and 100 %, as the usual one does.
-    Raises ValueError without images.
+    Wilson's score interval (E. B. Wilson, 1927), which does not shrink to a point at 0 and 100 % as the normal
+    approximation does. Raises ValueError without images.
     """
     if count < 1:
         raise ValueError("a share of no images has no interval")

@@ -1,4 +1,4 @@
-"""What is scored: a student, a teacher or a plain CLIP, each as an encoder and a way to name its features."""
+"""What is scored: a student, a teacher or a plain CLIP, each as an image encoder and a classifier on its features."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.edge.images import Preprocessing
 from comkd_cli.evaluation.features import Encoder
 from comkd_cli.method.student import Student
 from comkd_cli.method.teacher import Teacher
@@ -22,36 +22,36 @@ IMAGES_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that answers in classes; its image features are kept, everything after is derived from them."""
+    """A model that predicts classes. Its image features can be stored; its predictions are derived from them."""
 
     model: str
-    """Name in the results."""
+    """Its name in the results."""
     role: Role
     seed: int | None
     parameters: int
     """Of its image tower."""
     encoder: Encoder
     class_vectors: Tensor
-    """(classes, dim) of the data at hand, L2-normalised, on the CPU."""
+    """(classes, dim) of the dataset that it is scored on, L2-normalised, on the CPU."""
     logit_scale: float
     attend: Callable[[Tensor, Tensor], Tensor]
-    """From kept features (images, dim) and class vectors to L2-normalised features (images, dim)."""
+    """From the encoder's features (images, dim) and class vectors to L2-normalised features (images, dim)."""
     selection: str = "last"
-    """Which epoch was kept."""
+    """How the epoch was selected."""
 
-    def features(self, kept: np.ndarray, classes: Sequence[int]) -> Tensor:
-        """L2-normalised features of images before a label set, (images, dim).
+    def features(self, encoded: np.ndarray, classes: Sequence[int]) -> Tensor:
+        """L2-normalised features of images for a label set, (images, dim).
 
-        kept: what the encoder gave, (images, dim). classes: the labels that can be answered.
+        encoded: features from the encoder, (images, dim). classes: the labels that can be predicted.
         """
         vectors = self.class_vectors[list(classes)]
         with torch.no_grad():
-            parts = [self.attend(part, vectors) for part in torch.split(torch.from_numpy(kept), IMAGES_AT_ONCE)]
+            parts = [self.attend(part, vectors) for part in torch.split(torch.from_numpy(encoded), IMAGES_AT_ONCE)]
         return torch.cat(parts) if parts else torch.empty(0, vectors.shape[1])
 
-    def predict(self, kept: np.ndarray, classes: Sequence[int]) -> np.ndarray:
-        """For each image the likeliest of `classes`, as a label, (images,)."""
-        similarity = self.features(kept, classes) @ self.class_vectors[list(classes)].T
+    def predict(self, encoded: np.ndarray, classes: Sequence[int]) -> np.ndarray:
+        """The most likely of `classes` for each image, as labels, (images,). encoded: as in `features`."""
+        similarity = self.features(encoded, classes) @ self.class_vectors[list(classes)].T
         predicted: np.ndarray = np.asarray(classes)[similarity.argmax(dim=1).numpy()]
         return predicted
 
@@ -59,7 +59,7 @@ class Subject:
 def student_subject(
     student: Student, record: StudentRecord, identity: str, model: str, device: torch.device
 ) -> Subject:
-    """A student that was loaded from its file."""
+    """A student from its checkpoint. identity: a digest of the file. model: its name in the results."""
     subject = live_student(student, record.preprocessing, device)
     return replace(
         subject,
@@ -71,9 +71,9 @@ def student_subject(
 
 
 def live_student(student: Student, preprocessing: Preprocessing, device: torch.device) -> Subject:
-    """A student as its weights are now; also while it trains, which leaves it in inference mode.
+    """A student with its current weights, also during training; sets it to evaluation mode.
 
-    Its projected features are kept, since EduAttention may depend on the label set.
+    Its encoder ends at the projector, since EduAttention may depend on the label set.
     """
     student.to(device).eval()
     return Subject(
@@ -84,14 +84,14 @@ def live_student(student: Student, preprocessing: Preprocessing, device: torch.d
         encoder=Encoder("", preprocessing, student.project),
         class_vectors=student.class_vectors.cpu().clone(),
         logit_scale=float(student.logit_scale),
-        attend=lambda kept, vectors: student.attend(kept.to(device), vectors.to(device)).cpu(),
+        attend=lambda encoded, vectors: student.attend(encoded.to(device), vectors.to(device)).cpu(),
     )
 
 
 def teacher_subject(
     teacher: Teacher, preprocessing: Preprocessing, identity: str, model: str, role: Role, device: torch.device
 ) -> Subject:
-    """A teacher or a plain CLIP that was loaded."""
+    """A teacher or a plain CLIP. identity: a digest of its weights. model: its name in the results."""
     teacher.to(device)
     subject = live_teacher(teacher.image_tower, teacher.class_vectors, teacher.logit_scale, preprocessing)
     return replace(subject, model=model, role=role, encoder=replace(subject.encoder, identity=identity))
@@ -100,9 +100,9 @@ def teacher_subject(
 def live_teacher(
     image_tower: nn.Module, class_vectors: Tensor, logit_scale: Tensor, preprocessing: Preprocessing
 ) -> Subject:
-    """A teacher as its weights are now, also while it trains; its features do not depend on the label set.
+    """A teacher with its current weights, also during training; its features do not depend on the label set.
 
-    The image tower must be in inference mode. class_vectors: (classes, dim), L2-normalised.
+    The image tower must be in evaluation mode. class_vectors: (classes, dim), L2-normalised.
     """
     return Subject(
         model="",
@@ -112,5 +112,5 @@ def live_teacher(
         encoder=Encoder("", preprocessing, image_tower),
         class_vectors=class_vectors.cpu().clone(),
         logit_scale=float(logit_scale),
-        attend=lambda kept, _vectors: nn.functional.normalize(kept, dim=-1),
+        attend=lambda encoded, _vectors: nn.functional.normalize(encoded, dim=-1),
     )

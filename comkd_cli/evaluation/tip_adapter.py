@@ -1,4 +1,4 @@
-"""Tip-Adapter and Tip-Adapter-F: a cache of few-shot features beside the class vectors (arXiv 2207.09519)."""
+"""Tip-Adapter and Tip-Adapter-F: class vectors with a cache of few-shot features (arXiv 2207.09519)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# The paper's residual ratio and sharpness, from which the search on the validation images departs.
+# The paper's residual ratio and sharpness, used where no validation images can choose them.
 ALPHA, BETA = 1.0, 5.5
-MOST_ALPHA, MOST_BETA = 3.0, 7.0  # of the search, as the released code bounds it for most data sets
+MOST_ALPHA, MOST_BETA = 3.0, 7.0  # of the search, with the bounds that the released code has for most datasets
 ALPHA_STEPS, BETA_STEPS = 20, 200
 FINE_TUNING_EPOCHS, LEARNING_RATE, EPSILON, BATCH_SIZE = 20, 1e-3, 1e-4, 256
 
@@ -26,20 +26,26 @@ class Labelled:
 
 
 def tip_adapter(
-    cache: Labelled, val: Labelled, test: Tensor, class_vectors: Tensor, logit_scale: float, fine_tune: bool, seed: int
+    cache: Labelled,
+    val: Labelled,
+    test: Tensor,
+    class_vectors: Tensor,
+    logit_scale: float,
+    fine_tune_seed: int | None,
 ) -> np.ndarray:
-    """Classes of test features by class vectors and cache together.
+    """The classes of test features, by class vectors and cache together.
 
     logits = s f W^T + alpha * exp(-beta (1 - f K^T)) L, K being the few-shot features and L their one-hot
-    labels. alpha and beta are chosen on the validation features by the released code's grid; without any
-    they stay at the paper's 1 and 5.5. fine_tune: train K first (Tip-Adapter-F: AdamW at 1e-3, 20 epochs,
-    cosine). Unlike the released code, the features are those of the centre crop alone, and the last epoch
-    is kept, not the best on the test images. test: (images, dim). Returns (images,) class indices.
+    labels. alpha and beta are chosen on the validation features by the released code's grid search; without
+    validation features they are the paper's 1 and 5.5. fine_tune_seed: of the order of the batches in which K is
+    trained first (Tip-Adapter-F: AdamW at 1e-3, 20 epochs, cosine); None leaves K as it is (Tip-Adapter). Unlike the
+    released code, the features are those of the centre crop alone, and the last epoch is used, not the best on the
+    test images. test: (images, dim). class_vectors: (classes, dim). Returns (images,) class indices.
     """
     keys = cache.features
     values = nn.functional.one_hot(cache.labels, len(class_vectors)).float()
-    if fine_tune:
-        keys = _fine_tuned(cache, values, class_vectors, logit_scale, seed)
+    if fine_tune_seed is not None:
+        keys = _fine_tuned(cache, values, class_vectors, logit_scale, fine_tune_seed)
     alpha, beta = _search(keys, values, val, class_vectors, logit_scale) if len(val.labels) else (ALPHA, BETA)
     logits = logit_scale * test @ class_vectors.T + alpha * _cache_logits(test, keys, values, beta)
     return logits.argmax(dim=1).numpy()
@@ -52,7 +58,7 @@ def _cache_logits(features: Tensor, keys: Tensor, values: Tensor, beta: float) -
 def _search(
     keys: Tensor, values: Tensor, val: Labelled, class_vectors: Tensor, logit_scale: float
 ) -> tuple[float, float]:
-    """alpha and beta of the highest accuracy on the validation features; the first of equals."""
+    """alpha and beta of the highest accuracy on the validation features; of equal ones, the first."""
     clip = logit_scale * val.features @ class_vectors.T
     best, chosen = -1.0, (ALPHA, BETA)
     for step in range(BETA_STEPS):

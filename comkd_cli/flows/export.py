@@ -1,4 +1,4 @@
-"""From a student to a bundle whose graphs answer as it does."""
+"""From a student to a bundle whose graphs match it."""
 
 from __future__ import annotations
 
@@ -11,58 +11,48 @@ import numpy as np
 import torch
 
 from comkd_cli.bundles.bundle import (
-    MERGES,
-    TEXT_ENCODER,
     Contents,
+    Head,
     Text,
     changed_score,
     check_head,
     complete_bundle,
     graph_name,
 )
-from comkd_cli.bundles.graphs import (
-    CLASS_VECTORS,
-    OPSET,
-    add_classifier,
-    check_graph,
-    export_image_encoder,
-    export_text_encoder,
-)
-from comkd_cli.bundles.latency import Contender, measure_latency
-from comkd_cli.bundles.parity import BATCH_SIZES, GATES, Gate, Parity, Reference, measure_parity
+from comkd_cli.bundles.gates import GATES, Gate, in_order
+from comkd_cli.bundles.graphs import CLASS_VECTORS, OPSET, add_classifier, check_graph, export_image_encoder
+from comkd_cli.bundles.latency import Contender, Measured, measure_latency
+from comkd_cli.bundles.parity import Parity, Reference, measure_parity
 from comkd_cli.bundles.parts import Part, Parts, Pool, read_parts
-from comkd_cli.bundles.precisions import OPTIMIZATION, QuantisationImages, in_order, to_fp16, to_int8
-from comkd_cli.bundles.runner import run_graph
+from comkd_cli.bundles.precisions import OPTIMIZATION, Quantisation, QuantisationImages, Quantiser, to_fp16
+from comkd_cli.bundles.text import add_text_encoder, text_teacher
 from comkd_cli.bundles.web import add_web_page
 from comkd_cli.data.folder import images_below
 from comkd_cli.data.sources import open_source
-from comkd_cli.edge.classifier import BundleProblem, read_manifest
-from comkd_cli.errors import CheckpointError, DataError, ExportError, Interrupted, ModelError
+from comkd_cli.edge.manifest import BundleProblem, read_manifest
+from comkd_cli.errors import DataError, ExportError, Interrupted
 from comkd_cli.evaluation.classes import check_classes
 from comkd_cli.events import Notice, Progress, Report, Stage
-from comkd_cli.files import folder_written_whole, write_text
+from comkd_cli.files import atomic_folder
 from comkd_cli.method.student import Student
-from comkd_cli.models.backbones import bpe_merges
 from comkd_cli.models.checkpoints import StudentRecord, load_student
 from comkd_cli.models.costs import multiply_adds, parameters
 from comkd_cli.runtime.signals import Stopped, stopping_at_once
-from comkd_cli.teachers.loading import ClassEncoder, class_encoder
 
 CHECK_IMAGES = 512
-TEXT_DIFFERENCE_MAX = 1e-4
 STUDENT_BATCH = 32
 INTERRUPTED = 130  # 128 + SIGINT
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What a bundle is to hold and to keep."""
+    """What a bundle should contain, and how it is checked."""
 
     precisions: Sequence[str] = ("fp32",)
     text: bool = False
-    """The text encoder too, so that classes can be added on the device."""
+    """Include the teacher's text encoder, so that a device can add classes."""
     web: bool = False
-    """A page that classifies in a browser."""
+    """Include a page that classifies in a browser."""
     web_runtime: Path | None = None
     """An unpacked onnxruntime-web; None fetches it."""
     benchmark: bool = False
@@ -70,19 +60,19 @@ class ExportOptions:
     opset: int = OPSET
     gates: Mapping[str, Gate] = field(default_factory=lambda: GATES)
     check_images: int = CHECK_IMAGES
-    """At most so many real images are compared by the gates."""
+    """Largest number of real images for the gates."""
     pictures: Path | None = None
     """A folder of real images for gates and int8; None takes those of the student's data."""
     runs: Path = Path("runs")
-    """Folder of all runs, where the index of shards is kept."""
+    """Folder of all runs, which holds the index of shards."""
     allow_download: bool = False
-    """Fetch what student.pt names and this machine lacks."""
+    """Fetch what student.pt names and is not on this machine."""
     license: str = "unknown"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """The bundle's manifest, and by precision why one that was asked for is not in it."""
+    """The manifest of a bundle, and for each precision that was left out the reason."""
 
     manifest: dict[str, Any]
     failed: dict[str, str]
@@ -96,222 +86,218 @@ def export(
     force: bool = False,
     options: ExportOptions | None = None,
 ) -> Exported:
-    """Export a student, check it, and leave a bundle at `out`.
+    """Export a student, check the graphs, and write a bundle to `out`.
 
-    The bundle appears whole or not at all; a precision that misses its gate is left out of it. Raises
-    ExportError where none passes, with the figures, and where `out` exists already unless `force`; WriteError where
-    the system refuses to write there; Interrupted, with everything temporary removed, where a signal asked to stop.
+    The bundle is written whole or not at all; a precision that fails its gate is left out. Raises ExportError, with the
+    figures, if no precision passes, and if `out` exists without `force`; WriteError if the system refuses to write
+    there; Interrupted, with all temporary files removed, after a signal.
     """
+    options = options or ExportOptions()
     try:
         with stopping_at_once() as check_stop:
-            return _export(student_file, out, data_root, report, force, options or ExportOptions(), check_stop)
+            _check_target(out, force)
+            source = _Source.load(student_file, options)
+            teacher = (
+                text_teacher(student_file, source.record, options.allow_download, report) if options.text else None
+            )
+            with atomic_folder(out) as folder:  # before the work below, which a read-only folder would waste
+                report(Stage("Reading real images"))
+                exporter = _Exporter(
+                    source, folder, _read_parts(source.record, data_root, options, report), options, report
+                )
+                exporter.add_precisions(check_stop)
+                text = None
+                if teacher is not None:
+                    text = add_text_encoder(
+                        folder, teacher, source.record, source.head.class_vectors, options.opset, report
+                    )
+                manifest = exporter.complete(text)
+                check_stop()
     except KeyboardInterrupt as error:
         code = error.exit_code if isinstance(error, Stopped) else INTERRUPTED
         raise Interrupted("the export was stopped; it leaves no unfinished bundle", code) from error
+    return Exported(manifest, dict(exporter.failed))
 
 
-def _export(
-    student_file: Path,
-    out: Path,
-    data_root: Path,
-    report: Report,
-    force: bool,
-    options: ExportOptions,
-    check_stop: Callable[[], None],
-) -> Exported:
-    _check_target(out, force)
-    student, record = load_student(student_file, options.allow_download)
-    teacher = _text_teacher(student_file, record, options, report) if options.text else None
-    class_vectors, logit_scale = student.class_vectors.numpy(), float(student.logit_scale)
-    check_head(student_file, record.class_names, class_vectors, logit_scale)
-    extra = {CLASS_VECTORS: class_vectors} if student.uses_candidates else {}
-    with folder_written_whole(out) as folder:  # first, for an unwritable place should not cost the work below
-        parts = _parts(record, data_root, options, report)
-        contents = Contents(
-            record=record,
-            class_vectors=class_vectors,
-            logit_scale=logit_scale,
-            candidates=student.uses_candidates,
-            opset=options.opset,
-            parameters=parameters(student),
-            multiply_adds=multiply_adds(student, record.preprocessing.size),
-            parts=parts,
-            license=options.license,
-        )
-        reference = _reference(student_file, student, parts.gate, contents.head, report)
-        report(Stage(f"Exporting {student_file} to ONNX opset {options.opset}"))
-        source = folder / graph_name("image_encoder", "fp32")
-        export_image_encoder(student, record.preprocessing, source, options.opset)
-        check_graph(source, standard_only=True)
-        for precision in in_order(options.precisions):
+@dataclass(frozen=True)
+class _Source:
+    """The student to export."""
+
+    file: Path
+    student: Student
+    record: StudentRecord
+    head: Head
+
+    @classmethod
+    def load(cls, file: Path, options: ExportOptions) -> _Source:
+        """Raises CheckpointError, ModelError, and ExportError if it cannot be exported."""
+        student, record = load_student(file, options.allow_download)
+        head = Head(student.class_vectors.numpy(), float(student.logit_scale))
+        check_head(file, record.class_names, head)
+        return cls(file, student, record, head)
+
+    @property
+    def extra(self) -> dict[str, np.ndarray]:
+        """The graphs' inputs besides the image."""
+        return {CLASS_VECTORS: self.head.class_vectors} if self.student.uses_candidates else {}
+
+    def reference(self, part: Part, report: Report) -> Reference:
+        """The student's output for images. Raises ExportError if it is not finite."""
+        images = part.images
+        report(Stage(f"Running the student in PyTorch on {part.size.words()}"))
+        outputs = []
+        with torch.inference_mode():
+            for start in range(0, len(images), STUDENT_BATCH):
+                outputs.append(self.student(torch.from_numpy(images[start : start + STUDENT_BATCH])))
+                report(Progress("student", min(start + STUDENT_BATCH, len(images)), len(images)))
+        features = torch.cat([output.features for output in outputs]).numpy()
+        logits = torch.cat([output.logits for output in outputs]).numpy()
+        if count := int((~np.isfinite(features).all(axis=1) | ~np.isfinite(logits).all(axis=1)).sum()):
+            raise ExportError(
+                f"its output for {count} of {len(images)} images is not finite",
+                path=self.file,
+                remedy="train the student again with a lower optim.learning_rate",
+            )
+        return Reference(images, features, logits, part.labels, part.different, self.head.matrix)
+
+
+class _Exporter:
+    """Writes the graphs of a student into a folder, checks them against their gates, and completes the bundle."""
+
+    def __init__(self, source: _Source, folder: Path, parts: Parts, options: ExportOptions, report: Report) -> None:
+        self._source, self._folder, self._parts = source, folder, parts
+        self._options, self._report = options, report
+        self._reference = source.reference(parts.gate, report)
+        self._parities: dict[str, Parity] = {}
+        self._quantisation: list[Quantisation] = []
+        self.failed: dict[str, str] = {}
+        """By precision: why it is not in the bundle."""
+
+    def add_precisions(self, check_stop: Callable[[], None]) -> None:
+        """Write and check the graphs of every precision. Raises ExportError if none passes its gate."""
+        record, encoder = self._source.record, self._graph("image_encoder", "fp32")
+        self._report(Stage(f"Exporting {self._source.file} to ONNX opset {self._options.opset}"))
+        export_image_encoder(self._source.student, record.preprocessing, encoder, self._options.opset)
+        check_graph(encoder, standard_only=True)
+        for precision in in_order(self._options.precisions):
             check_stop()
             try:
                 if precision == "int8":
-                    parity = _quantised(folder, contents, reference, extra, options, report)
-                else:
-                    parity = _checked(precision, folder, contents, reference, extra, options, report)
-                contents.parities[precision] = parity
+                    self._quantise()
+                self._parities[precision] = self._check(precision)
             except ExportError as error:
-                check_stop()  # Ctrl-C reaches the process that runs the graph, too
-                contents.failed[precision] = str(error)
-                report(Notice(f"{precision} is left out: {error}"))
-                _remove_graphs(folder, precision, keep_source=True)
-        if not contents.parities:
-            reasons = "; ".join(f"{precision}: {why}" for precision, why in contents.failed.items())
-            raise ExportError(f"the graphs do not answer as the student does; no bundle was made: {reasons}")
+                check_stop()  # Ctrl-C also stops the process that runs the graph
+                self.failed[precision] = str(error)
+                self._report(Notice(f"{precision} is left out: {error}"))
+                self._remove(precision, keep_encoder=precision == "fp32")
+        if not self._parities:
+            reasons = "; ".join(f"{precision}: {reason}" for precision, reason in self.failed.items())
+            raise ExportError(f"the exported graphs failed the parity check, so no bundle was written: {reasons}")
+
+    def complete(self, text: Text | None) -> dict[str, Any]:
+        """Measure latency, add all other files of the bundle, and return its manifest."""
+        latency = self._measure() if self._options.benchmark else []
+        if "fp32" not in self._parities:
+            self._remove("fp32", keep_encoder=False)
+        if self._options.web:
+            self._report(Stage("Adding the page for browsers"))
+            add_web_page(self._folder, self._options.web_runtime)
+        student, record = self._source.student, self._source.record
+        contents = Contents(
+            record=record,
+            head=self._source.head,
+            candidates=student.uses_candidates,
+            opset=self._options.opset,
+            parameters=parameters(student),
+            multiply_adds=multiply_adds(student, record.preprocessing.size),
+            parts=self._parts,
+            license=self._options.license,
+            parities=self._parities,
+            failed=self.failed,
+            quantisation=self._quantisation,
+            text=text,
+            latency=latency,
+        )
         if changed := changed_score(contents):
-            report(Notice(changed))
-        if teacher is not None:
-            contents.text = _add_text(teacher, record, student, folder, options.opset, report)
-        if options.benchmark:
-            contents.latency = _measure(student_file, folder, contents, extra, report)
-        if "fp32" not in contents.parities:
-            _remove_graphs(folder, "fp32", keep_source=False)
-        if options.web:
-            report(Stage("Adding the page for browsers"))
-            add_web_page(folder, options.web_runtime)
-        manifest = complete_bundle(folder, contents)
-        check_stop()
-    return Exported(manifest, contents.failed)
+            self._report(Notice(changed))
+        return complete_bundle(self._folder, contents)
+
+    def _graph(self, graph: str, precision: str) -> Path:
+        return self._folder / graph_name(graph, precision)
+
+    def _check(self, precision: str) -> Parity:
+        """The parity of a precision. Raises ExportError if it fails its gate."""
+        encoder, classifier = self._graph("image_encoder", precision), self._graph("classifier", precision)
+        if precision == "fp16":
+            to_fp16(self._graph("image_encoder", "fp32"), encoder)
+        head = self._source.head
+        add_classifier(encoder, classifier, head.class_vectors, head.logit_scale)
+        for path in (encoder, classifier):
+            check_graph(path, standard_only=precision != "int8")
+        self._report(Stage(f"Checking {precision} in onnxruntime on {len(self._reference.images)} images"))
+        parity = measure_parity(encoder, classifier, self._reference, self._source.extra, OPTIMIZATION[precision])
+        if missed := parity.failures(self._options.gates[precision]):
+            method = f"{self._quantisation[0].method}: " if precision == "int8" else ""
+            raise ExportError(f"{method}{', '.join(missed)} on {parity.images} images")
+        images = self._parts.gate.size.words(scored=True)
+        self._report(Notice(f"{precision} passes its gate: {parity.figures()}, on {images}"))
+        return parity
+
+    def _quantise(self) -> None:
+        """Write the int8 encoder by the method that is best on images of its own. Raises ExportError.
+
+        The gate's images are used once: to try one method after the other on them would be to choose on them.
+        """
+        parts = self._parts
+        if parts.too_few is not None:
+            raise ExportError(parts.too_few)
+        calibrate, choose = parts.calibrate.size.words(), parts.choose.size.images
+        self._report(Stage(f"Quantising to int8, with {calibrate} to calibrate and {choose} to choose the method"))
+        images = QuantisationImages(parts.calibrate.images, parts.choose.images)
+        quantiser = Quantiser(images, self._source.head.matrix, self._options.gates["int8"], self._source.extra)
+        ranked = quantiser.quantise(self._graph("image_encoder", "fp32"))
+        self._quantisation = [figures for figures, _ in ranked]
+        ranked[0][1].replace(self._graph("image_encoder", "int8"))
+        for _, path in ranked[1:]:
+            path.unlink()
+
+    def _remove(self, precision: str, keep_encoder: bool) -> None:
+        """keep_encoder: the other precisions are made from the fp32 encoder."""
+        self._graph("classifier", precision).unlink(missing_ok=True)
+        if not keep_encoder:
+            self._graph("image_encoder", precision).unlink(missing_ok=True)
+
+    def _measure(self) -> list[Measured]:
+        contenders = [
+            Contender(precision, self._graph("classifier", precision), OPTIMIZATION[precision])
+            for precision in self._parities
+        ]
+        self._report(Stage("Measuring latency and memory against PyTorch"))
+
+        def on_step(done: int, total: int) -> None:
+            self._report(Progress("benchmark", done, total))
+
+        size = self._source.record.preprocessing.size
+        return measure_latency(self._source.file, contenders, size, self._source.extra, on_step)
 
 
-def _checked(
-    precision: str,
-    folder: Path,
-    contents: Contents,
-    reference: Reference,
-    extra: Mapping[str, np.ndarray],
-    options: ExportOptions,
-    report: Report,
-) -> Parity:
-    """The parity of a precision, whose encoder for int8 is there already. Raises ExportError where it fails."""
-    encoder, classifier = (folder / graph_name(what, precision) for what in ("image_encoder", "classifier"))
-    if precision == "fp16":
-        to_fp16(folder / graph_name("image_encoder", "fp32"), encoder)
-    add_classifier(encoder, classifier, contents.class_vectors, contents.logit_scale)
-    for path in (encoder, classifier):
-        check_graph(path, standard_only=precision != "int8")
-    report(Stage(f"Checking {precision} in onnxruntime on {len(reference.images)} images"))
-    parity = measure_parity(encoder, classifier, reference, extra, OPTIMIZATION[precision])
-    if missed := parity.failures(options.gates[precision]):
-        raise ExportError(f"{', '.join(missed)} on {parity.images} images")
-    report(Notice(f"{precision} holds: {parity.figures()}, on {contents.parts.gate.size.words(scored=True)}"))
-    return parity
-
-
-def _quantised(
-    folder: Path,
-    contents: Contents,
-    reference: Reference,
-    extra: dict[str, np.ndarray],
-    options: ExportOptions,
-    report: Report,
-) -> Parity:
-    """The parity of int8, made in the way that does best on images of its own. Raises ExportError where it fails.
-
-    The gate's images are seen once: trying one way after the other on them until one passes would choose on them.
-    """
-    parts = contents.parts
-    if parts.too_few is not None:
-        raise ExportError(parts.too_few)
-    images = QuantisationImages(parts.calibrate.images, parts.choose.images)
-    report(
-        Stage(
-            f"Quantising to int8, with {parts.calibrate.size.words()} to calibrate and "
-            f"{parts.choose.size.images} to choose the way"
-        )
-    )
-    source = folder / graph_name("image_encoder", "fp32")
-    ways = to_int8(source, images, contents.head, options.gates["int8"], extra)
-    contents.quantisation = [way for way, _ in ways]
-    chosen, path = ways[0]
-    path.replace(folder / graph_name("image_encoder", "int8"))
-    for _, other in ways[1:]:
-        other.unlink()
-    try:
-        return _checked("int8", folder, contents, reference, extra, options, report)
-    except ExportError as error:
-        raise ExportError(f"{chosen.method}: {error}") from error
-
-
-def _remove_graphs(folder: Path, precision: str, keep_source: bool) -> None:
-    """keep_source: the fp32 encoder stays, since the other precisions are made from it."""
-    for what in ("image_encoder", "classifier"):
-        if not (keep_source and precision == "fp32" and what == "image_encoder"):
-            (folder / graph_name(what, precision)).unlink(missing_ok=True)
-
-
-def _text_teacher(student_file: Path, record: StudentRecord, options: ExportOptions, report: Report) -> ClassEncoder:
-    """Whose text encoder --text exports, before work goes into the rest."""
-    try:
-        teacher = class_encoder(record, student_file, options.allow_download, report)
-        bpe_merges(teacher.clip)
-        return teacher
-    except (CheckpointError, ModelError) as error:
-        raise ExportError(
-            f"{student_file}: --text needs the student's teacher: {error}; keep the runs folder as it was, or export "
-            "without --text"
-        ) from error
-
-
-def _add_text(
-    teacher: ClassEncoder, record: StudentRecord, student: Student, folder: Path, opset: int, report: Report
-) -> Text:
-    """The teacher's text encoder, with the class vectors of the run's own names as the check."""
-    report(Stage("Exporting the teacher's text encoder"))
-    tokens = teacher.tokens(record.class_names, report)
-    write_text(folder / MERGES, bpe_merges(teacher.clip))
-    export_text_encoder(teacher.clip.model, tokens.shape[1], folder / TEXT_ENCODER, opset)
-    check_graph(folder / TEXT_ENCODER, standard_only=True)
-    given = tokens.numpy()
-    batches = {f"{size}/{i}": given[i : i + size] for size in BATCH_SIZES for i in range(0, len(given), size)}
-    answers = run_graph(folder / TEXT_ENCODER, batches)
-    expected = student.class_vectors.numpy()
-    gaps = []
-    for name, answer in answers.items():
-        start = int(name.split("/")[1])
-        gaps.append(np.abs(answer - expected[start : start + len(answer)]).max())
-    difference = float(np.max(gaps))  # not a number where one of them is none, unlike Python's max
-    if not difference <= TEXT_DIFFERENCE_MAX:
-        raise ExportError(
-            f"{TEXT_ENCODER}: its features are not the student's class vectors: max |difference| {difference:.2e} "
-            f"(limit {TEXT_DIFFERENCE_MAX:.0e})"
-        )
-    report(Notice(f"text encoder holds: max |difference| {difference:.2e} over {len(tokens)} class prompts"))
-    return Text(teacher.prompt, tokens.shape[1], difference)
-
-
-def _measure(
-    student_file: Path, folder: Path, contents: Contents, extra: Mapping[str, np.ndarray], report: Report
-) -> list[Any]:
-    contenders = [
-        Contender(precision, folder / graph_name("classifier", precision), OPTIMIZATION[precision])
-        for precision in contents.parities
-    ]
-    report(Stage("Measuring latency and memory against PyTorch"))
-
-    def step(done: int, total: int) -> None:
-        report(Progress("benchmark", done, total))
-
-    return measure_latency(student_file, contenders, contents.record.preprocessing.size, extra, step)
-
-
-def _parts(record: StudentRecord, data_root: Path, options: ExportOptions, report: Report) -> Parts:
+def _read_parts(record: StudentRecord, data_root: Path, options: ExportOptions, report: Report) -> Parts:
     """The images of the gates and those that int8 is made with."""
     gate, others = _pools(record, data_root, options, report)
-    report(Stage("Reading real images"))
     return read_parts(gate, others, record.preprocessing, options.check_images, "int8" in options.precisions, report)
 
 
 def _pools(record: StudentRecord, data_root: Path, options: ExportOptions, report: Report) -> tuple[Pool, Pool]:
-    """Where the gates' images come from, and where those to calibrate and to choose on."""
+    """The images for the gates, and those to calibrate and to choose on."""
     if options.pictures is not None:
-        given = Pool(images_below(options.pictures, report), "given")
-        return given, given
+        pool = Pool(images_below(options.pictures, report), "given")
+        return pool, pool
     try:
         source = open_source(record.recipe.data, data_root, options.runs, report)
     except DataError as error:
-        raise DataError(f"{error}; or give other real images for the checks with --images") from error
+        other = "give other real images for the checks with --images"
+        error.remedy = other if error.remedy is None else f"{error.remedy}, or {other}"
+        raise
     check_classes(record, source)
     training = Pool(source.train, "training")
     if source.test is None or not len(source.test):
@@ -323,31 +309,14 @@ def _pools(record: StudentRecord, data_root: Path, options: ExportOptions, repor
 
 
 def _check_target(out: Path, force: bool) -> None:
-    """Refuse to replace what is there, and with `force` what is no bundle: --force must not cost a user's files."""
+    """Refuse to replace an existing path, and with `force` a folder that is no bundle. Raises ExportError."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not force:
-        raise ExportError(f"{out}: is there already; replace it with --force, or choose another --out")
+        raise ExportError("already exists", path=out, remedy="replace it with --force, or choose another --out")
     try:
         read_manifest(out)
     except BundleProblem as error:
-        raise ExportError(f"{out}: is no bundle, so --force does not replace it; choose another --out") from error
-
-
-def _reference(student_file: Path, student: Student, part: Part, head: np.ndarray, report: Report) -> Reference:
-    """What the student says of images. Raises ExportError where its answers are not numbers."""
-    images = part.images
-    report(Stage(f"Running the student in PyTorch on {part.size.words()}"))
-    answers = []
-    with torch.inference_mode():
-        for start in range(0, len(images), STUDENT_BATCH):
-            answers.append(student(torch.from_numpy(images[start : start + STUDENT_BATCH])))
-            report(Progress("student", min(start + STUDENT_BATCH, len(images)), len(images)))
-    features = torch.cat([answer.features for answer in answers]).numpy()
-    logits = torch.cat([answer.logits for answer in answers]).numpy()
-    if odd := int((~np.isfinite(features).all(axis=1) | ~np.isfinite(logits).all(axis=1)).sum()):
         raise ExportError(
-            f"{student_file}: its answers to {odd} of {len(images)} images are not numbers (NaN or infinite); "
-            "train it again, with a lower optim.learning_rate"
-        )
-    return Reference(images, features, logits, part.labels, part.different, head)
+            "is not a bundle, so --force does not replace it", path=out, remedy="choose another --out"
+        ) from error

@@ -1,4 +1,4 @@
-"""What images show, by a bundle. Needs no torch."""
+"""Classify images with a bundle. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from comkd_cli.edge.classifier import BundleProblem, Classifier, predict_all
+from comkd_cli.edge.classifier import Classifier, predict_all
+from comkd_cli.edge.manifest import BundleProblem
 from comkd_cli.errors import BundleError
 
 
 def predict(
     bundle: Path, images: Sequence[str], top: int, precision: str | None = None, add_classes: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """A plain record for each image: its likeliest classes, or the reason that it can't be read.
+    """A plain record for each image: its `top` most probable classes, or the error if it could not be read.
 
-    precision: None takes the first that the bundle has. add_classes: names to look for beside the bundle's
-    own. Raises BundleError, naming the file of the bundle.
+    precision: None takes the first of the bundle. add_classes: names of classes beside the bundle's own. Raises
+    BundleError.
     """
     try:
         classifier = Classifier(bundle, precision=precision)
@@ -24,4 +25,11 @@ def predict(
             classifier.add_classes(add_classes)
         return predict_all(classifier, images, top)
     except BundleProblem as error:
-        raise BundleError(str(error)) from error
+        raise BundleError(
+            error.problem,
+            path=error.path,
+            field=error.field,
+            found=error.found,
+            allowed=error.allowed,
+            remedy=error.remedy,
+        ) from error

@@ -1,4 +1,4 @@
-"""Feature distillation by angle: the student's image features, turned to the teacher's."""
+"""Feature distillation by angle: the angle between the student's and the teacher's image features."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def feature_cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """One less the mean cosine of an image's features in two models, a scalar from 0 to 2.
+    """1 minus the mean cosine similarity of the features of each image, a scalar from 0 to 2.
 
     student, teacher: (batch, dim), L2-normalised.
     """

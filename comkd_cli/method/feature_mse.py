@@ -1,4 +1,4 @@
-"""Feature distillation by squared error: the student's image features, drawn to the teacher's."""
+"""Feature distillation by squared error: the distance of the student's image features from the teacher's."""
 
 from __future__ import annotations
 

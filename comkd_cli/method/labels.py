@@ -1,4 +1,4 @@
-"""Supervision by the labels of the training images, beside the teacher or without it."""
+"""Supervision by the labels of the training images, with a teacher or without one."""
 
 from __future__ import annotations
 

@@ -1,10 +1,7 @@
-"""The student's objective: a weighted sum of the terms that the recipe leaves on, each by name."""
+"""Stage 2's objective: the weighted sum of refinement, IFAlign and the other terms that the recipe has on."""
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,53 +14,45 @@ from comkd_cli.method.refinement import refinement
 from comkd_cli.method.student import StudentOutput
 from comkd_cli.method.teacher import TeacherOutput
 from comkd_cli.recipe.model import Loss
-from comkd_cli.runtime import collectives
-
-NO_LABELS = "loss.labels needs labelled training images, and these have no labels; set loss.labels to null"
 
 
 def loss_terms(
     student: StudentOutput, teacher: TeacherOutput | None, loss: Loss, labels: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The weighted terms that the recipe leaves on; the objective is their sum.
+    """The weighted terms of the recipe by name, scalars; the objective is their sum.
+
+    L = w_r * tau^2 KL(teacher || student) + w_a * (L_mean + L_var)  (ComKD-CLIP, arXiv 2408.04145), plus the terms of
+    other methods that the recipe has on. Without `if_align` and `edu_attention` it is PromptKD's objective.
 
     teacher: None where no term compares with it (`Loss.needs_teacher`). labels: (batch,) int64, for `loss.labels`.
-    With `if_align` and `edu_attention` off, and nothing added, what is left is PromptKD's objective.
+    Raises DataError where the labels that it needs are missing.
     """
-    terms = {} if teacher is None else _taught_terms(student, teacher, loss)
+    terms = {} if teacher is None else _distillation_terms(student, teacher, loss)
     if loss.labels is not None:
         if labels is None:
-            raise DataError(NO_LABELS)
+            raise labels_missing()
         terms["labels"] = loss.labels.weight * labels_loss(student.logits, labels)
     return terms
 
 
-def _taught_terms(student: StudentOutput, teacher: TeacherOutput, loss: Loss) -> dict[str, Tensor]:
-    """The terms that compare the student with its teacher; those of features look at n(u_s)."""
+def labels_missing(dataset: str | None = None) -> DataError:
+    """The error for `loss.labels` where the training images have no labels."""
+    return DataError("the training images have no labels", path=dataset, field="loss.labels", remedy="set it to null")
+
+
+def _distillation_terms(student: StudentOutput, teacher: TeacherOutput, loss: Loss) -> dict[str, Tensor]:
+    """The terms that compare the student with its teacher; those of features compare n(u_s) with n(u_t)."""
     terms = {}
     if loss.refinement is not None:
         divergence = refinement(student.logits, teacher.logits, loss.refinement.temperature)
         terms["refinement"] = loss.refinement.weight * divergence
-    compared = {"if_align": if_align, "feature_mse": feature_mse, "feature_cosine": feature_cosine}
-    chosen = {name: settings for name in compared if (settings := getattr(loss, name)) is not None}
-    if chosen:
-        projected = functional.normalize(student.projected.float(), dim=-1)
-        terms |= {name: term.weight * compared[name](projected, teacher.features) for name, term in chosen.items()}
+    if loss.if_align is None and loss.feature_mse is None and loss.feature_cosine is None:
+        return terms
+    projected = functional.normalize(student.projected.float(), dim=-1)
+    if loss.if_align is not None:
+        terms["if_align"] = loss.if_align.weight * if_align(projected, teacher.features)
+    if loss.feature_mse is not None:
+        terms["feature_mse"] = loss.feature_mse.weight * feature_mse(projected, teacher.features)
+    if loss.feature_cosine is not None:
+        terms["feature_cosine"] = loss.feature_cosine.weight * feature_cosine(projected, teacher.features)
     return terms
-
-
-def gradient_shares(terms: dict[str, Tensor], projected: Tensor) -> dict[str, float]:
-    """How much of the pull on the student's projected features each term has, summing to 1.
-
-    Weights say little of it: at weight 1000, KL / (batch * classes) can pull less or far more than the
-    alignment at weight 1. projected: StudentOutput.projected, (batch, dim). Measured as the share of the
-    summed L2 norms of the terms' gradients there, those of all processes; leaves the graph for the backward pass.
-    """
-    squares = {}
-    for name, term in terms.items():
-        (gradient,) = torch.autograd.grad(term, projected, retain_graph=True, allow_unused=True)
-        squares[name] = 0.0 if gradient is None else float(gradient.square().sum())
-    everywhere = collectives.all_gather(squares)
-    norms = {name: math.sqrt(sum(part[name] for part in everywhere)) for name in squares}
-    total = sum(norms.values())
-    return {name: norm / total if total else 0.0 for name, norm in norms.items()}

@@ -1,4 +1,4 @@
-"""Stage 1: a frozen CLIP with learned prompts in both encoders, held close to itself (PromptSRC, arXiv 2307.06948)."""
+"""Stage 1: a frozen CLIP learns prompts in both encoders, regularised by itself (PromptSRC, arXiv 2307.06948)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLASSES_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class PromptedOutput:
-    """What the prompted CLIP and the frozen one within it say of a batch."""
+    """Features and logits of a batch, of the prompted CLIP and of the frozen one within it."""
 
     image_features: Tensor
     """(batch, dim), L2-normalised."""
@@ -37,7 +37,7 @@ class PromptedOutput:
 
 
 class PromptedClip(nn.Module):
-    """A frozen CLIP with independent deep vision and language prompts (IVLP): only the prompts learn.
+    """A frozen CLIP with independent deep vision and language prompts (IVLP): only the prompts are trained.
 
     clip: an open_clip model whose two towers are transformers; it gets the prompts, as `clip.visual` and
     by hooks. tokens: of each prompted layer, in both encoders. The first text tokens start as the
@@ -70,7 +70,7 @@ class PromptedClip(nn.Module):
         return scale
 
     def prompts(self) -> dict[str, Tensor]:
-        """What was learned: `vision` and `text`, each (depth, tokens, width)."""
+        """The learned prompts, `vision` and `text`, each (depth, tokens, width)."""
         return {"vision": self.vision.tokens.detach(), "text": self.text.tokens.detach()}
 
     def encode_images(self, images: Tensor) -> Tensor:
@@ -80,14 +80,14 @@ class PromptedClip(nn.Module):
     def encode_classes(self, tokens: Tensor, at_once: int = CLASSES_AT_ONCE) -> Tensor:
         """Class vectors of prompts, (classes, context) token ids to L2-normalised (classes, dim).
 
-        Where gradients are on, each part of at most `at_once` classes is computed again in the backward
-        pass instead of keeping its activations, so that memory depends on the part and not on the classes.
+        Where gradients are on, each part of at most `at_once` classes is recomputed in the backward pass, so that
+        the memory for activations depends on `at_once` and not on the number of classes.
         """
         parts = torch.split(tokens, at_once)
         if len(parts) == 1 or not torch.is_grad_enabled():
             return torch.cat([encode_classes(self.clip, part) for part in parts])
-        made: list[Tensor] = [checkpoint(encode_classes, self.clip, part, use_reentrant=False) for part in parts]
-        return torch.cat(made)
+        vectors: list[Tensor] = [checkpoint(encode_classes, self.clip, part, use_reentrant=False) for part in parts]
+        return torch.cat(vectors)
 
     def forward(self, images: Tensor, tokens: Tensor, frozen_classes: Tensor, at_once: int) -> PromptedOutput:
         """images: (batch, 3, size, size); tokens: (classes, context) ids; frozen_classes: (classes, dim)."""
@@ -156,7 +156,7 @@ def prompt_src_terms(
 
 
 def epoch_weights(epochs: int, mean: float, deviation: float) -> list[float]:
-    """The weight of each epoch's prompts in the average that is kept: a normal density over 1..epochs, summing to 1.
+    """The weight of each epoch's prompts in the average that is kept, a normal density over 1..epochs, summing to 1.
 
     Gaussian prompt aggregation (PromptSRC, section 3.3).
     """

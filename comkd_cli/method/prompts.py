@@ -17,13 +17,19 @@ PROMPT_STD = 0.02  # of the normal distribution that prompts are drawn from, as 
 class DeepPrompts(nn.Module):
     """Learned tokens for the first `depth` layers of a transformer: `tokens`, (depth, tokens, width).
 
-    They are put in by hooks on the transformer's own modules, whose forward pass stays open_clip's.
+    Hooks on the transformer's own modules insert them, so that the forward pass stays open_clip's. depth_field: the
+    recipe's, for errors. Raises ModelError for a transformer with fewer blocks than `depth`.
     """
 
-    def __init__(self, depth: int, tokens: int, width: int, stack: nn.Module, blocks: Any, which: str) -> None:
+    def __init__(self, depth: int, tokens: int, width: int, stack: nn.Module, blocks: Any, depth_field: str) -> None:
         super().__init__()
         if depth > len(blocks):
-            raise ModelError(f"{which}: {depth} is more than the {len(blocks)} blocks of the transformer")
+            raise ModelError(
+                f"the transformer has {len(blocks)} blocks",
+                field=depth_field,
+                found=depth,
+                allowed=f"at most {len(blocks)}",
+            )
         self.tokens = nn.Parameter(torch.empty(depth, tokens, width).normal_(std=PROMPT_STD))
         self._bypassed = False
         # open_clip runs its blocks with tokens before batch unless they are batch-first.
@@ -33,7 +39,7 @@ class DeepPrompts(nn.Module):
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
-        """Inside, the transformer is the frozen one, as if it had no prompts."""
+        """A context in which the transformer runs without its prompts."""
         self._bypassed = True
         try:
             yield
@@ -42,24 +48,24 @@ class DeepPrompts(nn.Module):
 
     @property
     def depth(self) -> int:
-        """Layers that have tokens of their own."""
+        """The number of layers with tokens of their own."""
         return self.tokens.shape[0]
 
     @property
     def count(self) -> int:
-        """Tokens a layer."""
+        """The number of tokens of each layer."""
         return self.tokens.shape[1]
 
-    def _place(self, length: int) -> int:
-        """Where the prompts start among `length` tokens."""
+    def _first_index(self, length: int) -> int:
+        """The index of the first prompt among `length` tokens."""
         raise NotImplementedError
 
-    def _put(self, hidden: Tensor, layer: int, token_axis: int) -> Tensor:
-        """The hidden states with a layer's own tokens in the prompts' places."""
+    def _insert(self, hidden: Tensor, layer: int, token_axis: int) -> Tensor:
+        """The hidden states with a layer's own tokens at the prompts' indices."""
         axis, length = token_axis, hidden.shape[token_axis]
-        place = self._place(length)
-        before = hidden.narrow(axis, 0, place)
-        after = hidden.narrow(axis, place + self.count, length - place - self.count)
+        first = self._first_index(length)
+        before = hidden.narrow(axis, 0, first)
+        after = hidden.narrow(axis, first + self.count, length - first - self.count)
         return torch.cat([before, self._expanded(layer, hidden, batch_axis=1 - axis), after], dim=axis)
 
     def _expanded(self, layer: int, like: Tensor, batch_axis: int) -> Tensor:
@@ -72,19 +78,17 @@ class DeepPrompts(nn.Module):
 class VisionPrompts(DeepPrompts):
     """A vision transformer with `tokens` learned tokens in each of its first `depth` layers.
 
-    The first layer's tokens stand after the patches, before the norm that precedes the blocks; every
-    later prompted block finds that layer's own tokens in their places. They are taken away before
-    pooling, so a tower that averages its tokens averages the picture's alone. With no tokens the
-    features are exactly the tower's own.
+    The first layer's tokens follow the patches, before the norm that precedes the blocks; each later prompted block
+    replaces them by its own. They are removed before pooling, so that a tower that averages its tokens averages those
+    of the image alone. With no tokens the features are exactly the tower's own.
 
-    tower: an open_clip VisionTransformer, or its TimmModel around a timm VisionTransformer. which: the
-    field that a message names. Raises ModelError for a tower without patch tokens or with fewer blocks
-    than `depth`.
+    tower: an open_clip VisionTransformer, or its TimmModel around a timm VisionTransformer. depth_field: the
+    recipe's, for errors. Raises ModelError for a tower without patch tokens or with fewer blocks than `depth`.
     """
 
-    def __init__(self, tower: nn.Module, tokens: int, depth: int, which: str = "student.prompts") -> None:
-        norm, stack, blocks = _vision_parts(tower, which)
-        super().__init__(depth, tokens, _vision_width(tower), stack, blocks, f"{which}.depth")
+    def __init__(self, tower: nn.Module, tokens: int, depth: int, depth_field: str = "student.prompts.depth") -> None:
+        norm, stack, blocks = _vision_parts(tower, depth_field.rpartition(".")[0])
+        super().__init__(depth, tokens, _vision_width(tower), stack, blocks, depth_field)
         self.tower = tower
         norm.register_forward_pre_hook(self._append)
         stack.register_forward_hook(self._strip)
@@ -94,7 +98,7 @@ class VisionPrompts(DeepPrompts):
         features: Tensor = self.tower(images)
         return features
 
-    def _place(self, length: int) -> int:
+    def _first_index(self, length: int) -> int:
         return length - self.count
 
     def _append(self, _norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -103,40 +107,40 @@ class VisionPrompts(DeepPrompts):
         return args if self._bypassed else (torch.cat([embedded, self._expanded(0, embedded, batch_axis=0)], dim=1),)
 
     def _strip(self, _stack: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        """After the blocks: the prompts' places go."""
+        """After the blocks: remove the prompts."""
         return output if self._bypassed else output[:, : output.shape[1] - self.count]
 
 
 class TextPrompts(DeepPrompts):
-    """Learned tokens in the places after the start token, in the first `depth` layers of a text transformer.
+    """Learned tokens after the start token, in the first `depth` layers of a text transformer.
 
-    The first layer's take the places of word embeddings, before the positions are added, so prompts are
-    tokenised with as many placeholder words; each later prompted block finds its own tokens there.
+    Those of the first layer replace word embeddings before the positions are added, so that class prompts are tokenised
+    with as many placeholder words; each later prompted block replaces them by its own.
 
-    clip: an open_clip CLIP or CustomTextCLIP with a transformer of its own for texts; it gets the hooks.
-    Raises ModelError for another, or for one with fewer blocks than `depth`.
+    clip: an open_clip CLIP or CustomTextCLIP with a text transformer of its own, on which the hooks are registered.
+    Raises ModelError for another model, or for one with fewer blocks than `depth`.
     """
 
-    def __init__(self, clip: Any, tokens: int, depth: int, which: str = "teacher.adapt.text_depth") -> None:
+    def __init__(self, clip: Any, tokens: int, depth: int) -> None:
         text = getattr(clip, "text", clip)
         if not hasattr(text, "token_embedding") or not hasattr(getattr(text, "transformer", None), "resblocks"):
             raise ModelError(
-                "teacher: this text tower is not open_clip's own transformer, which prompts can be put into"
+                "prompts need open_clip's own text transformer, and this text tower is another one", field="teacher"
             )
         width = text.token_embedding.embedding_dim
-        super().__init__(depth, tokens, width, text.transformer, text.transformer.resblocks, which)
+        super().__init__(depth, tokens, width, text.transformer, text.transformer.resblocks, "teacher.adapt.text_depth")
         text.token_embedding.register_forward_hook(self._embed)
 
-    def _place(self, _length: int) -> int:
+    def _first_index(self, _length: int) -> int:
         return 1
 
     def _embed(self, _embedding: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        """(texts, context, width): word embeddings, with the first layer's tokens in their places."""
-        return output if self._bypassed else self._put(output, 0, token_axis=1)
+        """After the word embeddings, (texts, context, width): insert the first layer's tokens."""
+        return output if self._bypassed else self._insert(output, 0, token_axis=1)
 
 
 class _Replace:
-    """Before a block: its own tokens take the places of the layer before's."""
+    """A hook before a block: replace the tokens of the layer before by the block's own."""
 
     def __init__(self, prompts: DeepPrompts, layer: int) -> None:
         self._prompts = prompts
@@ -148,10 +152,10 @@ class _Replace:
         prompts = self._prompts
         if prompts._bypassed:
             return args, kwargs
-        return (prompts._put(args[0], self._layer, prompts._token_axis), *args[1:]), kwargs
+        return (prompts._insert(args[0], self._layer, prompts._token_axis), *args[1:]), kwargs
 
 
-def _vision_parts(tower: nn.Module, which: str) -> tuple[nn.Module, nn.Module, nn.ModuleList | nn.Sequential]:
+def _vision_parts(tower: nn.Module, field: str) -> tuple[nn.Module, nn.Module, nn.ModuleList | nn.Sequential]:
     """The norm before the blocks, the stack that runs them, and the blocks."""
     if hasattr(tower, "ln_pre") and hasattr(tower, "transformer"):
         transformer: Any = tower.transformer
@@ -159,8 +163,11 @@ def _vision_parts(tower: nn.Module, which: str) -> tuple[nn.Module, nn.Module, n
     trunk: Any = getattr(tower, "trunk", None)
     if isinstance(getattr(trunk, "blocks", None), nn.Sequential) and hasattr(trunk, "norm_pre"):
         return trunk.norm_pre, trunk.blocks, trunk.blocks
-    instead = "; use `train: full` without prompts" if which.startswith("student") else ""
-    raise ModelError(f"{which}: this image tower is no vision transformer that prompts can be put into{instead}")
+    raise ModelError(
+        "prompts need a vision transformer, and this image tower is none",
+        field=field,
+        remedy="use `train: full` without prompts" if field.startswith("student") else None,
+    )
 
 
 def _vision_width(tower: nn.Module) -> int:

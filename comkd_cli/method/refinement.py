@@ -1,4 +1,4 @@
-"""Refinement of the distilled knowledge: the student's class probabilities, drawn to the teacher's."""
+"""Refinement: the divergence of the student's class probabilities from the teacher's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Inside, operations keep the dtype of what they are given; the meta device knows no autocast."""
+    """A context in which operations keep the dtype of their inputs; the meta device has no autocast."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 

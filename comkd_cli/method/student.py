@@ -1,4 +1,4 @@
-"""The student: backbone, projector and EduAttention, answering in the teacher's embedding space."""
+"""The student: backbone, projector and EduAttention, which classify in the teacher's embedding space."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from comkd_cli.recipe import model as recipe
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """What the student says of a batch of images."""
+    """The student's features and logits of a batch of images."""
 
     projected: Tensor
     """u_s: (batch, dim), as the projector gives it; IFAlign compares it once normalised."""
@@ -55,12 +55,12 @@ class Student(nn.Module):
         self.projector = projector(width, dim, settings.projector.layers)
         self.edu_attention = EduAttention(dim, edu_attention.scale, edu_attention.gate_start) if edu_attention else None
         self.uses_candidates = edu_attention is not None and edu_attention.memory == "candidates"
-        # Kept beside the learned weights in a checkpoint, not among them.
+        # A checkpoint holds them apart from the learned weights.
         self.register_buffer("class_vectors", class_vectors.clone(), persistent=False)
         self.register_buffer("logit_scale", logit_scale.clone(), persistent=False)
 
     def forward(self, images: Tensor, class_vectors: Tensor | None = None) -> StudentOutput:
-        """images: (batch, 3, size, size). class_vectors: (classes, dim) to answer in; None: the run's own.
+        """images: (batch, 3, size, size). class_vectors: (classes, dim) to classify among; None: the run's own.
 
         EduAttention's memory is the run's class vectors, or with `memory: candidates` the given ones.
         """
@@ -70,7 +70,7 @@ class Student(nn.Module):
         return StudentOutput(projected, features, class_logits(features, candidates, self.logit_scale))
 
     def project(self, images: Tensor) -> Tensor:
-        """u_s: the half of the student that looks at images, (batch, 3, size, size) to (batch, dim)."""
+        """u_s: the half of the student that sees images, (batch, 3, size, size) to (batch, dim)."""
         projected: Tensor = self.projector(self.backbone(images))
         return projected
 
@@ -89,25 +89,30 @@ class Student(nn.Module):
         return self
 
     def learned_state(self) -> dict[str, Tensor]:
-        """The tensors that training can change: trainable parameters, and the statistics of norms.
-
-        With a frozen backbone this is all that a checkpoint needs beside the backbone's own weights.
-        """
-        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
-        return {name: value for name, value in self.state_dict().items() if name not in frozen}
+        """The tensors that training can change, as `learned_state` gives them."""
+        return learned_state(self)
 
     def load_learned_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `learned_state` gave. Raises RuntimeError where names or shapes differ."""
+        """Load what `learned_state` returned. Raises RuntimeError where names or shapes differ."""
         expected = set(self.learned_state())
         if set(state) != expected:
-            odd = sorted(set(state) ^ expected)
-            raise RuntimeError(f"the tensors differ: {', '.join(odd[:5])}")
+            unmatched = sorted(set(state) ^ expected)
+            raise RuntimeError(f"the tensors differ: {', '.join(unmatched[:5])}")
         self.load_state_dict(state, strict=False)
 
     @property
     def gate(self) -> float | None:
         """EduAttention's alpha, or None without EduAttention."""
         return None if self.edu_attention is None else float(self.edu_attention.gate.detach())
+
+
+def learned_state(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors that training can change: trainable parameters, and the statistics of norms.
+
+    With a frozen backbone a checkpoint needs only these and the backbone's own weights.
+    """
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {name: value for name, value in module.state_dict().items() if name not in frozen}
 
 
 def _unit(features: Tensor) -> Tensor:

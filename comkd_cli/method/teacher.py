@@ -1,4 +1,4 @@
-"""The teacher: a frozen image encoder, and class vectors that are computed once."""
+"""The teacher: a frozen image encoder with class vectors that are computed once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_LOGIT_SCALE = 100.0  # CLIP clips its learned scale there (arXiv 2103.00020
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What the teacher says of a batch of images."""
+    """The teacher's features and logits of a batch of images."""
 
     features: Tensor
     """u_t: (batch, dim), L2-normalised."""
@@ -50,7 +50,7 @@ class Teacher(nn.Module):
         return nn.functional.normalize(self.image_tower(images).float(), dim=-1)
 
     def answer(self, features: Tensor) -> TeacherOutput:
-        """What the teacher says of images with these features, (batch, dim)."""
+        """Features, (batch, dim), and their logits over the class vectors."""
         return TeacherOutput(features, class_logits(features, self.class_vectors, self.logit_scale))
 
 
@@ -64,7 +64,7 @@ def encode_classes(clip: Any, tokens: Tensor) -> Tensor:
 
 
 class PromptClassifier(nn.Module):
-    """A whole CLIP as a classifier over class prompts, for `adapt: full`: every weight can learn.
+    """A whole CLIP as a classifier over class prompts, for `adapt: full`: every weight is trained.
 
     clip: an open_clip model. tokens: (classes, context), the prompts' token ids.
     """
@@ -85,12 +85,12 @@ class PromptClassifier(nn.Module):
     def forward(self, images: Tensor, class_vectors: Tensor | None = None) -> Tensor:
         """images: (batch, 3, size, size). Returns logits (batch, classes), float32.
 
-        class_vectors: (classes, dim), where they are at hand already; None encodes the prompts.
+        class_vectors: (classes, dim), where they are computed already; None encodes the prompts.
         """
         features = nn.functional.normalize(self.clip.encode_image(images).float(), dim=-1)
         vectors = self.encode_classes() if class_vectors is None else class_vectors
         return class_logits(features, vectors, self.logit_scale)
 
     def encode_classes(self) -> Tensor:
-        """The class vectors of the prompts as the text encoder now is, (classes, dim)."""
+        """The class vectors of the prompts with the current weights of the text encoder, (classes, dim)."""
         return encode_classes(self.clip, self.tokens)

@@ -1,4 +1,4 @@
-"""student.pt and teacher.pt: plain data, loadable with weights_only=True, checked when they are read."""
+"""student.pt and teacher.pt: plain data, loaded with weights_only=True and checked when they are read."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comkd_cli.edge.classifier import Preprocessing, checked_preprocessing
+from comkd_cli.edge.images import Preprocessing, checked_preprocessing
 from comkd_cli.errors import CheckpointError, ComkdError
-from comkd_cli.files import is_newer_format, written_whole
+from comkd_cli.files import atomic_write, is_newer_format
 from comkd_cli.method.student import Student
 from comkd_cli.models import downloads
 from comkd_cli.models.backbones import Origin, build_image_tower, state_sha256
-from comkd_cli.models.weights import check_finite, differences_told
+from comkd_cli.models.weights import check_finite, differences_in_error
 from comkd_cli.recipe import Recipe, parse_recipe
 
 STUDENT_FORMAT = "comkd-student/1"
@@ -25,54 +25,54 @@ TEACHER_FORMAT = "comkd-teacher/1"
 
 @dataclass(frozen=True)
 class StudentRecord:
-    """What stands in student.pt beside the learned tensors."""
+    """The content of student.pt, except the learned tensors."""
 
     recipe: Recipe
     recipe_name: str
     source: str
-    """Name of the data the student learned from."""
+    """Name of the data that the student was trained on."""
     class_names: tuple[str, ...]
     template: str
     preprocessing: Preprocessing
     backbone: Origin
-    """What the student's backbone started from; a prompts-only student needs it again."""
+    """The initial weights of the student's backbone; a prompts-only student needs them again."""
     backbone_sha256: str | None
-    """Of the frozen tensors that a prompts-only student stands on; None for one that holds all its weights."""
+    """Of the frozen tensors of a prompts-only student's backbone; None for a student that holds all its weights."""
     teacher: str | None
     """teacher.pt of an adapted teacher, relative to student.pt; None for the zero-shot teacher."""
     identity: str
-    """A digest of all that decided this student."""
+    """A digest of everything that determines this student."""
     metrics: dict[str, float]
-    """Of the epoch whose weights are kept."""
+    """Of the epoch whose weights were saved."""
     identity_parts: dict[str, Any] | None = None
-    """What `identity` is a digest of, by name; None in files of versions that did not record it."""
+    """The parts of which `identity` is a digest; None in files of versions that did not record them."""
     teacher_sha256: dict[str, str] | None = None
-    """Of the local files that the teacher was loaded from, by the recipe's field that names each, or `teacher`
-    for teacher.pt; empty for a teacher from a tag or a repository. None: an earlier version did not record it."""
+    """Of the local files of the teacher, by the recipe's field that names each, or `teacher` for teacher.pt; empty for
+    a teacher from a tag or a repository; None in files of versions that did not record it."""
 
 
 @dataclass(frozen=True)
 class TeacherRecord:
-    """What stands in teacher.pt beside its weights."""
+    """The content of teacher.pt, except its weights."""
 
     key: str
-    """A digest of all that decided this teacher; it is the name of its folder."""
+    """A digest of everything that determines this teacher; part of the name of its folder."""
     model: dict[str, Any]
-    """`arch` or `config`, as the recipe had it."""
+    """`arch` or `config`, as in the recipe."""
     class_names: tuple[str, ...]
     template: str
     preprocessing: Preprocessing
     origin: Origin
     metrics: dict[str, float]
     backbone_sha256: str | None = None
-    """Of the tensors that learned prompts stand on; None for a teacher that holds all its weights."""
+    """Of the frozen CLIP under learned prompts; None for a teacher that holds all its weights."""
     made_of: dict[str, Any] | None = None
-    """What `key` is a digest of, by name; None in files of versions that did not record it."""
+    """The parts of which `key` is a digest; None in files of versions that did not record them."""
 
 
 @dataclass(frozen=True)
 class SavedTeacher:
-    """teacher.pt, read back."""
+    """The content of teacher.pt."""
 
     record: TeacherRecord
     class_vectors: Tensor
@@ -91,7 +91,10 @@ class SavedTeacher:
 
 
 def save_student(path: Path, student: Student, record: StudentRecord) -> None:
-    """Write student.pt whole: only what was learned, so a prompts-only student stays small."""
+    """Write student.pt atomically, with the learned tensors alone, so that a prompts-only student stays small.
+
+    Raises ComkdError.
+    """
     plain = {**asdict(record), "recipe": record.recipe.model_dump(mode="json")}
     save_plain(
         path,
@@ -107,21 +110,23 @@ def save_student(path: Path, student: Student, record: StudentRecord) -> None:
 
 
 def load_student(path: Path, allow_download: bool = False) -> tuple[Student, StudentRecord]:
-    """The student of a checkpoint, on the CPU and in inference mode, and its record.
+    """The student of a checkpoint, on the CPU and in evaluation mode, and its record.
 
-    allow_download: fetch what the file names and this machine lacks, such as the backbone of a prompts-only
-    student. Raises CheckpointError for a file that is no student, ModelError where the backbone that a
-    prompts-only student needs can't be built.
+    allow_download: download what the file names and no cache has, such as the backbone of a prompts-only student.
+    Raises CheckpointError for a file that is not a student, ModelError where the backbone of a prompts-only student
+    could not be built.
     """
     record, data = _read_student(path)
     settings = record.recipe.student
     with downloads.forbidden(unless=allow_download):
-        # A fully trained student holds every weight: what it started from need not be at hand.
+        # A student trained in full holds every weight, so its initial weights are not needed.
         tower = build_image_tower(settings, load_weights=settings.train == "prompts")
     if settings.train == "prompts" and state_sha256(tower.module) != record.backbone_sha256:
         raise CheckpointError(
-            f"{path}: its prompts were learned on other weights than {settings.weights or settings.arch} holds now "
-            f"(sha256 of its tensors {record.backbone_sha256}); give it those it was trained with"
+            f"its prompts were trained on other weights than {settings.weights or settings.arch} holds now "
+            f"(sha256 of the tensors: {record.backbone_sha256})",
+            path=path,
+            remedy="restore the weights that it was trained with",
         )
     try:
         student = Student(
@@ -136,14 +141,14 @@ def load_student(path: Path, allow_download: bool = False) -> tuple[Student, Stu
     except ComkdError:
         raise
     except Exception as error:  # any shape of damaged content
-        told = differences_told(error)
-        reason = f"it {told}, as its own recipe builds the student" if told else repr(error)
-        raise CheckpointError(f"{path}: is a damaged student checkpoint: {reason}") from error
+        found = differences_in_error(error)
+        reason = f"compared to the student of its own recipe, it {found}" if found else repr(error)
+        raise CheckpointError(f"is a damaged student checkpoint: {reason}", path=path) from error
     return student.eval(), record
 
 
 def load_student_record(path: Path) -> StudentRecord:
-    """What a student.pt says of itself; nothing is built. Raises CheckpointError."""
+    """The record of a student.pt, without building the student. Raises CheckpointError."""
     return _read_student(path)[0]
 
 
@@ -167,10 +172,10 @@ def _read_student(path: Path) -> tuple[StudentRecord, dict[str, Any]]:
         )
         _check_plain(data, ("recipe_name", "source", "template", "identity"), ("teacher", "backbone_sha256"))
         if not all(isinstance(part, str) for item in (record.teacher_sha256 or {}).items() for part in item):
-            raise ValueError("teacher_sha256 holds more than names and digests")
+            raise ValueError("teacher_sha256 should map names to digests")
         _check_tensors(path, data, record.class_names)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is a damaged student checkpoint: {_reason(error)}") from error
+        raise CheckpointError(f"is a damaged student checkpoint: {_reason(error)}", path=path) from error
     return record, data
 
 
@@ -187,13 +192,13 @@ def _reason(error: Exception) -> str:
 
 
 def _check_plain(data: Mapping[str, Any], texts: Sequence[str], texts_or_none: Sequence[str]) -> None:
-    """Raise ValueError where a field that every checkpoint has is of another kind than comkd writes."""
+    """Raise ValueError where a field that every checkpoint has is of another type than comkd writes."""
     for name in texts:
         if not isinstance(data[name], str):
             raise ValueError(f"{name} should be text, not {data[name]!r}")
     for name in texts_or_none:
         if not isinstance(data.get(name), str | None):
-            raise ValueError(f"{name} should be text or nothing, not {data[name]!r}")
+            raise ValueError(f"{name} should be text or None, not {data[name]!r}")
     names, metrics = data["class_names"], data["metrics"]
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ValueError("class_names should be a list of texts")
@@ -202,22 +207,21 @@ def _check_plain(data: Mapping[str, Any], texts: Sequence[str], texts_or_none: S
 
 
 def _check_tensors(path: Path, data: Mapping[str, Any], class_names: Sequence[str]) -> None:
-    """Refuse tensors that are no numbers, or do not have the shapes that every checkpoint has."""
+    """Raise CheckpointError for tensors with NaN, or of other shapes or types than comkd writes."""
     vectors, scale = data["class_vectors"], data["logit_scale"]
     if not isinstance(vectors, Tensor) or vectors.ndim != 2 or len(vectors) != len(class_names):
         found = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
-        raise CheckpointError(
-            f"{path}: is damaged: its class vectors should be ({len(class_names)} classes, width); they are {found}"
-        )
+        problem = f"is damaged: its class vectors should be ({len(class_names)} classes, width)"
+        raise CheckpointError(problem, path=path, field="class_vectors", found=found)
     if not isinstance(scale, Tensor) or scale.numel() != 1:
-        raise CheckpointError(f"{path}: is damaged: its logit scale should be one number")
+        raise CheckpointError("is damaged: its logit scale should be one number", path=path, field="logit_scale")
     if not (vectors.is_floating_point() and scale.is_floating_point()):
-        raise CheckpointError(f"{path}: is damaged: its class vectors and its logit scale should be real numbers")
+        raise CheckpointError("is damaged: its class vectors and its logit scale should be real numbers", path=path)
     check_finite({**data["state_dict"], "class_vectors": vectors, "logit_scale": scale}, path, CheckpointError)
 
 
 def save_teacher(path: Path, saved: SavedTeacher) -> None:
-    """Write teacher.pt whole."""
+    """Write teacher.pt atomically. Raises ComkdError."""
     save_plain(
         path,
         {
@@ -232,7 +236,7 @@ def save_teacher(path: Path, saved: SavedTeacher) -> None:
 
 
 def load_teacher(path: Path) -> SavedTeacher:
-    """Read teacher.pt. Raises CheckpointError for a file that is no adapted teacher."""
+    """Read teacher.pt. Raises CheckpointError for a file that is not an adapted teacher."""
     data = _load(path, TEACHER_FORMAT, "a teacher")
     try:
         record = TeacherRecord(
@@ -250,37 +254,42 @@ def load_teacher(path: Path) -> SavedTeacher:
         _check_tensors(path, data, record.class_names)
         return SavedTeacher(record, data["class_vectors"], data["logit_scale"], data["state_dict"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is a damaged teacher checkpoint: {_reason(error)}") from error
+        raise CheckpointError(f"is a damaged teacher checkpoint: {_reason(error)}", path=path) from error
 
 
 def save_plain(path: Path, data: dict[str, Any]) -> None:
-    """Write plain data and tensors whole, to be read with weights_only=True. Raises ComkdError."""
-    with written_whole(path) as unfinished:
+    """Write plain data and tensors atomically, to be read with weights_only=True. Raises ComkdError."""
+    with atomic_write(path) as unfinished:
         try:
             torch.save(data, unfinished)
-        except RuntimeError as error:  # torch's writer hides what the system said
-            raise ComkdError(
-                f"{path}: could not be written; is the disk full? ({str(error).splitlines()[0]})"
-            ) from error
+        except RuntimeError as error:  # torch's writer hides the error of the system
+            problem = f"could not be written ({str(error).splitlines()[0]})"
+            raise ComkdError(problem, path=path, remedy="is the disk full?") from error
 
 
-def _load(path: Path, expected: str, what: str) -> dict[str, Any]:
+def _load(path: Path, expected: str, kind: str) -> dict[str, Any]:
+    """The content of a checkpoint of the format `expected`; kind names it in errors. Raises CheckpointError."""
     if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder; give the student.pt in it")
+        raise CheckpointError("is a folder", path=path, remedy="give the student.pt in it")
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError("no such file", path=path)
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
-        raise CheckpointError(f"{path}: can't be read: permission denied") from error
+        raise CheckpointError("could not be read: permission denied", path=path) from error
     except Exception as error:  # torch, zipfile and pickle raise many kinds
-        raise CheckpointError(f"{path}: is not {what} that comkd saved: it can't be read as a checkpoint") from error
+        raise CheckpointError(
+            f"is not {kind} that comkd saved: it is not a checkpoint of plain data", path=path
+        ) from error
+    found = data.get("format", "no format") if isinstance(data, dict) else type(data).__name__
     if isinstance(data, dict) and is_newer_format(data.get("format"), expected):
         raise CheckpointError(
-            f"{path}: has the format {data['format']} of a newer comkd; this one reads {expected}: upgrade comkd "
-            "(pip install --upgrade comkd)"
+            "has the format of a newer comkd",
+            path=path,
+            found=found,
+            allowed=[expected],
+            remedy="upgrade comkd (pip install --upgrade comkd)",
         )
-    if not isinstance(data, dict) or data.get("format") != expected:
-        found = data.get("format", "no format") if isinstance(data, dict) else type(data).__name__
-        raise CheckpointError(f"{path}: is not {what} that comkd saved (it holds {found}, not {expected})")
+    if not isinstance(data, dict) or found != expected:
+        raise CheckpointError(f"is not {kind} that comkd saved", path=path, found=found, allowed=[expected])
     return data

@@ -1,4 +1,4 @@
-"""What a model costs: its parameters, and its multiply-adds for one image."""
+"""The cost of a model: its parameters, and its multiply-adds for one image."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def parameters(module: nn.Module) -> int:
-    """All parameters, trainable or not, each once."""
+    """The number of parameters, trainable or not; shared ones count once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def multiply_adds(module: nn.Module, size: int) -> int:
     """Multiply-adds of the matrix products, convolutions and attention for one image of `size` by `size` pixels.
 
-    Half of what torch counts as floating point operations. Counted on the meta device, without computing
-    anything: there attention is counted whatever kernel the module's own device would run it with.
+    Half of the floating point operations that torch counts. Counted on the meta device, where nothing is computed and
+    attention is counted independently of the kernel that the module's own device would use.
     """
     tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     outline = {name: tensor.to("meta") for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Files of weights: what is in them, whether it can be used, and why a model does not take it."""
+"""Files of weights: reading and checking them, and explaining why a model does not load one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shlex
 import zipfile
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,22 @@ from torch import Tensor
 from comkd_cli.errors import ComkdError, ModelError
 
 MOST_NAMED = 3
-SHARE_THAT_FITS = 0.5  # of a model's tensors: a file that holds so many of them holds that model, under other names
-# Names by which programs keep weights that a model does not take under them.
+SAME_MODEL_SHARE = 0.5  # of a model's tensors: a file with so many of them holds that model, under other names
+# By the names of their tensors, files of programs whose weights open_clip does not load.
 TRANSFORMERS_PREFIXES = ("vision_model.", "text_model.")
 OPENAI_NUMBERS = {"input_resolution", "context_length", "vocab_size"}
 PROMPTSRC_PREFIXES = ("prompt_learner.", "image_encoder.VPT")
 GIT_LFS = b"version https://git-lfs"
 READ_BY_OPEN_CLIP_ALONE = (".npz", ".npy")
+SAVE_STATE_DICT = "save the model's state_dict() instead"
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """What a file of weights holds, as it stands in the file; tensors are mapped from the disk where that works.
+    """The content of a file of weights, by name; tensors are mapped from the disk where that works.
 
-    Nothing of the file is executed. Raises ModelError, naming the file and the remedy.
+    Nothing in the file is executed. Raises ModelError.
     """
-    if (what := _no_weights(path)) is not None:
-        raise ModelError(f"{path}: {what}")
+    _refuse_placeholder(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -39,62 +40,60 @@ def read_weights(path: Path) -> dict[str, Any]:
             return dict(load_file(path))
         if is_torchscript(path):
             raise ModelError(
-                f"{path}: is a TorchScript archive, as OpenAI publishes its CLIPs. That is a program, which comkd does "
-                "not run; give open_clip's tag instead, such as arch: ViT-B-32-quickgelu with weights: openai"
+                "is a TorchScript archive, as OpenAI publishes its CLIPs, and comkd does not run the program in it",
+                path=path,
+                remedy="give open_clip's tag instead, such as arch: ViT-B-32-quickgelu with weights: openai",
             )
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except PermissionError as error:
-        raise ModelError(f"{path}: can't be read: permission denied") from error
+        raise ModelError("could not be read: permission denied", path=path) from error
     except ModelError:
         raise
     except Exception as error:  # torch, pickle, zipfile and safetensors each raise their own
-        raise ModelError(f"{path}: does not hold weights that can be loaded: {first_line(error)}") from error
+        raise ModelError(f"does not hold weights that can be loaded: {first_line(error)}", path=path) from error
     if not isinstance(held, Mapping):
-        raise ModelError(
-            f"{path}: does not hold weights: it holds {type(held).__name__}, not tensors by name; save the model's "
-            "state_dict() instead"
-        )
+        problem = f"does not hold weights: it holds {type(held).__name__}, not tensors by name"
+        raise ModelError(problem, path=path, remedy=SAVE_STATE_DICT)
     if not held:
-        raise ModelError(f"{path}: does not hold weights: it holds no tensors; save the model's state_dict() instead")
+        raise ModelError("does not hold weights: it holds no tensors", path=path, remedy=SAVE_STATE_DICT)
     return dict(held)
 
 
-def _no_weights(path: Path) -> str | None:
-    """What a file is that stands in the place of weights, and the remedy; None where it may hold some."""
+def _refuse_placeholder(path: Path) -> None:
+    """Raise ModelError for an empty file and for a pointer of Git LFS."""
     try:
         with path.open("rb") as file:
             start = file.read(len(GIT_LFS))
-    except OSError:  # explained where the file is read
-        return None
+    except OSError:  # read_weights explains it
+        return
     if not start:
-        return "is empty; copy or download it again"
+        raise ModelError("is empty", path=path, remedy="copy or download it again")
     if start == GIT_LFS:
-        return "is a pointer of Git LFS, not the weights; fetch them with `git lfs pull`"
-    return None
+        raise ModelError("is a pointer of Git LFS, not the weights", path=path, remedy="fetch them with `git lfs pull`")
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, in one line; torch's own message would go on to advise loading a file unsafely."""
+    """The first line of an error's message; torch's continues with advice to load the file unsafely."""
     lines = str(error).strip().splitlines()
     if lines and lines[0].startswith("Weights only load failed"):
         if "Unsupported global" in str(error) or "Unsupported class" in str(error):
             return "it holds more than plain tensors; save the state_dict alone with the program that wrote it"
-        return "it is no checkpoint of plain tensors"
+        return "it is not a checkpoint of plain tensors"
     return lines[0] if lines else type(error).__name__
 
 
 def is_torchscript(path: Path) -> bool:
     """Whether a file is an archive of a TorchScript program."""
     with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # by which torch.load, too, takes a file for an archive
+        if file.read(4) != b"PK\x03\x04":  # torch.load recognises an archive by the same bytes
             return False
-    # Asked of torch's own reader, which sees archives that Python's does not.
+    # torch's own reader opens archives that Python's zipfile does not.
     records: list[str] = torch._C.PyTorchFileReader(str(path)).get_all_records()
     return "constants.pkl" in records
 
 
-def state_of(held: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors by name, where open_clip's reader looks for them: below `state_dict`, without `module.`."""
+def tensors_of(held: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file by name, as open_clip reads them: from `state_dict` if there is one, without `module.`."""
     inner = held.get("state_dict", held)
     tensors = {str(name): value for name, value in inner.items() if isinstance(value, Tensor)}
     if next(iter(tensors), "").startswith("module."):
@@ -102,33 +101,34 @@ def state_of(held: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def check_finite(tensors: Mapping[str, object], where: object, error: type[ComkdError] = ModelError) -> None:
-    """Refuse tensors with values that are no numbers: every score of such a model would be chance.
+def check_finite(tensors: Mapping[str, object], path: object, error: type[ComkdError] = ModelError) -> None:
+    """Refuse tensors with NaN or infinite values: every score of such a model would be chance.
 
-    where: the file or the weights, for the message. Raises `error`, naming the first such tensor.
+    path: the file, or the name of the weights. Raises `error`, which names the first such tensor.
     """
     for name, value in tensors.items():
         if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
             raise error(
-                f"{where}: holds NaN or infinite values, first in {name}; the file is damaged, or comes from a "
-                "training that diverged: use another"
+                f"holds NaN or infinite values, first in {name}: the file is damaged, or its training diverged",
+                path=path,
+                remedy="use other weights",
             )
 
 
 def differences(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> str:
-    """The first tensors that a file lacks, has too many, or has in other shapes, in one line."""
+    """The first tensors that a file lacks, has in addition, or has in other shapes, in one line; empty if none."""
     missing = [name for name in expected if name not in found]
-    strange = [name for name in found if name not in expected]
+    unexpected = [name for name in found if name not in expected]
     reshaped = [
         f"{name} of the shape {tuple(found[name])} instead of {tuple(shape)}"
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
-    return _differences(missing, strange, reshaped)
+    return _listed(missing, unexpected, reshaped)
 
 
-def differences_told(error: Exception) -> str | None:
-    """The same, of what torch's load_state_dict says; None for another error."""
+def differences_in_error(error: Exception) -> str | None:
+    """`differences` from the message of torch's load_state_dict; None for another error."""
     text = str(error)
     if not text.startswith("Error(s) in loading state_dict"):
         return None
@@ -143,12 +143,12 @@ def differences_told(error: Exception) -> str | None:
         r"the shape in current model is torch\.Size\(\[([^]]*)\]\)",
         text,
     )
-    reshaped = [f"{name} of the shape ({found}) instead of ({wanted})" for name, found, wanted in shapes]
-    return _differences(listed.get("Missing", []), listed.get("Unexpected", []), reshaped) or None
+    reshaped = [f"{name} of the shape ({found}) instead of ({expected})" for name, found, expected in shapes]
+    return _listed(listed.get("Missing", []), listed.get("Unexpected", []), reshaped) or None
 
 
-def _differences(missing: list[str], strange: list[str], reshaped: list[str]) -> str:
-    kinds = (("lacks", missing, ""), ("has", strange, ", which the model does not have"), ("has", reshaped, ""))
+def _listed(missing: list[str], unexpected: list[str], reshaped: list[str]) -> str:
+    kinds = (("lacks", missing, ""), ("has", unexpected, ", which the model does not have"), ("has", reshaped, ""))
     parts = []
     for verb, items, remark in kinds:
         if items:
@@ -157,40 +157,72 @@ def _differences(missing: list[str], strange: list[str], reshaped: list[str]) ->
     return "; ".join(parts)
 
 
-def remedy(path: Path, held: Mapping[str, Any], expected: Collection[str]) -> str | None:
-    """What to do with a file whose tensors are a model's under other names, or another model's; None: nothing known.
+@dataclass(frozen=True)
+class Diagnosis:
+    """Why a model does not load a file, as the problem and the remedy of an error."""
 
-    expected: the names of the model's tensors.
+    problem: str
+    remedy: str
+
+
+def diagnose(path: Path, held: Mapping[str, Any], expected: Collection[str]) -> Diagnosis | None:
+    """Recognise a file that holds another kind of model, or a model's tensors under other names; None for any other.
+
+    held: the content of the file. expected: the names of the model's tensors.
     """
-    names = [str(name) for name in state_of(held)]
-    kind = str(held.get("format", ""))
-    if kind.startswith("comkd-student"):
-        return "it is a student that comkd distilled; give the weights of a CLIP"
+    names = [str(name) for name in tensors_of(held)]
+    if (other := _other_kind(held, names)) is not None:
+        return other
+    location = _best_location(held, set(expected))
+    if location.count < SAME_MODEL_SHARE * len(expected):
+        inside = sum(f"visual.{name}" in expected for name in names)
+        if not names or inside < len(names):
+            return None
+        return Diagnosis(
+            "it holds an image tower alone, and both towers are needed", "give the weights of a whole CLIP"
+        )
+    if location.key in (None, "state_dict") and not location.prefix:
+        return None
+    return _unwrapping(path, location)
+
+
+def _other_kind(held: Mapping[str, Any], names: Collection[str]) -> Diagnosis | None:
+    if str(held.get("format", "")).startswith("comkd-student"):
+        return Diagnosis("it is a student that comkd distilled", "give the weights of a CLIP")
     if any(name.startswith(PROMPTSRC_PREFIXES) for name in names):
-        return "it is a checkpoint of PromptSRC or PromptKD; read it with teacher.format: promptsrc"
+        return Diagnosis("it is a checkpoint of PromptSRC or PromptKD", "read it with teacher.format: promptsrc")
     if set(names) >= OPENAI_NUMBERS:
-        return (
-            "it is a state_dict as OpenAI's own code has it; use weights: openai with an architecture whose name ends "
-            f"in -quickgelu, or remove {', '.join(sorted(OPENAI_NUMBERS))} from it"
+        return Diagnosis(
+            "it is a state_dict of OpenAI's own code",
+            "use weights: openai with an architecture whose name ends in -quickgelu, or remove "
+            f"{', '.join(sorted(OPENAI_NUMBERS))} from it",
         )
     if any(name.startswith(TRANSFORMERS_PREFIXES) for name in names):
-        return (
-            "its tensors have the names of the transformers library; use the same model as open_clip has it: a tag of "
-            "the architecture, or arch: hf-hub:ORG/NAME of a repository with an open_clip_config.json"
+        return Diagnosis(
+            "its tensors have the names of the transformers library",
+            "use the same model from open_clip: a tag of the architecture, or arch: hf-hub:ORG/NAME of a repository "
+            "with an open_clip_config.json",
         )
-    key, prefix, count = _best_place(held, set(expected))
-    if count < SHARE_THAT_FITS * len(expected):
-        inside = sum(f"visual.{name}" in expected for name in names)
-        return "it holds an image tower alone, and both towers are needed" if names and inside == len(names) else None
-    return None if (key in (None, "state_dict") and not prefix) else _unwrapping(path, key, prefix)
+    return None
 
 
-def _best_place(held: Mapping[str, Any], expected: set[str]) -> tuple[str | None, str, int]:
-    """Below which key, after which prefix, most of the expected names stand, and how many they are."""
-    places: list[tuple[str | None, Mapping[Any, Any]]] = [(None, held)]
-    places += [(key, value) for key, value in held.items() if isinstance(value, Mapping)]
-    best: tuple[str | None, str, int] = (None, "", 0)
-    for key, tensors in places:
+@dataclass(frozen=True)
+class _Location:
+    """Where in a file a model's tensors are."""
+
+    key: str | None
+    """The entry that holds them; None for the file itself."""
+    prefix: str
+    """What precedes the expected names."""
+    count: int
+
+
+def _best_location(held: Mapping[str, Any], expected: set[str]) -> _Location:
+    """The location with the most expected names."""
+    entries: list[tuple[str | None, Mapping[Any, Any]]] = [(None, held)]
+    entries += [(key, value) for key, value in held.items() if isinstance(value, Mapping)]
+    best = _Location(None, "", 0)
+    for key, tensors in entries:
         prefixes: Counter[str] = Counter()
         for name in map(str, tensors):
             parts = name.split(".")
@@ -198,13 +230,14 @@ def _best_place(held: Mapping[str, Any], expected: set[str]) -> tuple[str | None
                 if ".".join(parts[cut:]) in expected:
                     prefixes["".join(f"{part}." for part in parts[:cut])] += 1
         for prefix, count in prefixes.items():
-            if count > best[2]:
-                best = (key, prefix, count)
+            if count > best.count:
+                best = _Location(key, prefix, count)
     return best
 
 
-def _unwrapping(path: Path, key: str | None, prefix: str) -> str:
-    """The command that writes a file's tensors as they should stand."""
+def _unwrapping(path: Path, location: _Location) -> Diagnosis:
+    """A remedy with the command that writes a file's tensors under the expected names."""
+    key, prefix = location.key, location.prefix
     below = f"below `{key}`" if key is not None else ""
     after = f"after `{prefix}`" if prefix else ""
     tensors = f"torch.load({str(path)!r}, weights_only=True)" + (f"[{key!r}]" if key is not None else "")
@@ -214,7 +247,7 @@ def _unwrapping(path: Path, key: str | None, prefix: str) -> str:
     imports = "import torch, safetensors.torch" if path.suffix == ".safetensors" else "import torch"
     target = str(path.with_name(f"{path.stem}-plain.pt"))
     program = f"{imports}; torch.save({kept if prefix else tensors}, {target!r})"
-    return (
-        f"its tensors stand {' '.join(filter(None, (below, after)))}; write them alone and give that file: "
-        f"python -c {shlex.quote(program)}"
+    return Diagnosis(
+        f"its tensors are {' '.join(filter(None, (below, after)))}",
+        f"write them to a file of their own and give that file: python -c {shlex.quote(program)}",
     )

@@ -1,4 +1,4 @@
-"""The data sets of the evaluation suite as plain data: where each lies, and how many images it must have.
+"""The datasets of the evaluation suite as plain data: where each is, and how many images it must have.
 
 Folders are those of CoOp (KaiyangZhou/CoOp, DATASETS.md), so that a data root prepared for CoOp, MaPLe,
 PromptSRC or PromptKD is read as it is. Templates are those of CoOp's zero-shot CLIP; base and new test
@@ -15,7 +15,7 @@ Layout = Literal["split", "aircraft", "imagenet", "imagenet-variant"]
 
 @dataclass(frozen=True)
 class Dataset:
-    """What is known of a data set before a file of it is read."""
+    """The facts about a dataset that are known before its files are read."""
 
     name: str
     folder: str
@@ -36,9 +36,9 @@ class Dataset:
     new_test: int | None = None
     """Test images of the first half of the classes and of the second."""
     archive: str | None = None
-    """Its file on the Hub mirror; None where the mirror has none."""
+    """Its file on the Hub mirror; None if it has none."""
     origin: str = ""
-    """Where it comes from, for one who must fetch it by hand."""
+    """Where to download it by hand."""
 
 
 CATALOG = {
@@ -55,7 +55,7 @@ CATALOG = {
             test=50000,
             base_test=25000,
             new_test=25000,
-            origin="image-net.org, ILSVRC 2012 (needs an account): images/train and images/val, a folder a class",
+            origin="image-net.org, ILSVRC 2012 (needs an account): images/train and images/val, with class folders",
         ),
         Dataset(
             name="caltech101",
@@ -212,7 +212,7 @@ CATALOG = {
             train=0,
             val=0,
             test=10000,
-            origin="the matched-frequency set of modestyachts/ImageNetV2; a folder 0..999 a class",
+            origin="the matched-frequency set of modestyachts/ImageNetV2; a folder 0..999 for each class",
         ),
         Dataset(
             name="imagenet_sketch",
@@ -223,7 +223,7 @@ CATALOG = {
             train=0,
             val=0,
             test=50889,
-            origin="HaohanWang/ImageNet-Sketch; a folder nXXXXXXXX a class",
+            origin="HaohanWang/ImageNet-Sketch; a folder nXXXXXXXX for each class",
         ),
         Dataset(
             name="imagenet_a",
@@ -234,7 +234,7 @@ CATALOG = {
             train=0,
             val=0,
             test=7500,
-            origin="hendrycks/natural-adv-examples; a folder nXXXXXXXX a class",
+            origin="hendrycks/natural-adv-examples; a folder nXXXXXXXX for each class",
         ),
         Dataset(
             name="imagenet_r",
@@ -245,7 +245,7 @@ CATALOG = {
             train=0,
             val=0,
             test=30000,
-            origin="hendrycks/imagenet-r; a folder nXXXXXXXX a class",
+            origin="hendrycks/imagenet-r; a folder nXXXXXXXX for each class",
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""Every fault of a recipe as one line: the file, the path in it, what is wrong, what was probably meant."""
+"""Every fault of a recipe as one line: the file, the field, what is wrong, what was probably meant."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Location = tuple[str | int, ...]
 def describe_faults(error: ValidationError, root: type[BaseModel], origins: Mapping[str, str]) -> list[str]:
     """The faults of a validation, a line each and in the order of the recipe.
 
-    root: the model that was validated. origins: for a dotted path, the file that it was written in;
-    a path that is not there was made of several and is told without a file.
+    root: the model that was validated. origins: for a dotted path, the file that it was written in; other paths have
+    the origin of the nearest path above them.
     """
     lines: dict[str, str] = {}  # by path
     for fault in error.errors(include_url=False):
@@ -29,7 +29,7 @@ def describe_faults(error: ValidationError, root: type[BaseModel], origins: Mapp
 
 
 def _reason(fault: Any, location: Location, siblings: list[str]) -> str:
-    """What is wrong, for a person. siblings: the field names that are valid at that place."""
+    """What is wrong, in words. siblings: the field names that are valid beside it."""
     if fault["type"] == "extra_forbidden":
         return "unknown field" + _nearest(str(location[-1]), siblings)
     if fault["type"] == "missing":

@@ -1,4 +1,4 @@
-"""What a run is made of, by name, so that another run is told from it and the difference can be named."""
+"""What a run is made of, by name, so that two runs can be compared and their differences named."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ INDIFFERENT: dict[str, Any] = {
     "teacher": {"adapt": {"data": True, "classes_at_once": True}},
 }
 MOST_NAMED = 5
-KINDS = ("method", "name")  # fields that say which other fields there are: named first
-# What a part is a digest of, by its path: a digest itself tells a person nothing.
+KINDS = ("method", "name")  # fields that determine which other fields exist: named first
+# What a part is a digest of, by its path, for messages.
 CONTENTS = {
     "data.training_images": "the contents of the training images",
     "data.training_labels": "the labels of the training images",
     "data.test_images": "the contents of the test images, which select the epoch,",
     "data.test_labels": "the labels of the test images, which select the epoch,",
-    "student.weights_sha256": "the student's weights file",
-    "teacher.weights_sha256": "the teacher's weights file",
+    "student.weights_sha256": "a file of the student's weights or config",
+    "teacher.weights_sha256": "a file of the teacher's weights or config",
     "teacher.backbone_weights_sha256": "the file in teacher.backbone_weights",
     "teacher.images": "the contents of the images that the teacher is trained on",
     "teacher.labels": "the labels of the images that the teacher is trained on",
@@ -51,7 +51,7 @@ class Identity:
         return sha256_of_data(comparable(self.parts))
 
     def differences(self, earlier: Mapping[str, Any], what: str) -> list[str]:
-        """What these parts have differently from earlier ones, a line each: `optim.name: adamw in WHAT, sgd now`.
+        """The differences between these parts and earlier ones, a line each: `optim.name: adamw in WHAT, sgd now`.
 
         earlier: parts that were saved, perhaps by an older version. A recipe field that it did not have counts with its
         default, since the default of a new field keeps what was done before; other parts that it does not have are not

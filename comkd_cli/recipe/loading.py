@@ -18,8 +18,8 @@ from comkd_cli.recipe.model import DATASETS, SCHEMA_VERSION, Data, Recipe
 
 COMMAND_LINE = "--set"
 
-# Writing one of these replaces what a base recipe said of the others beside it: they are different kinds of
-# the same thing, and a merge of the two would be a recipe that nobody wrote.
+# Setting one of these removes the base recipe's values of the others: they are alternatives, and a merge of two would
+# be a recipe that nobody wrote.
 SUPERSEDES = {
     "data.dataset": ("folder", "shards", "classes", "template"),
     "data.folder": ("dataset", "shards", "classes", "template"),
@@ -30,12 +30,12 @@ SUPERSEDES = {
     "student.config": ("arch", "weights"),
     "optim.name": ("learning_rate", "momentum", "weight_decay", "warmup_learning_rate"),
 }
-# A model's config is open_clip's, not ours: a changed one is written whole, never merged with another.
+# A model's config belongs to open_clip: it is replaced whole, never merged with another.
 WHOLE = ("teacher.config", "student.config")
 
 
 def bundled_recipes() -> dict[str, Path]:
-    """The recipes that come with comkd, by name: a folder is the registry."""
+    """The recipes that come with comkd, by name."""
     package = Path(__file__).parent.parent
     installed, checkout = package / "bundled_recipes", package.parent / "recipes"
     folder = installed if installed.is_dir() else checkout
@@ -48,10 +48,12 @@ def find_recipe(name: str | Path) -> Path:
     if path.is_file():
         return path
     bundled = bundled_recipes()
-    # `recipes/digits.yaml` works away from a checkout too, as the documentation writes it.
+    # `recipes/digits.yaml`, as in the documentation, works outside a checkout too.
     if path.parent in (Path(), Path("recipes")) and path.suffix in ("", ".yaml") and path.stem in bundled:
         return bundled[path.stem]
-    raise RecipeError(f"{name}: no such recipe; give a YAML file, or one of the bundled ones: {', '.join(bundled)}")
+    raise RecipeError(
+        "no such recipe", path=name, allowed=list(bundled), remedy="give a YAML file or the name of a bundled recipe"
+    )
 
 
 def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
@@ -66,7 +68,7 @@ def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
     dataset = _dataset_of(changes) or _dataset_of(tree)
     own_images = changes.get("data")
     if isinstance(own_images, dict) and any(own_images.get(name) is not None for name in ("folder", "shards")):
-        dataset = None  # they take its place
+        dataset = None  # they replace it
     if dataset in own:
         _merge(tree, own[dataset], f"{path}: for_dataset.{dataset}", origins)
     _merge(tree, changes, COMMAND_LINE, origins)
@@ -74,7 +76,7 @@ def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
 
 
 def check_recipes(names: Sequence[str]) -> dict[str, str]:
-    """For each recipe that can't be used, by name or path as given, its faults."""
+    """The faults of each recipe that cannot be used, by its name or path as given."""
     faults = {}
     for name in names:
         try:
@@ -95,7 +97,7 @@ def parse_recipe(tree: Mapping[str, Any], origins: Mapping[str, str] | None = No
     except ValidationError as error:
         lines = describe_faults(error, Recipe, {"": name, **(origins or {})})
         count = f"{len(lines)} fault{'s' if len(lines) > 1 else ''}"
-        raise RecipeError("\n".join([f"{name} has {count}:", *(f"  {line}" for line in lines)])) from error
+        raise RecipeError("\n".join([f"{count}:", *(f"  {line}" for line in lines)]), path=name) from error
 
 
 def parse_data(fields: Mapping[str, Any]) -> Data:
@@ -116,8 +118,8 @@ def to_yaml(recipe: Recipe, ascii_only: bool = False) -> str:
     writer.default_flow_style = False
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     tree = recipe.model_dump(mode="json")
-    # ruamel can't read back every long text that it folds, nor these three, which are line breaks to its
-    # writer and none to its reader, unless they are escaped.
+    # ruamel cannot read back every long text that it folds, nor these three characters, which are line breaks to its
+    # writer but not to its reader, unless they are escaped.
     writer.width = 2**20
     odd = set("\x85\u2028\u2029") & set(json.dumps(tree, ensure_ascii=False))
     writer.allow_unicode = not (odd or ascii_only)
@@ -130,9 +132,9 @@ def read_yaml(text: str, name: str) -> Any:
     try:
         return _plain(YAML(typ="safe", pure=True).load(text), name)
     except (YAMLError, ValueError) as error:  # ValueError: what looks like a date or a number and is none
-        raise RecipeError(f"{name}: is not valid YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError("is not valid YAML", path=name, found=" ".join(str(error).split())) from error
     except RecursionError as error:  # an alias of itself
-        raise RecipeError(f"{name}: is nested without end, or too deep") from error
+        raise RecipeError("is nested without end, or too deeply", path=name) from error
 
 
 def _read_extended(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -140,21 +142,21 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], 
     resolved = path.resolve()
     if resolved in seen:
         chain = " -> ".join(p.name for p in (*seen, resolved))
-        raise RecipeError(f"{path}: extends: goes in a circle: {chain}")
+        raise RecipeError("is circular", path=path, field="extends", found=chain)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: can't be read: {error}") from error
+        raise RecipeError("could not be read", path=path, found=str(error)) from error
     own = read_yaml(text, str(path))
     if not isinstance(own, dict):
-        raise RecipeError(f"{path}: is not a recipe: its top level must be fields, such as `data:`")
+        raise RecipeError("is not a recipe: its top level must be fields, such as `data:`", path=path)
     _check_version(own, str(path))
     base = own.pop("extends", None)
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
     if base is not None:
         if not isinstance(base, str):
-            raise RecipeError(f"{path}: extends: should be the path of one recipe, not {base!r}")
+            raise RecipeError("should be the path of one recipe", path=path, field="extends", found=repr(base))
         beside = path.parent / base
         tree, origins = _read_extended(beside if beside.is_file() else _find_base(base, path), (*seen, resolved))
     _merge(tree, own, str(path), origins)
@@ -166,23 +168,27 @@ def _check_version(tree: Mapping[str, Any], origin: str) -> None:
     version = tree.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise RecipeError(
-            f"{origin}: schema_version {version} was written for a newer comkd; this one reads {SCHEMA_VERSION}: "
-            "upgrade comkd (pip install --upgrade comkd)"
+            "the recipe was written for a newer comkd",
+            path=origin,
+            field="schema_version",
+            found=version,
+            allowed=[SCHEMA_VERSION],
+            remedy="upgrade comkd (pip install --upgrade comkd)",
         )
 
 
 def _own_of_datasets(tree: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
-    """Take `for_dataset` out of a recipe: by data set, the fields that it has differently."""
+    """Remove `for_dataset` from a recipe; returns the fields that it overrides, by dataset."""
     own = tree.pop("for_dataset", None)
     own = {} if own is None else own
     if not isinstance(own, dict) or not all(fields is None or isinstance(fields, dict) for fields in own.values()):
-        raise RecipeError(f"{name}: for_dataset: should be a mapping of data sets to fields")
-    if strange := [dataset for dataset in own if dataset not in DATASETS]:
-        raise RecipeError(f"{name}: for_dataset: {strange[0]!r} is no data set that comkd knows")
-    # A recipe that extends another one takes that one's fields for a data set back with null.
+        raise RecipeError("should be a mapping of datasets to fields", path=name, field="for_dataset")
+    if unknown := [dataset for dataset in own if dataset not in DATASETS]:
+        raise RecipeError("unknown dataset", path=name, field="for_dataset", found=repr(unknown[0]), allowed=DATASETS)
+    # With null, a recipe removes the fields of a dataset that the recipe it extends has.
     own = {dataset: fields for dataset, fields in own.items() if fields is not None}
     if data := [dataset for dataset, fields in own.items() if "data" in fields]:
-        raise RecipeError(f"{name}: for_dataset.{data[0]}: can't change `data`, by which it is chosen")
+        raise RecipeError("cannot change `data`, which selects it", path=name, field=f"for_dataset.{data[0]}")
     return own
 
 
@@ -196,14 +202,16 @@ def _find_base(base: str, path: Path) -> Path:
     try:
         return find_recipe(base)
     except RecipeError as error:
-        raise RecipeError(f"{path}: extends: {error}") from error
+        raise RecipeError(
+            error.problem, path=path, field="extends", found=base, allowed=error.allowed, remedy=error.remedy
+        ) from error
 
 
 def _plain(tree: Any, name: str) -> Any:
     """The same data with string keys only; a recipe with any other key is refused."""
     if isinstance(tree, dict):
         if odd := [key for key in tree if not isinstance(key, str)]:
-            raise RecipeError(f"{name}: {odd[0]!r} stands as a field name and is not text")
+            raise RecipeError("a field name is not text", path=name, found=repr(odd[0]))
         return {key: _plain(value, name) for key, value in tree.items()}
     return [_plain(value, name) for value in tree] if isinstance(tree, list) else tree
 
@@ -215,7 +223,11 @@ def _parse_settings(settings: Sequence[str]) -> dict[str, Any]:
         key, equals, text = setting.partition("=")
         names = key.split(".")
         if not equals or not all(names):
-            raise MisuseError(f"{COMMAND_LINE} {setting}: should be key.path=value, such as optim.epochs=10")
+            raise MisuseError(
+                "is not a setting",
+                field=f"{COMMAND_LINE} {setting}",
+                remedy="write key.path=value, such as optim.epochs=10",
+            )
         place = tree
         for name in names[:-1]:
             below = place.get(name)

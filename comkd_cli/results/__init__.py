@@ -1,1 +1,1 @@
-"""Result records, tables of them, and the published figures."""
+"""Result records, tables of them, and published figures."""

@@ -1,9 +1,9 @@
-"""Published figures, to print beside ours. Top-1 in percent; what was not published is left out.
+"""Published figures, for comparison. Top-1 in percent; unpublished ones are absent.
 
 base, new and harmonic mean: CLIP and PromptKD from PromptKD (arXiv 2403.02781), table 1; its teacher from
-the supplement, tables 10 and 11. ComKD-CLIP from arXiv 2408.04145, as far as its figures are known to us.
-Students of PromptKD and ComKD-CLIP learned on the unlabelled training images of all classes, new ones
-included, and PromptKD keeps the epoch that is best on the base test images.
+the supplement, tables 10 and 11. ComKD-CLIP from arXiv 2408.04145, as far as its figures are known.
+Students of PromptKD and ComKD-CLIP were trained on the unlabelled training images of all classes, new ones
+included, and PromptKD selects the epoch that is best on the base test images.
 """
 
 from __future__ import annotations

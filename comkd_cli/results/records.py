@@ -1,18 +1,23 @@
-"""Result records: the one shape of every result, in results.json and on standard output."""
+"""Result records: the one format of every result, in results.json and on standard output."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 Role = Literal["student", "teacher", "baseline"]
+AS_WRITTEN = ConfigDict(extra="forbid", strict=True)  # no field of another version, no "97" for 97
 
 
 @dataclass(frozen=True)
 class Record:
-    """One score of one model on one data set. Units stand in the names."""
+    """One score of one model on one dataset. The names of the fields have the units."""
+
+    __pydantic_config__ = AS_WRITTEN
 
     model: str
     role: Role
@@ -21,28 +26,28 @@ class Record:
     """None where the images have no labels."""
     mean_per_class_percent: float | None
     images: int
-    """Scored; unreadable ones are not among them."""
+    """The number that were scored, without unreadable ones."""
     image_tower_parameters: int
-    """Of everything between an image and its feature: projector and attention included."""
+    """Of everything between an image and its features, projector and attention included."""
     agreement_percent: float | None = None
-    """Of a student with its teacher: the share of images that both put in the same class."""
+    """Of a student with its teacher: the share of images for which both predict the same class."""
     seed: int | None = None
     protocol: str = "zero-shot"
     classes: Literal["all", "base", "new"] = "all"
     method: str = "clip"
     shots: int | None = None
     selection: str = "last"
-    """`last` epoch, or as PromptKD's code selects it, on the test images of the base classes: `promptkd`."""
+    """How the epoch was selected: `last`, or `promptkd`, as PromptKD's code does on the test images of base classes."""
     unreadable: int = 0
-    """Images left out because they could not be decoded."""
+    """The number of images that could not be decoded."""
     model_sha256: str | None = None
-    """Of the weights that were scored: records of a model with other weights are out of date."""
+    """Of the weights: records of the same model with other weights are out of date."""
     images_sha256: str | None = None
-    """Of the data set's test images: records of other images under the same name are out of date."""
+    """Of the test images: records of other images of the same dataset name are out of date."""
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """What the record is a score of: of two records that agree in it, the later one counts."""
+        """Identifies the score: of two records with the same identity, the later one replaces the earlier one."""
         return (
             *(self.model, self.role, self.dataset, self.protocol, self.classes),
             *(self.method, self.shots, self.seed, self.selection),
@@ -51,35 +56,37 @@ class Record:
 
 @dataclass(frozen=True)
 class Missing:
-    """What could not be scored, and what to do."""
+    """A model or dataset that could not be scored, and the remedy."""
+
+    __pydantic_config__ = AS_WRITTEN
 
     dataset: str
     problem: str
     model: str | None = None
-    """None where there is no model to score."""
+    """None if there is no model to score."""
     failed: bool = False
-    """Whether scoring failed; False where the data set or its student is absent."""
+    """Whether scoring failed; False if the dataset or its student does not exist."""
 
     @property
     def line(self) -> str:
-        """The problem, after the model where the problem does not name it."""
+        """The problem, with the model in front unless the problem names it."""
         return self.problem if self.model is None or self.model in self.problem else f"{self.model}: {self.problem}"
 
 
 @dataclass(frozen=True)
 class Results:
-    """What an evaluation found, or several."""
+    """The results of one or several evaluations."""
 
     records: Sequence[Record]
     missing: Sequence[Missing] = ()
 
 
 def merged(kept: Results, fresh: Results) -> Results:
-    """Kept results with those of a later evaluation.
+    """Kept results merged with those of a later evaluation.
 
-    A fresh record takes the place of the one with its identity. Kept records of the same model with other weights, or
-    of the same model and data set with other images, are dropped: nothing says that they still hold. What was missing
-    stays until it is scored or found missing again.
+    A fresh record replaces the one with the same identity. Kept records of the same model with other weights, or of
+    the same model and dataset with other images, are dropped, because they may no longer be true. What was missing
+    stays until it is scored or missing again.
     """
     weights = {(r.model, r.role): r.model_sha256 for r in fresh.records}
     dropped = set(of_other_images(kept, fresh))
@@ -99,7 +106,7 @@ def merged(kept: Results, fresh: Results) -> Results:
 
 
 def of_other_images(kept: Results, fresh: Results) -> list[Record]:
-    """Kept records of a model and data set that fresh ones score on other images of the same name."""
+    """Kept records whose model and dataset the fresh ones score on other images of the same dataset name."""
     images = {(r.model, r.role, r.dataset): r.images_sha256 for r in fresh.records}
     return [r for r in kept.records if _differ(r.images_sha256, images.get((r.model, r.role, r.dataset)))]
 
@@ -114,7 +121,7 @@ def to_json(results: Results) -> str:
 
 
 def as_plain(results: Results) -> dict[str, Any]:
-    """The same as plain data."""
+    """The document of `to_json` as plain data."""
     return {
         "records": [asdict(record) for record in results.records],
         "missing": [asdict(entry) for entry in results.missing],
@@ -122,47 +129,14 @@ def as_plain(results: Results) -> dict[str, Any]:
 
 
 def from_json(text: str) -> Results:
-    """Results from the document that `to_json` writes, also an older one without the newest fields.
+    """Results from the document that `to_json` writes, also from an older one without the newest fields.
 
-    Raises ValueError, with what is wrong, for any other text.
+    Raises ValueError, with the first problem, for any other text.
     """
-    document = json.loads(text)
-    if not isinstance(document, dict) or not isinstance(document.get("records"), list):
-        raise ValueError("it holds no list of records")
-    missing = document.get("missing", [])
-    if not isinstance(missing, list):
-        raise ValueError("`missing` is not a list")
-    return Results(_entries(Record, document["records"]), _entries(Missing, missing))
-
-
-Entry = TypeVar("Entry", Record, Missing)
-
-
-def _entries(kind: type[Entry], found: Iterable[Any]) -> tuple[Entry, ...]:
-    types = get_type_hints(kind)
-    known = {field.name: field.default is MISSING for field in fields(kind)}
-    entries = []
-    for plain in found:
-        if not isinstance(plain, dict):
-            raise ValueError(f"{plain!r} is not a record")
-        if strange := [name for name in plain if name not in known]:
-            raise ValueError(f"this version of comkd knows no field {strange[0]!r}")
-        if absent := [name for name, needed in known.items() if needed and name not in plain]:
-            raise ValueError(f"a record lacks {absent[0]}")
-        if wrong := [name for name, value in plain.items() if not _fits(value, types[name])]:
-            raise ValueError(f"{wrong[0]}: {plain[wrong[0]]!r} is not what belongs there")
-        entries.append(kind(**plain))
-    return tuple(entries)
-
-
-def _fits(value: object, annotation: Any) -> bool:
-    """Whether a value of JSON is of a field's type: a class, a Literal, or a union of such."""
-    if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if isinstance(annotation, type):
-        return isinstance(value, annotation)
-    if get_origin(annotation) is Literal:
-        return value in get_args(annotation)
-    return any(_fits(value, part) for part in get_args(annotation))
+    try:
+        found = TypeAdapter(Results).validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{field}: {first['msg']}" if field else first["msg"]) from error
+    return Results(tuple(found.records), tuple(found.missing))

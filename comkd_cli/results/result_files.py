@@ -1,4 +1,4 @@
-"""results.json and the tables made from it, in a folder where every evaluation adds its records."""
+"""results.json and its tables, in a folder to which every evaluation adds its records."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ LOCK_SECONDS = 60.0  # a writer holds the lock for milliseconds
 
 
 def add_results(folder: Path, fresh: Results, report: Report) -> Results:
-    """Add an evaluation's results to those of a folder, and return them all.
+    """Add an evaluation's results to those of a folder, and return all of them.
 
-    Evaluations that write to the folder at the same time lose nothing of one another. A results.json that cannot be
-    read is moved aside, with a notice. Raises ComkdError, naming the file, where something cannot be written.
+    Concurrent evaluations lose none of each other's results. An unreadable results.json is renamed, with a notice.
+    Raises ComkdError where a file could not be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
@@ -35,7 +35,7 @@ def add_results(folder: Path, fresh: Results, report: Report) -> Results:
         records = f"{len(replaced)} record{'s' if len(replaced) > 1 else ''}"
         report(
             Notice(
-                f"{folder / NAME}: the new scores replace {records} of the same models on other images of the name "
+                f"{folder / NAME}: the new scores replace {records} of the same models on other images of the dataset "
                 f"{names}; to keep both, give another folder with --out"
             )
         )
@@ -50,7 +50,7 @@ def _write(folder: Path, results: Results) -> None:
 
 
 def forget_model(folder: Path, model: str, report: Report) -> None:
-    """Take the records of a model whose file was replaced out of a folder's results. A failure is a notice."""
+    """Remove the records of a model whose file was replaced from a folder's results. A failure is a notice."""
     if not (folder / NAME).is_file():
         return
     try:
@@ -60,13 +60,13 @@ def forget_model(folder: Path, model: str, report: Report) -> None:
             if len(records) < len(kept.records):
                 _write(folder, Results(records, kept.missing))
     except (ComkdError, OSError) as error:
-        report(Notice(f"{folder / NAME}: still holds the scores of the older {model} ({error})"))
+        report(Notice(f"{folder / NAME}: still holds the scores of the previous {model} ({error})"))
 
 
 class ResultFiles:
-    """The results of one evaluation on their way to a folder: written whenever some are there.
+    """Writes the results of one evaluation to a folder as they arrive.
 
-    A write that fails loses nothing: it is tried again with the next results, and `problem` says why.
+    A failed write loses nothing: it is retried with the next results, and `problem` is its error.
     """
 
     def __init__(self, folder: Path, report: Report) -> None:
@@ -77,16 +77,15 @@ class ResultFiles:
         self._unwritten = Results(())
 
     def add(self, fresh: Results) -> None:
-        """Write results, and what could not be written before."""
+        """Write results, with those of earlier failed writes."""
         self._unwritten = merged(self._unwritten, fresh)
         try:
             self.records_in_all = len(add_results(self.folder, self._unwritten, self._report).records)
         except ComkdError as error:
             self.problem = error
         except OSError as error:
-            self.problem = ComkdError(
-                f"{error.filename or self.folder}: could not be written: {error.strerror or error}"
-            )
+            problem = f"could not be written: {error.strerror or error}"
+            self.problem = ComkdError(problem, path=error.filename or self.folder)
         else:
             self.problem, self._unwritten = None, Results(())
 
@@ -98,8 +97,9 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise ComkdError(
-            f"{lock.lock_file}: another evaluation has held it for {LOCK_SECONDS:.0f} s; wait for that to end, or "
-            "give another folder with --out"
+            f"another evaluation has held this lock for {LOCK_SECONDS:.0f} s",
+            path=lock.lock_file,
+            remedy="wait for that evaluation to end, or give another folder with --out",
         ) from error
     except NotImplementedError:  # a file system without locks: the records are read again just before they are written
         yield
@@ -115,10 +115,10 @@ def _kept(path: Path, report: Report) -> Results:
         return from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return Results(())
-    except (OSError, ValueError, RecursionError) as error:  # what is no file, no text, no JSON, or no results
+    except (OSError, ValueError) as error:  # not a file, not text, not JSON, or not results
         aside = _free_name(path)
         path.replace(aside)
-        report(Notice(f"{path}: is not a results.json that comkd can read ({error}); it is now {aside}"))
+        report(Notice(f"{path}: could not be read as results ({error}); it was renamed to {aside}"))
         return Results(())
 
 

@@ -1,4 +1,4 @@
-"""results.csv, results.md and results.tex, made from the records and the published figures."""
+"""results.csv, results.md and results.tex, from the records and the published figures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TypeVar
+
+from tabulate import tabulate
 
 from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.results.published import BASE_TO_NOVEL, CROSS_DATASET, DOMAIN_GENERALIZATION, Halves
@@ -22,12 +24,13 @@ TRANSDUCTIVE = (
     "(transductive); published PromptKD rows were selected on test."
 )
 
-NAMES = ("model", "data", "prompts", "method")  # the columns that hold no figures
+NAMES = ("model", "data", "prompts", "method")  # the columns without figures
+MARKDOWN_SPECIAL = re.compile(r"[\\|<*`\[\]]")  # underscores within words have no meaning in Markdown
 
 
 @dataclass(frozen=True)
 class Table:
-    """A title, column heads, and rows of cells; the first column names the model or data set."""
+    """A title, column heads, and rows of cells; the first column names the model or dataset."""
 
     title: str
     heads: tuple[str, ...]
@@ -35,7 +38,7 @@ class Table:
     note: str = ""
 
     def is_figures(self, head: str) -> bool:
-        """Whether a column holds figures, not names."""
+        """Whether a column holds figures, which are aligned right."""
         return head not in NAMES
 
 
@@ -45,7 +48,7 @@ def harmonic_mean(base: float, new: float) -> float:
 
 
 def to_csv(records: Sequence[Record]) -> str:
-    """A line a record, a column a field; what is not there is empty."""
+    """A line per record, a column per field; None is empty."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, [field.name for field in fields(Record)], lineterminator="\n")
     writer.writeheader()
@@ -55,16 +58,13 @@ def to_csv(records: Sequence[Record]) -> str:
 
 
 def to_markdown(results: Results) -> str:
-    """Every table, and what is missing."""
+    """Every table, and the list of what could not be scored."""
     parts = ["# Results\n"]
     for table in tables(results.records):
-        head = " | ".join(table.heads)
-        rule = "|".join(["---", *["---:"] * (len(table.heads) - 1)])
-        rows = "\n".join(f"| {' | '.join(row)} |" for row in table.rows)
         note = f"\n{table.note}\n" if table.note else ""
-        parts.append(f"## {table.title}\n\n| {head} |\n|{rule}|\n{rows}\n{note}")
+        parts.append(f"## {table.title}\n\n{_tabulated(table, 'pipe', _markdown)}\n{note}")
     if results.missing:
-        lines = "\n".join(f"- {entry.dataset}: {entry.line}" for entry in results.missing)
+        lines = "\n".join(f"- {entry.dataset}: {entry.line}".replace("\n", "\n  ") for entry in results.missing)
         parts.append(f"## Not scored\n\n{lines}\n")
     return "\n".join(parts)
 
@@ -73,17 +73,29 @@ def to_latex(results: Results) -> str:
     """Every table as a LaTeX tabular with booktabs rules."""
     parts = []
     for table in tables(results.records):
-        columns = "l" + "r" * (len(table.heads) - 1)
-        rows = "\n".join(" & ".join(map(_latex, row)) + r" \\" for row in table.rows)
-        parts.append(
-            f"% {table.title}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n"
-            f"{' & '.join(map(_latex, table.heads))} \\\\\n\\midrule\n{rows}\n\\bottomrule\n\\end{{tabular}}\n"
-        )
+        # tabulate escapes what LaTeX would interpret.
+        tabular = _tabulated(table, "latex_booktabs", _one_line).replace("±", r"$\pm$")
+        parts.append(f"% {table.title}\n{tabular}\n")
     return "\n".join(parts)
 
 
+def _tabulated(table: Table, style: str, escape: Callable[[str], str]) -> str:
+    rows = [list(map(escape, row)) for row in table.rows]
+    alignment = ["left", *["right"] * (len(table.heads) - 1)]
+    text: str = tabulate(rows, list(map(escape, table.heads)), style, disable_numparse=True, colalign=alignment)
+    return text
+
+
+def _one_line(cell: str) -> str:
+    return " ".join(cell.split())
+
+
+def _markdown(cell: str) -> str:
+    return MARKDOWN_SPECIAL.sub(r"\\\g<0>", _one_line(cell))
+
+
 def tables(records: Sequence[Record]) -> list[Table]:
-    """Those tables that there are records for. A table holds one selection protocol alone."""
+    """The tables for which there are records. A table holds a single selection protocol."""
     found = []
     for selection in dict.fromkeys(record.selection for record in records):
         own = [record for record in records if record.selection == selection]
@@ -140,12 +152,12 @@ def _base_to_novel(records: Sequence[Record]) -> Table | None:
             # The published rule: the harmonic mean of the mean base and the mean new.
             average = [statistics.fmean(column) for column in zip(*means, strict=True)]
             rows.append((name, "average of 11", *(f"{x:.2f}" for x in (*average, harmonic_mean(*average)))))
-    here = {record.dataset for record in own}
+    scored = {record.dataset for record in own}
     for name, published in BASE_TO_NOVEL.items():
         rows += [
             (name, dataset, *_published(halves))
             for dataset, halves in published.items()
-            if dataset in here or (dataset == "average" and here >= set(ELEVEN))
+            if dataset in scored or (dataset == "average" and scored >= set(ELEVEN))
         ]
     heads = ("model", "data", "base", "new", "harmonic mean")
     return Table("Base to novel, top-1 %, mean ± spread over seeds", heads, tuple(rows), TRANSDUCTIVE)
@@ -154,7 +166,7 @@ def _base_to_novel(records: Sequence[Record]) -> Table | None:
 def _by_dataset(
     records: Sequence[Record], protocol: str, columns: Sequence[str], published: Mapping[str, Mapping[str, float]]
 ) -> Table | None:
-    """A row a model, a column a data set, and the average where all are there."""
+    """A row per model, a column per dataset, and the average where no dataset is missing."""
     own = [record for record in records if record.protocol == protocol]
     if not own:
         return None
@@ -195,9 +207,9 @@ def _group(records: Iterable[Record], key: Callable[[Record], K]) -> dict[K, lis
 
 
 def _by_model(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Records by row of a table: the students of a recipe share one, over data sets and seeds, and so do teachers.
+    """Records by row of a table: the students of a recipe share one, over datasets and seeds, and so do teachers.
 
-    Where that would take the mean of different models on one data set, each model has a row of its own.
+    Where different models would be averaged on one dataset, each model has a row of its own.
     """
     groups: dict[str, list[Record]] = {}
     for name, own in _group(records, _shared_name).items():
@@ -210,7 +222,7 @@ def _by_model(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def _shared_name(record: Record) -> str:
-    """`student runs/<recipe>` for runs/<recipe>/<data set>/seed<k>/student.pt, `teacher` for any teacher."""
+    """`student runs/<recipe>` for runs/<recipe>/<dataset>/seed<k>/student.pt, `teacher` for any teacher."""
     if record.role == "teacher":
         return record.role
     family = _family(record)
@@ -219,7 +231,7 @@ def _shared_name(record: Record) -> str:
 
 
 def _family(record: Record) -> str:
-    """What the seeds of a student share: its path without seed<k>. Any other model is a family of its own."""
+    """The path of a student without seed<k>, which its seeds share. Any other model is a family of its own."""
     return re.sub(r"(^|/)seed\d+/(?=[^/]*$)", r"\1", record.model) if record.role == "student" else record.model
 
 
@@ -228,7 +240,7 @@ def _scores(records: Sequence[Record], half: str) -> list[float]:
 
 
 def _spread(scores: Sequence[float]) -> str:
-    """Mean, and the population standard deviation where there are several seeds."""
+    """The mean, and for several seeds the population standard deviation."""
     if not scores:
         return ""
     mean = f"{statistics.fmean(scores):.2f}"
@@ -241,10 +253,3 @@ def _published(halves: Halves) -> tuple[str, ...]:
 
 def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "±": r"$\pm$"}
-
-
-def _latex(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in text.replace("\\", "/"))

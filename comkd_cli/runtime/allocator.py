@@ -14,9 +14,9 @@ M_MMAP_MAX = -4
 def keep_freed_memory() -> None:
     """Let glibc reuse large blocks instead of giving each back to the kernel.
 
-    A training step frees and takes the same activations again and again; with glibc's defaults each is
-    mapped and zeroed by the kernel anew, which takes a tenth to a third of a CPU step (PyTorch's
-    performance tuning guide recommends another allocator for the same reason). Does nothing elsewhere.
+    Each training step allocates and frees the same activations; with glibc's defaults the kernel maps and zeroes each
+    again, which takes a tenth to a third of a CPU step (PyTorch's performance tuning guide recommends another
+    allocator for the same reason). Does nothing with other C libraries.
     """
     if sys.platform != "linux":
         return

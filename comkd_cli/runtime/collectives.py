@@ -1,7 +1,7 @@
-"""How processes that share one run exchange what they know.
+"""Exchange of Python objects between the processes of one run.
 
-Everything goes from host to host over gloo, so that no GPU waits for it. A single process gets back what it gave.
-Each function must be called by every process.
+Everything goes from host to host over gloo, so that no GPU waits for it. A single process gets its own object back.
+Every process must call each function.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from comkd_cli.runtime.ranks import is_main, world_size
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT_MINUTES = 30.0
-# In the words of gloo, NCCL and torch's store.
+# From the messages of gloo, NCCL and torch's store.
 TIMEOUTS = (
     "Timed out waiting",
     "Application timeout",
@@ -31,7 +31,7 @@ TIMEOUTS = (
     "Socket Timeout",
 )
 ENDINGS = ("closed by peer", "remote process exited", "Connection reset")
-BEAT_SECONDS = 5.0  # how often a process that works in an unlimited block tells the others that it is alive
+BEAT_SECONDS = 5.0  # how often a process in `without_timeout` signals the others that it is alive
 
 _timeout = timedelta(minutes=DEFAULT_TIMEOUT_MINUTES)
 
@@ -48,38 +48,38 @@ def timeout() -> timedelta:
 
 
 def all_gather_ints(numbers: Sequence[int]) -> list[list[int]]:
-    """The numbers of every process, by rank; all give as many."""
+    """The numbers of every process, by rank; all must pass equally many."""
     if world_size() == 1:
         return [list(numbers)]
     with _failures_explained():
         return _table(numbers, _hosts())
 
 
-def all_gather(thing: T) -> list[T]:
-    """What every process gave, by rank; it is pickled on the way."""
+def all_gather(item: T) -> list[T]:
+    """The object of every process, by rank; objects are pickled."""
     if world_size() == 1:
-        return [thing]
+        return [item]
     every: list[Any] = [None] * world_size()
     with _failures_explained():
-        distributed.all_gather_object(every, thing, group=_hosts())
+        distributed.all_gather_object(every, item, group=_hosts())
     return every
 
 
-def gather(thing: T) -> list[T]:
-    """As `all_gather` on the main process; the others get an empty list."""
+def gather(item: T) -> list[T]:
+    """As `all_gather` on the main process; an empty list on the others."""
     if world_size() == 1:
-        return [thing]
+        return [item]
     every: list[Any] | None = [None] * world_size() if is_main() else None
     with _failures_explained():
-        distributed.gather_object(thing, every, dst=0, group=_hosts())
+        distributed.gather_object(item, every, dst=0, group=_hosts())
     return every or []
 
 
-def broadcast(thing: T) -> T:
-    """What the main process gave: all must agree on files that come and go."""
+def broadcast(item: T) -> T:
+    """Rank 0's object, such as whether a file exists, on which all processes must agree."""
     if world_size() == 1:
-        return thing
-    sent: list[Any] = [thing]
+        return item
+    sent: list[Any] = [item]
     with _failures_explained():
         distributed.broadcast_object_list(sent, src=0, group=_hosts())
     result: T = sent[0]
@@ -101,11 +101,11 @@ def destroy() -> None:
 
 @contextmanager
 def without_timeout() -> Iterator[None]:
-    """A block that may take each process as long as it needs; all leave it together.
+    """A block without a time limit, which all processes leave together.
 
-    The timeout does not count in it: while a process works, a thread of it tells the others that it is alive. A
-    process that has died or is stopped fails the block after the timeout. Use it for work whose length differs much
-    between processes (downloads, indexing), not for what may hang.
+    While a process works in it, one of its threads signals the others that it is alive. A process that died or is
+    suspended fails the block after the timeout. Use it for work whose duration differs much between processes
+    (downloads, indexing), not for work that may hang.
     """
     if world_size() == 1:
         yield
@@ -117,7 +117,7 @@ def without_timeout() -> Iterator[None]:
     def beat() -> None:
         pause = min(BEAT_SECONDS, _timeout.total_seconds() / 4)
         try:
-            # Those that are done wait in the exchange, so that those at work alone set the pace.
+            # Finished processes wait in the exchange, so that those still working set the pace.
             while not all(row[0] for row in _table([done.is_set()], group)):
                 done.wait(pause)
         except RuntimeError as error:  # for the main thread to raise
@@ -137,7 +137,7 @@ def without_timeout() -> Iterator[None]:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """Let the main process through the block before the others enter it, however long that takes."""
+    """The main process runs the block before the others enter it, without a time limit."""
     if not is_main():
         with without_timeout():
             pass
@@ -148,9 +148,9 @@ def main_first() -> Iterator[None]:
 
 
 def in_turn(work: Callable[[], T]) -> T:
-    """What a piece of work gives, the main process doing it first. An error of one process is raised by all.
+    """The result of `work`, which the main process runs before the others. An error of one process is raised by all.
 
-    So that all go on with the next piece of work or none does. It may take as long as it needs.
+    So either all processes continue, or none does. There is no time limit.
     """
     if world_size() == 1:
         return work()
@@ -167,7 +167,7 @@ def in_turn(work: Callable[[], T]) -> T:
 
 
 def on_every_rank(work: Callable[[], T]) -> T:
-    """As `in_turn`, but all processes do the work at the same time. It must not exchange anything itself."""
+    """As `in_turn`, but all processes run `work` at the same time. It must not communicate itself."""
     if world_size() == 1:
         return work()
     failure: ComkdError | OSError | None = None
@@ -181,15 +181,15 @@ def on_every_rank(work: Callable[[], T]) -> T:
 
 
 def _first_failure_or(failure: ComkdError | OSError | None, done: Sequence[T]) -> T:
-    for met in all_gather(failure):
-        if met is not None:
-            raise met
+    for error in all_gather(failure):
+        if error is not None:
+            raise error
     return done[0]
 
 
 @contextmanager
 def _failures_explained() -> Iterator[None]:
-    """Say what a failed exchange means. Raises PeerError."""
+    """Turn a failed exchange into a PeerError."""
     try:
         yield
     except RuntimeError as error:
@@ -199,16 +199,16 @@ def _failures_explained() -> Iterator[None]:
 
 
 def peer_error(error: RuntimeError) -> PeerError | None:
-    """What gloo or NCCL mean by an error: that another process hangs or is gone; None for any other error."""
-    said = str(error)
-    if any(words in said for words in TIMEOUTS):
+    """The PeerError for an error of gloo or NCCL that means that another process hangs or exited; None for others."""
+    message = str(error)
+    if any(words in message for words in TIMEOUTS):
         return PeerError(
-            f"another process of this run did not answer within {_timeout.total_seconds() / 60:g} minutes: it hangs, "
-            "its machine is gone, or a step takes longer than that. The same command resumes the run; where steps "
-            "are slow, raise collective_timeout_minutes in the recipe"
+            f"another rank did not answer within {_timeout.total_seconds() / 60:g} minutes: it hangs, its machine is "
+            "unreachable, or a step takes longer than that",
+            remedy="rerun the same command to resume; if steps are slow, raise the recipe's collective_timeout_minutes",
         )
-    if any(words in said for words in ENDINGS):
-        return PeerError("another process of this run ended; its own message says why")
+    if any(words in message for words in ENDINGS):
+        return PeerError("another rank exited", remedy="see its output")
     return None
 
 

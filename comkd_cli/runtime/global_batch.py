@@ -1,4 +1,4 @@
-"""Statistics of a batch that is spread over processes: of all its images, with gradients to all of them."""
+"""Statistics of a batch that is divided over processes: of all its images, with gradients to all of them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from comkd_cli.runtime import ranks
 def batch_moments(values: Tensor, axes: Sequence[int] = (0,)) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over these axes of the whole batch, of which each process has a part.
 
-    values: this process's part, which may be smaller than another's. With several processes each
-    must call it, and take part in the backward pass. Gradients are those of the sum of what every process
-    makes of the moments, as data-parallel training needs them: it takes the average over the processes.
+    values: this process's part, which may be smaller than another's. Each of several processes must call it, and
+    take part in the backward pass. Gradients are those of the sum of all processes' losses, as data-parallel training
+    needs them: it takes the average over the processes.
     """
     axes = tuple(axes)
     if ranks.world_size() == 1:
@@ -31,8 +31,8 @@ def batch_moments(values: Tensor, axes: Sequence[int] = (0,)) -> tuple[Tensor, T
 def share_batch_norms(module: nn.Module, device: torch.device) -> None:
     """Make every BatchNorm of a module, in place, take its statistics from the whole batch of all processes.
 
-    PyTorch has this for GPUs alone; elsewhere the same is done in plain operations. Raises ModelError for kinds
-    that only PyTorch's own could share.
+    On GPUs by PyTorch's SyncBatchNorm, which refuses CPU tensors; therefore the classes below. Raises ModelError for
+    kinds of BatchNorm that these do not implement.
     """
     if device.type == "cuda":
         convert_sync_batchnorm(module)
@@ -45,7 +45,9 @@ def share_batch_norms(module: nn.Module, device: torch.device) -> None:
             part.__class__ = _SharedBatchNorm
         elif isinstance(part, nn.modules.batchnorm._BatchNorm):
             raise ModelError(
-                f"several processes on a CPU can't share the statistics of {type(part).__name__}; use one process"
+                "several processes on a CPU cannot share the statistics of this layer",
+                found=type(part).__name__,
+                remedy="use one process",
             )
 
 
@@ -53,14 +55,14 @@ class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm (arXiv 1502.03167) over the batch of all processes, in training."""
 
     def _check_input_dim(self, _values: Tensor) -> None:
-        """Any is right: the axes but the second are averaged over."""
+        """All shapes are valid: the mean is over all axes but the second."""
 
     def forward(self, values: Tensor) -> Tensor:
         return _normalised(self, values) if self.training else super().forward(values)
 
 
 class _SharedBatchNormAct(BatchNormAct2d):  # type: ignore[misc] # timm has no types
-    """timm's BatchNorm with an activation behind it."""
+    """timm's BatchNorm followed by an activation."""
 
     def forward(self, values: Tensor) -> Tensor:
         if not self.training:
@@ -99,7 +101,7 @@ def _shared_moments(values: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tens
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over processes. What each makes of it pulls on what every one put in."""
+    """The sum over processes; each process's gradient of the sum reaches the values of all."""
 
     @staticmethod
     def forward(_ctx: Any, values: Tensor) -> Tensor:
@@ -113,6 +115,6 @@ class _Sum(torch.autograd.Function):
 
 
 def _summed(values: Tensor) -> Tensor:
-    """PyTorch's own of these warns that it will go, and what it names instead is private."""
+    """By an own Function, because PyTorch's is deprecated in favour of a private one."""
     total: Tensor = _Sum.apply(values)
     return total

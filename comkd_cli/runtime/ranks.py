@@ -1,4 +1,4 @@
-"""How many processes share the run, as torchrun and `accelerate launch` start them, and which one this is."""
+"""The number of processes of the run, as torchrun and `accelerate launch` start them, and the rank of this one."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """How many processes share the run."""
-    # A batch script may set WORLD_SIZE for itself; only a launcher sets all of them.
+    """The number of processes of the run."""
+    # A batch script may use WORLD_SIZE for its own purposes; only a launcher sets all three.
     launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
     return int(os.environ["WORLD_SIZE"]) if launched else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """The rank of this process, from 0."""
     return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this is the one that writes files and speaks to the terminal."""
+    """Whether this process writes files and to the terminal."""
     return rank() == 0
 
 
 def per_machine() -> int:
-    """How many of them share this machine's cores."""
+    """The number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
 
 
 def on_several_machines() -> bool:
-    """Whether some of them are on another machine."""
+    """Whether some processes are on another machine."""
     return per_machine() < world_size()
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and the scheduler's SIGTERM: a stop at the next safe point, or at once with everything cleaned up."""
+"""Ctrl-C and the scheduler's SIGTERM: stop at the next safe point, or at once with everything cleaned up."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-WISHES = (signal.SIGINT, signal.SIGTERM)
+STOP_REQUESTS = (signal.SIGINT, signal.SIGTERM)
 STOPS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 TOGETHER_SECONDS = 2.0
-"""`timeout` and some schedulers send one signal to the process and the same to its group: these are one request."""
+"""`timeout`, launchers and some schedulers send a signal to the process and again to its group: one request."""
+
+Handlers = Mapping[signal.Signals, Any]
+"""The handlers before a block, as `signal.getsignal` returns them."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that asks the process to end; no `except Exception` of a library takes it."""
+    """A signal that asks the process to end; `except Exception` in a library does not catch it."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -27,67 +31,71 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], int | None]]:
-    """Within the block, a call gives the exit code of a stop that was asked for, or None.
+    """Within the block, a call returns the exit code of a requested stop, or None.
 
-    The code is 128 + the signal's number, as shells report it. A second signal of the same kind acts at
-    once, as it does outside the block. Outside the main thread, where signals can't be caught, nobody
-    can ask.
+    The code is 128 + the signal's number, as shells report it. A signal of the same kind more than TOGETHER_SECONDS
+    after the first acts at once, as it does outside the block. Outside the main thread, where Python handles no
+    signals, no stop can be requested.
     """
-    wished: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
+    received: dict[int, float] = {}
 
-    def remember(number: int, _frame: FrameType | None) -> None:
-        wished.append(128 + number)
-        signal.signal(number, before[signal.Signals(number)])
+    def remember(number: int, before: Handlers) -> None:
+        now = time.monotonic()
+        if now - received.setdefault(number, now) > TOGETHER_SECONDS:
+            _deliver(number, before)
 
-    # What was ignored on entry, as a shell does for its background jobs, stays ignored.
-    before = {
-        number: handler for number in WISHES if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)
-    }
-    for number in before:
-        signal.signal(number, remember)
-    try:
-        yield lambda: wished[0] if wished else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with _handling(STOP_REQUESTS, remember):
+        yield lambda: 128 + next(iter(received)) if received else None
 
 
 @contextmanager
 def stopping_at_once() -> Iterator[Callable[[], None]]:
     """Within the block, SIGINT, SIGTERM and SIGHUP raise Stopped, so that temporary files are removed.
 
-    Without it, SIGTERM and SIGHUP end Python where it is. The same holds for a signal that comes once more after
-    TOGETHER_SECONDS. A call raises Stopped where a signal has come already: an exception in a function that C code
-    calls back can be lost. Outside the main thread, where signals can't be caught, nothing changes.
+    Without it, SIGTERM and SIGHUP end Python immediately, and so does any of these signals more than TOGETHER_SECONDS
+    after the first. A call raises Stopped if a signal was received: an exception in a function that C code calls back
+    can be lost. Outside the main thread, where Python handles no signals, nothing changes.
     """
-    came: list[tuple[int, float]] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
+    received: list[tuple[int, float]] = []
 
-    def stop(number: int, _frame: FrameType | None) -> None:
+    def stop(number: int, before: Handlers) -> None:
         now = time.monotonic()
-        if not came:
-            came.append((number, now))
+        if not received:
+            received.append((number, now))
             raise Stopped(number)
-        if now - came[0][1] > TOGETHER_SECONDS:
-            signal.signal(number, before[signal.Signals(number)])
-            os.kill(os.getpid(), number)
+        if now - received[0][1] > TOGETHER_SECONDS:
+            _deliver(number, before)
 
     def check() -> None:
-        if came:
-            raise Stopped(came[0][0])
+        if received:
+            raise Stopped(received[0][0])
 
-    before = {
-        number: handler for number in STOPS if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)
-    }
-    for number in before:
-        signal.signal(number, stop)
-    try:
+    with _handling(STOPS, stop):
         yield check
+
+
+@contextmanager
+def _handling(numbers: Sequence[signal.Signals], handle: Callable[[int, Handlers], None]) -> Iterator[None]:
+    """Within the block, call `handle` for these signals; only in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # What was ignored before, as a shell does for its background jobs, stays ignored.
+    before = {n: current for n in numbers if (current := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
+
+    def handler(number: int, _frame: FrameType | None) -> None:
+        handle(number, before)
+
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _deliver(number: int, before: Handlers) -> None:
+    """Let a signal act as it would outside the block."""
+    signal.signal(number, before[signal.Signals(number)])
+    os.kill(os.getpid(), number)

@@ -1,1 +1,1 @@
-"""Teachers that are ready to use: loaded from weights or checkpoints, cached features."""
+"""Frozen teachers: from weights, released checkpoints or teacher.pt, and the cache of their image features."""

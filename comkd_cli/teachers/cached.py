@@ -1,4 +1,4 @@
-"""A teacher that is asked once for each crop, where a cache keeps what it says."""
+"""A teacher that runs once per crop: its features are read from and written to a cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from comkd_cli.data.loaders import Batch, view_batches, worker_count
+from comkd_cli.data.loaders import Batch, Crops, view_batches, worker_count
 from comkd_cli.data.source import ImageSet
 from comkd_cli.data.unreadable import MOST_NAMED, check_unreadable
 from comkd_cli.events import Notice, Progress, Report
@@ -24,28 +24,28 @@ from comkd_cli.teachers.loading import ReadyTeacher
 
 BATCH_SIZE = 64
 TORCH_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
-FILLED_AT_ONCE = 2**18  # images whose positions are in memory while a cache is filled
+IMAGES_AT_ONCE = 2**18  # images whose indices are in memory while a cache is filled
 
 
 class CachedTeacher:
-    """A teacher that answers from its cache what it was asked before; without a cache it looks at every crop."""
+    """A teacher that reads cached features and computes the missing ones; without a cache it computes all of them."""
 
     def __init__(self, teacher: Teacher, cache: TeacherCache | None) -> None:
         self.cache = cache
         self._teacher = teacher
-        self._computed = self._read = 0
+        self._computed = self._read = 0  # crops
         self._started = time.monotonic()
         self._clock = _Clock(teacher.class_vectors.device)
-        self._unkept: list[tuple[int, np.ndarray, Tensor]] = []
+        self._pending: list[tuple[int, np.ndarray, Tensor]] = []
         self._marks: tuple[int, np.ndarray] | None = None
 
-    def known(self, view: int, indices: np.ndarray) -> np.ndarray:
-        """Which crops it need not see, (len(indices),) bool; for the loader."""
-        assert self.cache is not None  # it is asked only where there is one
+    def is_cached(self, view: int, indices: np.ndarray) -> np.ndarray:
+        """Which crops are cached, (len(indices),) bool; the loader then does not make the teacher's input."""
+        assert self.cache is not None  # the loader has this method only with a cache
         if not ranks.on_several_machines():
             return ~self.cache.missing(view, indices)
-        # A shared folder shows this machine what another wrote when it opens the files. So what counts is what was
-        # there when the epoch began: in an epoch each crop comes up once.
+        # A network file system shows what another machine wrote when the files are opened. So the marks are those of
+        # the beginning of the epoch, in which each crop occurs once.
         if self._marks is None or self._marks[0] != view:
             self.cache.reopen()
             self._marks = view, self.cache.marks(view)
@@ -53,63 +53,59 @@ class CachedTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherOutput:
-        """What the teacher says of a batch.
+        """The teacher's features and logits of a batch.
 
-        With a cache always by features as they are kept, so that a run is the same whether the cache was full
-        or empty. New ones stay on a GPU, or with one of several processes, until `keep` is called.
+        New features are rounded as the cache stores them, so that a run with an empty cache has the result of one with
+        a full cache. On a GPU, or with several processes, they stay in memory until `flush` is called.
         """
         if self.cache is None:
             output: TeacherOutput = self._teacher(batch.inputs[0])
             return output
         device = self._teacher.class_vectors.device
         indices = batch.indices.numpy()
-        asked = np.ones(len(indices), bool) if batch.asked is None else batch.asked.numpy()
+        missing = np.ones(len(indices), bool) if batch.uncached is None else batch.uncached.numpy()
         features = torch.empty(len(indices), self.cache.key.dim, device=device)
-        if asked.any():
+        if missing.any():
             with self._clock:
-                fresh = self._teacher.encode(batch.inputs[0]).to(TORCH_DTYPES[self.cache.key.dtype])
-            self._unkept.append((batch.view, indices[asked], fresh))
-            features[_places(asked, device)] = fresh.float()
+                computed = self._teacher.encode(batch.inputs[0]).to(TORCH_DTYPES[self.cache.key.dtype])
+            self._pending.append((batch.view, indices[missing], computed))
+            features[_indices_of(missing, device)] = computed.float()
             if device.type == "cpu" and ranks.world_size() == 1:
-                self.keep()  # there is nobody to wait for
-        if not asked.all():
-            kept = torch.from_numpy(self.cache.read(batch.view, indices[~asked]))
+                self.flush()  # costs nothing here: there is no device or process to wait for
+        if not missing.all():
+            cached = torch.from_numpy(self.cache.read(batch.view, indices[~missing]))
             self.cache.release()
-            features[_places(~asked, device)] = to_device(kept, device)
-        self._computed += int(asked.sum())
-        self._read += int((~asked).sum())
+            features[_indices_of(~missing, device)] = to_device(cached, device)
+        self._computed += int(missing.sum())
+        self._read += int((~missing).sum())
         return self._teacher.answer(features)
 
-    def keep(self, end_of_epoch: bool = False) -> None:
-        """Bring new features to the cache. Each process must call it; the main one writes."""
+    def flush(self, epoch_ended: bool = False) -> None:
+        """Write new features to the cache. All processes call it together, and the main one writes."""
         if self.cache is None:
             return
-        mine = [(view, indices, features.cpu().numpy()) for view, indices, features in self._unkept]
-        self._unkept.clear()
+        mine = [(view, indices, features.cpu().numpy()) for view, indices, features in self._pending]
+        self._pending.clear()
         self._clock.seconds()
-        _write(self.cache, [entry for share in collectives.gather(mine) for entry in share])
-        if end_of_epoch:
+        _write(self.cache, [entry for of_rank in collectives.gather(mine) for entry in of_rank])
+        if epoch_ended:
             self._marks = None
 
-    def tell(self, report: Report) -> None:
-        """What the cache saved, over all processes: the crops that came from it, at what the teacher takes for one."""
+    def report_savings(self, report: Report) -> None:
+        """Report how many crops came from the cache, over all processes, and the teacher's time that this saved."""
         if self.cache is None:
             return
-        self.keep()
+        self.flush()
         self.cache.flush()
         elapsed = time.monotonic() - self._started
-        computed = _tell_cost(self.cache, self._clock, self._computed)
-        everywhere = collectives.all_gather((self._read, elapsed))
-        read, elapsed = sum(row[0] for row in everywhere), sum(row[1] for row in everywhere)
+        computed = _record_cost(self.cache, self._clock, self._computed)
+        rows = collectives.all_gather((self._read, elapsed))
+        read, elapsed = sum(row[0] for row in rows), sum(row[1] for row in rows)
         if not computed + read:
             return
         saved = read * (self.cache.seconds_per_crop() or 0)
-        told = f", which saved about {saved:,.0f} s of the teacher's time, {saved / (saved + elapsed):.0%} of the run"
-        report(
-            Notice(
-                f"teacher cache: {read:,} crops came from it{told if saved else ''}; {computed:,} went to the teacher"
-            )
-        )
+        text = f", which saved about {saved:,.0f} s of the teacher's time, {saved / (saved + elapsed):.0%} of the run"
+        report(Notice(f"teacher cache: {read:,} crops read{text if saved else ''}; {computed:,} computed"))
 
 
 def fill_cache(
@@ -120,72 +116,70 @@ def fill_cache(
     accelerator: Accelerator,
     report: Report,
 ) -> None:
-    """Ask the teacher for every crop that the cache lacks; what is there already is not asked again.
+    """Compute every feature that the cache lacks. Several processes share the crops; the main one writes.
 
-    Several processes share the crops out; the main one writes.
+    Raises DataError for too many unreadable images.
     """
     settings = recipe.teacher_cache
-    assert settings is not None  # a recipe with a cache has settings for it
+    assert settings is not None  # since the recipe has a cache
     unreadable: dict[str, None] = {}
     workers = worker_count(recipe.data)
-    clock, asked = _Clock(accelerator.device), 0
+    clock, computed = _Clock(accelerator.device), 0
     with failures_explained():
         for view in range(settings.views):
-            starts = range(0, len(images), FILLED_AT_ONCE)
+            starts = range(0, len(images), IMAGES_AT_ONCE)
             total, done = collectives.broadcast(sum(len(_missing(cache, view, start)) for start in starts)), 0
             for start in starts:
-                wanted = collectives.broadcast(_missing(cache, view, start))
+                missing = collectives.broadcast(_missing(cache, view, start))
+                share = ranks.share(missing)
                 batches = view_batches(
                     images,
                     ready.preprocessing,
-                    recipe.augment,
-                    settings.seed,
+                    Crops(recipe.augment, settings.seed),
                     view,
-                    ranks.share(wanted),
-                    BATCH_SIZE,
+                    [share[i : i + BATCH_SIZE] for i in range(0, len(share), BATCH_SIZE)],
                     workers,
                 )
-                # As many rounds for every process, though one's share may be a batch shorter than another's.
-                for _ in range(0, math.ceil(len(wanted) / ranks.world_size()), BATCH_SIZE):
-                    batch = next(batches, None)
-                    mine = _answered(ready.teacher, batch, accelerator, clock)
-                    asked += len(mine[0])
-                    answers = collectives.gather(mine)
-                    _write(cache, [(view, indices, features) for indices, features, _ in answers])
-                    for indices, _, problems in answers:
+                # Every process makes as many rounds, also where its share is a batch shorter than another's.
+                for _ in range(0, math.ceil(len(missing) / ranks.world_size()), BATCH_SIZE):
+                    mine = _encode(ready.teacher, next(batches, None), accelerator, clock)
+                    computed += len(mine[0])
+                    of_ranks = collectives.gather(mine)
+                    _write(cache, [(view, indices, features) for indices, features, _ in of_ranks])
+                    for indices, _, problems in of_ranks:
                         unreadable |= dict.fromkeys(problems)
                         done += len(indices) + len(problems)
                     report(Progress(f"teacher, crop {view + 1}/{settings.views}", done, total))
             cache.flush()
             unreadable = collectives.broadcast(unreadable)
             check_unreadable(unreadable, len(images), recipe.data.unreadable_limit_percent)
-    _tell_cost(cache, clock, asked)
+    _record_cost(cache, clock, computed)
     for problem in list(unreadable)[:MOST_NAMED]:
-        report(Notice(f"unreadable, left out: {problem}"))
-    report(Notice(f"teacher cache: {cache.count():,} of {settings.views * len(images):,} crops are there"))
+        report(Notice(f"unreadable, skipped: {problem}"))
+    report(Notice(f"teacher cache: {cache.count():,} of {settings.views * len(images):,} crops cached"))
 
 
 def _missing(cache: TeacherCache, view: int, start: int) -> list[int]:
-    """The images that lack a feature of a view, of FILLED_AT_ONCE from a position on."""
-    indices = np.arange(start, min(start + FILLED_AT_ONCE, cache.key.images))
+    """The images without a feature of this view, among IMAGES_AT_ONCE from an index on."""
+    indices = np.arange(start, min(start + IMAGES_AT_ONCE, cache.key.images))
     found: list[int] = indices[cache.missing(view, indices)].tolist()
     return found
 
 
-def _answered(
+def _encode(
     teacher: Teacher, batch: Batch | None, accelerator: Accelerator, clock: _Clock
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """A batch's positions and features, and what could not be read of it."""
+    """The indices of a batch's images, their features, and a line for each unreadable image."""
     if batch is None or not len(batch):
-        nothing = np.empty((0, teacher.class_vectors.shape[1]), np.float32)
-        return np.empty(0, np.int64), nothing, () if batch is None else batch.unreadable
+        empty = np.empty((0, teacher.class_vectors.shape[1]), np.float32)
+        return np.empty(0, np.int64), empty, () if batch is None else batch.unreadable
     with clock, accelerator.autocast():
         features = teacher.encode(batch.to(accelerator.device).inputs[0])
     return batch.indices.numpy(), features.cpu().numpy(), batch.unreadable
 
 
 def _write(cache: TeacherCache, entries: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> None:
-    """Write features by view and images, and let go of the memory that they took: each, a page of the file."""
+    """Write features by view and images, then mark them; drop the pages of the file that this touched from memory."""
     for view, indices, features in entries:
         cache.put(view, indices, features)
         cache.release()
@@ -195,17 +189,17 @@ def _write(cache: TeacherCache, entries: Sequence[tuple[int, np.ndarray, np.ndar
         cache.mark(view, indices)
 
 
-def _tell_cost(cache: TeacherCache, clock: _Clock, asked: int) -> int:
-    """Tell the cache what the teacher took for the crops that it was asked; their number over all processes."""
-    everywhere = collectives.all_gather((clock.seconds(), asked))
-    crops = sum(row[1] for row in everywhere)
+def _record_cost(cache: TeacherCache, clock: _Clock, computed: int) -> int:
+    """Record the teacher's time for the crops that it computed; returns their number over all processes."""
+    rows = collectives.all_gather((clock.seconds(), computed))
+    crops = sum(row[1] for row in rows)
     if crops and ranks.is_main():
-        cache.add_cost(sum(row[0] for row in everywhere), crops)
+        cache.add_cost(sum(row[0] for row in rows), crops)
     return crops
 
 
 class _Clock:
-    """Adds up the time that blocks take, on a GPU without making it wait."""
+    """Adds up the time that blocks take, on a GPU without making the CPU wait for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -227,7 +221,7 @@ class _Clock:
             self._seconds += time.monotonic() - self._started
 
     def seconds(self) -> float:
-        """The time so far; it waits for the device."""
+        """The time so far; waits for the device."""
         for start, end in self._events:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1000
@@ -239,6 +233,6 @@ def _gpu_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def _places(chosen: np.ndarray, device: torch.device) -> Tensor:
-    """The positions of what is chosen; a mask on a GPU would have to be counted there, and waited for."""
-    return to_device(torch.from_numpy(np.flatnonzero(chosen)), device)
+def _indices_of(mask: np.ndarray, device: torch.device) -> Tensor:
+    """The indices where a mask is true; a mask on a GPU would be counted there, and the CPU would wait for it."""
+    return to_device(torch.from_numpy(np.flatnonzero(mask)), device)

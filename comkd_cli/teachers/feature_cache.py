@@ -1,4 +1,4 @@
-"""What a frozen teacher says of each crop, kept on disk: asked once, read by every student that sees the crop."""
+"""A frozen teacher's image features of each crop, on disk: computed once, read by every student that sees the crop."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ DTYPES: dict[str, type[np.generic]] = {"fp16": np.float16, "fp32": np.float32}
 
 @dataclass(frozen=True)
 class CacheKey:
-    """All that decides what is kept; each key has a folder of its own."""
+    """All that decides the cached features; each key has a directory of its own."""
 
     identity: str
     """A digest of the teacher's weights and pre-processing, the names and contents of the images, how they are cropped
-    and the seed of that."""
+    and the seed of the crops."""
     images: int
     dim: int
     """Of a feature."""
@@ -37,17 +37,17 @@ class CacheKey:
 
     @property
     def size_bytes(self) -> int:
-        """On disk, once every view is there."""
+        """On disk, with every view cached."""
         return self.views * self.images * (self.dim * np.dtype(DTYPES[self.dtype]).itemsize + 1)
 
 
 class TeacherCache:
     """The teacher's image features of (image, view), in two files that are mapped into memory.
 
-    A feature is written before it is marked as there, so what a killed run leaves is whole. Runs may share a
-    cache at the same time: what they write to a place is the same. rows: the place of each image, int64
-    (images,); None: its index. made_of: named plain data that the key's identity is a digest of, kept in cache.json
-    for people. Raises CheckpointError for a folder that holds another cache.
+    A feature is written before it is marked as cached, so that a killed run leaves no marked feature half written. Runs
+    may share a cache at the same time: they write the same feature to the same row. rows: the row of each image, int64
+    (images,); None: its index. made_of: named plain data that the key's identity is a digest of, written to cache.json
+    for people to read. Raises CheckpointError for a directory that holds another cache.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class TeacherCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CheckpointError(f"{self.folder}: can't be made: {error.strerror or error}") from error
+            raise CheckpointError(f"could not be created ({error.strerror or error})", path=self.folder) from error
         self._check_or_write_meta()
         shape = (key.views, key.images)
         # The features come first and the marks last: a folder with marks has features.
@@ -71,48 +71,43 @@ class TeacherCache:
         self.reopen()
 
     def reopen(self) -> None:
-        """Map the files anew: a folder on the network shows what other machines wrote when a file is opened."""
+        """Map the files again: a network file system shows what other machines wrote when a file is opened."""
         shape = (self.key.views, self.key.images)
         self._maps = [self._map("features.bin"), self._map("there.bin")]
         self._features = np.frombuffer(self._maps[0], DTYPES[self.key.dtype]).reshape(*shape, self.key.dim)
-        self._there = np.frombuffer(self._maps[1], np.uint8).reshape(shape)
+        self._marks = np.frombuffer(self._maps[1], np.uint8).reshape(shape)
 
     def missing(self, view: int, indices: np.ndarray) -> np.ndarray:
         """Which of these images have no feature of this view yet, bool (len(indices),)."""
-        return np.asarray(self._there[view, self.places(indices)] == 0)
+        return np.asarray(self._marks[view, self.rows(indices)] == 0)
 
     def marks(self, view: int) -> np.ndarray:
-        """Which places of a view have a feature, a bit each, as it is now; for `marked`."""
-        return np.packbits(self._there[view])
+        """A snapshot of which rows of a view have a feature, one bit each; for `marked`."""
+        return np.packbits(self._marks[view])
 
     def marked(self, marks: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """Which of these images had a feature when the marks were taken, bool (len(indices),)."""
-        places = self.places(indices)
-        return np.asarray((marks[places >> 3] >> (7 - (places & 7)) & 1).astype(bool))
+        """Which of these images had a feature when the snapshot was taken, bool (len(indices),)."""
+        rows = self.rows(indices)
+        return np.asarray((marks[rows >> 3] >> (7 - (rows & 7)) & 1).astype(bool))
 
-    def places(self, indices: np.ndarray) -> np.ndarray:
-        """Where the features of images stand within a view."""
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """The rows of these images within a view, (len(indices),)."""
         return indices if self._rows is None else np.asarray(self._rows[indices])
 
     def read(self, view: int, indices: np.ndarray) -> np.ndarray:
-        """Features of images that are there, float32 (len(indices), dim)."""
-        return np.asarray(self._features[view, self.places(indices)], dtype=np.float32)
-
-    def write(self, view: int, indices: np.ndarray, features: np.ndarray) -> None:
-        """Keep features, (len(indices), dim); what an earlier run wrote to the place counts no more."""
-        self.put(view, indices, features)
-        self.mark(view, indices)
+        """The features of images that are cached, float32 (len(indices), dim)."""
+        return np.asarray(self._features[view, self.rows(indices)], dtype=np.float32)
 
     def put(self, view: int, indices: np.ndarray, features: np.ndarray) -> None:
-        """The first half of `write`: features that nobody takes for there yet."""
-        self._features[view, self.places(indices)] = features
+        """Write features, (len(indices), dim). They count as missing until `mark` is called."""
+        self._features[view, self.rows(indices)] = features
 
     def mark(self, view: int, indices: np.ndarray) -> None:
-        """The second half of `write`."""
-        self._there[view, self.places(indices)] = 1
+        """Mark features as cached, after `put`."""
+        self._marks[view, self.rows(indices)] = 1
 
     def seconds_per_crop(self) -> float | None:
-        """What the teacher took for a crop, on average over all that filled the cache; None where nobody told."""
+        """The teacher's time for a crop, averaged over all crops in the cache; None where it was not recorded."""
         try:
             cost = json.loads(self._cost_file.read_text(encoding="utf-8"))
             return float(cost["seconds"]) / int(cost["crops"])
@@ -120,10 +115,10 @@ class TeacherCache:
             return None
 
     def add_cost(self, seconds: float, crops: int) -> None:
-        """Tell what the teacher took for crops that were written."""
+        """Record the teacher's time for crops that were just written."""
         before = self.seconds_per_crop()
-        known = 0 if before is None else max(self.count() - crops, 0)
-        total = {"seconds": seconds + known * (before or 0), "crops": crops + known}
+        earlier = 0 if before is None else max(self.count() - crops, 0)
+        total = {"seconds": seconds + earlier * (before or 0), "crops": crops + earlier}
         write_text(self._cost_file, json.dumps(total) + "\n")
 
     @property
@@ -131,16 +126,16 @@ class TeacherCache:
         return self.folder / "cost.json"
 
     def count(self) -> int:
-        """Crops whose features are there."""
-        return int(np.count_nonzero(self._there))
+        """The number of cached crops."""
+        return int(np.count_nonzero(self._marks))
 
     def flush(self) -> None:
-        """Bring to disk what the system still holds in memory."""
+        """Write to disk what the system still holds in memory."""
         for mapping in self._maps:
             mapping.flush()
 
     def release(self) -> None:
-        """Take what was read and written out of this process's memory; the system keeps it as long as it likes."""
+        """Drop what was read and written from this process's memory; the system may keep it in its page cache."""
         if hasattr(mmap, "MADV_DONTNEED"):
             for mapping in self._maps:
                 mapping.madvise(mmap.MADV_DONTNEED)
@@ -154,10 +149,12 @@ class TeacherCache:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: can't be read: {error}; remove {self.folder} to fill it anew") from error
+            raise CheckpointError(
+                f"could not be read ({error})", path=path, remedy=f"delete {self.folder} to rebuild the cache"
+            ) from error
         if not isinstance(found, dict) or {name: found.get(name) for name in meta} != meta:
             raise CheckpointError(
-                f"{path}: is another cache than its folder says; remove {self.folder} to fill it anew"
+                "does not match its directory", path=path, remedy=f"delete {self.folder} to rebuild the cache"
             )
 
     def _allocate(self, name: str, dtype: type[np.generic], shape: tuple[int, ...], is_new: bool) -> None:
@@ -167,15 +164,22 @@ class TeacherCache:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 if (found := os.fstat(descriptor).st_size) not in ((0, size) if is_new else (size,)):
-                    raise CheckpointError(f"{path}: has {found} bytes and not {size}; remove {self.folder}")
+                    raise CheckpointError(
+                        "has the wrong size in bytes",
+                        path=path,
+                        found=found,
+                        allowed=[size],
+                        remedy=f"delete {self.folder} to rebuild the cache",
+                    )
                 if found != size:
-                    _take_from_disk(descriptor, size)
+                    _allocate_on_disk(descriptor, size)
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise CheckpointError(
-                f"{path}: can't be made {size / 1e6:,.1f} MB large: {error.strerror or error}; make room, or lower "
-                "teacher_cache.views"
+                f"{size / 1e6:,.1f} MB could not be allocated ({error.strerror or error})",
+                path=path,
+                remedy="free some space, or lower teacher_cache.views",
             ) from error
 
     def _map(self, name: str) -> mmap.mmap:
@@ -184,17 +188,17 @@ class TeacherCache:
             with path.open("r+b") as file:
                 return mmap.mmap(file.fileno(), 0)
         except OSError as error:
-            raise CheckpointError(f"{path}: can't be opened: {error.strerror or error}") from error
+            raise CheckpointError(f"could not be opened ({error.strerror or error})", path=path) from error
 
 
-def _take_from_disk(descriptor: int, size: int) -> None:
-    """Make a new file so large at once: a full disk would kill the process later, where the map is written."""
+def _allocate_on_disk(descriptor: int, size: int) -> None:
+    """Allocate a new file at once: on a full disk a later write to the map would kill the process."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(descriptor, 0, size)
             return
         except OSError as error:
-            # Some folders on the network can't be asked for room.
+            # Some network file systems do not support it.
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.ENOSYS):
                 raise
     os.ftruncate(descriptor, size)

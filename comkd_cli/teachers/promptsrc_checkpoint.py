@@ -22,14 +22,14 @@ from comkd_cli.models.weights import check_finite, is_torchscript
 
 
 class Inert:
-    """Stands for an object of any class that a file names: it holds what the file says, and does nothing."""
+    """Stands for an object of any class that a file names: it holds the object's state, and runs nothing."""
 
     def __new__(cls, *_args: object, **_kwargs: object) -> Inert:
-        """Whatever the file would make it from."""
+        """Takes and ignores any arguments."""
         return super().__new__(cls)
 
     def __setstate__(self, state: object) -> None:
-        """Keep it, unread."""
+        """Store the state, without reading it."""
         self.state = state
 
 
@@ -37,8 +37,8 @@ def _unread(*_arguments: object) -> Inert:
     return Inert()
 
 
-# What may be called while a file is read: makers of tensors and of plain containers, which do nothing else.
-# numpy's numbers and arrays, as in val_result, are left unread.
+# What may be called while a file is read: constructors of tensors and plain containers, which have no other effect.
+# numpy's numbers and arrays, as in val_result, are skipped.
 HARMLESS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("collections", "defaultdict"): collections.defaultdict,
@@ -53,7 +53,7 @@ HARMLESS: dict[tuple[str, str], Any] = {
         (f"numpy.{core}.multiarray", name): _unread for core in ("core", "_core") for name in ("scalar", "_reconstruct")
     },
 }
-# Types that are named in a file, such as a defaultdict's factory, but carry nothing.
+# Types that a file names, such as a defaultdict's factory, and that hold no data.
 PLAIN_TYPES = {
     "int": int,
     "float": float,
@@ -66,13 +66,13 @@ PLAIN_TYPES = {
 }
 DEEP_PROMPT = re.compile(r"transformer\.resblocks\.(\d+)\.VPT_shallow")
 START_EMBEDDING, WORD_EMBEDDINGS = "prompt_learner.token_prefix", "prompt_learner.token_suffix"
-COMPARED_CLASSES = 64  # whose tokens tell a table of word embeddings from another with certainty
+COMPARED_CLASSES = 64  # their tokens are enough to recognise a table of word embeddings
 IGNORED = (START_EMBEDDING, WORD_EMBEDDINGS, "prompt_learner.ZS_image_encoder.")
 
 
 @dataclass(frozen=True)
 class ReleasedTeacher:
-    """A prompted CLIP, as a file holds it."""
+    """A prompted CLIP, as its file stores it."""
 
     clip_state: dict[str, Tensor]
     """CLIP's own weights, float32, under open_clip's names; the table of word embeddings may be missing."""
@@ -87,10 +87,10 @@ class ReleasedTeacher:
 
 
 class _Refused(pickle.UnpicklingError):
-    """The file asks for a call that reading it does not need."""
+    """The file requests a call that reading it does not need."""
 
 
-# The unpickler that is written in C can't be told what it may call.
+# The unpickler in C cannot restrict what is called.
 _PurePythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined,unused-ignore]
 
 
@@ -110,17 +110,17 @@ class _InertUnpickler(_PurePythonUnpickler):  # type: ignore[misc]
         return type(name.rpartition(".")[2], (Inert,), {"origin": f"{module}.{name}"})
 
     def _instantiate(self, made: Any, args: Any) -> None:
-        raise _Refused(f"it asks to call {_name_of(made)}")
+        raise _Refused(f"it calls {_name_of(made)}")
 
     def load_reduce(self) -> None:
         called = self.stack[-2]
         if called not in HARMLESS.values():
-            raise _Refused(f"it asks to call {_name_of(called)}")
+            raise _Refused(f"it calls {_name_of(called)}")
         super().load_reduce()
 
     def load_build(self) -> None:
         if not isinstance(self.stack[-2], (Inert, Tensor, dict)):
-            raise _Refused(f"it asks to change {_name_of(self.stack[-2])}")
+            raise _Refused(f"it changes {_name_of(self.stack[-2])}")
         super().load_build()
 
     dispatch: ClassVar[dict[int, Any]] = {
@@ -147,17 +147,17 @@ INERT_PICKLE = SimpleNamespace(
 def read_released(path: Path) -> ReleasedTeacher:
     """The teacher of a PromptSRC or PromptKD checkpoint.
 
-    How deep the prompts go is read from the file. Raises CheckpointError, naming the file and what it lacks.
+    The depth of the prompts is read from the file. Raises CheckpointError, naming the file and what it lacks.
     """
     checkpoint = _read_inert(path)
     # dict's own methods: a file may have set attributes of the same names.
     found = dict.get(checkpoint, "state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in dict.values(found)):
-        raise CheckpointError(f"{path}: is no PromptSRC checkpoint: it has no `state_dict` of tensors")
+        raise CheckpointError("is no PromptSRC checkpoint: it has no `state_dict` of tensors", path=path)
     try:
         state = {str(name): value.float() for name, value in dict.items(found) if not str(name).startswith(IGNORED)}
-    except RuntimeError as error:  # a tensor that claims more than there is
-        raise CheckpointError(f"{path}: holds a tensor that can't be used: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:  # a tensor that is larger than its storage
+        raise CheckpointError("holds a damaged tensor", path=path, found=str(error).splitlines()[0]) from error
     start, words = (_embeddings(dict.get(found, name), path, name) for name in (START_EMBEDDING, WORD_EMBEDDINGS))
     vision = _deep(state, path, "image_encoder.VPT", "image_encoder.")
     text = _deep(state, path, "prompt_learner.ctx", "text_encoder.")
@@ -172,12 +172,15 @@ def read_released(path: Path) -> ReleasedTeacher:
 
 
 def _embeddings(held: Tensor | None, path: Path, name: str) -> Tensor | None:
-    """The distinct embeddings of tokens that a file keeps for each class, (tokens, width) float32."""
+    """The distinct token embeddings that a file stores for each class, (tokens, width) float32."""
     if held is None:
         return None
     if held.ndim != 3 or not held.numel() or not held.is_floating_point():
         raise CheckpointError(
-            f"{path}: {name} should be (classes, tokens, width) in numbers; it is {tuple(held.shape)}"
+            f"{name} has the wrong shape or dtype",
+            path=path,
+            found=f"{tuple(held.shape)} {held.dtype}",
+            allowed="(classes, tokens, width), floating point",
         )
     check_finite({name: held}, path, CheckpointError)
     tokens = held[:COMPARED_CLASSES].reshape(-1, held.shape[2]).float()
@@ -186,37 +189,42 @@ def _embeddings(held: Tensor | None, path: Path, name: str) -> Tensor | None:
 
 
 def _deep(state: dict[str, Tensor], path: Path, first: str, prefix: str) -> Tensor:
-    """Take the prompts of one encoder out of the state, (depth, tokens, width)."""
+    """Remove the prompts of one encoder from the state and return them, (depth, tokens, width)."""
     if first not in state:
-        raise CheckpointError(f"{path}: is no PromptSRC checkpoint: it has no {first}")
+        raise CheckpointError(f"is no PromptSRC checkpoint: it has no {first}", path=path)
     layers = {0: state.pop(first)}
     for name in list(state):
         if (match := DEEP_PROMPT.fullmatch(name.removeprefix(prefix))) and name.startswith(prefix):
             layers[int(match[1])] = state.pop(name)
     if sorted(layers) != list(range(len(layers))) or len({value.shape for value in layers.values()}) > 1:
         raise CheckpointError(
-            f"{path}: the prompts of {prefix.rstrip('.')} are not those of the first layers in a row, all of one "
-            f"shape: layers {', '.join(map(str, sorted(layers)))}"
+            f"the prompts of {prefix.rstrip('.')} are not of one shape, or not those of the first layers",
+            path=path,
+            found=f"layers {', '.join(map(str, sorted(layers)))}",
         )
     stacked = torch.stack([layers[layer] for layer in sorted(layers)])
     if stacked.ndim != 3 or not bool(stacked.isfinite().all()):
         raise CheckpointError(
-            f"{path}: {first} should be (tokens, width) in numbers, the same for every class; it is "
-            f"{tuple(layers[0].shape)}{'' if stacked.ndim != 3 else ' and holds values that are none'}"
+            f"{first} has the wrong shape, or NaN or infinite values",
+            path=path,
+            found=tuple(layers[0].shape),
+            allowed="(tokens, width), the same for every class",
         )
     return stacked
 
 
 def _read_inert(path: Path) -> Any:
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError("no such file", path=path)
     try:
         if is_torchscript(path):
             raise _Refused("it is a TorchScript program")
         return torch.load(path, map_location="cpu", pickle_module=INERT_PICKLE, weights_only=False)
     except _Refused as error:
-        raise CheckpointError(f"{path}: is refused: {error}, which reading weights does not need") from error
+        raise CheckpointError(f"is refused: {error}, which reading weights does not need", path=path) from error
     except PermissionError as error:
-        raise CheckpointError(f"{path}: can't be read: permission denied") from error
+        raise CheckpointError("could not be read: permission denied", path=path) from error
     except Exception as error:  # torch, zipfile and pickle raise many kinds for a damaged file
-        raise CheckpointError(f"{path}: can't be read as a checkpoint: {error or type(error).__name__}") from error
+        raise CheckpointError(
+            f"could not be read as a checkpoint: {error or type(error).__name__}", path=path
+        ) from error

@@ -1,1 +1,1 @@
-"""The training loop, its checkpoints, optimizers and schedules."""
+"""What both stages of training share: the loop, its checkpoints, optimizers and schedules."""

@@ -1,4 +1,4 @@
-"""What is said of a latency measurement, from rounds that are given."""
+"""The figures of a latency measurement, from given rounds."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from comkd_cli.bundles import latency
-from comkd_cli.bundles.latency import Contender, disturbance, measure_latency
+from comkd_cli.bundles.latency import Contender, disturbance, measure_latency, single_thread_timings
+from comkd_cli.errors import ExportError
 
 
 def test_the_spread_is_the_slowest_rounds_median_over_the_fastest_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,19 +16,26 @@ def test_the_spread_is_the_slowest_rounds_median_over_the_fastest_ones(monkeypat
         ("fp32", 1): [[1.0, 1.0, 1.0], [2.0, 2.0, 2.0], [3.0, 3.0, 3.0]],
     }
 
-    def in_turns(*_: object) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    def alternate(*_: object) -> dict[tuple[str, int], list[dict[str, Any]]]:
         return {key: [{"seconds": seconds, "peak_bytes": 100} for seconds in found] for key, found in rounds.items()}
 
-    monkeypatch.setattr(latency, "_in_turns", in_turns)
+    monkeypatch.setattr(latency, "_alternate", alternate)
     pytorch, fp32 = measure_latency(Path("student.pt"), [Contender("fp32", Path("g.onnx"))], 8, {})
     assert (pytorch.spread, fp32.spread) == (1, 3)
     assert (fp32.seconds, fp32.speed_up) == (2, 2)
 
 
-def test_rounds_that_differ_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_that_differ_are_reported() -> None:
     steady = {"name": "fp32", "threads": 1, "spread": 1.2}
     assert disturbance([]) is None
     assert disturbance([steady]) is None
-    said = disturbance([steady, {"name": "int8", "threads": 2, "spread": 1.84}])
-    assert said is not None
-    assert said.startswith("The rounds differ by up to 1.8 times (int8, threads: 2): other programs were running.")
+    sentence = disturbance([steady, {"name": "int8", "threads": 2, "spread": 1.84}])
+    assert sentence is not None
+    assert sentence.startswith("The rounds differ by up to 1.8 times (int8, threads: 2): other programs were running.")
+
+
+def test_a_graph_that_cannot_be_run_is_an_error_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    with pytest.raises(ExportError, match=r"the benchmark failed: .*InvalidProtobuf") as caught:
+        single_thread_timings([Contender("int8", tmp_path / "broken.onnx")], 8, {})
+    assert caught.value.path == "broken.onnx"

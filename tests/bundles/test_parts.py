@@ -1,4 +1,4 @@
-"""Which images the parts of an export get: of pictures whose content is known."""
+"""The images in each part of an export, from images whose content is known."""
 
 import hashlib
 import re
@@ -15,7 +15,7 @@ from PIL import Image
 from comkd_cli.bundles.parts import Part, Parts, PartSize, Pool, read_parts
 from comkd_cli.data.folder import images_below
 from comkd_cli.data.source import ImageSet
-from comkd_cli.edge.classifier import Preprocessing, UnreadableImage
+from comkd_cli.edge.images import Preprocessing, UnreadableImage
 from comkd_cli.errors import DataError
 from comkd_cli.events import Event, Notice
 
@@ -27,7 +27,7 @@ def quietly(event: object) -> None:
 
 
 def painted(shows: Sequence[int], labels: bool = False, prefix: str = "") -> ImageSet:
-    """Pictures of 4 x 4 pixels; those with the same number show the same, and a negative one can't be read."""
+    """Images of 4 x 4 pixels; equal numbers have equal pixels, and a negative number cannot be read."""
     keys = tuple(f"{prefix}{position:04d}.png" for position in range(len(shows)))
 
     def open_key(key: str) -> Image.Image:
@@ -41,7 +41,7 @@ def painted(shows: Sequence[int], labels: bool = False, prefix: str = "") -> Ima
 
 
 def shown(part: Part) -> set[bytes]:
-    """What a part's images show."""
+    """Digests of a part's images."""
     return {hashlib.sha256(image.tobytes()).digest() for image in part.images}
 
 
@@ -97,7 +97,7 @@ def test_one_pool_is_split_in_three_and_has_no_labels() -> None:
     parts = parts_of(painted(range(80), labels=True))
     assert [len(part.images) for part in (parts.choose, parts.calibrate, parts.gate)] == [10, 30, 40]
     assert len(shown(parts.gate) | shown(parts.choose) | shown(parts.calibrate)) == 80
-    assert parts.gate.labels is None  # the student was taught by a teacher of these very labels
+    assert parts.gate.labels is None  # the student's teacher was trained with these labels
     assert parts.gate.size.words(scored=True) == "40 training images, not held out"
 
 
@@ -155,32 +155,35 @@ def test_parts_of_images_sorted_by_class_hold_every_class() -> None:
 
 
 def test_unreadable_images_are_counted_named_and_replaced() -> None:
-    said: list[Event] = []
+    events: list[Event] = []
     pool = Pool(painted([-1] * 30 + list(range(30))), "given")
-    parts = read_parts(pool, pool, TINY, 20, False, said.append)
+    parts = read_parts(pool, pool, TINY, 20, False, events.append)
     assert len(parts.gate.images) == 20
     assert parts.unreadable > 0
-    (notice,) = [event for event in said if isinstance(event, Notice)]
-    assert notice.text.startswith(f"{parts.unreadable} of the images given with --images can't be read, left out:")
+    (notice,) = [event for event in events if isinstance(event, Notice)]
+    assert notice.text.startswith(
+        f"{parts.unreadable} of the images given with --images could not be read and are skipped:"
+    )
     assert notice.text.count("broken") == min(parts.unreadable, 10)
 
 
 @pytest.mark.parametrize("shows", [[], [-1, -1]])
 def test_a_gate_without_images_is_an_error(shows: list[int]) -> None:
     for int8 in (False, True):
-        with pytest.raises(DataError, match="none of the images for the checks could be read"):
+        with pytest.raises(DataError, match="none of the images for the checks could be read") as caught:
             parts_of(painted(shows), int8=int8)
+        assert caught.value.remedy == "give others with --images"
 
 
 @pytest.mark.parametrize(
     ("test", "train", "most", "message"),
     [
-        (None, 31, 512, r"at least 32 different images, in three parts .* there are 31 training images"),
+        (None, 31, 512, r"at least 32 different images, in three parts .* only 31 training images"),
         (None, 32, 512, None),
         (None, 400, 7, r"at least 8 images for its gate; raise --check-images"),
-        (7, 400, 512, r"at least 8 different images for its gate, and there are 7 test images"),
-        (8, 400, 7, r"at least 8 different images for its gate, and there are 7 test images"),
-        (8, 23, 512, r"at least 24 different images beside those of its gate .* there are 23 training images"),
+        (7, 400, 512, r"at least 8 different images for its gate, but only 7 test images"),
+        (8, 400, 7, r"at least 8 different images for its gate, but only 7 test images"),
+        (8, 23, 512, r"at least 24 different images beside those of its gate .* only 23 other training images"),
         (8, 24, 512, None),
     ],
 )
@@ -201,7 +204,7 @@ def test_too_few_images_for_int8_are_refused_with_the_least_number(
 def test_copies_do_not_make_up_for_images() -> None:
     parts = parts_of(painted(list(range(20)) * 5))
     assert parts.too_few is not None
-    assert "there are 20" in parts.too_few
+    assert "only 20 training images" in parts.too_few
 
 
 def test_images_of_shards_are_taken_by_their_rank() -> None:
@@ -215,7 +218,7 @@ def test_images_of_shards_are_taken_by_their_rank() -> None:
     assert shown(parts_of(ranked, int8=False).gate) == shown(parts_of(plain, int8=False).gate)
 
 
-def test_one_image_is_said_in_the_singular() -> None:
+def test_one_image_is_in_the_singular() -> None:
     size = PartSize(1, 1, "given", False)
     assert size.words() == "1 image given with --images"
     assert replace(size, images=2, origin="test").words() == "2 test images (1 different ones)"

@@ -1,4 +1,4 @@
-"""The order of the ways to int8, from figures that are given."""
+"""The order of the quantisation methods, from given figures."""
 
 from pathlib import Path
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from comkd_cli.bundles import precisions
-from comkd_cli.bundles.parity import Gate
-from comkd_cli.bundles.precisions import QuantisationImages, to_int8
+from comkd_cli.bundles.gates import Gate
+from comkd_cli.bundles.latency import Timing
+from comkd_cli.bundles.precisions import QuantisationImages, Quantiser
 
 GATE = Gate(cosine_min=0.98, agreement_min_percent=98.0, top1_loss_max_points=1.0)
 IMAGES, HEAD = np.zeros((20, 3, 2, 2), np.float32), np.eye(2, dtype=np.float32)
@@ -27,68 +28,92 @@ def ranked(
     monkeypatch: pytest.MonkeyPatch,
     features: dict[str, np.ndarray],
     sizes: dict[str, int] | None = None,
-    seconds: dict[str, float] | None = None,
+    timings: dict[str, Timing] | None = None,
 ) -> list[precisions.Quantisation]:
-    """The ways, best first, that have these features, bytes (a source has 1000) and seconds."""
+    """The methods, the best first, for given features, bytes (the source has 1000) and timings."""
     source = tmp_path / "source.onnx"
     source.write_bytes(b"x" * 1000)
-    made = {name: tmp_path / f"{name}.onnx" for name in features}
-    for name, path in made.items():
+    graphs = {name: tmp_path / f"{name}.onnx" for name in features}
+    for name, path in graphs.items():
         path.write_bytes(b"x" * (sizes or {}).get(name, 250))
 
-    def answers(graph: Path, batches: dict[str, np.ndarray], *_: object) -> dict[str, np.ndarray]:
+    def outputs(graph: Path, batches: dict[str, np.ndarray], *_: object) -> dict[str, np.ndarray]:
         whole = EXACT if graph == source else features[graph.stem]
         return {name: whole[int(name) : int(name) + len(batch)] for name, batch in batches.items()}
 
-    monkeypatch.setattr(precisions, "run_graph", answers)
-    monkeypatch.setattr(
-        precisions, "single_thread_seconds", lambda *_: {name: (seconds or {}).get(name, 0.001) for name in features}
-    )
-    return [way for way, _ in precisions._ranked(source, made, IMAGES, HEAD, GATE, {})]
+    given = {name: (timings or {}).get(name, Timing(0.001, 0.001, 0.001)) for name in features}
+    monkeypatch.setattr(precisions, "run_graph", outputs)
+    monkeypatch.setattr(precisions, "single_thread_timings", lambda *_: given)
+    quantiser = Quantiser(QuantisationImages(IMAGES, IMAGES), HEAD, GATE, {})
+    return [figures for figures, _ in quantiser.rank(source, graphs)]
 
 
-def test_the_closest_of_small_and_fast_ways_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ways = ranked(tmp_path, monkeypatch, {"far": turned(4), "near": turned(1), "slow": turned(0)}, seconds={"slow": 1})
-    assert [way.method for way in ways] == ["near", "far", "slow"]
-    assert ways[1].cosine_mean == pytest.approx(np.cos(np.deg2rad(4)))
+def test_the_closest_of_small_and_fast_methods_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = {"far": turned(4), "near": turned(1), "slow": turned(0)}
+    methods = ranked(tmp_path, monkeypatch, features, timings={"slow": Timing(1, 1, 1)})
+    assert [method.method for method in methods] == ["near", "far", "slow"]
+    assert methods[1].cosine_mean == pytest.approx(np.cos(np.deg2rad(4)))
 
 
-def test_a_way_that_misses_the_gates_limits_comes_last_however_close_its_mean(
+def test_a_method_that_misses_the_gates_limits_comes_last_however_close_its_mean(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One image far off hardly moves the mean, and the gate looks at the worst image."""
-    ways = ranked(
+    """One image hardly moves the mean, but the gate has a limit for the worst image."""
+    methods = ranked(
         tmp_path,
         monkeypatch,
         {"one off": turned(30, images=1), "all a little": turned(7), "large": turned(5)},
         sizes={"large": 900},
     )
-    assert [way.method for way in ways] == ["all a little", "large", "one off"]
-    assert ways[2].cosine_min == pytest.approx(np.cos(np.deg2rad(30)))
-    assert ways[2].cosine_mean > ways[0].cosine_mean
+    assert [method.method for method in methods] == ["all a little", "large", "one off"]
+    assert methods[2].cosine_min == pytest.approx(np.cos(np.deg2rad(30)))
+    assert methods[2].cosine_mean > methods[0].cosine_mean
 
 
-def test_answers_that_differ_count_as_well_as_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ways = ranked(tmp_path, monkeypatch, {"other answer": turned(46, images=1), "same": turned(44, images=1)})
-    assert [way.agreement_percent for way in ways if way.method == "other answer"] == [95.0]
+@pytest.mark.parametrize(
+    ("slower", "first"),
+    [
+        (Timing(0.0011, 0.0011, 0.0011), "near"),
+        (Timing(0.0012, 0.0012, 0.0012), "far"),
+        # Its fastest round is within 10 % of the slowest round of the other: not reproducibly slower.
+        (Timing(0.0020, 0.0013, 0.0030), "near"),
+        (Timing(0.0020, 0.0014, 0.0030), "far"),
+    ],
+)
+def test_a_difference_of_speed_counts_if_it_exceeds_that_of_the_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slower: Timing, first: str
+) -> None:
+    fast = Timing(0.001, 0.001, 0.001 if slower.median < 0.002 else 0.0012)
+    timings = {"far": fast, "near": slower}
+    methods = ranked(tmp_path, monkeypatch, {"far": turned(4), "near": turned(1)}, timings=timings)
+    assert methods[0].method == first
 
 
-def test_features_that_are_no_numbers_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_that_are_equal_stay_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = ranked(tmp_path, monkeypatch, {name: turned(2) for name in ("c", "a", "b")})
+    assert [method.method for method in methods] == ["c", "a", "b"]
+
+
+def test_top1_agreement_counts_as_well_as_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = ranked(tmp_path, monkeypatch, {"other class": turned(46, images=1), "same": turned(44, images=1)})
+    assert {method.method: method.agreement_percent for method in methods} == {"same": 100.0, "other class": 95.0}
+
+
+def test_features_that_are_not_finite_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = EXACT.copy()
     odd[3] = np.nan
-    ways = ranked(tmp_path, monkeypatch, {"odd": odd, "turned": turned(20)})
-    assert [way.method for way in ways] == ["turned", "odd"]
-    assert ways[1].cosine_min == -1
+    methods = ranked(tmp_path, monkeypatch, {"odd": odd, "turned": turned(20)})
+    assert [method.method for method in methods] == ["turned", "odd"]
+    assert methods[1].cosine_min == -1
 
 
-def test_a_full_disk_is_no_fault_of_a_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", ["_prepare", "_static"])
+def test_a_full_disk_is_no_failure_of_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(precisions, "_prepare", full)
-    with pytest.raises(OSError, match="No space left"):
-        to_int8(tmp_path / "source.onnx", QuantisationImages(IMAGES, IMAGES), HEAD, GATE, {})
     monkeypatch.setattr(precisions, "_prepare", lambda source, target: target.write_bytes(b""))
-    monkeypatch.setattr(precisions, "_static", full)
+    monkeypatch.setattr(precisions, step, full)
+    quantiser = Quantiser(QuantisationImages(IMAGES, IMAGES), HEAD, GATE, {})
     with pytest.raises(OSError, match="No space left"):
-        to_int8(tmp_path / "source.onnx", QuantisationImages(IMAGES, IMAGES), HEAD, GATE, {})
+        quantiser.quantise(tmp_path / "source.onnx")

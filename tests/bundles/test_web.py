@@ -22,7 +22,8 @@ from PIL import Image
 
 from comkd_cli.bundles import web
 from comkd_cli.bundles.web import INTEGRITY, PAGE, PAGE_FILES, RUNTIME_FILES, VERSION, add_web_page
-from comkd_cli.edge.classifier import Classifier, Preprocessing, open_image, prepare
+from comkd_cli.edge.classifier import Classifier
+from comkd_cli.edge.images import Preprocessing, open_image, prepare
 from comkd_cli.errors import ExportError
 from tests.chromium import NAMES, Chromium, Tab, find_chromium
 
@@ -84,9 +85,9 @@ def test_a_package_without_one_of_the_files_is_named_and_nothing_is_added(
 ) -> None:
     (package / "dist" / missing).unlink()
     before = files_of(colour_bundle)
-    with pytest.raises(ExportError, match=f"unpack onnxruntime-web {VERSION} there") as caught:
+    with pytest.raises(ExportError, match=missing) as caught:
         add_web_page(colour_bundle, package)
-    assert str(caught.value).startswith(f"{package}: ")
+    assert (caught.value.path, caught.value.remedy) == (package, f"unpack onnxruntime-web {VERSION} there")
     assert files_of(colour_bundle) == before
 
 
@@ -134,19 +135,19 @@ def publish(monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
 WHOLE = [(f"package/dist/{name}", f"content of {name}".encode()) for name in RUNTIME_FILES]
 
 
-def refusal(bundle: Path) -> str:
-    """What add_web_page says; it must have added nothing."""
+def refusal(bundle: Path) -> ExportError:
+    """The error of add_web_page, which must have added nothing."""
     before = files_of(bundle)
     with pytest.raises(ExportError) as caught:
         add_web_page(bundle)
     assert files_of(bundle) == before
-    assert str(caught.value).endswith("or give the folder of the unpacked package with --web-runtime")
-    return str(caught.value)
+    assert (caught.value.remedy or "").endswith("or give the folder of the unpacked package with --web-runtime")
+    return caught.value
 
 
 def test_without_npm_the_remedy_is_named(colour_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert "install Node.js" in refusal(colour_bundle)
+    assert (refusal(colour_bundle).remedy or "").startswith("install Node.js")
 
 
 def test_the_runtime_is_fetched_once_and_kept(
@@ -174,7 +175,7 @@ def test_a_package_that_is_not_the_published_one_is_refused(
 ) -> None:
     tarball(tmp_path / "other.tgz", WHOLE)
     fake_npm(f"cp '{tmp_path}/other.tgz' onnxruntime-web-{VERSION}.tgz")
-    assert "sha512 differs" in refusal(colour_bundle)
+    assert "sha512 differs" in refusal(colour_bundle).problem
     assert not cache.exists()
 
 
@@ -196,12 +197,13 @@ def test_the_pinned_integrity_is_a_sha512() -> None:
         ("exit 0", "no reason"),
     ],
 )
-def test_where_npm_fails_its_reason_is_told(
+def test_a_failure_of_npm_gives_its_reason(
     colour_bundle: Path, cache: Path, fake_npm: Callable[[str], Path], script: str, reason: str
 ) -> None:
     fake_npm(script)
-    assert f"npm can't fetch onnxruntime-web {VERSION}: " in (said := refusal(colour_bundle))
-    assert reason in said
+    problem = refusal(colour_bundle).problem
+    assert problem.startswith(f"npm could not fetch onnxruntime-web {VERSION}: ")
+    assert reason in problem
     assert not cache.exists()
 
 
@@ -213,13 +215,12 @@ def link(name: str, kind: bytes, target: str) -> tuple[tarfile.TarInfo, bytes]:
 
 FIRST, SECOND = (f"package/dist/{name}" for name in RUNTIME_FILES)
 HOSTILE = {
-    "a link": ([link(FIRST, tarfile.SYMTYPE, "/etc/passwd"), WHOLE[1]], "no regular file"),
-    "a hard link": ([WHOLE[1], link(FIRST, tarfile.LNKTYPE, SECOND)], "no regular file"),
-    "a folder": ([link(FIRST, tarfile.DIRTYPE, ""), WHOLE[1]], "no regular file"),
-    "a device": ([link(FIRST, tarfile.CHRTYPE, ""), WHOLE[1]], "no regular file"),
-    "one too large": ([(FIRST, bytes(5000)), WHOLE[1]], "likely size"),
-    "one missing": ([WHOLE[0]], "lacks"),
-    "other paths": ([(f"../{FIRST}", b"x"), (f"/{FIRST}", b"x"), (f"package/dist/../dist/{FIRST}", b"x")], "lacks"),
+    "a link": [link(FIRST, tarfile.SYMTYPE, "/etc/passwd"), WHOLE[1]],
+    "a hard link": [WHOLE[1], link(FIRST, tarfile.LNKTYPE, SECOND)],
+    "a folder": [link(FIRST, tarfile.DIRTYPE, ""), WHOLE[1]],
+    "a device": [link(FIRST, tarfile.CHRTYPE, ""), WHOLE[1]],
+    "one missing": [WHOLE[0]],
+    "other paths": [(f"../{FIRST}", b"x"), (f"/{FIRST}", b"x"), (f"package/dist/../dist/{FIRST}", b"x")],
 }
 
 
@@ -232,12 +233,11 @@ def test_a_package_with_anything_else_in_a_files_place_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
 ) -> None:
-    members, reason = HOSTILE[kind]
-    monkeypatch.setattr(web, "MOST_BYTES", 4096)
-    publish(monkeypatch, tarball(tmp_path / "hostile.tgz", members))
+    publish(monkeypatch, tarball(tmp_path / "hostile.tgz", HOSTILE[kind]))
     fake_npm(f"cp '{tmp_path}/hostile.tgz' .")
     before = files_of(tmp_path)
-    assert reason in refusal(colour_bundle)
+    error = refusal(colour_bundle)
+    assert (error.path, error.problem) == ("hostile.tgz", f"has no {RUNTIME_FILES[0]} or no {RUNTIME_FILES[1]}")
     assert files_of(tmp_path) == before
 
 
@@ -255,20 +255,22 @@ def test_a_damaged_package_is_refused(
     (tmp_path / "cut.tgz").write_bytes(content[: int(share * len(content))])
     publish(monkeypatch, tmp_path / "cut.tgz")
     fake_npm(f"cp '{tmp_path}/cut.tgz' .")
-    assert "cut.tgz: can't be unpacked: " in refusal(colour_bundle)
+    error = refusal(colour_bundle)
+    assert error.path == "cut.tgz"
+    assert error.problem.startswith("could not be unpacked: ")
     assert not cache.exists()
 
 
-def test_where_the_runtime_cannot_be_kept_is_named(
+def test_a_cache_that_cannot_be_written_is_named(
     colour_bundle: Path, tmp_path: Path, fake_npm: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     publish(monkeypatch, tarball(tmp_path / "any.tgz", WHOLE))
     fake_npm(f"cp '{tmp_path}/any.tgz' .")
-    said = refusal(colour_bundle)
-    assert said.startswith(str(tmp_path / "file"))
-    assert "set XDG_CACHE_HOME" in said
+    error = refusal(colour_bundle)
+    assert str(error.path).startswith(str(tmp_path / "file"))
+    assert (error.remedy or "").startswith("set XDG_CACHE_HOME")
 
 
 # --- in a browser --------------------------------------------------------------------------------------
@@ -505,12 +507,12 @@ def test_the_page_tells_colours_apart_and_knows_a_manifests_defaults(colour_bund
 
 @slow
 @NEEDS_BROWSER
-def test_another_precision_can_be_asked_for(bundle: Path, browser: Chromium) -> None:
+def test_another_precision_can_be_selected(bundle: Path, browser: Chromium) -> None:
     with served(bundle) as address:
         record = answer(browser, named(address, "photo.jpg", precision="fp16"))
         refused = answer(browser, named(address, "photo.jpg", precision="int8"))
     agree(record, Classifier(bundle, precision="fp16").predict(bundle / "photo.jpg"))
-    assert refused["error"] == "manifest.json: the bundle has no int8; it has fp32, fp16"
+    assert refused["error"] == "manifest.json: precisions: not in the bundle: int8 (allowed: fp32, fp16)"
 
 
 @slow
@@ -565,7 +567,7 @@ def test_pictures_are_chosen_dropped_and_pasted(bundle: Path, browser: Chromium)
             agree(record, Classifier(bundle).predict(bundle / picture))
         assert tab.run("document.getElementById('picture').naturalWidth") == 70
         tab.run("document.body.dispatchEvent(new DragEvent('drop', {bubbles: true, dataTransfer: new DataTransfer()}))")
-        assert "What was dropped is no file" in tab.text()
+        assert "The dropped item is not a file" in tab.text()
 
 
 @slow
@@ -663,7 +665,8 @@ def test_a_changed_file_is_named(damaged: Path, browser: Chromium, name: str) ->
     (damaged / name).write_bytes(content)
     with served(damaged) as address:
         record = answer(browser, named(address, "photo.jpg"))
-    assert record["error"] == f"{name}: is not the file that was exported (its sha256 differs); export again"
+    problem = "is not the file that was exported: its sha256 differs from that in manifest.json"
+    assert record["error"] == f"{name}: {problem}; export the bundle again"
 
 
 @slow
@@ -672,12 +675,12 @@ def test_a_changed_file_is_named(damaged: Path, browser: Chromium, name: str) ->
     ("fields", "message"),
     [
         ({"format": "comkd-bundle/2"}, "manifest.json: is not a manifest of format comkd-bundle/1"),
-        ({"precisions": None}, "manifest.json: lacks precisions"),
+        ({"precisions": None}, "manifest.json: precisions: missing"),
         ({"precisions": {}}, "manifest.json: precisions: should name the graphs of at least one precision"),
-        ({"files": {}}, "manifest.json: does not list classes.txt with its sha256"),
+        ({"files": {}}, "manifest.json: files: has no sha256 of classes.txt"),
         (
             {"preprocessing": {"size": 8, "interpolation": "lanczos"}},
-            "manifest.json: preprocessing: interpolation lanczos is not known",
+            "manifest.json: preprocessing: interpolation should be bicubic or bilinear, not 'lanczos'",
         ),
     ],
 )
@@ -697,12 +700,12 @@ def test_a_graph_that_the_runtime_refuses_is_named(damaged: Path, browser: Chrom
     sign(damaged, Preprocessing(32, MEAN, STD))
     with served(damaged) as address:
         record = answer(browser, named(address, "photo.jpg"))
-    assert record["error"].startswith("classifier.onnx: this browser can't load it: ")
+    assert record["error"].startswith("classifier.onnx: this browser could not load it: ")
 
 
 @slow
 @NEEDS_BROWSER
-def test_a_picture_that_cannot_be_had_is_named_and_the_next_is_answered(bundle: Path, browser: Chromium) -> None:
+def test_an_image_that_cannot_be_read_is_named_and_the_next_is_classified(bundle: Path, browser: Chromium) -> None:
     (bundle / "odd.png").write_text("no picture")
     with served(bundle) as address:
         gone = answer(browser, named(address, "gone.png"))
@@ -716,7 +719,7 @@ def test_a_picture_that_cannot_be_had_is_named_and_the_next_is_answered(bundle: 
             )
     assert gone == {"image": "gone.png", "error": "gone.png: is missing from the folder of this page"}
     assert elsewhere["error"] == "//127.0.0.1:1/x.png: is missing from the folder of this page"
-    assert odd["error"].startswith("odd.png: can't be read as a picture")
+    assert odd["error"].startswith("odd.png: could not be read as an image")
     agree(record, Classifier(bundle).predict(bundle / "photo.jpg"))
 
 

@@ -81,7 +81,7 @@ def test_every_command_and_every_option_says_what_it_is_for(path: tuple[str, ...
 
 
 @each_command
-def test_every_argument_is_spoken_of_in_the_help(path: tuple[str, ...]) -> None:
+def test_every_argument_is_described_in_the_help(path: tuple[str, ...]) -> None:
     command = at(path)
     for parameter in command.params:
         if isinstance(parameter, click.Argument):
@@ -102,7 +102,7 @@ def test_the_version_is_that_of_the_package() -> None:
     assert invoke("--version").output.split()[-1] == written[1]
 
 
-# --- the error boundary, with a command that fails as it is told ---------------------------------------
+# --- the error boundary, with a command that fails in a chosen way -------------------------------------
 
 FAILING = """
 import click
@@ -116,6 +116,8 @@ def command(how):
         raise DataError("pets: no such folder\\n  look again")
     if how == "stopped":
         raise Interrupted("stopped; the state is saved", 143)
+    if how == "hangup":
+        raise Interrupted("stopped; the state is saved", 129)
     if how == "ctrl-c":
         raise KeyboardInterrupt
     if how == "missing":
@@ -130,7 +132,7 @@ def command(how):
 
 @pytest.fixture
 def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Result]]:
-    """Run a command `fail` that stands in the folder of commands for the time of a test."""
+    """Runs a command `fail` that is in the folder of commands during the test."""
     folder = tmp_path / "more commands"
     folder.mkdir()
     (folder / "fail.py").write_text(FAILING)
@@ -150,11 +152,12 @@ def test_a_module_put_into_the_folder_is_a_command(fails: Callable[..., Result])
     [
         ("data", 1, "error: pets: no such folder\n  look again\n"),
         ("stopped", 143, "note: stopped; the state is saved\n"),
-        ("ctrl-c", 130, "note: interrupted; finished work is kept, and the same command resumes the rest\n"),
+        ("hangup", 129, "note: stopped; the state is saved\n"),
+        ("ctrl-c", 130, "note: interrupted; rerun the same command to resume\n"),
         ("missing", 1, "error: /no/such/file: No such file or directory\n"),
     ],
 )
-def test_what_a_user_can_mend_is_one_message_and_a_status(
+def test_a_user_error_is_one_message_and_an_exit_code(
     fails: Callable[..., Result], how: str, status: int, message: str
 ) -> None:
     result = fails(how)
@@ -184,7 +187,7 @@ def test_a_recipe_with_three_mistakes_is_three_lines_and_exit_1(run_comkd: Run, 
     assert failed.returncode == 1
     assert failed.stdout == ""
     assert failed.stderr.splitlines() == [
-        "error: bad.yaml has 3 faults:",
+        "error: bad.yaml: 3 faults:",
         "  bad.yaml: teacher.weight: unknown field; did you mean weights?",
         "  bad.yaml: student.projector.layers: should be less than or equal to 4, not 9",
         "  bad.yaml: precison: unknown field; did you mean precision?",
@@ -197,7 +200,7 @@ def test_debug_shows_the_traceback_of_such_a_recipe(run_comkd: Run, tmp_path: Pa
     failed = run_comkd("--debug", "distill", "bad.yaml", cwd=tmp_path)
     assert failed.returncode == 1
     assert "Traceback (most recent call last)" in failed.stderr
-    assert "comkd_cli.errors.RecipeError: bad.yaml has 3 faults" in failed.stderr
+    assert "comkd_cli.errors.RecipeError: bad.yaml: 3 faults" in failed.stderr
 
 
 def test_an_unknown_recipe_is_answered_with_the_bundled_ones(run_comkd: Run, tmp_path: Path) -> None:
@@ -211,7 +214,7 @@ def test_an_unknown_recipe_is_answered_with_the_bundled_ones(run_comkd: Run, tmp
 def test_ctrl_c_ends_a_command_with_130_and_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
     pipe = tmp_path / "bundle/manifest.json"
-    os.mkfifo(pipe)  # whoever reads it waits until somebody writes
+    os.mkfifo(pipe)  # a reader waits for a writer
     command = [sys.executable, "-m", "comkd_cli", "predict", "bundle", "one.png"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         writer = open_once_read(pipe, process)
@@ -220,7 +223,7 @@ def test_ctrl_c_ends_a_command_with_130_and_without_a_traceback(tmp_path: Path) 
             out, err = process.communicate(timeout=60)
         finally:
             os.close(writer)
-    message = "note: interrupted; finished work is kept, and the same command resumes the rest\n"
+    message = "note: interrupted; rerun the same command to resume\n"
     assert (process.returncode, out, err) == (130, "", message)
 
 
@@ -230,7 +233,7 @@ def open_once_read(pipe: Path, reader: subprocess.Popen[str]) -> int:
     while True:
         try:
             return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:  # nobody reads yet
+        except OSError:  # it has no reader yet
             assert reader.poll() is None, reader.stderr
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -300,7 +303,7 @@ def test_recipes_show_prints_yaml_that_reads_back_to_the_recipe() -> None:
     assert (recipe.seed, recipe.loss.if_align) == (7, None)
 
 
-def test_recipes_check_tells_the_good_from_the_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipes_check_names_valid_and_invalid_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("bad.yaml").write_text(THREE_MISTAKES)
     Path("broken.yaml").write_text("a: [1")
@@ -308,7 +311,7 @@ def test_recipes_check_tells_the_good_from_the_bad(tmp_path: Path, monkeypatch: 
     assert (good.exit_code, good.stdout) == (0, "digits: ok\nrecipes/digits.yaml: ok\n")
     mixed = invoke("recipes", "check", "bad.yaml", "digits", "broken.yaml")
     assert (mixed.exit_code, mixed.stdout) == (1, "digits: ok\n")
-    assert "bad.yaml has 3 faults" in mixed.stderr
+    assert "bad.yaml: 3 faults" in mixed.stderr
     assert "broken.yaml: is not valid YAML" in mixed.stderr
 
 
@@ -326,7 +329,7 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def test_predict_names_what_images_show_in_lines_and_in_json(colour_bundle: Path, pictures: Path) -> None:
+def test_predict_prints_classes_as_lines_and_as_json(colour_bundle: Path, pictures: Path) -> None:
     red, blue = pictures / "red.png", pictures / "[bold]blue[/nothing].png"
     lines = invoke("predict", colour_bundle, red, blue, "--top", "1")
     assert lines.exit_code == 0, lines.output
@@ -340,7 +343,7 @@ def test_predict_names_what_images_show_in_lines_and_in_json(colour_bundle: Path
     assert [entry["classes"][0]["class"] for entry in predictions] == ["red", "blue"]
 
 
-def test_predict_answers_for_the_readable_images_and_fails_for_the_others(colour_bundle: Path, pictures: Path) -> None:
+def test_predict_classifies_the_readable_images_and_fails_for_the_others(colour_bundle: Path, pictures: Path) -> None:
     result = invoke("predict", colour_bundle, pictures / "odd.png", pictures / "red.png", "--json")
     assert result.exit_code == 1
     assert f"{pictures / 'odd.png'}: " in result.stderr
@@ -371,7 +374,7 @@ def test_predict_on_a_damaged_bundle_names_the_file(colour_bundle: Path, picture
         (("distill", "digits", "--fresh", "--precompute"), "--fresh and --precompute exclude each other"),
         (("export", "student.pt", "--gate", "int8.cosine=0.9"), "should be PRECISION.LIMIT=VALUE"),
         (("export", "student.pt", "--gate", "int4.cosine_min=0.9"), "should be PRECISION.LIMIT=VALUE"),
-        (("export", "student.pt", "--gate", "int8.cosine_min=much"), "'much' is no number"),
+        (("export", "student.pt", "--gate", "int8.cosine_min=much"), "'much' is not a number"),
         (("export", "student.pt", "--opset", "13"), "13 is not in the range x>=18"),
         (("export", "student.pt", "--precision", "int4"), "'int4' is not one of"),
     ],

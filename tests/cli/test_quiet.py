@@ -16,7 +16,7 @@ import click
 
 @click.command()
 def command():
-    "Speak as libraries do."
+    "Warn and log as libraries do."
     warnings.warn("from a library", UserWarning)
     warnings.simplefilter("always")  # as scikit-learn does for its own
     warnings.warn("again", FutureWarning)
@@ -37,7 +37,7 @@ main(prog_name="comkd")
 
 @pytest.fixture
 def noisy(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a command that speaks as libraries do, as a process."""
+    """Runs a command that warns and logs as libraries do, as a process."""
     (tmp_path / "noise.py").write_text(NOISE)
 
     def run(*options: str) -> subprocess.CompletedProcess[str]:
@@ -48,7 +48,7 @@ def noisy(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
-def test_what_libraries_say_stays_away_but_for_what_a_user_can_change(
+def test_library_warnings_are_hidden_except_those_that_a_user_can_act_on(
     noisy: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     said = noisy()

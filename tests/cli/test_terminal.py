@@ -1,4 +1,4 @@
-"""What terminals of any width and encoding are shown: figures are whole or not there, and JSON is JSON."""
+"""Output on terminals of any width and encoding: figures are whole or absent, and JSON stays JSON."""
 
 import io
 import json
@@ -23,7 +23,7 @@ FIGURES = ("98.61", "304,293,888", "99.44 ± 0.31", "1,327,832", "ready", "incom
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """What a function prints to a terminal of some width; None: to a pipe."""
+    """The output of a function on a terminal of some width; None: in a pipe."""
 
     def show(width: int | None, show_it) -> str:  # type: ignore[no-untyped-def]
         if width is not None:
@@ -138,7 +138,7 @@ def line_of(width: int, label: str = "student 3/20") -> str:
 
 
 @pytest.mark.parametrize("width", range(20, 160, 7))
-def test_a_progress_line_fits_and_each_figure_is_whole_or_not_there(width: int) -> None:
+def test_a_progress_line_fits_and_each_figure_is_whole_or_absent(width: int) -> None:
     line = line_of(width)
     assert len(line) < width
     rest = line.removeprefix("student 3/20  43%").strip()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comkd_cli.data.class_names import class_key, clean_class_names, missing_text, read_class_names
-from comkd_cli.edge.classifier import clean_class_name
+from comkd_cli.edge.class_names import clean_class_name
 from comkd_cli.errors import DataError
 
 BREAKS = ("\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029")
@@ -38,18 +38,20 @@ def test_a_name_is_one_line_with_single_spaces(given_name: str, expected: str) -
         ("", "is empty"),
         (" \u2003_", "is empty"),
         ("\u200d", "is empty"),
-        ("a\x00b", r"holds the invisible character U\+0000"),
-        ("\x1b[31mfox", r"holds the invisible character U\+001B"),
-        ("fox\u200b", r"holds the invisible character U\+200B"),
-        ("\ufefffox", r"holds the invisible character U\+FEFF"),
-        ("fox\u202e", r"holds the invisible character U\+202E"),
+        ("a\x00b", "the invisible character U+0000"),
+        ("\x1b[31mfox", "the invisible character U+001B"),
+        ("fox\u200b", "the invisible character U+200B"),
+        ("\ufefffox", "the invisible character U+FEFF"),
+        ("fox\u202e", "the invisible character U+202E"),
         ("fox\udcff", "is not UTF-8"),
         *((f"two{end}lines", "has a line break within it") for end in BREAKS),
     ],
 )
 def test_a_name_that_cannot_be_used_is_refused_with_the_file_and_its_place(odd: str, reason: str) -> None:
-    with pytest.raises(DataError, match=rf"^list: class 2 {reason}"):
-        clean_class_names(["cat", odd, "dog"], "list")
+    with pytest.raises(DataError) as caught:
+        clean_class_names(["cat", odd, "dog"], "data.classes")
+    assert (caught.value.field, caught.value.found) == ("data.classes: class 2", repr(odd))
+    assert reason in caught.value.problem
 
 
 @given(st.lists(st.text(max_size=5), min_size=2, unique_by=class_key))
@@ -77,31 +79,44 @@ def test_a_class_list_is_a_name_a_line_whoever_wrote_it(tmp_path: Path, content:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "field", "message"),
     [
-        (b"cat\ndog\nCat\ncow\nDOG\n", "repeats 'cat' at 1 and 3; 'dog' at 2 and 5"),
-        (b"red_panda\n\nred panda\n", "repeats 'red panda' at 1 and 3"),
-        (b"cat\n", "at least 2 classes to tell apart, not 1"),
-        (b"\n\n", "at least 2 classes to tell apart, not 0"),
-        (b"caf\xe9\ndog\n", "can't be read"),
-        ("cat\n\nfox\u2028dog\n".encode(), "line 3 has a line break within it"),
-        (b"cat\nfo\x00x\n", "line 2 holds the invisible character U+0000"),
+        (
+            b"cat\ndog\nCat\ncow\nDOG\n",
+            None,
+            "repeats class names: 'cat' at 1 and 3; 'dog' at 2 and 5; list",
+        ),
+        (b"red_panda\n\nred panda\n", None, "repeats class names: 'red panda' at 1 and 3"),
+        (b"cat\n", None, "too few classes: 1 (allowed: at least 2)"),
+        (b"\n\n", None, "too few classes: 0 (allowed: at least 2)"),
+        (b"caf\xe9\ndog\n", None, "the class list could not be read"),
+        ("cat\n\nfox\u2028dog\n".encode(), "line 3", "has a line break within it: 'fox\\u2028dog'; give it a name"),
+        (b"cat\nfo\x00x\n", "line 2", "holds the invisible character U+0000"),
+        (b"# classes\ncat\ndog\n", "line 1", "looks like a comment"),
+        (b"cat\n\n  #dog\n", "line 3", "looks like a comment"),
     ],
 )
 def test_a_class_list_that_cannot_be_used_is_named_with_the_reason(
-    tmp_path: Path, content: bytes, message: str
+    tmp_path: Path, content: bytes, field: str | None, message: str
 ) -> None:
     path = tmp_path / "names.txt"
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
         read_class_names(path)
-    assert str(caught.value).startswith(f"{path}: ")
+    assert (caught.value.path, caught.value.field) == (path, field)
     assert message in str(caught.value)
 
 
+def test_a_name_may_have_a_number_sign_where_no_comment_can_be_meant(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("c sharp #\nf#\n")
+    assert read_class_names(tmp_path / "names.txt") == ["c sharp #", "f#"]
+    assert clean_class_names(["#1", "#2"], "data.classes") == ["#1", "#2"]
+
+
 def test_a_class_list_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"names\.txt: the class list can't be read"):
+    with pytest.raises(DataError) as caught:
         read_class_names(tmp_path / "names.txt")
+    assert caught.value.path == tmp_path / "names.txt"
 
 
 def test_classes_without_images_are_named_for_each_split_that_has_labels() -> None:

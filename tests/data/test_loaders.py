@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from comkd_cli.data.loaders import Batch, TrainingLoader, scoring_batches, worker_count
+from comkd_cli.data.loaders import Batch, Crops, Steps, TrainingLoader, scoring_batches, worker_count
 from comkd_cli.data.source import ImageSet
-from comkd_cli.edge.classifier import Preprocessing, UnreadableImage, prepare
+from comkd_cli.edge.images import Preprocessing, UnreadableImage, prepare
 from comkd_cli.errors import TrainingError
 from comkd_cli.recipe.model import Augment, Data
 
@@ -63,7 +63,11 @@ def loader(
     workers: int = 0,
 ) -> WholeSteps:
     return WholeSteps(
-        image_set(18) if images is None else images, list(preprocessings), Augment(), batch_size, seed, workers
+        image_set(18) if images is None else images,
+        list(preprocessings),
+        Crops(Augment(), seed),
+        Steps(batch_size, seed),
+        workers,
     )
 
 
@@ -300,7 +304,7 @@ def be_process(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) -> N
 
 def of_parts(parts: int, batch_size: int = 8) -> list[list[list[int]]]:
     """For each step of an epoch, the images of its parts."""
-    loading = TrainingLoader(image_set(18), [TEACHER], Augment(), batch_size, 1, 0, parts=parts)
+    loading = TrainingLoader(image_set(18), [TEACHER], Crops(Augment(), 1), Steps(batch_size, 1, parts), 0)
     return [[part.indices.tolist() for part in step] for step in loading.epoch(2)]
 
 
@@ -324,8 +328,9 @@ def test_processes_and_parts_share_out_the_steps_of_one(
 
 def test_a_step_smaller_than_its_shares_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     be_process(monkeypatch, 0, 4)
-    with pytest.raises(TrainingError, match="batch_size must be 12 at least"):
+    with pytest.raises(TrainingError) as caught:
         of_parts(3)
+    assert (caught.value.field, caught.value.found, caught.value.allowed) == ("batch_size", 8, "at least 12")
 
 
 def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,11 +346,11 @@ def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatc
 ENDING = """
 import os, signal, sys
 from PIL import Image
-from comkd_cli.data.loaders import TrainingLoader, scoring_batches
+from comkd_cli.data.loaders import Crops, Steps, TrainingLoader, scoring_batches
 from comkd_cli.data.source import ImageSet
 from comkd_cli.runtime.devices import failures_explained
 from comkd_cli.errors import ComkdError
-from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.edge.images import Preprocessing
 from comkd_cli.recipe.model import Augment
 
 SETTINGS = Preprocessing(8, (0.5,) * 3, (0.5,) * 3)
@@ -360,7 +365,7 @@ def open_key(key):
 def batches(images):
     if sys.argv[1] == "scoring":
         return scoring_batches(images, SETTINGS, 2, 2)
-    return TrainingLoader(images, [SETTINGS], Augment(), 2, 1, 2).epoch(0)
+    return TrainingLoader(images, [SETTINGS], Crops(Augment(), 1), Steps(2, 1), 2).epoch(0)
 
 if __name__ == "__main__":
     try:
@@ -378,7 +383,7 @@ if __name__ == "__main__":
     ("event", "said"),
     [
         ("raise", "KeyError: 'a bug'"),
-        ("die", "error: a process that decodes images died"),
+        ("die", "error: data.workers: a process that decodes images died"),
         ("stop", "error: no more of them"),
     ],
 )
@@ -399,7 +404,7 @@ def test_an_image_that_there_is_no_memory_for_is_unreadable(monkeypatch: pytest.
     def no_memory(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("comkd_cli.data.loaders.scoring_input", no_memory)
+    monkeypatch.setattr("comkd_cli.data.batches.scoring_input", no_memory)
     (batch,) = scoring_batches(image_set(2), STUDENT, 4, 0)
     assert len(batch) == 0
     assert batch.unreadable == tuple(f"{key}: there is not enough memory to prepare it" for key in "01")

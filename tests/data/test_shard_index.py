@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from comkd_cli.data import shard_index
+from comkd_cli.data import shard_index, shard_indexing
 from comkd_cli.data.contents import Fingerprint
-from comkd_cli.data.shard_index import SkippedFiles, open_index, read_members
+from comkd_cli.data.shard_indexing import open_index
+from comkd_cli.data.shard_members import SkippedFiles, read_members
 from comkd_cli.data.shards import (
     shard_images,
 )
-from comkd_cli.edge.classifier import UnreadableImage, open_image
+from comkd_cli.edge.images import UnreadableImage, open_image
 from comkd_cli.errors import DataError
 from comkd_cli.events import Event, Progress
 from tests.tars import encoded, opened, samples, silent, write, write_members
@@ -100,33 +101,37 @@ def test_a_damaged_shard_is_one_error_that_names_it(tmp_path: Path) -> None:
     for name, content in damaged.items():
         path = tmp_path / f"{name}.tar"
         path.write_bytes(content)
-        with pytest.raises(DataError, match=rf"{name}\.tar: can't be read as a tar.*fetch or write it anew"):
+        with pytest.raises(DataError, match="could not be read as a tar"):
             opened(path, home=tmp_path / "home")
         with pytest.raises(DataError) as caught:
             list(read_members(path))
-        assert ("in or after the sample" in str(caught.value)) == (name not in ("empty", "noise"))
+        assert caught.value.path == path
+        assert ("in or after the sample" in caught.value.problem) == (name not in ("empty", "noise"))
 
 
 def test_shards_without_images_or_compressed_ones_are_told(tmp_path: Path) -> None:
     none = write(tmp_path / "none.tar", {"__key__": "a", "txt": "words"})
-    with pytest.raises(DataError, match=r"none\.tar: holds no images; comkd reads .*KEY\.jpg"):
+    with pytest.raises(DataError, match=r"none\.tar: contains no images; .*comkd reads .*KEY\.jpg"):
         opened(none, home=tmp_path / "home")
     nothing = write_members(tmp_path / "nothing.tar")
-    with pytest.raises(DataError, match=r"nothing\.tar: holds no images"):
+    with pytest.raises(DataError, match=r"nothing\.tar: contains no images"):
         opened(nothing, home=tmp_path / "home")
     packed = tmp_path / "packed.tar.gz"
     write(packed, *samples(1))
-    with pytest.raises(DataError, match=r"packed\.tar\.gz: is compressed \(gzip\); decompress it"):
+    with pytest.raises(DataError, match=r"is compressed \(gzip\)") as caught:
         opened(packed, home=tmp_path / "home")
+    assert caught.value.path == packed
 
 
 def test_a_key_that_comes_twice_in_a_shard_is_refused(tmp_path: Path) -> None:
     apart = write(tmp_path / "apart.tar", *samples(2), *samples(1))
-    with pytest.raises(DataError, match=r"apart\.tar: holds the sample '000000000' twice"):
+    with pytest.raises(DataError) as caught:
         opened(apart, home=tmp_path / "home")
+    assert (caught.value.path, caught.value.found) == (apart, "000000000")
     beside = write_members(tmp_path / "beside.tar", ("a.png", encoded(0)), ("a.png", encoded(1)))
-    with pytest.raises(DataError, match=r"beside\.tar: a\.png is there twice"):
+    with pytest.raises(DataError) as caught:
         opened(beside, home=tmp_path / "home")
+    assert (caught.value.path, caught.value.field) == (beside, "a.png")
 
 
 def test_keys_that_come_again_in_another_shard_get_the_shards_name(tmp_path: Path) -> None:
@@ -136,8 +141,9 @@ def test_keys_that_come_again_in_another_shard_get_the_shards_name(tmp_path: Pat
     assert sorted(images.rows.tolist()) == list(range(6))
     assert list(pickle.loads(pickle.dumps(images)).keys) == list(images.keys)
     alike = write(tmp_path / "elsewhere/00000.tar", *samples(3))
-    with pytest.raises(DataError, match=r"both hold the sample 00000/00000000\d, and are called alike; rename"):
+    with pytest.raises(DataError, match="have the same name and both contain the sample") as caught:
         opened(first, alike, home=tmp_path / "home")
+    assert str(caught.value.found).startswith("00000/00000000")
 
 
 def test_an_index_is_made_once_and_anew_for_a_changed_shard(three: list[Path], tmp_path: Path) -> None:
@@ -160,15 +166,15 @@ def test_a_killed_indexing_goes_on_at_the_next_shard(
     three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    members = shard_index.read_members
+    members = shard_indexing.read_members
 
-    def counted(path: Path, passed_by: SkippedFiles) -> Iterator[tuple[str, int, int]]:
+    def counted(path: Path, skipped: SkippedFiles) -> Iterator[tuple[str, int, int]]:
         read.append(path.name)
         if len(read) == 3:
             raise KeyboardInterrupt
-        return members(path, passed_by)
+        return members(path, skipped)
 
-    monkeypatch.setattr(shard_index, "read_members", counted)
+    monkeypatch.setattr(shard_indexing, "read_members", counted)
     with pytest.raises(KeyboardInterrupt):
         open_index(three, tmp_path / "home", silent)
     assert len(open_index(three, tmp_path / "home", silent)) == 10
@@ -178,13 +184,13 @@ def test_a_killed_indexing_goes_on_at_the_next_shard(
 def test_parts_that_another_process_has_done_with_are_made_again(
     three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = shard_index._make_parts
+    make = shard_indexing._make_parts
 
     def half(paths: list[Path], parts: Path, report: Any, fingerprint: Fingerprint) -> None:
         make(paths, parts, report, fingerprint)
         (parts / "000001.npz").unlink()
 
-    monkeypatch.setattr(shard_index, "_make_parts", half)
+    monkeypatch.setattr(shard_indexing, "_make_parts", half)
     assert len(open_index(three, tmp_path / "home", silent)) == 10
 
 
@@ -214,14 +220,14 @@ def test_processes_side_by_side_make_the_same_index(
     three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = open_index(three, tmp_path / "alone", silent)
-    monkeypatch.setattr(shard_index, "SHARDS_PER_PROCESS", 1)
-    monkeypatch.setattr(shard_index.ranks, "usable_cores", lambda: 2)
+    monkeypatch.setattr(shard_indexing, "SHARDS_PER_PROCESS", 1)
+    monkeypatch.setattr(shard_indexing.ranks, "usable_cores", lambda: 2)
     together = open_index(three, tmp_path / "together", silent)
     names = sorted(path.name for path in alone.folder.iterdir())
     assert names == sorted(path.name for path in together.folder.iterdir())
     assert all((alone.folder / name).read_bytes() == (together.folder / name).read_bytes() for name in names)
     three[1].write_bytes(b"no tar")
-    with pytest.raises(DataError, match=r"train-1\.tar: can't be read as a tar"):
+    with pytest.raises(DataError, match=r"train-1\.tar: could not be read as a tar"):
         open_index(three, tmp_path / "together", silent)
 
 
@@ -229,14 +235,14 @@ def test_the_index_does_not_depend_on_how_much_is_held_in_memory(
     three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = open_index(three, tmp_path / "whole", silent)
-    monkeypatch.setattr(shard_index, "RANKED_AT_ONCE", 2)
+    monkeypatch.setattr(shard_index, "BLOCK_IMAGES", 2)
     pieces = open_index(three, tmp_path / "pieces", silent)
     assert (pieces.digest, pieces.rows.tolist()) == (whole.digest, whole.rows.tolist())
     assert pieces.spaced(3) == whole.spaced(3)
 
 
 def test_keys_whose_hashes_agree_are_told_apart_by_their_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_index, "_hashes", lambda keys: np.array([len(key) for key in keys], dtype="<u8"))
+    monkeypatch.setattr(shard_indexing, "_hashes", lambda keys: np.array([len(key) for key in keys], dtype="<u8"))
     content = [{"__key__": key, "png": encoded(n)} for n, key in enumerate(("b", "cc", "a", "dd", "c", "eee"))]
     one = opened(write(tmp_path / "one.tar", *content), home=tmp_path / "home")
     assert one.rows.tolist() == [1, 3, 0, 4, 2, 5]
@@ -245,8 +251,9 @@ def test_keys_whose_hashes_agree_are_told_apart_by_their_text(tmp_path: Path, mo
     assert other.digest == one.digest
     assert other.ordered_digest != one.ordered_digest
     repeated = write(tmp_path / "repeated.tar", *content[:3], content[0])
-    with pytest.raises(DataError, match="holds the sample 'b' twice"):
+    with pytest.raises(DataError, match="contains a sample twice") as caught:
         opened(repeated, home=tmp_path / "home")
+    assert caught.value.found == "b"
 
 
 def test_members_that_are_no_images_are_counted_once_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,22 +289,22 @@ def test_members_that_are_no_images_are_counted_once_for_all(tmp_path: Path, mon
     index = open_index(paths, tmp_path / "home", silent)
     assert [index.key(i) for i in range(len(index))] == ["a", "c", "d"]
     expected = SkippedFiles({".heic": 2, ".txt": 1, "": 1, ".jpg (no regular file)": 1}, 2, "2024.05.01.jpg", 1)
-    assert index.passed_by == expected
-    monkeypatch.setattr(shard_index, "read_members", None)  # told again from what the index remembers
+    assert index.skipped == expected
+    monkeypatch.setattr(shard_indexing, "read_members", None)  # told again from what the index remembers
     again = open_index(paths, tmp_path / "home", silent)
-    assert again.passed_by == expected
-    assert again.passed_by.texts() == [
+    assert again.skipped == expected
+    assert again.skipped.texts() == [
         "in samples without an image, 5 members of other types are skipped: 2 .heic, 1 .jpg (no regular file), 1 .txt, "
         "1 without a suffix",
-        "2 pictures such as 2024.05.01.jpg are skipped: a key ends at the first dot of a name, so they are fields of a "
+        "2 images such as 2024.05.01.jpg are skipped: a key ends at the first dot of a name, so they are fields of a "
         "sample; rename them to use them as images",
-        "1 images are skipped: of several images of a sample the first is taken",
+        "1 images are skipped: only the first image of a sample is used",
     ]
 
 
 def test_a_shard_whose_pictures_all_have_two_dots_says_why_it_holds_no_images(tmp_path: Path) -> None:
     path = write_members(tmp_path / "x.tar", ("a.b.jpg", encoded(0)))
-    with pytest.raises(DataError, match=r"holds no images.*such as a\.b\.jpg are skipped: a key ends at the first"):
+    with pytest.raises(DataError, match=r"contains no images.*such as a\.b\.jpg are skipped: a key ends at the first"):
         opened(path, home=tmp_path / "home")
 
 
@@ -305,5 +312,5 @@ def test_other_readable_types_make_another_index(
     three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = open_index(three, tmp_path / "home", silent)
-    monkeypatch.setattr(shard_index, "SUFFIXES", shard_index.SUFFIXES | {".heic"})
+    monkeypatch.setattr(shard_indexing, "SUFFIXES", shard_indexing.SUFFIXES | {".heic"})
     assert open_index(three, tmp_path / "home", silent).folder != first.folder

@@ -71,19 +71,21 @@ def test_the_template_of_a_folder_is_clips_own_unless_given(root: Path, write_im
 def test_a_path_that_is_nowhere_is_told_with_its_field_and_every_place_looked_at(here: Path, root: Path) -> None:
     with pytest.raises(DataError) as caught:
         open_source(Data(folder="pets", classes=("a", "b")), root)
-    assert str(caught.value).startswith("data.folder: neither pets nor ")
-    assert str(root / "pets") in str(caught.value)
+    assert (caught.value.field, caught.value.found) == ("data.folder", f"pets, {root / 'pets'}")
     (here / "pets").mkdir()
-    with pytest.raises(DataError, match=r"^data\.classes: neither names\.txt nor .*names\.txt exists"):
+    with pytest.raises(DataError) as caught:
         open_source(Data(folder="pets", classes="names.txt"), root)
-    with pytest.raises(DataError, match=r"^field: /no/where does not exist"):
+    assert caught.value.field == "data.classes"
+    with pytest.raises(DataError) as caught:
         locate("/no/where", root, "field")
+    assert str(caught.value) == ("field: no such file or folder: /no/where; correct the path, or give --data-root")
 
 
 def test_a_list_with_a_class_twice_is_told_as_the_recipes(root: Path, write_image: WriteImage) -> None:
     write_image(root / "pets/1.png")
-    with pytest.raises(DataError, match=r"^data\.classes: the class list repeats 'cat' at 1 and 3"):
+    with pytest.raises(DataError) as caught:
         open_source(Data(folder=str(root / "pets"), classes=("cat", "dog", "CAT")), root)
+    assert (caught.value.field, caught.value.found) == ("data.classes", "'cat' at 1 and 3")
 
 
 def test_a_list_a_file_and_folders_give_the_same_prompts(root: Path, write_image: WriteImage) -> None:
@@ -129,5 +131,6 @@ def test_shards_are_looked_for_as_a_folder_is_and_indexed_below_the_runs(
     (here / "set-0.tar").unlink()
     assert list(open_source(data, root, here / "runs").train.keys) == ["root"]
     assert len(list((here / "runs/shards").glob("*/index.json"))) == 2
-    with pytest.raises(DataError, match=r"^data\.classes: neither no\.txt nor"):
+    with pytest.raises(DataError) as caught:
         open_source(Data(shards="set-{0..0}.tar", classes="no.txt"), root)
+    assert caught.value.field == "data.classes"

@@ -8,7 +8,8 @@ import pytest
 
 from comkd_cli.data.catalogued import catalogued_source
 from comkd_cli.data.sources import open_source
-from comkd_cli.data.splits import Entry, Splits, read_splits, sample_shots, select_half
+from comkd_cli.data.split_files import read_splits
+from comkd_cli.data.splits import Entry, Splits, draw_shots, sample_shots, select_half
 from comkd_cli.errors import DataError
 from comkd_cli.events import Event
 from comkd_cli.recipe.catalog import CATALOG
@@ -59,8 +60,9 @@ def test_test_images_that_are_trained_on_too_are_reported(tmp_path: Path) -> Non
 def test_a_file_that_is_no_split_file_is_named(tmp_path: Path, content: str) -> None:
     path = write_json(tmp_path, LISTED)
     path.write_text(content)
-    with pytest.raises(DataError, match="split_zhou_DescribableTextures"):
+    with pytest.raises(DataError) as caught:
         read_splits(CATALOG["dtd"], tmp_path)
+    assert caught.value.path == path
 
 
 def test_aircraft_is_read_from_its_lists(tmp_path: Path) -> None:
@@ -76,8 +78,10 @@ def test_aircraft_is_read_from_its_lists(tmp_path: Path) -> None:
         "test": [["images/003.jpg", 0, "707-320"]],
     }
     (folder / "images_variant_val.txt").write_text("004 Zeppelin\n")
-    with pytest.raises(DataError, match=r"images_variant_val\.txt: line 1: 'Zeppelin'"):
+    with pytest.raises(DataError) as caught:
         read_splits(CATALOG["fgvc_aircraft"], tmp_path)
+    assert (caught.value.path, caught.value.field) == (folder / "images_variant_val.txt", "line 1")
+    assert caught.value.found == "'Zeppelin'"
 
 
 def touch(path: Path) -> None:
@@ -122,22 +126,37 @@ def many(seed: int) -> Splits:
     return Splits(tuple(entries), tuple(entries[:60]), tuple(entries))
 
 
-@pytest.mark.parametrize("shots", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_shots_are_drawn_as_the_reference_procedure_draws_them(shots: int, seed: int) -> None:
-    splits = many(seed)
-    sampled = sample_shots(splits, shots, seed)
-    random.seed(seed)  # the reference draws from the global stream, train before val
-    for given, found, k in ((splits.train, sampled.train, shots), (splits.val, sampled.val, min(shots, 4))):
-        seen: list[int] = []
-        for entry in given:
-            if entry.label not in seen:
-                seen.append(entry.label)
-        expected: list[Entry] = []
-        for label in seen:
-            items = [entry for entry in given if entry.label == label]
-            expected.extend(random.sample(items, k) if len(items) >= k else items)
-        assert list(found) == expected
+TRAIN_LABELS = [2, 0, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 3, 0, 2, 1, 0, 2]
+VAL_LABELS = [1, 0, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 3]
+
+
+@pytest.mark.parametrize(
+    ("shots", "seed", "train", "val"),
+    [
+        # Drawn by Dassl.pytorch itself (27eb2f4, DatasetBase.generate_fewshot_dataset with repeat=False, after
+        # random.seed(seed)), train before val, on the labels above.
+        (1, 1, [4, 13, 2, 12], [0, 9, 11, 13]),
+        (2, 3, [4, 14, 13, 3, 8, 11, 12], [0, 7, 1, 9, 8, 11, 13]),
+        (4, 2, [0, 17, 14, 4, 3, 6, 13, 9, 5, 2, 8, 11, 12], [10, 7, 4, 0, 12, 9, 6, 3, 2, 11, 5, 8, 13]),
+        (
+            8,
+            1,
+            [0, 4, 7, 10, 14, 17, 1, 3, 6, 9, 13, 16, 2, 5, 8, 11, 15, 12],
+            [4, 7, 0, 10, 1, 9, 3, 6, 11, 2, 8, 5, 13],
+        ),
+    ],
+)
+def test_shots_are_those_that_dassl_draws(shots: int, seed: int, train: list[int], val: list[int]) -> None:
+    assert draw_shots(TRAIN_LABELS, VAL_LABELS, shots, seed) == (train, val)
+
+
+def test_sampled_splits_keep_the_test_images() -> None:
+    splits = many(1)
+    sampled = sample_shots(splits, 2, seed=3)
+    labels = [entry.label for entry in splits.train], [entry.label for entry in splits.val]
+    train, val = draw_shots(*labels, 2, 3)
+    assert sampled.train == tuple(splits.train[i] for i in train)
+    assert sampled.val == tuple(splits.val[i] for i in val)
     assert sampled.test == splits.test
 
 
@@ -188,27 +207,32 @@ def test_labels_with_gaps_are_renumbered_in_their_order_and_told(tmp_path: Path,
 @pytest.mark.parametrize(
     ("entry", "fault"),
     [
-        (["x.jpg", -1, "a"], r"test\[1\]: the label -1 of x\.jpg is not an integer from 0"),
-        (["x.jpg", 1.0, "a"], r"test\[1\]: the label 1\.0 "),
-        (["x.jpg", True, "b_b"], r"test\[1\]: the label True "),
-        (["x.jpg", "1", "b_b"], r"test\[1\]: the label '1' "),
-        (["x.jpg", None, "b_b"], r"test\[1\]: the label None "),
-        (["x.jpg", 1, 7], r"test\[1\]: the class name 7 "),
-        ([3, 1, "b_b"], r"test\[1\]: the path 3 "),
-        (["", 1, "b_b"], r"test\[1\]: the path '' "),
-        (["x.jpg", 1], r"test\[1\]: \['x\.jpg', 1\] is not \[path, label, class name\]"),
-        ("abc", r"test\[1\]: 'abc' is not"),
-        (["x.jpg", 3, "a\nb"], r"test\[1\] has a line break within it"),
-        (["x.jpg", 3, "  "], r"test\[1\] is empty"),
-        (["x.jpg", 1, "c"], r"label 1 is 'b_b' in train\[0\] and 'c' in test\[1\]; give each class one label"),
-        (["x.jpg", 3, "B b"], r"'B b' has the label 1 in train\[0\] and 3 in test\[1\]"),
-        (["a/1.jpg", 2, "c"], r"images/a/1\.jpg has the label 0 in train\[1\] and 2 in test\[1\]"),
+        (["x.jpg", -1, "a"], "invalid label: -1"),
+        (["x.jpg", 1.0, "a"], "invalid label: 1.0"),
+        (["x.jpg", True, "b_b"], "invalid label: True"),
+        (["x.jpg", "1", "b_b"], "invalid label: '1'"),
+        (["x.jpg", None, "b_b"], "invalid label: None"),
+        (["x.jpg", 1, 7], "invalid class name: 7"),
+        ([3, 1, "b_b"], "invalid path: 3"),
+        (["", 1, "b_b"], "invalid path: ''"),
+        (["x.jpg", 1], "is not [path, label, class name]: ['x.jpg', 1]"),
+        ("abc", "is not [path, label, class name]: 'abc'"),
+        (["x.jpg", 3, "a\nb"], "has a line break within it"),
+        (["x.jpg", 3, "  "], "is empty"),
+        (["x.jpg", 1, "c"], "label 1 is 'b_b' in train[0], but here: 'c'; give each class one label"),
+        (["x.jpg", 3, "B b"], "'B b' has the label 1 in train[0], but here: 3; give each class one label"),
+        (
+            ["a/1.jpg", 2, "c"],
+            "images/a/1.jpg has the label 0 in train[1], but here: 2; list each image under one class",
+        ),
     ],
 )
 def test_an_entry_that_would_give_an_image_the_wrong_class_is_named(tmp_path: Path, entry: object, fault: str) -> None:
-    write_json(tmp_path, {**LISTED, "test": [LISTED["test"][0], entry]})  # type: ignore[list-item]
-    with pytest.raises(DataError, match=rf"split_zhou_DescribableTextures\.json: {fault}"):
+    path = write_json(tmp_path, {**LISTED, "test": [LISTED["test"][0], entry]})  # type: ignore[list-item]
+    with pytest.raises(DataError) as caught:
         read_splits(CATALOG["dtd"], tmp_path)
+    assert (caught.value.path, caught.value.field) == (path, "test[1]")
+    assert str(caught.value).startswith(f"{path}: test[1]: {fault}")
 
 
 def test_spellings_of_one_name_are_one_class(tmp_path: Path) -> None:
@@ -226,10 +250,12 @@ def test_variants_without_images_and_doubled_ones_are_told(tmp_path: Path) -> No
     assert splits.class_names == {0: "707-320", 1: "DR-400"}
     assert [entry.label for entry in (*splits.train, *splits.test)] == [1, 0]
     (told,) = splits.notices
-    assert told.startswith("fgvc_aircraft: 2 of the 3 classes of variants.txt have images; the others are left out")
+    assert told.startswith("fgvc_aircraft: 2 of the 3 classes of variants.txt have images; the others are skipped")
     (folder / "variants.txt").write_text("707-320\nDR-400\n707_320\nDR_400\nDR-400\n")
-    with pytest.raises(DataError, match=r"variants\.txt: the class list repeats 'DR-400' at 2 and 5"):
+    with pytest.raises(DataError) as caught:
         read_splits(CATALOG["fgvc_aircraft"], tmp_path)
+    assert caught.value.path == folder / "variants.txt"
+    assert "'DR-400' at 2 and 5" in str(caught.value.found)
 
 
 CLASSES = {"n01": "tench", "n02": "great white shark", "n03": "hen", "n04": "owl"}
@@ -276,7 +302,7 @@ def test_a_missing_class_folder_never_moves_another_classs_name(
         assert splits.notices == ()
     else:
         (told,) = splits.notices
-        assert told.startswith(f"imagenet: {left} of the 4 classes of classnames.txt have images; the others are left")
+        assert told.startswith(f"imagenet: {left} of the 4 classes of classnames.txt have images; the others are ")
     told_absent: list[Event] = []
     open_source(Data(dataset="imagenet"), tmp_path, report=told_absent.append)
     absent = [CLASSES[synset] for synset in train.split() if synset not in val.split()]
@@ -302,38 +328,47 @@ def test_other_files_in_class_folders_are_no_images_and_counted(tmp_path: Path) 
 
 def test_images_that_have_no_class_are_refused_with_the_remedy(tmp_path: Path) -> None:
     folder = imagenet(tmp_path, train="n01 n02", val="")
-    with pytest.raises(DataError, match=r"images/val: holds no images"):
+    with pytest.raises(DataError, match="contains no images") as caught:
         read_splits(CATALOG["imagenet"], tmp_path)
+    assert caught.value.path == folder / "images/val"
     touch(folder / "images/val/ILSVRC2012_val_00000001.JPEG")
-    with pytest.raises(DataError, match=r"images/val: 1 images lie in no class folder: ILSVRC2012_val_00000001.*move"):
+    with pytest.raises(DataError) as caught:
         read_splits(CATALOG["imagenet"], tmp_path)
+    assert (caught.value.path, caught.value.found) == (folder / "images/val", "ILSVRC2012_val_00000001.JPEG")
+    assert "folder of its class" in str(caught.value.remedy)
 
 
 def test_class_folders_that_are_not_listed_or_nested_are_refused(tmp_path: Path) -> None:
     folder = imagenet(tmp_path, train="n01 n02 n05", val="n01 n02")
-    with pytest.raises(DataError, match=r"images/train: .*classnames\.txt does not list the folders n05"):
+    with pytest.raises(DataError) as caught:
         read_splits(CATALOG["imagenet"], tmp_path)
+    assert (caught.value.path, caught.value.found) == (folder / "images/train", "n05")
     (folder / "images/train/n05").rename(folder / "images/train/n01/images")
-    with pytest.raises(DataError, match=r"train/n01: holds folders \(images\)"):
+    with pytest.raises(DataError) as caught:
         read_splits(CATALOG["imagenet"], tmp_path)
+    assert (caught.value.path, caught.value.found) == (folder / "images/train/n01", "images")
 
 
 @pytest.mark.parametrize(
-    ("content", "fault"),
+    ("content", "field", "problem"),
     [
-        ("n01 tench\n\nn02 shark\n", "line 2: '' is not a folder name and a class name"),
-        ("n01 tench\nn02\n", "line 2: 'n02' is not a folder name"),
-        ("n01 tench\nn02 shark\nn01 hen\n", "line 3: n01 is listed in line 1 already"),
-        ("n01 tench\nn02 sh\u2028ark\n", "line 2 has a line break within it"),
-        ("n01 tench\nn02 ___\n", "line 2 is empty"),
-        ("n01 tench\n", "at least 2 classes"),
+        ("n01 tench\n\nn02 shark\n", "line 2", "is not a folder name and a class name"),
+        ("n01 tench\nn02\n", "line 2", "is not a folder name and a class name"),
+        ("n01 tench\nn02 shark\nn01 hen\n", "line 3", "is already in line 1"),
+        ("n01 tench\nn02 sh\u2028ark\n", "line 2", "has a line break within it"),
+        ("n01 tench\nn02 ___\n", "line 2", "is empty"),
+        ("n01 tench\n", None, "too few classes"),
     ],
 )
-def test_a_class_list_whose_lines_would_shift_is_refused(tmp_path: Path, content: str, fault: str) -> None:
+def test_a_class_list_whose_lines_would_shift_is_refused(
+    tmp_path: Path, content: str, field: str | None, problem: str
+) -> None:
     folder = imagenet(tmp_path, train="n01 n02", val="n01 n02")
     (folder / "classnames.txt").write_text(content, encoding="utf-8")
-    with pytest.raises(DataError, match=rf"classnames\.txt: .*{fault}"):
+    with pytest.raises(DataError) as caught:
         read_splits(CATALOG["imagenet"], tmp_path)
+    assert (caught.value.path, caught.value.field) == (folder / "classnames.txt", field)
+    assert caught.value.problem == problem
 
 
 def test_names_that_two_classes_share_are_told_since_openais_own_list_has_some(tmp_path: Path) -> None:
@@ -355,8 +390,9 @@ def test_folders_numbered_by_lines_do_not_shift_either(tmp_path: Path) -> None:
     assert by_path(splits.test, splits.class_names) == {"0": "tench", "2": "hen", "3": "owl"}
     assert len(splits.notices) == 1
     touch(folder / "imagenetv2-matched-frequency-format-val/4/x.jpeg")
-    with pytest.raises(DataError, match="does not list the folders 4"):
+    with pytest.raises(DataError) as caught:
         read_splits(dataset, tmp_path)
+    assert caught.value.found == "4"
     # A list that is shorter than the published one numbers other classes.
     assert any("which has 3 of 1,000" in notice for notice in numbered_by_three_lines(tmp_path).notices)
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision import transforms
 
 from comkd_cli.data.transforms import scoring_input, stable_seed, training_inputs
-from comkd_cli.edge.classifier import Preprocessing
+from comkd_cli.edge.images import Preprocessing
 from comkd_cli.recipe.model import Augment
 
 SIDE = 240

@@ -8,7 +8,7 @@ from PIL import Image
 
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.source import ImageSet
-from comkd_cli.edge.classifier import Preprocessing, UnreadableImage, prepare
+from comkd_cli.edge.images import Preprocessing, UnreadableImage, prepare
 from comkd_cli.errors import ModelError
 from comkd_cli.evaluation.features import Encoder, FeatureStore, store_key
 
@@ -17,7 +17,7 @@ IMAGES = digits_source().train.subset(list(range(10)))
 
 
 class Counting:
-    """An encoder that counts the images it is shown."""
+    """An encoder that counts its images."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -38,7 +38,7 @@ def test_features_are_those_of_each_image_in_order(tmp_path: Path) -> None:
     assert found.indices.tolist() == list(range(10))
 
 
-def test_a_second_call_shows_no_image_to_the_model(tmp_path: Path) -> None:
+def test_a_second_call_encodes_no_image(tmp_path: Path) -> None:
     counting = Counting()
     first = store(tmp_path).features(Encoder("a", INPUT, counting), IMAGES, "it")
     second = store(tmp_path).features(Encoder("a", INPUT, counting), IMAGES, "it")
@@ -46,7 +46,7 @@ def test_a_second_call_shows_no_image_to_the_model(tmp_path: Path) -> None:
     assert np.array_equal(first.values, second.values)
 
 
-def test_nothing_is_kept_without_a_folder() -> None:
+def test_nothing_is_stored_without_a_folder() -> None:
     counting = Counting()
     for _ in range(2):
         store(None).features(Encoder("a", INPUT, counting), IMAGES, "it")
@@ -68,7 +68,7 @@ def test_other_weights_preparation_or_files_are_another_key(encoder: Encoder, im
     assert store_key(encoder, images) != store_key(Encoder("a", INPUT, Counting()), IMAGES)
 
 
-def test_unreadable_images_are_remembered(tmp_path: Path) -> None:
+def test_unreadable_images_are_stored(tmp_path: Path) -> None:
     def open_key(key: str):  # type: ignore[no-untyped-def]
         if key == IMAGES.keys[3]:
             raise UnreadableImage(f"{key}: cut\noff")
@@ -81,7 +81,7 @@ def test_unreadable_images_are_remembered(tmp_path: Path) -> None:
         assert found.unreadable == (f"{IMAGES.keys[3]}: cut off",)
 
 
-def test_an_unreadable_image_whose_name_is_not_utf8_is_remembered(tmp_path: Path) -> None:
+def test_an_unreadable_image_whose_name_is_not_utf8_is_stored(tmp_path: Path) -> None:
     def open_key(key: str):  # type: ignore[no-untyped-def]
         if key == IMAGES.keys[3]:
             raise UnreadableImage("caf\udce9.png: cut off")
@@ -93,7 +93,7 @@ def test_an_unreadable_image_whose_name_is_not_utf8_is_remembered(tmp_path: Path
     assert kept.unreadable[0].endswith(".png: cut off")
 
 
-def test_a_damaged_file_is_made_anew(tmp_path: Path) -> None:
+def test_a_damaged_file_is_recomputed(tmp_path: Path) -> None:
     counting = Counting()
     encoder = Encoder("a", INPUT, counting)
     store(tmp_path).features(encoder, IMAGES, "it")
@@ -104,7 +104,7 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path) -> None:
     assert found.values.shape == (10, 6)
 
 
-def test_an_image_that_can_be_read_by_now_is_added_and_the_others_are_not_read_again(tmp_path: Path) -> None:
+def test_an_image_that_has_become_readable_is_added_without_reading_the_others(tmp_path: Path) -> None:
     damaged = {IMAGES.keys[3], IMAGES.keys[7]}
 
     def open_key(key: str):  # type: ignore[no-untyped-def]

@@ -30,14 +30,14 @@ def by_hand(
 
 def test_without_validation_images_it_is_the_papers_formula_at_1_and_5_5() -> None:
     cache, test, vectors = case()
-    found = tip_adapter(cache, NOTHING, test, vectors, 2.0, fine_tune=False, seed=1)
+    found = tip_adapter(cache, NOTHING, test, vectors, 2.0, fine_tune_seed=None)
     assert np.array_equal(found, by_hand(cache, test, vectors, 2.0, 1.0, 5.5))
 
 
 def test_alpha_and_beta_are_the_best_of_the_grid_on_validation_images() -> None:
     cache, test, vectors = case()
     val = Labelled(test[:20], torch.arange(20) % 3)
-    found = tip_adapter(cache, val, test, vectors, 2.0, fine_tune=False, seed=1)
+    found = tip_adapter(cache, val, test, vectors, 2.0, fine_tune_seed=None)
     accuracy = float(np.mean(found[:20] == val.labels.numpy()))
     for alpha in (0.1, 1.0, 2.8):
         for beta in (0.1, 3.0, 6.9):
@@ -45,18 +45,18 @@ def test_alpha_and_beta_are_the_best_of_the_grid_on_validation_images() -> None:
             assert accuracy >= float(np.mean(other == val.labels.numpy())) - 1e-9
 
 
-def test_fine_tuning_fits_the_shots_better_and_repeats_itself() -> None:
+def test_fine_tuning_fits_the_shots_better_and_is_reproducible() -> None:
     cache, _, vectors = case(3)
-    plain = tip_adapter(cache, NOTHING, cache.features, vectors, 2.0, fine_tune=False, seed=1)
-    tuned = tip_adapter(cache, NOTHING, cache.features, vectors, 2.0, fine_tune=True, seed=1)
-    again = tip_adapter(cache, NOTHING, cache.features, vectors, 2.0, fine_tune=True, seed=1)
+    plain = tip_adapter(cache, NOTHING, cache.features, vectors, 2.0, fine_tune_seed=None)
+    tuned = tip_adapter(cache, NOTHING, cache.features, vectors, 2.0, fine_tune_seed=1)
+    again = tip_adapter(cache, NOTHING, cache.features, vectors, 2.0, fine_tune_seed=1)
     assert np.array_equal(tuned, again)
     assert np.mean(tuned == cache.labels.numpy()) >= np.mean(plain == cache.labels.numpy())
 
 
-@pytest.mark.parametrize("fine_tune", [False, True])
-def test_the_cache_itself_is_left_as_it_was(fine_tune: bool) -> None:
+@pytest.mark.parametrize("fine_tune_seed", [None, 1])
+def test_the_cache_is_not_modified(fine_tune_seed: int | None) -> None:
     cache, test, vectors = case()
     before = cache.features.clone()
-    tip_adapter(cache, NOTHING, test, vectors, 2.0, fine_tune=fine_tune, seed=1)
+    tip_adapter(cache, NOTHING, test, vectors, 2.0, fine_tune_seed=fine_tune_seed)
     assert torch.equal(cache.features, before)

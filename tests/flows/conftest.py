@@ -12,7 +12,7 @@ from comkd_cli.method.teacher import Teacher
 from comkd_cli.models.backbones import build_clip
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Model
-from comkd_cli.training.loop import make_accelerator
+from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 from tests.exported import export_once
 
@@ -42,7 +42,7 @@ def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     accelerator = make_accelerator("fp32")
     return distill.distill(
         run,
-        lambda: adapt.ready_teacher(stage, accelerator, lambda event: None, "again"),
+        adapt.TeacherPreparation(stage, accelerator, lambda event: None, "again"),
         accelerator,
         lambda event: None,
         "again",

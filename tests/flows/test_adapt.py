@@ -17,7 +17,8 @@ from comkd_cli.models.backbones import build_clip
 from comkd_cli.models.checkpoints import load_student, load_teacher
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Model
-from comkd_cli.training.loop import make_accelerator
+from comkd_cli.teachers.loading import load_saved_teacher
+from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
 PROMPTS = {"method": "promptsrc", "shots": 4, "epochs": 3, "tokens": 2, "vision_depth": 2, "text_depth": 1}
@@ -36,15 +37,15 @@ def make_stage(runs: Path, weights: Path, root: Path = Path("data"), **changes: 
     return adapt.stage_1(recipe, open_source(recipe.data, root), root, runs)
 
 
-def teach(stage: adapt.Stage1, events: list[Event] | None = None):  # type: ignore[no-untyped-def]
+def prepare(stage: adapt.Stage1, events: list[Event] | None = None):  # type: ignore[no-untyped-def]
     report = (events if events is not None else []).append
-    return adapt.ready_teacher(stage, make_accelerator("fp32"), report, "again")
+    return adapt.TeacherPreparation(stage, make_accelerator("fp32"), report, "again").prepare()
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> adapt.Stage1:
     stage = make_stage(tmp_path_factory.mktemp("runs"), weights)
-    teach(stage)
+    prepare(stage)
     return stage
 
 
@@ -60,19 +61,19 @@ def test_only_prompts_are_saved_with_the_hash_of_what_they_stand_on(done: adapt.
     assert not (done.folder / "state").exists()
 
 
-def test_four_shots_of_each_class_are_learned_from(done: adapt.Stage1) -> None:
+def test_prompts_are_trained_on_four_shots_of_each_class(done: adapt.Stage1) -> None:
     first = json.loads((done.folder / "metrics.jsonl").read_text().splitlines()[0])
     assert {"cross_entropy", "text", "image", "logits"} <= set(first)
-    lessons = adapt._lessons(done, done.settings.adapt)  # type: ignore[arg-type]
-    counts = [list(lessons.train.labels or ()).count(label) for label in range(10)]
+    source = done.prompt_source(done.settings.adapt)  # type: ignore[arg-type]
+    counts = [list(source.train.labels or ()).count(label) for label in range(10)]
     assert counts == [4] * 10
     assert first["learning_rate"] == 1e-5  # the constant warm-up epoch
 
 
 def test_base_classes_have_the_shots_that_they_have_among_all(done: adapt.Stage1, weights: Path) -> None:
-    whole = adapt._lessons(done, done.settings.adapt)  # type: ignore[arg-type]
+    whole = done.prompt_source(done.settings.adapt)  # type: ignore[arg-type]
     stage = make_stage(done.runs, weights, adapt={"classes": "base"})
-    base = adapt._lessons(stage, stage.settings.adapt)  # type: ignore[arg-type]
+    base = stage.prompt_source(stage.settings.adapt)  # type: ignore[arg-type]
     assert base.class_names == whole.class_names[:5]
     kept = [k for k, label in zip(whole.train.keys, whole.train.labels or (), strict=True) if label < 5]
     assert list(base.train.keys) == kept
@@ -87,10 +88,10 @@ def test_the_kept_prompts_are_the_weighted_average_of_the_epochs(tmp_path: Path,
     kept = []
     for epochs in (1, 2, 3):
         stage = make_stage(tmp_path / str(epochs), weights, adapt={**steady, "epochs": epochs, "gaussian": None})
-        teach(stage)
+        prepare(stage)
         kept.append(load_teacher(stage.file).state_dict)
     averaged = make_stage(tmp_path / "average", weights, adapt={**steady, "gaussian": {"mean": 2, "deviation": 1}})
-    teach(averaged)
+    prepare(averaged)
     density = torch.exp(-0.5 * torch.tensor([1.0, 0.0, 1.0]))
     share = density / density.sum()
     for name, value in load_teacher(averaged.file).state_dict.items():
@@ -103,14 +104,14 @@ def test_students_and_seeds_share_a_teacher(done: adapt.Stage1, weights: Path) -
     written = done.file.stat().st_mtime_ns
     for changes in ({"seed": 7}, {"loss": {"refinement": {"weight": 5.0}, "if_align": None}}):
         events: list[Event] = []
-        teach(make_stage(done.runs, weights, **changes), events)
+        prepare(make_stage(done.runs, weights, **changes), events)
         assert [e.title for e in events if isinstance(e, Stage)] == [f"Teacher: reused from {done.file}"]
     assert done.file.stat().st_mtime_ns == written
     assert make_stage(done.runs, weights, adapt={"shots": 2}).folder != done.folder
     assert make_stage(done.runs, weights, adapt={"classes_at_once": 3}).folder == done.folder
 
 
-def test_a_teacher_of_one_data_set_teaches_the_classes_of_another(
+def test_a_teacher_of_one_dataset_classifies_among_the_classes_of_another(
     done: adapt.Stage1, weights: Path, tmp_path: Path
 ) -> None:
     pictures = tmp_path / "pictures"
@@ -121,15 +122,15 @@ def test_a_teacher_of_one_data_set_teaches_the_classes_of_another(
     data = {"folder": str(pictures), "classes": ("cat", "dog")}
     events: list[Event] = []
     stage = make_stage(done.runs, weights, data=data, adapt={"data": {"dataset": "digits"}})
-    ready = teach(stage, events)
+    ready = prepare(stage, events)
     assert stage.file == done.file
     assert ready.teacher.class_vectors.shape == (2, 16)
     other = make_stage(done.runs, weights, data={**data, "classes": ("cat", "wolf")}, adapt=stage_data())
     assert (other.key, other.contents) == (stage.key, stage.contents)
     long = {**data, "classes": ("cat", "wolf in the very dark forest")}
-    teach(make_stage(done.runs, weights, data=long, adapt=stage_data()), events)
-    (told,) = [event.text for event in events if isinstance(event, Notice)]
-    assert "the prompts of 1 of 2 classes are cut ('wolf in the very dark forest')" in told
+    prepare(make_stage(done.runs, weights, data=long, adapt=stage_data()), events)
+    (text,) = [event.text for event in events if isinstance(event, Notice)]
+    assert "the prompts of 1 of 2 classes are truncated ('wolf in the very dark forest')" in text
 
 
 def stage_data() -> dict[str, Any]:
@@ -140,18 +141,19 @@ def test_a_changed_backbone_is_refused(done: adapt.Stage1, weights: Path, tmp_pa
     moved = tmp_path / "clip.pt"
     moved.write_bytes(weights.read_bytes())
     stage = make_stage(tmp_path / "runs", moved)
-    teach(stage)
+    prepare(stage)
     torch.save(build_clip(Model(config=tiny.CLIP), seed=4).model.state_dict(), moved)
-    from comkd_cli.teachers.loading import saved_teacher
-
-    with pytest.raises(CheckpointError, match="other weights"):
-        saved_teacher(stage.file, stage.source.class_names, torch.device("cpu"))
+    with pytest.raises(CheckpointError, match="other weights") as caught:
+        load_saved_teacher(stage.file, stage.source.class_names, torch.device("cpu"))
+    assert caught.value.path == stage.file
 
 
 def test_a_student_of_a_prompted_teacher_is_scored_beside_it(done: adapt.Stage1, tmp_path: Path) -> None:
     run = distill.Run(done.recipe, "tiny", done.source, done.runs, done.contents, done.key)
     accelerator = make_accelerator("fp32")
-    path = distill.distill(run, lambda: teach(done), accelerator, lambda event: None, "again")
+    path = distill.distill(
+        run, adapt.TeacherPreparation(done, accelerator, print, "again"), accelerator, lambda event: None, "again"
+    )
     _, record = load_student(path)
     assert record.teacher is not None
     bench = Bench(torch.device("cpu"), Path("data"), lambda event: None)
@@ -160,7 +162,7 @@ def test_a_student_of_a_prompted_teacher_is_scored_beside_it(done: adapt.Stage1,
     assert teacher.top1_percent == pytest.approx(load_teacher(done.file).record.metrics["test_top1_percent"])
 
 
-def test_prompts_that_are_cut_are_told_while_a_teacher_learns(
+def test_truncated_prompts_are_reported_while_a_teacher_is_trained(
     done: adapt.Stage1, weights: Path, tmp_path: Path, write_image: Callable[..., Path]
 ) -> None:
     """By either way of training, before hours pass; the 60 templates count apart from the class prompts."""
@@ -172,18 +174,19 @@ def test_prompts_that_are_cut_are_told_while_a_teacher_learns(
         teacher = {"config": tiny.CLIP, "weights": str(weights), "adapt": adapts}
         recipe = parse_recipe(tiny.recipe(teacher=teacher, data=data))
         events: list[Event] = []
-        teach(adapt.stage_1(recipe, open_source(recipe.data, tmp_path), tmp_path, tmp_path / "runs"), events)
-        told = [event.text for event in events if isinstance(event, Notice) and "are cut" in event.text]
-        assert len(told) == count
-        assert all("'wolf in the very dark forest'" in text for text in told)
-        assert any("of 120 prompts" in text for text in told) == (count == 2)
+        prepare(adapt.stage_1(recipe, open_source(recipe.data, tmp_path), tmp_path, tmp_path / "runs"), events)
+        texts = [event.text for event in events if isinstance(event, Notice) and "are truncated" in event.text]
+        assert len(texts) == count
+        assert all("'wolf in the very dark forest'" in text for text in texts)
+        assert any("of 120 prompts" in text for text in texts) == (count == 2)
 
 
-def test_what_cannot_be_learned_is_told(weights: Path, tmp_path: Path, write_image: Any) -> None:
+def test_a_teacher_without_labels_or_weights_is_refused(weights: Path, tmp_path: Path, write_image: Any) -> None:
     for name in range(3):
         write_image(tmp_path / "pictures" / f"{name}.png")
     data = {"folder": str(tmp_path / "pictures"), "classes": ("a", "b")}
-    with pytest.raises(DataError, match="promptsrc learns from labels"):
-        teach(make_stage(tmp_path / "runs", weights, data=data))
+    with pytest.raises(DataError) as caught:
+        prepare(make_stage(tmp_path / "runs", weights, data=data))
+    assert (caught.value.field, caught.value.found) == ("teacher.adapt", "promptsrc")
     with pytest.raises(RecipeError, match="give `weights`"):
         parse_recipe(tiny.recipe(teacher={"config": tiny.CLIP, "adapt": "promptsrc"}))

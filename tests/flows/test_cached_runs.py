@@ -11,7 +11,7 @@ from comkd_cli.errors import DataError, MisuseError
 from comkd_cli.events import Event, Notice
 from comkd_cli.flows import adapt, distill
 from comkd_cli.recipe import parse_recipe
-from comkd_cli.training.loop import make_accelerator
+from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
 EPOCHS = 3
@@ -31,7 +31,7 @@ def do(pair, events: list[Event] | None = None) -> dict[str, torch.Tensor]:  # t
     run, stage = pair
     report = (events if events is not None else []).append
     accelerator = make_accelerator("fp32")
-    path = distill.distill(run, lambda: adapt.ready_teacher(stage, accelerator, report, ""), accelerator, report, "")
+    path = distill.distill(run, adapt.TeacherPreparation(stage, accelerator, report, ""), accelerator, report, "")
     state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
     return state
 
@@ -47,26 +47,26 @@ def test_with_a_view_an_epoch_in_fp32_a_run_is_the_one_without_a_cache(
     tmp_path: Path, weights: Path, seen: list[int]
 ) -> None:
     plain = do(make(tmp_path, weights, "plain", None))
-    asked = sum(seen)
+    computed = sum(seen)
     cold = do(make(tmp_path, weights, "cold", FULL))
-    assert sum(seen) == 2 * asked
+    assert sum(seen) == 2 * computed
     warm = do(make(tmp_path, weights, "warm", FULL))
-    assert sum(seen) == 2 * asked  # the teacher was not asked again
+    assert sum(seen) == 2 * computed  # the teacher did not run again
     assert same(plain, cold)
     assert same(plain, warm)
 
 
 def test_other_students_and_seeds_read_what_one_has_filled(tmp_path: Path, weights: Path, seen: list[int]) -> None:
     do(make(tmp_path, weights, "first", FULL))
-    asked = sum(seen)
+    computed = sum(seen)
     events: list[Event] = []
     do(make(tmp_path, weights, "other loss", FULL, loss={"refinement": {"weight": 3.0}, "if_align": None}), events)
-    assert sum(seen) == asked
+    assert sum(seen) == computed
     do(make(tmp_path, weights, "first", FULL, seed=2), events)
     # Another order leaves out other images at the end of an epoch: those alone are new.
-    assert 0 < sum(seen) - asked <= EPOCHS * (1437 % 128)
-    told = [event.text for event in events if isinstance(event, Notice) and "came from it" in event.text]
-    assert len(told) == 2
+    assert 0 < sum(seen) - computed <= EPOCHS * (1437 % 128)
+    texts = [event.text for event in events if isinstance(event, Notice) and "crops read" in event.text]
+    assert len(texts) == 2
 
 
 def test_fewer_views_than_epochs_repeat_them(tmp_path: Path, weights: Path, seen: list[int]) -> None:
@@ -74,11 +74,11 @@ def test_fewer_views_than_epochs_repeat_them(tmp_path: Path, weights: Path, seen
     assert sum(seen) <= 1437
 
 
-def test_precomputing_leaves_nothing_to_ask(tmp_path: Path, weights: Path, seen: list[int]) -> None:
+def test_precomputing_leaves_nothing_to_compute(tmp_path: Path, weights: Path, seen: list[int]) -> None:
     run, stage = make(tmp_path, weights, "later", {"views": 2})
     accelerator = make_accelerator("fp32")
     for _ in range(2):  # the second time there is nothing left to do
-        distill.precompute(run, lambda: adapt.ready_teacher(stage, accelerator, print, ""), accelerator, lambda e: None)
+        distill.precompute(run, adapt.TeacherPreparation(stage, accelerator, print, ""), accelerator, lambda e: None)
         assert sum(seen) == 2 * 1437
     do((run, stage))
     assert sum(seen) == 2 * 1437
@@ -98,8 +98,9 @@ def test_another_teacher_crop_or_seed_has_another_cache(tmp_path: Path, weights:
 def test_a_recipe_without_a_cache_cannot_be_precomputed(tmp_path: Path, weights: Path) -> None:
     run, stage = make(tmp_path, weights, "none", None)
     accelerator = make_accelerator("fp32")
-    with pytest.raises(MisuseError, match=r"teacher_cache\.views"):
-        distill.precompute(run, lambda: adapt.ready_teacher(stage, accelerator, print, ""), accelerator, print)
+    with pytest.raises(MisuseError) as caught:
+        distill.precompute(run, adapt.TeacherPreparation(stage, accelerator, print, ""), accelerator, print)
+    assert caught.value.field == "teacher_cache"
 
 
 def folder_of(path: Path, first: int) -> dict[str, Any]:
@@ -111,7 +112,9 @@ def folder_of(path: Path, first: int) -> dict[str, Any]:
     return {"folder": str(path), "classes": ("a", "b")}
 
 
-def test_folders_whose_files_are_only_called_alike_do_not_share(tmp_path: Path, weights: Path, seen: list[int]) -> None:
+def test_other_images_with_the_same_file_names_have_another_cache(
+    tmp_path: Path, weights: Path, seen: list[int]
+) -> None:
     optim = {**tiny.OPTIM, "epochs": EPOCHS, "batch_size": 6}
     for name, first in (("one", 0), ("other", 100)):
         before = sum(seen)
@@ -119,7 +122,7 @@ def test_folders_whose_files_are_only_called_alike_do_not_share(tmp_path: Path, 
         assert sum(seen) - before == EPOCHS * 12
 
 
-def test_precomputing_names_what_it_cannot_read_and_keeps_to_the_limit(tmp_path: Path, weights: Path) -> None:
+def test_precomputing_names_unreadable_images_and_stops_above_the_limit(tmp_path: Path, weights: Path) -> None:
     data = folder_of(tmp_path / "pictures", 0)
     (tmp_path / "pictures/3.bmp").write_bytes(b"no picture")
     events: list[Event] = []
@@ -129,7 +132,7 @@ def test_precomputing_names_what_it_cannot_read_and_keeps_to_the_limit(tmp_path:
         run, stage = make(tmp_path / "runs", weights, "it", {"views": 1}, data=limited)
         accelerator = make_accelerator("fp32")
         distill.precompute(
-            run, lambda: adapt.ready_teacher(stage, accelerator, events.append, ""), accelerator, events.append
+            run, adapt.TeacherPreparation(stage, accelerator, events.append, ""), accelerator, events.append
         )
 
     fill(10.0)
@@ -138,18 +141,18 @@ def test_precomputing_names_what_it_cannot_read_and_keeps_to_the_limit(tmp_path:
         fill(5.0)
 
 
-def test_a_teacher_trained_anew_has_another_cache(tmp_path: Path, weights: Path) -> None:
+def test_a_retrained_teacher_has_another_cache(tmp_path: Path, weights: Path) -> None:
     """Its settings are the same, and its weights need not be: on another machine, by other threads."""
     folders = []
     for number in range(2):
         run, stage = make(tmp_path / str(number), weights, "it", {"views": 1}, teacher=tiny.recipe()["teacher"])
-        ready = adapt.ready_teacher(stage, make_accelerator("fp32"), lambda event: None, "")
+        ready = adapt.TeacherPreparation(stage, make_accelerator("fp32"), lambda event: None, "").prepare()
         assert ready.checkpoint is not None
         if number:
             saved = torch.load(ready.checkpoint, weights_only=True)
             next(iter(saved["state_dict"].values())).add_(1e-6)
             torch.save(saved, ready.checkpoint)
-        cache = distill._open_cache(run, ready, lambda event: None)
+        cache = distill.open_cache(run, ready, lambda event: None)
         assert cache is not None
         folders.append(cache.folder.name)
     assert folders[0] != folders[1]

@@ -16,7 +16,7 @@ from comkd_cli.errors import CheckpointError
 from comkd_cli.events import Event, Notice
 from comkd_cli.flows import adapt, distill
 from comkd_cli.recipe import parse_recipe
-from comkd_cli.training.loop import make_accelerator
+from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
 
@@ -47,7 +47,7 @@ def train(run: distill.Run, stage: adapt.Stage1) -> Path:
     accelerator = make_accelerator("fp32")
     return distill.distill(
         run,
-        lambda: adapt.ready_teacher(stage, accelerator, lambda event: None, "again"),
+        adapt.TeacherPreparation(stage, accelerator, lambda event: None, "again"),
         accelerator,
         lambda event: None,
         "again",
@@ -63,9 +63,12 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> distill.Run:
 
 
 def refusal(run: distill.Run) -> str:
+    """What the run has differently from the finished one."""
     with pytest.raises(CheckpointError) as caught:
         distill.finished(run)
-    return str(caught.value)
+    assert caught.value.path == run.student_file
+    assert "--fresh" in str(caught.value.remedy)
+    return str(caught.value.found)
 
 
 def folder_of(run: distill.Run) -> Path:
@@ -93,9 +96,7 @@ def test_the_same_recipe_and_images_are_finished_also_where_the_folder_was_moved
     ids=["optimiser", "loss", "teacher", "augment"],
 )
 def test_another_setting_is_refused_by_its_name(done: distill.Run, changes: dict[str, Any], named: str) -> None:
-    message = refusal(make(folder_of(done), done.runs, **changes)[0])
-    assert named in message
-    assert "--fresh" in message
+    assert named in refusal(make(folder_of(done), done.runs, **changes)[0])
 
 
 def test_a_folder_of_the_same_name_with_other_images_is_another_run_and_another_teacher(
@@ -174,7 +175,7 @@ def test_a_teacher_that_learns_prompts_is_known_by_the_images_it_learns_from_alo
     folder = write_digits(tmp_path / "pair")
     _, stage = make(folder, tmp_path / "runs", teacher=teacher)
     key = stage.key
-    drawn = set(adapt._lessons(stage, stage.settings.adapt).train.keys)  # type: ignore[arg-type]
+    drawn = set(stage.prompt_source(stage.settings.adapt).train.keys)  # type: ignore[arg-type]
     unused = next(key for key in stage.source.train.keys if key not in drawn)
     Image.new("RGB", (8, 8)).save(folder / "train" / unused)
     assert make(folder, tmp_path / "runs", teacher=teacher)[1].key == key
@@ -212,8 +213,8 @@ def test_a_cache_of_which_a_single_image_changed_is_another_cache(weights: Path,
         if changed:
             Image.new("RGB", (8, 8)).save(folder / "train/0/3.bmp")
         run, stage = make(folder, tmp_path / "runs", teacher=teacher, teacher_cache={"views": 1})
-        ready = adapt.ready_teacher(stage, make_accelerator("fp32"), lambda event: None, "again")
-        cache = distill._open_cache(run, ready, lambda event: None)
+        ready = adapt.TeacherPreparation(stage, make_accelerator("fp32"), lambda event: None, "again").prepare()
+        cache = distill.open_cache(run, ready, lambda event: None)
         assert cache is not None
         folders.append(cache.folder)
     assert folders[0] != folders[1]

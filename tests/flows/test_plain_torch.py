@@ -9,19 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from comkd_cli.data.loaders import TrainingLoader
+from comkd_cli.data.loaders import Crops, Steps, TrainingLoader
 from comkd_cli.data.sources import open_source
+from comkd_cli.events import Event, Progress
 from comkd_cli.flows import adapt, distill
-from comkd_cli.method.student import Student
 from comkd_cli.models.backbones import build_clip, build_image_tower
 from comkd_cli.models.checkpoints import load_student
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Model
-from comkd_cli.training.loop import make_accelerator
+from comkd_cli.training import loop
+from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 from tests.method.test_prompts import prompted_by_hand
 
-EPOCHS, RATE = 3, 0.05
+EPOCHS, RATE, STEPS = 3, 0.05, 1437 // 64
 
 
 class Plain(nn.Module):
@@ -71,39 +72,34 @@ def test_a_run_without_both_modules_is_promptkd_step_for_step(
     stage = adapt.stage_1(recipe, source, tmp_path, tmp_path)
     run = distill.Run(recipe, "promptkd", source, tmp_path, stage.contents, stage.key)
 
-    starts: list[Student] = []
-    build = distill._build_student
+    # Each step's loss from the events, which hold the average of the epoch so far.
+    monkeypatch.setattr(loop, "REPORT_EVERY_SECONDS", 0.0)
+    sums: list[float] = []
 
-    def kept(*arguments):  # type: ignore[no-untyped-def]
-        student = build(*arguments)
-        starts.append(copy.deepcopy(student))
-        return student
+    def on_event(event: Event) -> None:
+        if isinstance(event, Progress) and event.label.startswith("student"):
+            sums.append(event.figures["loss"] * (len(sums) % STEPS + 1))
 
-    monkeypatch.setattr(distill, "_build_student", kept)
-    losses: list[float] = []
-    loss_of = distill._distillation_loss
-
-    def noted(*arguments):  # type: ignore[no-untyped-def]
-        result = loss_of(*arguments)
-        losses.append(float(result.loss.detach()))
-        return result
-
-    monkeypatch.setattr(distill, "_distillation_loss", noted)
     accelerator = make_accelerator("fp32")
-    path = distill.distill(
-        run, lambda: adapt.ready_teacher(stage, accelerator, lambda e: None, ""), accelerator, lambda e: None, ""
-    )
+    teacher_source = adapt.TeacherPreparation(stage, accelerator, lambda event: None, "")
+    path = distill.distill(run, teacher_source, accelerator, on_event, "")
+    losses = [total - (sums[step - 1] if step % STEPS else 0.0) for step, total in enumerate(sums)]
 
     teacher = build_clip(recipe.teacher)
     with torch.no_grad():
         vectors = functional.normalize(teacher.model.encode_text(teacher.tokenize(source.prompts)), dim=-1)
     scale = teacher.model.logit_scale.exp().detach()
     tower = build_image_tower(recipe.student)
-    plain = Plain(tower.module, starts[0].backbone.tokens.detach(), starts[0].projector)  # type: ignore[arg-type,union-attr]
+    start = distill.build_student(recipe, build_image_tower(recipe.student), vectors, scale)
+    plain = Plain(tower.module, start.backbone.tokens.detach(), start.projector)  # type: ignore[arg-type,union-attr]
     learning = [parameter for parameter in plain.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(learning, lr=RATE, momentum=0.9, weight_decay=5e-4)
     loader = TrainingLoader(
-        source.train, [teacher.preprocessing, tower.preprocessing], recipe.augment, 64, recipe.seed, 0
+        source.train,
+        [teacher.preprocessing, tower.preprocessing],
+        Crops(recipe.augment, recipe.seed),
+        Steps(64, recipe.seed),
+        0,
     )
     expected = []
     plain.train()
@@ -113,8 +109,8 @@ def test_a_run_without_both_modules_is_promptkd_step_for_step(
         optimizer.param_groups[0]["lr"] = rate
         for (batch,) in loader.epoch(epoch):
             with torch.no_grad():
-                taught = functional.normalize(teacher.model.encode_image(batch.inputs[0]), dim=-1)
-                teacher_logits = scale * taught @ vectors.T
+                features = functional.normalize(teacher.model.encode_image(batch.inputs[0]), dim=-1)
+                teacher_logits = scale * features @ vectors.T
             logits = scale * plain(batch.inputs[1]) @ vectors.T
             divergence = functional.kl_div(
                 functional.log_softmax(logits, dim=1),
@@ -128,7 +124,7 @@ def test_a_run_without_both_modules_is_promptkd_step_for_step(
             optimizer.step()
             expected.append(float(loss.detach()))
 
-    assert len(losses) == len(expected) == EPOCHS * (1437 // 64)
+    assert len(losses) == len(expected) == EPOCHS * STEPS
     assert losses == pytest.approx(expected, rel=1e-3)
     assert losses[:30] == pytest.approx(expected[:30], rel=1e-5)
     assert expected[-1] < 0.7 * expected[0]  # something was learned

@@ -23,7 +23,7 @@ from comkd_cli.flows.evaluate import Bench, evaluate
 from comkd_cli.models.checkpoints import load_student_record, load_teacher
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.results.records import Record
-from comkd_cli.training.loop import make_accelerator
+from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
 CANDIDATES = {"refinement": {"weight": 10.0}, "edu_attention": {"memory": "candidates", "gate_start": 0.5}}
@@ -72,7 +72,7 @@ def train(runs: Path, events: list[Event] | None = None, **changes: Any) -> dist
     report = (events if events is not None else []).append
     run, stage = make_run(runs, **changes)
     accelerator = make_accelerator(run.recipe.precision)
-    distill.distill(run, lambda: adapt.ready_teacher(stage, accelerator, report, ""), accelerator, report, "again")
+    distill.distill(run, adapt.TeacherPreparation(stage, accelerator, report, ""), accelerator, report, "again")
     return run
 
 
@@ -158,7 +158,7 @@ def test_a_compiled_student_is_scored_as_it_will_be_evaluated(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("classes", ["all", "base"])
-def test_what_is_told_of_a_selected_epoch_is_told_of_the_weights_that_are_kept(
+def test_the_metrics_of_a_selected_epoch_are_those_of_the_weights_that_are_kept(
     tmp_path: Path, digits: dict[str, Any], classes: str, precision: str
 ) -> None:
     events: list[Event] = []
@@ -186,23 +186,23 @@ def test_what_is_told_of_a_selected_epoch_is_told_of_the_weights_that_are_kept(
     assert (whole.classes, base.classes, base.role) == ("all", "base", "student")
     assert kept["test_top1_percent"] == whole.top1_percent
     assert kept["selection_score_percent"] == (whole if classes == "all" else base).top1_percent
-    told = [event.text for event in events if isinstance(event, Notice) and "kept the weights" in event.text]
-    assert told == [f"kept the weights of epoch {best + 1}, which has the best selection_score_percent"]
+    texts = [event.text for event in events if isinstance(event, Notice) and "kept the weights" in event.text]
+    assert texts == [f"kept the weights of epoch {best + 1}, which has the best selection_score_percent"]
 
 
 def stop_after_steps(patch: pytest.MonkeyPatch, steps: int) -> None:
     calls = 0
 
     @contextmanager
-    def options():  # type: ignore[no-untyped-def]
-        def wish() -> int | None:
+    def requests():  # type: ignore[no-untyped-def]
+        def exit_code() -> int | None:
             nonlocal calls
             calls += 1
             return 130 if calls >= steps else None
 
-        yield wish
+        yield exit_code
 
-    patch.setattr("comkd_cli.training.loop.stop_requests", options)
+    patch.setattr("comkd_cli.training.loop.stop_requests", requests)
 
 
 @pytest.mark.parametrize("stop_at", [9, 14, 30])
@@ -272,10 +272,11 @@ def test_selection_without_labelled_test_images_is_refused_before_a_teacher_is_t
     for index in range(6):
         images.open(index).save(tmp_path / f"few/{index}.png")
     data = {"folder": str(tmp_path / "few"), "classes": ("a", "b")}
-    with pytest.raises(DataError, match="few: selection: promptkd needs labelled test images"):
+    with pytest.raises(DataError) as caught:
         train(tmp_path, data=data, selection="promptkd")
+    assert (caught.value.path, caught.value.field) == ("few", "selection")
     assert not (tmp_path / "teachers").exists()
-    with pytest.raises(RecipeError, match="`selection_classes` belongs to `selection: promptkd`"):
+    with pytest.raises(RecipeError, match="`selection_classes` needs `selection: promptkd`"):
         parse_recipe(tiny.recipe(selection_classes="base"))
 
 
@@ -302,9 +303,9 @@ def test_scores_say_how_many_test_images_they_lack(half_damaged: Path, tmp_path:
     student, teacher = evaluated(run)
     assert (student.images, student.unreadable) == (teacher.images, teacher.unreadable) == (14, 6)
     assert load_student_record(run.student_file).metrics["test_top1_percent"] == student.top1_percent
-    told = [e.text for e in events if isinstance(e, Notice) and "test images can't be read" in e.text]
-    assert len(told) == 2  # by the teacher's training and the student's, each once
-    assert all(text.startswith("6 of 20") and text.count(".png: ") == 6 for text in told)
+    texts = [e.text for e in events if isinstance(e, Notice) and "test images could not be read" in e.text]
+    assert len(texts) == 2  # by the teacher's training and the student's, each once
+    assert all(text.startswith("6 of 20") and text.count(".png: ") == 6 for text in texts)
 
 
 def test_the_line_of_an_epoch_tells_unreadable_test_images_where_there_are_some() -> None:
@@ -321,19 +322,20 @@ def test_where_no_test_image_can_be_read_there_is_a_count_and_no_score(half_dama
     kept = load_student_record(run.student_file).metrics
     assert (kept["test_images"], kept["test_unreadable"]) == (0, 20)
     assert "test_top1_percent" not in kept
-    with pytest.raises(DataError, match="none could be read; use selection: last"):
+    with pytest.raises(DataError) as caught:
         train(tmp_path / "selected", data=data, selection="promptkd")
+    assert (caught.value.field, caught.value.remedy) == ("selection", "use selection: last")
 
 
 def test_too_many_unreadable_test_images_stop_training_and_evaluation(half_damaged: Path, tmp_path: Path) -> None:
     data = {"folder": str(half_damaged), "unreadable_limit_percent": 30.0, "workers": 0}
     run = train(tmp_path / "runs", data=data)
     strict = {**data, "unreadable_limit_percent": 29.0}
-    message = r"6 of 20 test images of digits2 \(30 %\) can't be read.*unreadable_limit_percent \(29 %\)(.|\n)*\.png: "
+    message = r"6 of 20 test images of digits2 \(30 %\) could not be read \(allowed: 29 %\)(.|\n)*\.png: "
     with pytest.raises(DataError, match=message):
         train(tmp_path / "strict", data=strict)
     bench = Bench(
         torch.device("cpu"), Path("data"), lambda event: None, data=parse_recipe(tiny.recipe(data=strict)).data
     )
-    with pytest.raises(DataError, match=r"6 of 20 images of digits2 \(30 %\) can't be read(.|\n)*\.png: "):
+    with pytest.raises(DataError, match=r"6 of 20 images of digits2 \(30 %\) could not be read(.|\n)*\.png: "):
         evaluate(str(run.student_file), run.runs, bench)

@@ -13,7 +13,7 @@ from comkd_cli.flows import adapt, distill
 from comkd_cli.models.backbones import build_image_tower, recompute_activations
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Model
-from comkd_cli.training.loop import make_accelerator
+from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
 
@@ -24,8 +24,8 @@ def train(runs: Path, **changes: Any) -> dict[str, torch.Tensor]:
     stage = adapt.stage_1(recipe, source, Path("data"), runs)
     run = distill.Run(recipe, "it", source, runs, stage.contents, stage.key)
     accelerator = make_accelerator("fp32")
-    teach = lambda: adapt.ready_teacher(stage, accelerator, lambda event: None, "")  # noqa: E731
-    path = distill.distill(run, teach, accelerator, lambda event: None, "", fresh=True)
+    teacher = adapt.TeacherPreparation(stage, accelerator, lambda event: None, "")
+    path = distill.distill(run, teacher, accelerator, lambda event: None, "", fresh=True)
     state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
     return state
 
@@ -108,8 +108,9 @@ def test_more_parts_than_pairs_of_images_are_refused_before_a_teacher_is_trained
     for index in range(6):
         few.open(index).save(tmp_path / f"few/{index}.png")
     data = {"folder": str(tmp_path / "few"), "classes": ("a", "b")}
-    with pytest.raises(TrainingError, match="batch_size must be 8 at least"):
+    with pytest.raises(TrainingError) as caught:
         train(tmp_path, data=data, optim={**tiny.OPTIM, "accumulation_steps": 4})
+    assert (caught.value.field, caught.value.found, caught.value.allowed) == ("batch_size", 6, "at least 8")
     assert not (tmp_path / "teachers").exists()
 
 

@@ -1,4 +1,4 @@
-"""A step of distillation by all processes of torchrun, against one process's on the whole batch by plain PyTorch.
+"""A step of the Trainer by all processes of torchrun, against one process's on the whole batch by plain PyTorch.
 
 Prints a line for each case: its name, and how far the loss, all gradients and the running statistics are from those
 of one process, relative to their size.
@@ -7,22 +7,29 @@ of one process, relative to their size.
 import copy
 import json
 import sys
-import warnings
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from comkd_cli.data.loaders import Batch
 from comkd_cli.method.objective import loss_terms
 from comkd_cli.method.student import Student
 from comkd_cli.method.teacher import TeacherOutput
 from comkd_cli.models.backbones import build_image_tower
-from comkd_cli.recipe.model import EduAttention, IFAlign, Loss, Model, Refinement
+from comkd_cli.recipe.identity import Identity
+from comkd_cli.recipe.model import EduAttention, IFAlign, Loss, Model, Refinement, Sgd
 from comkd_cli.recipe.model import Student as Settings
-from comkd_cli.runtime.global_batch import share_batch_norms
-from comkd_cli.runtime.ranks import is_main, rank, world_size
+from comkd_cli.runtime.ranks import is_main, rank
+from comkd_cli.training.accelerator import make_accelerator
+from comkd_cli.training.loop import Trainer
+from comkd_cli.training.task import Objective, StepResult, Task
 from tests import tiny
 
 IMAGES, CLASSES, DIM = 16, 5, 16
@@ -67,7 +74,33 @@ def plain_loss(made: Student, images: torch.Tensor, features: torch.Tensor, logi
     return 100 * divergence + 0.1 * (means + variances)
 
 
-def differences(name: str, share: tuple[int, ...]) -> dict[str, float]:
+@dataclass(frozen=True)
+class Given(Objective):
+    """The student's objective, with a teacher whose features and logits of each image are given."""
+
+    features: torch.Tensor
+    logits: torch.Tensor
+
+    def loss(self, model: nn.Module, batch: Batch, probe: bool) -> StepResult:
+        teacher = TeacherOutput(self.features[batch.indices], self.logits[batch.indices])
+        settings = Loss(refinement=Refinement(weight=100.0), if_align=IFAlign(weight=0.1), edu_attention=None)
+        return StepResult(torch.stack(list(loss_terms(model(batch.inputs[0]), teacher, settings).values())).sum())
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """A loader whose only step has these images, of which this process gets its share."""
+
+    images: torch.Tensor
+    mine: slice
+    steps_per_epoch = 1
+    batch_size = image_count = IMAGES
+
+    def epoch(self, _epoch: int, _first_step: int) -> Iterator[tuple[Batch]]:
+        yield (Batch((self.images[self.mine],), None, torch.arange(IMAGES)[self.mine]),)
+
+
+def differences(name: str, share: tuple[int, ...], accelerator: Accelerator) -> dict[str, float]:
     alone = student(TOWERS[name])
     shared = copy.deepcopy(alone)
     size = 16 if name == "vit" else 32
@@ -77,18 +110,26 @@ def differences(name: str, share: tuple[int, ...]) -> dict[str, float]:
     whole = plain_loss(alone, images, features, logits)
     whole.backward()
 
-    share_batch_norms(shared, torch.device("cpu"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a new name for the setting
-        model = DistributedDataParallel(shared, broadcast_buffers=False)
     first = sum(share[: rank()])
-    mine = slice(first, first + share[rank()])
-    settings = Loss(refinement=Refinement(weight=100.0), if_align=IFAlign(weight=0.1), edu_attention=None)
-    terms = loss_terms(model(images[mine]), TeacherOutput(features[mine], logits[mine]), settings)
-    loss = torch.stack(list(terms.values())).sum() * (share[rank()] * world_size() / IMAGES)
-    loss.backward()
-    total = loss.detach().clone()
-    torch.distributed.all_reduce(total)
+    task = Task(
+        model=shared,
+        objective=Given(features, logits),
+        loader=OneStep(images, slice(first, first + share[rank()])),  # type: ignore[arg-type]
+        optim=Sgd(epochs=1, batch_size=IMAGES),
+        folder=Path(tempfile.mkdtemp()),
+        identity=Identity({}),
+        seed=1,
+        label="step",
+        resume_line="",
+        unreadable_limit_percent=0.0,
+        uses_all_parameters=True,
+    )
+    gradients: list[torch.Tensor] = []
+    hook = register_optimizer_step_pre_hook(
+        lambda _optimizer, _args, _kwargs: gradients.extend(p.grad.clone() for p in shared.parameters())  # type: ignore[union-attr,misc]
+    )
+    (history,) = Trainer(task, accelerator, lambda event: None).fit()
+    hook.remove()
 
     def distance(pairs) -> float:  # type: ignore[no-untyped-def]
         left, right = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in zip(*pairs, strict=True))
@@ -96,19 +137,19 @@ def differences(name: str, share: tuple[int, ...]) -> dict[str, float]:
 
     statistics = [(a, b) for a, b in zip(shared.buffers(), alone.buffers(), strict=True) if b.is_floating_point()]
     return {
-        "loss": abs(float(total / world_size() / whole.detach()) - 1),
-        "gradient": distance((a.grad, b.grad) for a, b in zip(shared.parameters(), alone.parameters(), strict=True)),
+        "loss": abs(history["loss"] / float(whole.detach()) - 1),
+        "gradient": distance((a, b.grad) for a, b in zip(gradients, alone.parameters(), strict=True)),
         "statistics": distance(statistics),
         "batch_norms": sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in shared.modules()),
     }
 
 
 def main() -> None:
-    PartialState(cpu=True)
+    accelerator = make_accelerator("fp32")
     for name in TOWERS:
         for case, share in SHARES.items():
             torch.manual_seed(11)
-            found = differences(name, share)
+            found = differences(name, share, accelerator)
             if is_main():
                 sys.stdout.write(json.dumps({"case": f"{name}, {case}", **found}) + "\n")
 

@@ -31,5 +31,6 @@ def test_gradient_is_that_of_finite_differences() -> None:
 
 
 def test_refuses_a_batch_of_one() -> None:
-    with pytest.raises(BatchTooSmallError, match="at least 2"):
+    with pytest.raises(BatchTooSmallError, match="at least 2") as caught:
         if_align(torch.ones(1, 4), torch.ones(1, 4))
+    assert caught.value.found == 1

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from comkd_cli.errors import DataError
-from comkd_cli.method.objective import gradient_shares, loss_terms
+from comkd_cli.method.objective import loss_terms
 from comkd_cli.method.student import StudentOutput
 from comkd_cli.method.teacher import TeacherOutput
 from comkd_cli.recipe.model import FeatureCosine, FeatureMse, IFAlign, Labels, Loss, Refinement
@@ -14,9 +14,9 @@ def outputs() -> tuple[StudentOutput, TeacherOutput]:
     projected = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     vectors = nn.functional.normalize(torch.randn(3, 6, dtype=torch.float64), dim=1)
     features = nn.functional.normalize(projected, dim=1)
-    taught = nn.functional.normalize(torch.randn(4, 6, dtype=torch.float64), dim=1)
+    unit = nn.functional.normalize(torch.randn(4, 6, dtype=torch.float64), dim=1)
     student = StudentOutput(projected, features, 10 * features @ vectors.T)
-    return student, TeacherOutput(taught, 10 * taught @ vectors.T)
+    return student, TeacherOutput(unit, 10 * unit @ vectors.T)
 
 
 def test_with_both_modules_off_it_is_promptkds_objective() -> None:
@@ -44,19 +44,6 @@ def test_alignment_compares_normalised_features() -> None:
     assert first == pytest.approx(second, rel=1e-6)
 
 
-def test_gradient_shares_are_the_terms_gradient_norms_over_their_sum() -> None:
-    student, teacher = outputs()
-    terms = loss_terms(student, teacher, Loss(refinement=Refinement(weight=50.0)))
-    shares = gradient_shares(terms, student.projected)
-    norms = {}
-    for name, term in terms.items():
-        student.projected.grad = None
-        term.backward(retain_graph=True)
-        norms[name] = student.projected.grad.norm().item()  # type: ignore[attr-defined]
-    assert sum(shares.values()) == pytest.approx(1)
-    assert shares["refinement"] == pytest.approx(norms["refinement"] / sum(norms.values()), rel=1e-6)
-
-
 def test_the_terms_of_other_methods_are_off_unless_they_are_given() -> None:
     student, teacher = outputs()
     labels = torch.tensor([0, 1, 2, 0])
@@ -71,10 +58,7 @@ def test_the_terms_of_other_methods_are_off_unless_they_are_given() -> None:
     assert terms["feature_mse"].item() == pytest.approx(2 * (1 - cosines.mean()).item(), rel=1e-6)
     likely = student.logits.softmax(1)[range(4), labels]
     assert terms["labels"].item() == pytest.approx(-3 * likely.log().mean().item(), rel=1e-6)
-    shares = gradient_shares(terms, student.projected)
-    assert list(shares) == ["refinement", "if_align", "feature_mse", "feature_cosine", "labels"]
-    assert sum(shares.values()) == pytest.approx(1)
-    assert shares["feature_mse"] == pytest.approx(shares["feature_cosine"], rel=1e-6)
+    assert list(terms) == ["refinement", "if_align", "feature_mse", "feature_cosine", "labels"]
 
 
 def test_labels_alone_need_no_teacher_and_cannot_do_without_labels() -> None:
@@ -82,5 +66,6 @@ def test_labels_alone_need_no_teacher_and_cannot_do_without_labels() -> None:
     loss = Loss(refinement=None, if_align=None, labels=Labels())
     assert not loss.needs_teacher
     assert list(loss_terms(student, None, loss, torch.tensor([0, 1, 2, 0]))) == ["labels"]
-    with pytest.raises(DataError, match=r"loss\.labels needs labelled"):
+    with pytest.raises(DataError) as caught:
         loss_terms(student, None, loss, None)
+    assert caught.value.field == "loss.labels"

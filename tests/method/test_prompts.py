@@ -123,11 +123,14 @@ def test_prompts_start_small_and_normal() -> None:
 
 
 def test_more_depth_than_blocks_is_refused() -> None:
-    with pytest.raises(ModelError, match="more than the 3 blocks"):
+    with pytest.raises(ModelError) as caught:
         VisionPrompts(tower(), tokens=4, depth=4)
+    assert (caught.value.field, caught.value.found) == ("student.prompts.depth", 4)
 
 
 def test_a_convolutional_tower_is_refused() -> None:
     convolutional = CLIP(24, {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "head_width": 32}, TEXT).visual
-    with pytest.raises(ModelError, match="no vision transformer"):
+    with pytest.raises(ModelError) as caught:
         VisionPrompts(convolutional, tokens=4, depth=1)
+    assert caught.value.field == "student.prompts"
+    assert "train: full" in str(caught.value.remedy)

@@ -1,8 +1,7 @@
-"""Files of weights that do not fit: each says what differs, and its remedy works."""
+"""Files of weights that a model does not load: the error names what differs, and its remedy works."""
 
 import argparse
 import json
-import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -31,13 +30,13 @@ def prefixed(state: State, prefix: str) -> State:
     return {f"{prefix}{name}": value for name, value in state.items()}
 
 
-def run_remedy(message: str) -> None:
-    """Run what stands in a message after `python -c`, as a shell would give it to Python."""
-    (program,) = shlex.split(message.partition("python -c ")[2])
+def run_remedy(error: ModelError) -> None:
+    """Run what follows `python -c` in a remedy, as a shell would pass it to Python."""
+    (program,) = shlex.split(str(error.remedy).partition("python -c ")[2])
     exec(program, {})
 
 
-# What open_clip takes as it is, and what it does not.
+# What open_clip loads as it is, and what it does not.
 TAKEN: dict[str, Callable[[State], Any]] = {
     "plain": lambda state: state,
     "state_dict": lambda state: {"epoch": 3, "state_dict": state},
@@ -54,7 +53,7 @@ WRAPPED: dict[str, Callable[[State], Any]] = {
 
 
 @pytest.mark.parametrize("kind", TAKEN)
-def test_what_open_clip_takes_is_taken(clip: torch.nn.Module, tmp_path: Path, kind: str) -> None:
+def test_what_open_clip_loads_is_loaded(clip: torch.nn.Module, tmp_path: Path, kind: str) -> None:
     torch.save(TAKEN[kind](clip.state_dict()), tmp_path / "w.pt")
     built = build_clip(Model(config=tiny.CLIP, weights=str(tmp_path / "w.pt")))
     assert state_sha256(built.model) == state_sha256(clip)
@@ -66,10 +65,11 @@ def test_the_remedy_for_a_wrapped_file_is_a_command_that_works(
 ) -> None:
     path = tmp_path / "my weights.pt"
     torch.save(WRAPPED[kind](clip.state_dict()), path)
-    with pytest.raises(ModelError, match=r"my weights\.pt: does not hold weights of .*python -c") as caught:
+    with pytest.raises(ModelError, match="does not hold weights of") as caught:
         build_clip(Model(config=tiny.CLIP, weights=str(path)))
+    assert caught.value.path == path
     assert "\n" not in str(caught.value)
-    run_remedy(str(caught.value))
+    run_remedy(caught.value)
     mended = Model(config=tiny.CLIP, weights=str(tmp_path / "my weights-plain.pt"))
     assert state_sha256(build_clip(mended).model) == state_sha256(clip)
 
@@ -79,7 +79,7 @@ def test_a_wrapped_safetensors_file_has_a_remedy_that_works(clip: torch.nn.Modul
     save_file(prefixed({name: value.clone() for name, value in clip.state_dict().items()}, "clip."), path)
     with pytest.raises(ModelError, match=r"after `clip\.`") as caught:
         build_clip(Model(config=tiny.CLIP, weights=str(path)))
-    run_remedy(str(caught.value))
+    run_remedy(caught.value)
     mended = Model(config=tiny.CLIP, weights=str(tmp_path / "w-plain.pt"))
     assert state_sha256(build_clip(mended).model) == state_sha256(clip)
 
@@ -92,26 +92,34 @@ def test_a_wrapped_file_of_a_tower_has_a_remedy_too(clip: Any, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "problem", "remedy"),
     [
-        ({"vision_model.embeddings.class_embedding": torch.ones(3), "logit_scale": torch.ones(())}, "transformers"),
-        ({"state_dict": {"prompt_learner.ctx": torch.ones(4, 16)}}, "teacher.format: promptsrc"),
-        ({"format": "comkd-student/1", "state_dict": {"backbone.x": torch.ones(2)}}, "a student that comkd distilled"),
+        (
+            {"vision_model.embeddings.class_embedding": torch.ones(3), "logit_scale": torch.ones(())},
+            "transformers library",
+            "hf-hub:ORG/NAME",
+        ),
+        ({"state_dict": {"prompt_learner.ctx": torch.ones(4, 16)}}, "PromptSRC", "teacher.format: promptsrc"),
+        ({"format": "comkd-student/1", "state_dict": {"backbone.x": torch.ones(2)}}, "a student", "weights of a CLIP"),
         (
             {n: torch.ones(1) for n in ("x", "input_resolution", "context_length", "vocab_size")},
+            "OpenAI's own code",
             "-quickgelu, or remove",
         ),
-        ({"something": torch.ones(1)}, r"lacks .*has something, which the model does not have"),
-        ([torch.ones(1)], "it holds list, not tensors by name"),
-        (torch.ones(1), "it holds Tensor, not tensors by name"),
-        ({}, "does not hold weights"),
-        ({"args": argparse.Namespace(lr=1), "state_dict": {}}, "more than plain tensors; save the state_dict alone"),
+        ({"something": torch.ones(1)}, "has something, which the model does not have", "the architecture"),
+        ([torch.ones(1)], "it holds list, not tensors by name", "state_dict()"),
+        (torch.ones(1), "it holds Tensor, not tensors by name", "state_dict()"),
+        ({}, "holds no tensors", "state_dict()"),
+        ({"args": argparse.Namespace(lr=1), "state_dict": {}}, "more than plain tensors; save the state_dict", ""),
     ],
 )
-def test_another_kind_of_file_is_recognised(tmp_path: Path, content: object, message: str) -> None:
+def test_another_kind_of_file_is_recognised(tmp_path: Path, content: object, problem: str, remedy: str) -> None:
     torch.save(content, tmp_path / "w.pt")
-    with pytest.raises(ModelError, match=rf"w\.pt: .*{message}") as caught:
+    with pytest.raises(ModelError) as caught:
         build_clip(Model(config=tiny.CLIP, weights=str(tmp_path / "w.pt")))
+    assert caught.value.path == tmp_path / "w.pt"
+    assert problem in caught.value.problem
+    assert remedy in (caught.value.remedy or "")
     assert "\n" not in str(caught.value)
     assert "Error(s) in loading" not in str(caught.value)
 
@@ -122,25 +130,35 @@ def test_an_image_tower_alone_is_no_teacher(clip: Any, tmp_path: Path) -> None:
         build_clip(Model(config=tiny.CLIP, weights=str(tmp_path / "w.pt")))
 
 
-def test_a_torchscript_archive_is_told_with_its_remedy(tmp_path: Path) -> None:
+def test_a_torchscript_archive_is_refused_with_a_remedy(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "ViT-B-32.pt"))
     for build, config in ((build_clip, tiny.CLIP), (build_image_tower, tiny.TOWER)):
-        with pytest.raises(ModelError, match=r"ViT-B-32\.pt: is a TorchScript archive.*weights: openai"):
+        with pytest.raises(ModelError, match="is a TorchScript archive") as caught:
             build(Model(config=config, weights=str(tmp_path / "ViT-B-32.pt")))
+        assert caught.value.path == tmp_path / "ViT-B-32.pt"
+        assert "weights: openai" in str(caught.value.remedy)
 
 
-def test_a_folder_is_told_from_a_file(tmp_path: Path) -> None:
-    model = Model(config=tiny.CLIP, weights=str(tmp_path))
-    with pytest.raises(ModelError, match=r"is a folder; open_clip's models have an open_clip_config\.json"):
-        build_clip(model)
+def test_a_folder_is_not_a_file_of_weights(tmp_path: Path) -> None:
+    def failure(model: Model) -> ModelError:
+        with pytest.raises(ModelError) as caught:
+            build_clip(model)
+        return caught.value
+
+    model, of_folder = Model(config=tiny.CLIP, weights=str(tmp_path)), Model(arch=f"local-dir:{tmp_path}")
+    plain = failure(model)
+    assert (plain.field, plain.found) == ("weights", str(tmp_path))
+    assert "open_clip_config.json" in str(plain.remedy)
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["CLIPModel"]}))
-    with pytest.raises(ModelError, match=r"a model of the transformers library \(CLIPModel\).*hf-hub:"):
-        build_clip(model)
-    with pytest.raises(ModelError, match=r"local-dir:.*a model of the transformers library \(CLIPModel\)"):
-        build_clip(Model(arch=f"local-dir:{tmp_path}"))
+    for given, field in ((model, "weights"), (of_folder, "arch")):
+        error = failure(given)
+        assert error.field == field
+        assert "transformers library (CLIPModel)" in error.problem
+        assert "hf-hub:" in str(error.remedy)
     (tmp_path / "open_clip_config.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"use arch: local-dir:"):
-        build_clip(model)
+    assert failure(model).remedy == f"use arch: local-dir:{tmp_path} without weights"
+    absent = failure(Model(arch=f"local-dir:{tmp_path / 'absent'}"))
+    assert (absent.path, absent.problem) == (tmp_path / "absent", "no such folder")
 
 
 def test_weights_of_another_architecture_name_what_differs(clip: torch.nn.Module, tmp_path: Path) -> None:
@@ -148,11 +166,12 @@ def test_weights_of_another_architecture_name_what_differs(clip: torch.nn.Module
     text = {**tiny.CLIP["text_cfg"], "width": 32}  # type: ignore[dict-item]
     with pytest.raises(
         ModelError,
-        match=r"positional_embedding of the shape \(10, 16\) instead of \(10, 32\).* \d+ more; give the",
-    ):
+        match=r"positional_embedding of the shape \(10, 16\) instead of \(10, 32\).* \d+ more",
+    ) as caught:
         build_clip(Model(config={**tiny.CLIP, "text_cfg": text}, weights=str(tmp_path / "w.pt")))
+    assert "architecture" in str(caught.value.remedy)
     deeper = {**tiny.CLIP["vision_cfg"], "layers": 3}  # type: ignore[dict-item]
-    with pytest.raises(ModelError, match=r"it lacks visual\.transformer\.resblocks\.2\.\S+, .* and \d+ more; give"):
+    with pytest.raises(ModelError, match=r"it lacks visual\.transformer\.resblocks\.2\.\S+, .* and \d+ more"):
         build_clip(Model(config={**tiny.CLIP, "vision_cfg": deeper}, weights=str(tmp_path / "w.pt")))
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -164,22 +183,22 @@ def test_weights_of_another_architecture_name_what_differs(clip: torch.nn.Module
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_refused_by_the_first(
-    clip: torch.nn.Module, tmp_path: Path, value: float
-) -> None:
+def test_weights_with_nan_or_infinity_are_refused(clip: torch.nn.Module, tmp_path: Path, value: float) -> None:
     state = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
     state["visual.proj"][0, 0] = value
     torch.save(state, tmp_path / "w.pt")
-    message = r"w\.pt: holds NaN or infinite values, first in visual\.proj"
-    with pytest.raises(ModelError, match=message):
-        build_clip(Model(config=tiny.CLIP, weights=str(tmp_path / "w.pt")))
     alone = {key: value for key, value in tiny.CLIP.items() if key != "text_cfg"}
-    with pytest.raises(ModelError, match=message.replace("visual\\.", "")):
-        build_image_tower(Model(config=alone, weights=str(tmp_path / "w.pt")))
+    path = str(tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"first in visual\.proj:") as caught:
+        build_clip(Model(config=tiny.CLIP, weights=path))
+    assert caught.value.path == path
+    with pytest.raises(ModelError, match=r"first in proj:") as caught:
+        build_image_tower(Model(config=alone, weights=path))
+    assert caught.value.path == path
 
 
 @pytest.mark.parametrize("read", [load_student, load_teacher, read_released, build_clip])
-def test_a_file_that_must_not_be_read_is_told_as_that(
+def test_a_file_without_read_permission_is_named(
     read: Callable[[Any], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "file.pt"
@@ -190,23 +209,26 @@ def test_a_file_that_must_not_be_read_is_told_as_that(
 
     monkeypatch.setattr(torch, "load", refuse)
     given: object = Model(config=tiny.CLIP, weights=str(path)) if read is build_clip else path
-    with pytest.raises((CheckpointError, ModelError), match=re.escape(f"{path}: can't be read: permission denied")):
+    with pytest.raises((CheckpointError, ModelError), match="permission denied") as caught:
         read(given)
+    if read is not read_released:
+        assert caught.value.path == path  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"", "is empty"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "git lfs pull")],
+    ("content", "remedy"),
+    [
+        (b"", "copy or download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "git lfs pull"),
+    ],
 )
-def test_a_file_in_the_place_of_weights_is_named(tmp_path: Path, suffix: str, content: bytes, message: str) -> None:
+def test_a_placeholder_of_weights_is_refused_with_a_remedy(
+    tmp_path: Path, suffix: str, content: bytes, remedy: str
+) -> None:
     path = tmp_path / f"w{suffix}"
     path.write_bytes(content)
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(ModelError) as caught:
         build_clip(Model(config=tiny.CLIP, weights=str(path)))
-
-
-def test_a_file_without_tensors_is_named(tmp_path: Path) -> None:
-    torch.save({}, tmp_path / "w.pt")
-    with pytest.raises(ModelError, match="holds no tensors"):
-        build_clip(Model(config=tiny.CLIP, weights=str(tmp_path / "w.pt")))
+    assert caught.value.path == path
+    assert remedy in str(caught.value.remedy)

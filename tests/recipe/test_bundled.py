@@ -3,7 +3,6 @@
 import json
 import subprocess
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from comkd_cli.recipe import check_recipes, load_recipe, parse_recipe
 from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.recipe.loading import bundled_recipes
 from comkd_cli.recipe.model import Model
-from comkd_cli.training.loop import make_accelerator
+from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 from tests.flows.test_suite import fill
 
@@ -111,7 +110,7 @@ def test_the_command_prints_them_with_no_network_and_no_data(
     env = {"HF_HUB_OFFLINE": "1", "COMKD_DATA": str(tmp_path / "nothing")}
     planned = run_comkd("distill", "vitl_to_vitb", "--dry-run", cwd=tmp_path, env=env)
     assert planned.returncode == 0, planned.stderr
-    for word in ("427,", "G multiply-adds", "trainable", "is not there"):
+    for word in ("427,", "G multiply-adds", "trainable", "was not found"):
         assert word in " ".join(planned.stdout.split())
     assert list(tmp_path.iterdir()) == []
 
@@ -121,13 +120,13 @@ def test_a_dry_run_tells_of_each_kind_of_images_that_are_not_there(
 ) -> None:
     nothing = run_comkd("distill", "cifar10", "--dry-run", cwd=tmp_path)
     assert nothing.returncode == 0, nothing.stderr
-    assert "neither cifar10 nor data/cifar10 exists" in " ".join(nothing.stdout.split())
+    assert "no such file or folder: cifar10, data/cifar10" in " ".join(nothing.stdout.split())
     only_target = tmp_path / "data"
     fill(CATALOG["eurosat"], only_target)
     cross = run_comkd("distill", "vitl_to_vitb_cross", "--dry-run", "--data-root", only_target, cwd=tmp_path)
     assert cross.returncode == 0, cross.stderr
     told = " ".join(cross.stdout.split())
-    assert "12 to learn from" in told
+    assert "12 training images" in told
     assert "imagenet is not there" in told
 
 
@@ -180,8 +179,8 @@ def reduced_run(name: str, runs: Path, root: Path, small: dict[str, Any]) -> dis
     stage = adapt.stage_1(recipe, source, root, runs)
     run = distill.Run(recipe, name, source, runs, stage.contents, stage.key)
     accelerator = make_accelerator("fp32")
-    teach = partial(adapt.ready_teacher, stage, accelerator, lambda event: None, "")
-    distill.distill(run, teach, accelerator, lambda event: None, "")
+    teacher = adapt.TeacherPreparation(stage, accelerator, lambda event: None, "")
+    distill.distill(run, teacher, accelerator, lambda event: None, "")
     return run
 
 

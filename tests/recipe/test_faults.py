@@ -25,7 +25,7 @@ def faults(tree: dict[str, Any]) -> list[str]:
     with pytest.raises(RecipeError) as caught:
         parse_recipe(tree, name="r.yaml")
     heading, *lines = str(caught.value).splitlines()
-    assert heading == f"r.yaml has {len(lines)} fault{'s' if len(lines) > 1 else ''}:"
+    assert heading == f"r.yaml: {len(lines)} fault{'s' if len(lines) > 1 else ''}:"
     assert all(line.startswith("  ") for line in lines)
     return [line.strip() for line in lines]
 
@@ -144,7 +144,7 @@ def test_each_fault_names_the_file_that_wrote_it(tmp_path: Path) -> None:
         load_recipe(tmp_path / "child.yaml", ["augment.min_scale=7", "precison=fp16"])
     base, child = tmp_path / "base.yaml", tmp_path / "child.yaml"
     assert str(caught.value).splitlines() == [
-        f"{child} has 6 faults:",
+        f"{child}: 6 faults:",
         f"  {base}: seed: should be greater than or equal to 0, not -1",
         "  --set: augment.min_scale: should be less than or equal to 1, not 7",
         f"  {child}: augment.flip: should be a valid boolean, not 'x'",

@@ -142,19 +142,19 @@ def test_a_circle_is_named_file_by_file(write: Write, tmp_path: Path, spelling: 
     write(f"extends: {spelling}", "second.yaml")
     (tmp_path / "folder").mkdir()
     (tmp_path / "link.yaml").symlink_to(first)
-    with pytest.raises(RecipeError, match=r"circle: first\.yaml -> second\.yaml -> first\.yaml"):
+    with pytest.raises(RecipeError, match=r"is circular: first\.yaml -> second\.yaml -> first\.yaml"):
         load_recipe(first)
 
 
 def test_a_recipe_that_extends_itself_is_a_circle(write: Write) -> None:
-    with pytest.raises(RecipeError, match="circle"):
+    with pytest.raises(RecipeError, match="is circular"):
         load_recipe(write("extends: recipe.yaml"))
 
 
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ("nosuch.yaml", "extends: nosuch.yaml: no such recipe"),
+        ("nosuch.yaml", "no such recipe: nosuch.yaml (allowed: "),
         ("[a, b]", "should be the path of one recipe"),
         ("3", "3"),
     ],
@@ -302,8 +302,10 @@ def test_a_setting_can_take_the_short_form_of_adapt(write: Write) -> None:
 
 @pytest.mark.parametrize("setting", ["seed", "=3", "a..b=3", ".seed=3", "seed.=3", ""])
 def test_a_setting_without_a_path_or_a_value_is_refused(write: Write, setting: str) -> None:
-    with pytest.raises(MisuseError, match=r"--set .*should be key\.path=value"):
+    with pytest.raises(MisuseError) as caught:
         load_recipe(write(), [setting])
+    assert caught.value.field == f"--set {setting}"
+    assert "key.path=value" in str(caught.value.remedy)
 
 
 def test_a_setting_that_is_no_yaml_is_named(write: Write) -> None:
@@ -364,10 +366,10 @@ def test_what_is_no_yaml_is_refused_by_name(text: str) -> None:
         (b"", "top level must be fields"),
         (b"- a\n- b\n", "top level must be fields"),
         (b"just words", "top level must be fields"),
-        (b"about: caf\xe9\n", "can't be read"),
-        (b"1: 2\n", "1 stands as a field name"),
-        (b"data: {yes: 1, 2: 3}\n", "2 stands as a field name"),
-        (b"data: [{null: 1}]\n", "None stands as a field name"),
+        (b"about: caf\xe9\n", "could not be read"),
+        (b"1: 2\n", "a field name is not text: 1"),
+        (b"data: {yes: 1, 2: 3}\n", "a field name is not text: 2"),
+        (b"data: [{null: 1}]\n", "a field name is not text: None"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused_by_name(tmp_path: Path, content: bytes, message: str) -> None:
@@ -470,7 +472,7 @@ def test_checking_names_the_faults_of_the_faulty_recipes_alone(write: Write) -> 
 def test_the_data_of_a_command_line_are_checked_as_a_recipes_are() -> None:
     data = parse_data({"dataset": None, "folder": "x", "classes": None, "template": "the {}"})
     assert (data.folder, data.template) == ("x", "the {}")
-    with pytest.raises(RecipeError, match=r"^data: `template` must hold \{\} once"):
+    with pytest.raises(RecipeError, match=r"^data: `template` must contain \{\} once"):
         parse_data({"folder": "x", "template": "the"})
     with pytest.raises(RecipeError, match=r"^data: foldr: unknown field; did you mean folder\?$"):
         parse_data({"folder": "x", "foldr": "y"})
@@ -480,7 +482,7 @@ def test_the_data_of_a_command_line_are_checked_as_a_recipes_are() -> None:
 def test_a_recipe_that_may_not_be_read_is_named(write: Write) -> None:
     path = write()
     path.chmod(0)
-    with pytest.raises(RecipeError, match="can't be read"):
+    with pytest.raises(RecipeError, match="could not be read"):
         load_recipe(path)
 
 
@@ -517,8 +519,8 @@ def test_a_data_set_has_fields_of_its_own_below_the_command_lines(
     [
         ("for_dataset: 0", "for_dataset: should be a mapping"),
         ("for_dataset: {dtd: 3}", "for_dataset: should be a mapping"),
-        ("for_dataset: {dtdd: {seed: 2}}", "'dtdd' is no data set"),
-        ("for_dataset: {dtd: {data: {dataset: eurosat}}}", r"for_dataset\.dtd: can't change `data`"),
+        ("for_dataset: {dtdd: {seed: 2}}", "for_dataset: unknown dataset: 'dtdd'"),
+        ("for_dataset: {dtd: {data: {dataset: eurosat}}}", r"for_dataset\.dtd: cannot change `data`"),
         ("for_dataset: {ucf101: {optim: {epoch: 2}}}", r"for_dataset\.ucf101: optim\.epoch: unknown field"),
     ],
 )
@@ -541,19 +543,22 @@ def test_a_recipe_of_a_newer_comkd_is_named_as_such_before_its_other_faults(tmp_
         path.write_text("extends: new.yaml\nschema_version: 1\n")
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
-    told = str(caught.value)
-    assert told.startswith(f"{tmp_path / 'new.yaml'}: schema_version 2 was written for a newer comkd; this one reads 1")
-    assert "hyperdrive" not in told
+    assert str(caught.value) == (
+        f"{tmp_path / 'new.yaml'}: schema_version: the recipe was written for a newer comkd: 2 (allowed: 1); "
+        "upgrade comkd (pip install --upgrade comkd)"
+    )
 
 
 def test_a_newer_version_of_the_command_line_or_of_plain_data_is_refused(minimal_recipe: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match="--set: schema_version 3 was written for a newer comkd"):
+    with pytest.raises(RecipeError) as caught:
         load_recipe("digits", ["schema_version=3"])
-    with pytest.raises(RecipeError, match=r"student\.pt: recipe: schema_version 2 was written for a newer comkd"):
+    assert (caught.value.path, caught.value.found) == ("--set", 3)
+    with pytest.raises(RecipeError) as caught:
         parse_recipe({**minimal_recipe, "schema_version": 2, "odd": 1}, name="student.pt: recipe")
+    assert (caught.value.path, caught.value.found) == ("student.pt: recipe", 2)
 
 
-@pytest.mark.parametrize("version", [0, "2", None, 1.5])
+@pytest.mark.parametrize("version", [0, "2", None, 1.5, True, 1.0])
 def test_what_is_no_version_is_a_fault_like_others(minimal_recipe: dict[str, Any], version: object) -> None:
     with pytest.raises(RecipeError, match="schema_version: should be"):
         parse_recipe({**minimal_recipe, "schema_version": version})
@@ -571,5 +576,5 @@ def test_an_extending_recipe_takes_back_what_a_base_has_for_single_data_sets(tmp
     assert [weight("all.yaml", name) for name in ("dtd", "fgvc_aircraft")] == [1000, 1000]
     assert [weight("one.yaml", name) for name in ("dtd", "fgvc_aircraft")] == [1000, 200]
     (tmp_path / "odd.yaml").write_text("extends: vitl_to_vitb.yaml\nfor_dataset: {no_such: null}\n")
-    with pytest.raises(RecipeError, match="'no_such' is no data set"):
+    with pytest.raises(RecipeError, match="unknown dataset: 'no_such'"):
         load_recipe(tmp_path / "odd.yaml")

@@ -1,5 +1,6 @@
 import json
-from dataclasses import FrozenInstanceError, asdict, fields, replace
+import re
+from dataclasses import asdict, fields, replace
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,7 @@ RECORD = Record(
 )
 
 
-def test_a_record_that_says_nothing_more_is_a_zero_shot_score_of_the_last_weights_on_all_classes() -> None:
+def test_by_default_a_record_is_a_zero_shot_score_of_the_last_epoch_on_all_classes() -> None:
     (written,) = json.loads(to_json(Results([RECORD])))["records"]
     assert written == {
         "model": "runs/digits/digits/seed1/student.pt",
@@ -80,16 +81,10 @@ def test_names_are_written_as_they_are_and_the_file_ends_with_a_line_break() -> 
     assert text.endswith("}\n")
 
 
-def test_every_share_says_that_it_is_a_percentage() -> None:
+def test_the_names_of_shares_end_in_percent() -> None:
     shares = [field.name for field in fields(Record) if "float" in str(field.type)]
     assert len(shares) == 3
     assert all(name.endswith("_percent") for name in shares)
-
-
-def test_a_record_is_not_changed_once_made() -> None:
-    for name, value in asdict(RECORD).items():
-        with pytest.raises(FrozenInstanceError):
-            setattr(RECORD, name, value)
 
 
 # --- reading back --------------------------------------------------------------------------------------
@@ -104,25 +99,32 @@ def test_a_document_of_an_older_version_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("document", "reason"),
+    ("document", "field"),
     [
-        ([], "no list of records"),
-        ({"a": 1}, "no list of records"),
-        ({"records": {}}, "no list of records"),
-        ({"records": [], "missing": 3}, "`missing` is not a list"),
-        ({"records": [7]}, "7 is not a record"),
-        ({"records": [{"model": "m"}]}, "lacks role"),
-        ({"records": [{**asdict(RECORD), "fresh": 1}]}, "no field 'fresh'"),
-        ({"records": [{**asdict(RECORD), "images": "many"}]}, "images: 'many'"),
-        ({"records": [{**asdict(RECORD), "images": True}]}, "images: True"),
-        ({"records": [{**asdict(RECORD), "role": "judge"}]}, "role: 'judge'"),
-        ({"records": [{**asdict(RECORD), "top1_percent": "97"}]}, "top1_percent: '97'"),
-        ({"records": [], "missing": [{"dataset": "dtd"}]}, "lacks problem"),
+        ({"a": 1}, "records"),
+        ({"records": {}}, "records"),
+        ({"records": [], "missing": 3}, "missing"),
+        ({"records": [7]}, "records.0"),
+        ({"records": [asdict(RECORD), {"model": "m"}]}, "records.1.role"),
+        ({"records": [{**asdict(RECORD), "fresh": 1}]}, "records.0.fresh"),
+        ({"records": [{**asdict(RECORD), "images": "many"}]}, "records.0.images"),
+        ({"records": [{**asdict(RECORD), "images": True}]}, "records.0.images"),
+        ({"records": [{**asdict(RECORD), "images": 7.5}]}, "records.0.images"),
+        ({"records": [{**asdict(RECORD), "role": "judge"}]}, "records.0.role"),
+        ({"records": [{**asdict(RECORD), "top1_percent": "97"}]}, "records.0.top1_percent"),
+        ({"records": [{**asdict(RECORD), "top1_percent": True}]}, "records.0.top1_percent"),
+        ({"records": [], "missing": [{"dataset": "dtd"}]}, "missing.0.problem"),
     ],
 )
-def test_what_is_no_results_document_is_refused_with_a_reason(document: object, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
+def test_a_document_of_another_format_is_refused_with_the_field(document: object, field: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(field)}: "):
         from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", "[" * 100_000], ids=["empty", "list", "cut", "null", "deep"])
+def test_a_text_that_is_not_a_document_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"JSON|object"):
+        from_json(text)
 
 
 # --- accumulating --------------------------------------------------------------------------------------
@@ -155,7 +157,7 @@ def test_each_part_of_the_identity_makes_a_record_of_its_own(change: dict[str, o
     assert merged(Results([RECORD]), Results([other])).records == [RECORD, other]
 
 
-def test_records_of_a_model_whose_weights_changed_are_dropped_on_every_data_set() -> None:
+def test_records_of_a_model_whose_weights_changed_are_dropped_on_every_dataset() -> None:
     old = replace(RECORD, model_sha256="a")
     elsewhere = replace(old, dataset="pets")
     teacher = replace(old, role="teacher")
@@ -165,7 +167,7 @@ def test_records_of_a_model_whose_weights_changed_are_dropped_on_every_data_set(
     assert merged(Results([unknown]), Results([fresh])).records == [unknown, fresh]
 
 
-def test_records_of_other_images_under_the_same_name_are_dropped_for_that_model_and_data_set() -> None:
+def test_records_of_other_images_under_the_same_name_are_dropped_for_that_model_and_dataset() -> None:
     old = replace(RECORD, images_sha256="a", protocol="few-shot")
     pets = replace(old, dataset="pets")
     other_model = replace(old, model="another")

@@ -83,7 +83,8 @@ def test_a_lock_that_is_held_for_long_is_named(tmp_path: Path, monkeypatch: pyte
     files = ResultFiles(tmp_path, ignore)
     with result_files._locked(tmp_path):
         files.add(Results([RECORD]))
-    assert "another evaluation" in str(files.problem)
+    assert files.problem is not None
+    assert files.problem.path == str(tmp_path / ".results.json.lock")
     assert not (tmp_path / "results.json").exists()
 
 
@@ -101,7 +102,8 @@ def test_what_could_not_be_written_is_written_with_the_next(tmp_path: Path) -> N
     folder.write_text("a file in its place")
     files = ResultFiles(folder, ignore)
     files.add(Results([RECORD]))
-    assert str(folder) in str(files.problem)
+    assert files.problem is not None
+    assert str(files.problem.path) == str(folder)
     folder.unlink()
     files.add(Results([replace(RECORD, dataset="pets")]))
     assert files.problem is None
@@ -127,7 +129,9 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Path, "write_text", full)
     files = ResultFiles(tmp_path, ignore)
     files.add(Results([replace(RECORD, dataset="pets")]))
-    assert "results.json: could not be written: No space left on device" in str(files.problem)
+    assert files.problem is not None
+    assert "No space left on device" in files.problem.problem
+    assert str(files.problem.path).endswith("results.json")
     assert (tmp_path / "results.json").read_bytes() == before
     assert json.loads(before)["records"]
 

@@ -1,10 +1,10 @@
 import csv
 import io
+import re
 import statistics
 
 import pytest
 
-from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.results.published import BASE_TO_NOVEL, CROSS_DATASET, DOMAIN_GENERALIZATION
 from comkd_cli.results.records import Missing, Record, Results
 from comkd_cli.results.tables import ELEVEN, VARIANTS, harmonic_mean, tables, to_csv, to_latex, to_markdown
@@ -32,7 +32,7 @@ def halves(dataset: str, seed: int, base: float, new: float) -> list[Record]:
     ]
 
 
-def test_a_data_sets_figure_is_the_mean_over_seeds_with_the_population_spread() -> None:
+def test_a_datasets_figure_is_the_mean_over_seeds_with_the_population_spread() -> None:
     (table,) = tables([*halves("eurosat", 1, 90.0, 60.0), *halves("eurosat", 2, 94.0, 66.0)])
     row = table.rows[0]
     assert row[1:4] == ("eurosat", "92.00 ± 2.00", "63.00 ± 3.00")
@@ -51,7 +51,7 @@ def test_the_average_over_eleven_is_the_harmonic_mean_of_the_means() -> None:
     assert average[2:] == ("86.96", "80.73", "83.73")
 
 
-def test_published_rows_stand_beside_ours_and_unknown_cells_are_empty() -> None:
+def test_published_rows_follow_ours_and_unknown_cells_are_empty() -> None:
     (table,) = tables(halves("sun397", 1, 84.0, 82.0))
     rows = {row[0]: row for row in table.rows}
     assert rows["ComKD-CLIP ViT-B/16 (published)"][1:] == ("sun397", "84.19", "", "82.93")
@@ -75,7 +75,7 @@ def test_teachers_of_two_recipes_are_never_averaged() -> None:
     ]
 
 
-def test_teachers_of_several_data_sets_are_one_row_each_of_one_model() -> None:
+def test_teachers_of_several_datasets_are_one_row_each_of_one_model() -> None:
     scores = [
         record(role="teacher", model=f"runs/teachers/{name}-a/teacher.pt", dataset=name, protocol="cross-dataset")
         for name in ("eurosat", "dtd")
@@ -84,7 +84,7 @@ def test_teachers_of_several_data_sets_are_one_row_each_of_one_model() -> None:
     assert [row[0] for row in table.rows if "published" not in row[0]] == ["teacher"]
 
 
-def test_students_that_learned_from_different_data_are_never_averaged() -> None:
+def test_students_of_different_data_are_never_averaged() -> None:
     """Two students of one recipe, both scored on a third data set."""
     scores = [
         record(model=f"runs/mine/{own}/seed1/student.pt", dataset="pets", protocol="few-shot", shots=1, method="m")
@@ -138,27 +138,59 @@ def test_published_figures_are_consistent_with_themselves() -> None:
                 assert mean == pytest.approx(rows["average"], abs=0.011)
 
 
-def test_a_line_of_csv_a_record() -> None:
+def test_csv_has_a_line_per_record() -> None:
     (row,) = csv.DictReader(io.StringIO(to_csv([record(agreement_percent=None)])))
     assert row["model"].endswith("student.pt")
     assert row["agreement_percent"] == ""
     assert row["top1_percent"] == "80.0"
 
 
+def cells(line: str, separator: str) -> list[str]:
+    return [cell.strip() for cell in line.strip(f"{separator} \\\n").split(separator)]
+
+
 def test_markdown_and_latex_hold_every_table_and_what_is_missing() -> None:
     results = Results(
         [record(protocol="zero-shot"), record(protocol="few-shot", method="linear-probe", shots=4)],
-        [Missing("dtd", "put it at data/dtd")],
+        [Missing("dtd", "put it at data/dtd\nor elsewhere")],
     )
     markdown, latex = to_markdown(results), to_latex(results)
     assert "## Zero-shot, all classes" in markdown
-    assert "| student runs/vitl_to_vitb | eurosat | linear-probe | 80.00 |" in markdown
-    assert "- dtd: put it at data/dtd" in markdown
+    row = ["student runs/vitl_to_vitb", "eurosat", "linear-probe", "80.00"]
+    assert row in [cells(line, "|") for line in markdown.splitlines()]
+    assert "- dtd: put it at data/dtd\n  or elsewhere" in markdown
     assert r"\begin{tabular}{lrrr}" in latex
-    assert r"student runs/vitl\_to\_vitb" in latex
+    assert [r"student runs/vitl\_to\_vitb", *row[1:]] in [cells(line, "&") for line in latex.splitlines()]
+    assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == len(tables(results.records))
 
 
-def test_the_suite_has_eleven_data_sets_and_four_variants() -> None:
-    assert (len(ELEVEN), len(VARIANTS)) == (11, 4)
-    assert set(BASE_TO_NOVEL["CLIP ViT-B/16 (published)"]) == {*ELEVEN, "average"}
-    assert all(name in CATALOG for name in (*ELEVEN, *VARIANTS))
+def test_every_table_keeps_its_rows_whatever_the_names() -> None:
+    """A name with the separators of both formats and a line break stays one cell of one row."""
+    odd = "a|b & c % <i> \\ 50#_{}~^$\n*x*"
+    results = Results([record(model=odd, dataset=odd)])
+    (line,) = [line for line in to_markdown(results).splitlines() if "a\\|b" in line]
+    assert len(re.findall(r"(?<!\\)\|", line)) == 9  # the borders of eight cells
+    assert r"\<i>" in line
+    assert r"\*x\*" in line
+    (line,) = [line for line in to_latex(results).splitlines() if "a|b" in line]
+    assert line.endswith(r"\\")
+    assert len(re.findall(r"(?<!\\)&", line)) == 7
+    assert not re.findall(r"(?<!\\)[%#$_]", line)
+    assert r"\textbackslash{}" in line
+
+
+def test_spreads_are_written_as_latex_symbols() -> None:
+    latex = to_latex(Results([*halves("eurosat", 1, 90.0, 60.0), *halves("eurosat", 2, 94.0, 66.0)]))
+    assert r"92.00 $\pm$ 2.00" in latex
+    assert "92.00 ±" not in latex
+
+
+def test_published_figures_are_of_datasets_in_the_catalog() -> None:
+    """A misspelt name would leave its cell empty without an error."""
+    for published, columns in (
+        (BASE_TO_NOVEL, ELEVEN),
+        (CROSS_DATASET, ELEVEN[1:]),
+        (DOMAIN_GENERALIZATION, VARIANTS),
+    ):
+        for rows in published.values():
+            assert set(rows) <= {*columns, "average"}

@@ -112,7 +112,7 @@ def test_a_process_that_hangs_fails_the_others_within_the_timeout(start: Start) 
     waiting, hanging = start(code)
     said, trouble = waiting.communicate(timeout=60)
     assert hanging.poll() is None
-    assert said.startswith("PeerError: another process of this run did not answer within 0.0333333 minutes"), trouble
+    assert said.startswith("PeerError: another rank did not answer within 0.0333333 minutes"), trouble
     assert "collective_timeout_minutes" in said
     assert float(said.split("after ")[1].split()[0]) <= TIMEOUT_SECONDS + 3
 
@@ -132,7 +132,7 @@ def test_a_process_that_is_stopped_within_an_unlimited_block_fails_it(start: Sta
     began = time.monotonic()
     hanging.send_signal(signal.SIGSTOP)
     said, trouble = waiting.communicate(timeout=60)
-    assert said.startswith("PeerError: another process of this run did not answer"), trouble
+    assert said.startswith("PeerError: another rank did not answer"), trouble
     assert time.monotonic() - began < TIMEOUT_SECONDS + 8
 
 
@@ -145,7 +145,7 @@ def test_a_process_that_ends_is_told_to_the_others_at_once(start: Start) -> None
     print(failure(work))
     """
     said, trouble = start(code)[0].communicate(timeout=60)
-    assert said.startswith("PeerError: another process of this run ended"), trouble
+    assert said.startswith("PeerError: another rank exited"), trouble
 
 
 def test_an_error_of_one_process_is_raised_by_all(start: Start) -> None:
@@ -174,8 +174,8 @@ def test_an_error_of_one_process_is_raised_by_all(start: Start) -> None:
     [
         ("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 2000ms for recv operation", "did not answer"),
         ("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)", "did not answer"),
-        ("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:9", "ended"),
-        ("NCCL error: remote process exited or there was a network error", "ended"),
+        ("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:9", "exited"),
+        ("NCCL error: remote process exited or there was a network error", "exited"),
     ],
 )
 def test_the_words_of_gloo_and_nccl_are_explained(said: str, told: str) -> None:

@@ -17,7 +17,8 @@ from comkd_cli.errors import CheckpointError, ModelError
 from comkd_cli.events import Event, Notice
 from comkd_cli.models.backbones import build_clip
 from comkd_cli.recipe.model import Model, Teacher
-from comkd_cli.teachers.loading import made_teacher, released_clip
+from comkd_cli.teachers.loading import build_teacher
+from comkd_cli.teachers.prompted import released_prompted
 from comkd_cli.teachers.promptsrc_checkpoint import read_released
 from tests.method.test_prompt_src import text_by_hand, unit
 from tests.method.test_prompts import prompted_by_hand
@@ -100,7 +101,7 @@ def test_logits_of_a_released_teacher_at_any_depth(base: Path, tmp_path: Path, d
     path = write(tmp_path / "model-best.pth.tar", state, _use_new_zipfile_serialization=zipped)
     settings = Teacher(config=CONFIG, weights=str(path), format="promptsrc", backbone_weights=str(base))
     images = torch.randn(4, 3, 16, 16)
-    answered = made_teacher(settings, NAMES, "not this {}", torch.device("cpu")).teacher(images)
+    answered = build_teacher(settings, NAMES, "not this {}", torch.device("cpu")).teacher(images)
     clip = build_clip(Model(config=CONFIG))
     held = torch.load(base, weights_only=True)
     clip.model.load_state_dict({name: value.half().float() for name, value in held.items()})
@@ -143,7 +144,7 @@ def test_a_file_that_would_run_something_is_refused_and_runs_nothing(
     if place == "state_dict":
         state["image_encoder.VPT"] = hostile
     path = write(tmp_path / "bad.pth.tar", state, hostile, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=r"bad\.pth\.tar.*exec"):
+    with pytest.raises(CheckpointError, match=r"bad\.pth\.tar: is refused: it calls .*exec"):
         read_released(path)
     assert not proof.exists()
 
@@ -168,8 +169,9 @@ def test_no_opcode_runs_anything(base: Path, tmp_path: Path, kind: str) -> None:
     with zipfile.ZipFile(good) as source, zipfile.ZipFile(bad, "w") as target:
         for name in source.namelist():
             target.writestr(name, opcodes(proof)[kind] if name.endswith("data.pkl") else source.read(name))
-    with pytest.raises(CheckpointError, match=r"bad\.pt"):
+    with pytest.raises(CheckpointError) as caught:
         read_released(bad)
+    assert caught.value.path == bad
     assert not proof.exists()
 
 
@@ -194,24 +196,29 @@ def test_a_program_whose_archive_looks_damaged_to_python_is_refused_too(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_encoder.VPT": torch.zeros(4)}, r"image_encoder\.VPT should be \(tokens, width\).*\(4,\)"),
-        ({"prompt_learner.ctx": torch.zeros(10, 4, 16)}, r"the same for every class.*\(10, 4, 16\)"),
-        ({"prompt_learner.ctx": torch.full((4, 16), torch.nan)}, "values that are none"),
+        ({"image_encoder.VPT": torch.zeros(4)}, "image_encoder.VPT has"),
+        ({"prompt_learner.ctx": torch.zeros(10, 4, 16)}, "prompt_learner.ctx has"),
+        ({"prompt_learner.ctx": torch.full((4, 16), torch.nan)}, "prompt_learner.ctx has"),
     ],
 )
-def test_prompts_that_are_none_are_told(
+def test_prompts_of_the_wrong_shape_or_values_are_refused(
     base: Path, tmp_path: Path, changes: dict[str, torch.Tensor], message: str
 ) -> None:
     path = write(tmp_path / "odd.pt", released_state(base, 1) | changes)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as caught:
         read_released(path)
+    assert caught.value.path == path
+    assert caught.value.found == tuple(next(iter(changes.values())).shape)
 
 
-def test_prompts_deeper_than_the_architecture_are_told_with_the_file(base: Path, tmp_path: Path) -> None:
+def test_prompts_deeper_than_the_architecture_are_refused(base: Path, tmp_path: Path) -> None:
     state = released_state(base, 3)
     state["image_encoder.transformer.resblocks.3.VPT_shallow"] = torch.zeros(4, 32).half()
-    with pytest.raises(CheckpointError, match=r"deep\.pt: its prompts are 4 layers deep in the image"):
-        released_clip(settings(base, write(tmp_path / "deep.pt", state)))
+    path = write(tmp_path / "deep.pt", state)
+    with pytest.raises(CheckpointError, match="its prompts are 4 layers deep in the image") as caught:
+        released_prompted(settings(base, path))
+    assert caught.value.path == path
+    assert "teacher.arch" in str(caught.value.remedy)
 
 
 @pytest.mark.parametrize(
@@ -222,20 +229,22 @@ def test_prompts_deeper_than_the_architecture_are_told_with_the_file(base: Path,
         ([1, 2], "no `state_dict`"),
     ],
 )
-def test_another_file_is_told(tmp_path: Path, content: object, message: str) -> None:
+def test_another_file_is_refused(tmp_path: Path, content: object, message: str) -> None:
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=message):
         read_released(tmp_path / "other.pt")
     (tmp_path / "other.pt").write_bytes(pickle.dumps(content)[:10])
-    with pytest.raises(CheckpointError, match=r"other\.pt"):
+    with pytest.raises(CheckpointError) as caught:
         read_released(tmp_path / "other.pt")
+    assert caught.value.path == tmp_path / "other.pt"
 
 
-def test_a_gap_between_prompted_layers_is_told(base: Path, tmp_path: Path) -> None:
+def test_a_gap_between_prompted_layers_is_refused(base: Path, tmp_path: Path) -> None:
     state = released_state(base, 3)
     del state["text_encoder.transformer.resblocks.1.VPT_shallow"]
-    with pytest.raises(CheckpointError, match="layers 0, 2"):
+    with pytest.raises(CheckpointError) as caught:
         read_released(write(tmp_path / "gap.pt", state))
+    assert caught.value.found == "layers 0, 2"
 
 
 def settings(base: Path, path: Path, **changes: Any) -> Teacher:
@@ -243,24 +252,26 @@ def settings(base: Path, path: Path, **changes: Any) -> Teacher:
     return Teacher(**{**fields, **changes})
 
 
-def test_what_does_not_fit_is_told(base: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_the_recipe_is_refused(base: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "model.pt", released_state(base, 2))
-    with pytest.raises(ModelError, match=r"backbone_weights"):
-        released_clip(settings(base, path, backbone_weights=None))
-    with pytest.raises(ModelError, match="QuickGELU"):
-        released_clip(settings(base, path, config={**CONFIG, "quick_gelu": False}))
+    with pytest.raises(ModelError) as caught:
+        released_prompted(settings(base, path, backbone_weights=None))
+    assert (caught.value.path, caught.value.field) == (path, "teacher.backbone_weights")
+    with pytest.raises(ModelError, match="QuickGELU") as caught:
+        released_prompted(settings(base, path, config={**CONFIG, "quick_gelu": False}))
+    assert caught.value.field == "teacher.config"
     wide = {**CONFIG["vision_cfg"], "width": 48}  # type: ignore[dict-item]
     wide_base = tmp_path / "wide.pt"
     torch.save(build_clip(Model(config={**CONFIG, "vision_cfg": wide})).model.state_dict(), wide_base)
     with pytest.raises(ModelError, match="does not hold weights"):
-        released_clip(settings(wide_base, path, config={**CONFIG, "vision_cfg": wide}))
+        released_prompted(settings(wide_base, path, config={**CONFIG, "vision_cfg": wide}))
 
 
-def test_a_table_of_word_embeddings_in_the_file_is_taken(base: Path, tmp_path: Path) -> None:
+def test_a_table_of_word_embeddings_in_the_file_is_used(base: Path, tmp_path: Path) -> None:
     state = released_state(base, 2)
     state["text_encoder.token_embedding.weight"] = torch.load(base, weights_only=True)["token_embedding.weight"]
     path = write(tmp_path / "model.pt", state)
-    alone = released_clip(settings(base, path, backbone_weights=None)).clip.model
+    alone = released_prompted(settings(base, path, backbone_weights=None)).clip.model
     assert torch.equal(alone.token_embedding.weight, state["text_encoder.token_embedding.weight"])
 
 
@@ -268,17 +279,20 @@ def test_the_word_embeddings_of_another_clip_are_refused(base: Path, tmp_path: P
     path = write(tmp_path / "model.pt", released_state(base, 2))
     other = tmp_path / "other.pt"
     torch.save(build_clip(Model(config=CONFIG), seed=6).model.state_dict(), other)
-    message = r"model\.pt: the word embeddings of \S+other\.pt are not .*token_prefix is off by .*backbone_weights"
-    with pytest.raises(ModelError, match=message):
-        released_clip(settings(other, path))
+    with pytest.raises(ModelError, match=re.escape(str(other))) as caught:
+        released_prompted(settings(other, path))
+    assert caught.value.path == path
+    assert "token_prefix is off by" in str(caught.value.found)
+    assert "teacher.backbone_weights" in str(caught.value.remedy)
     held = torch.load(base, weights_only=True)
     table = held["token_embedding.weight"]
     start = open_clip.SimpleTokenizer().sot_token_id
     changed = torch.randn(table.shape, generator=torch.Generator().manual_seed(1)) * 0.02
     changed[start] = table[start]  # so that the words alone differ
     torch.save({**held, "token_embedding.weight": changed}, other)
-    with pytest.raises(ModelError, match="token_suffix is off by"):
-        released_clip(settings(other, path))
+    with pytest.raises(ModelError) as caught:
+        released_prompted(settings(other, path))
+    assert "token_suffix is off by" in str(caught.value.found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -286,38 +300,39 @@ def test_the_right_word_embeddings_pass_in_any_precision(base: Path, tmp_path: P
     start = torch.load(base, weights_only=True)["token_embedding.weight"][-2]
     state = {**released_state(base, 2), "prompt_learner.token_prefix": start.to(dtype)[None, None]}
     events: list[Event] = []
-    released_clip(settings(base, write(tmp_path / "model.pt", state)), events.append)
+    released_prompted(settings(base, write(tmp_path / "model.pt", state)), events.append)
     assert events == []
 
 
-def test_a_file_that_keeps_no_embeddings_is_told_and_taken(base: Path, tmp_path: Path) -> None:
+def test_a_file_without_embeddings_is_used_with_a_notice(base: Path, tmp_path: Path) -> None:
     state = {name: value for name, value in released_state(base, 2).items() if "prompt_learner.token_" not in name}
     path = write(tmp_path / "model.pt", state)
     events: list[Event] = []
-    released_clip(settings(base, path), events.append)
-    (told,) = events
-    assert isinstance(told, Notice)
-    assert re.search(rf"model\.pt: keeps no prompt_learner\.token_prefix.*{re.escape(str(base))}", told.text)
+    released_prompted(settings(base, path), events.append)
+    (notice,) = events
+    assert isinstance(notice, Notice)
+    assert re.search(rf"model\.pt: has no prompt_learner\.token_prefix.*{re.escape(str(base))}", notice.text)
 
 
 def test_a_table_in_the_file_must_be_the_one_of_its_prompts(base: Path, tmp_path: Path) -> None:
     state = released_state(base, 2)
     state["text_encoder.token_embedding.weight"] = torch.randn(49408, 16)
     path = write(tmp_path / "model.pt", state)
-    with pytest.raises(ModelError, match=r"model\.pt: its own table of word embeddings is not"):
-        released_clip(settings(base, path, backbone_weights=None))
+    with pytest.raises(ModelError, match="its own table") as caught:
+        released_prompted(settings(base, path, backbone_weights=None))
+    assert caught.value.path == path
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt_learner.token_prefix": torch.zeros(7, 16)}, r"token_prefix should be .* in numbers; it is \(7, 16\)"),
+        ({"prompt_learner.token_prefix": torch.zeros(7, 16)}, r"token_prefix has .*\(7, 16\)"),
         ({"prompt_learner.token_suffix": torch.full((1, 2, 16), torch.nan)}, "NaN or infinite .*token_suffix"),
         ({"image_encoder.proj": torch.full((32, 16), torch.inf)}, "NaN or infinite .*image_encoder.proj"),
         ({"logit_scale": torch.tensor(torch.nan)}, "NaN or infinite .*logit_scale"),
     ],
 )
-def test_tensors_that_are_no_numbers_are_told(
+def test_tensors_that_are_not_finite_are_refused(
     base: Path, tmp_path: Path, changes: dict[str, torch.Tensor], message: str
 ) -> None:
     path = write(tmp_path / "odd.pt", released_state(base, 1) | changes)
@@ -325,7 +340,7 @@ def test_tensors_that_are_no_numbers_are_told(
         read_released(path)
 
 
-def test_embeddings_of_another_width_are_told(base: Path, tmp_path: Path) -> None:
+def test_embeddings_of_another_width_are_refused(base: Path, tmp_path: Path) -> None:
     state = {**released_state(base, 1), "prompt_learner.token_prefix": torch.zeros(7, 1, 24)}
     with pytest.raises(ModelError, match="token_prefix is 24 wide, and the table 16"):
-        released_clip(settings(base, write(tmp_path / "model.pt", state)))
+        released_prompted(settings(base, write(tmp_path / "model.pt", state)))

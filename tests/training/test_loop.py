@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -6,13 +7,16 @@ import torch
 from torch import nn
 
 from comkd_cli.data.digits import digits_source
-from comkd_cli.data.loaders import Batch, TrainingLoader
-from comkd_cli.edge.classifier import Preprocessing
-from comkd_cli.errors import CheckpointError, Interrupted, TrainingError
+from comkd_cli.data.loaders import Batch, Crops, Steps, TrainingLoader
+from comkd_cli.edge.images import Preprocessing
+from comkd_cli.errors import Interrupted, TrainingError
 from comkd_cli.events import Epoch, Event, Progress
 from comkd_cli.recipe.identity import Identity
 from comkd_cli.recipe.model import AdamW, Augment, Sgd
-from comkd_cli.training.loop import StepResult, Task, delete_checkpoint, fit, make_accelerator, make_optimizer
+from comkd_cli.training.accelerator import make_accelerator
+from comkd_cli.training.checkpoint import checkpoint_file, delete_checkpoint
+from comkd_cli.training.loop import Trainer
+from comkd_cli.training.task import Objective, StepResult, Task
 
 INPUT = Preprocessing(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -31,9 +35,10 @@ class Net(nn.Module):
         return out
 
 
-def cross_entropy(model: nn.Module, batch: Batch, _probe: bool) -> StepResult:
-    loss = nn.functional.cross_entropy(model(batch.inputs[0]), batch.labels)
-    return StepResult(loss, {"twice": 2 * loss})
+class CrossEntropy(Objective):
+    def loss(self, model: nn.Module, batch: Batch, probe: bool) -> StepResult:
+        loss = nn.functional.cross_entropy(model(batch.inputs[0]), batch.labels)
+        return StepResult(loss, {"twice": 2 * loss})
 
 
 def task(folder: Path, **changes: object) -> Task:
@@ -41,8 +46,10 @@ def task(folder: Path, **changes: object) -> Task:
     images = digits_source().train.subset(list(range(50)))
     settings: dict[str, object] = {
         "model": Net(),
-        "loss": cross_entropy,
-        "loader": TrainingLoader(images, [INPUT], Augment(min_scale=0.8, flip=False), 16, seed=1, workers=0),
+        "objective": CrossEntropy(),
+        "loader": TrainingLoader(
+            images, [INPUT], Crops(Augment(min_scale=0.8, flip=False), 1), Steps(16, 1), workers=0
+        ),
         "optim": AdamW(epochs=3, batch_size=16),
         "folder": folder,
         "identity": Identity({"name": "a"}),
@@ -55,7 +62,7 @@ def task(folder: Path, **changes: object) -> Task:
 
 
 def train(made: Task, on_event=lambda event: None) -> list[dict[str, float]]:  # type: ignore[no-untyped-def]
-    return fit(made, make_accelerator("fp32"), on_event)
+    return Trainer(made, make_accelerator("fp32"), on_event).fit()
 
 
 def same(first: nn.Module, second: nn.Module) -> bool:
@@ -93,15 +100,15 @@ def stop_after_steps(patch: pytest.MonkeyPatch, steps: int) -> None:
     calls = 0
 
     @contextmanager
-    def options():  # type: ignore[no-untyped-def]
-        def wish() -> int | None:
+    def requests():  # type: ignore[no-untyped-def]
+        def exit_code() -> int | None:
             nonlocal calls
             calls += 1
             return 130 if calls >= steps else None
 
-        yield wish
+        yield exit_code
 
-    patch.setattr("comkd_cli.training.loop.stop_requests", options)
+    patch.setattr("comkd_cli.training.loop.stop_requests", requests)
 
 
 def test_metrics_hold_a_line_an_epoch_with_the_averages(tmp_path: Path) -> None:
@@ -132,53 +139,20 @@ def test_a_frozen_part_never_moves_and_is_not_in_the_state(tmp_path: Path, monke
     with pytest.raises(Interrupted):
         train(made)
     assert torch.equal(made.model.frozen.weight, before)  # type: ignore[arg-type,union-attr]
-    state = torch.load(made.state_file, weights_only=True)
+    state = torch.load(checkpoint_file(tmp_path), weights_only=True)
     assert not any(name.startswith("frozen") for name in state["model"])
 
 
-def test_the_state_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        stop_after_steps(patch, 2)
-        with pytest.raises(Interrupted):
-            train(task(tmp_path))
-    with pytest.raises(CheckpointError, match=r"name: a in this checkpoint, b now.*--fresh"):
-        train(task(tmp_path, identity=Identity({"name": "b"})))
-    delete_checkpoint(tmp_path)
-    train(task(tmp_path, identity=Identity({"name": "b"})))
-
-
-def test_a_damaged_state_is_named(tmp_path: Path) -> None:
-    made = task(tmp_path)
-    made.state_file.parent.mkdir(parents=True)
-    made.state_file.write_bytes(b"PK\x03\x04 but not really")
-    with pytest.raises(CheckpointError, match=str(made.state_file)):
-        train(made)
-
-
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
-    def broken(model: nn.Module, batch: Batch, _probe: bool) -> StepResult:
+class NotANumber(Objective):
+    def loss(self, model: nn.Module, batch: Batch, probe: bool) -> StepResult:
         return StepResult(model(batch.inputs[0]).sum() * float("nan"))
 
-    with pytest.raises(TrainingError, match="nan in epoch 1"):
-        train(task(tmp_path, loss=broken))
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="in epoch 1 is not finite") as caught:
+        train(task(tmp_path, objective=NotANumber()))
+    assert math.isnan(caught.value.found)  # type: ignore[arg-type]
     assert not (tmp_path / "state").exists()
-
-
-def test_half_precision_without_a_gpu_is_explained() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has what the message is about")
-    with pytest.raises(TrainingError, match="precision: fp16"):
-        make_accelerator("fp16")
-
-
-def test_adamw_decays_matrices_alone_and_sgd_everything() -> None:
-    adamw = make_optimizer(Net(), AdamW(weight_decay=0.1), {})
-    decayed = {p.ndim for group in adamw.param_groups if group["weight_decay"] for p in group["params"]}
-    spared = {p.ndim for group in adamw.param_groups if not group["weight_decay"] for p in group["params"]}
-    assert (decayed, spared) == ({2}, {1})
-    sgd = make_optimizer(Net(), Sgd(weight_decay=0.1), {})
-    assert {group["weight_decay"] for group in sgd.param_groups} == {0.1}
-    assert sum(len(group["params"]) for group in sgd.param_groups) == 6
 
 
 def test_a_parameter_can_learn_at_a_multiple_of_the_others_rate(tmp_path: Path) -> None:
@@ -218,7 +192,7 @@ def test_a_batch_in_parts_trains_as_a_whole_one(tmp_path: Path, parts: int) -> N
     trained = []
     for count in (1, parts):
         torch.manual_seed(0)
-        loader = TrainingLoader(images, [INPUT], Augment(min_scale=0.8, flip=False), 16, 1, 0, parts=count)
+        loader = TrainingLoader(images, [INPUT], Crops(Augment(min_scale=0.8, flip=False), 1), Steps(16, 1, count), 0)
         made = task(tmp_path / str(count), model=PlainNet(), loader=loader, optim=Sgd(epochs=3, learning_rate=0.1))
         history = train(made)
         trained.append((made.model.state_dict(), history))
@@ -232,19 +206,47 @@ def test_a_batch_in_parts_trains_as_a_whole_one(tmp_path: Path, parts: int) -> N
 
 def test_a_part_is_all_that_the_model_sees_at_once(tmp_path: Path) -> None:
     images = digits_source().train.subset(list(range(50)))
-    loader = TrainingLoader(images, [INPUT], Augment(), 16, 1, 0, parts=4)
+    loader = TrainingLoader(images, [INPUT], Crops(Augment(), 1), Steps(16, 1, 4), 0)
     seen: list[int] = []
 
-    def counted(model: nn.Module, batch: Batch, probe: bool) -> StepResult:
-        seen.append(len(batch))
-        return cross_entropy(model, batch, probe)
+    class Counting(CrossEntropy):
+        def loss(self, model: nn.Module, batch: Batch, probe: bool) -> StepResult:
+            seen.append(len(batch))
+            return super().loss(model, batch, probe)
 
-    train(task(tmp_path, loader=loader, loss=counted, optim=Sgd(epochs=1)))
+    train(task(tmp_path, loader=loader, objective=Counting(), optim=Sgd(epochs=1)))
     assert seen == [4] * 12
 
 
-def test_what_steps_leave_behind_is_kept_before_the_state_is_saved(tmp_path: Path) -> None:
-    calls: list[bool] = []
-    made = task(tmp_path, optim=Sgd(epochs=2), keep=lambda _: calls.append((tmp_path / "state/state.pt").exists()))
-    train(made)
-    assert calls == [False, True]
+def test_steps_are_flushed_before_a_checkpoint_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of an epoch, and in the middle of one where the run is stopped."""
+    calls: list[tuple[bool, bool]] = []
+
+    class Flushing(CrossEntropy):
+        def flush(self, epoch_ended: bool) -> None:
+            calls.append((epoch_ended, checkpoint_file(tmp_path).exists()))
+
+    train(task(tmp_path, optim=Sgd(epochs=2), objective=Flushing()))
+    assert calls == [(True, False), (True, True)]
+    delete_checkpoint(tmp_path)
+    calls.clear()
+    stop_after_steps(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        train(task(tmp_path, optim=Sgd(epochs=2), objective=Flushing()))
+    assert calls == [(False, False)]
+
+
+def test_an_objective_is_probed_once_an_epoch_also_where_the_batch_comes_in_parts(tmp_path: Path) -> None:
+    images = digits_source().train.subset(list(range(50)))
+    loader = TrainingLoader(images, [INPUT], Crops(Augment(), 1), Steps(16, 1, 2), 0)
+
+    class Probed(CrossEntropy):
+        probes = 0
+
+        def loss(self, model: nn.Module, batch: Batch, probe: bool) -> StepResult:
+            self.probes += probe
+            result = super().loss(model, batch, probe)
+            return StepResult(result.loss, result.figures, {"probes": float(self.probes)} if probe else {})
+
+    history = train(task(tmp_path, loader=loader, objective=Probed()))
+    assert [line["probes"] for line in history] == [1, 2, 3]

@@ -23,10 +23,10 @@ async function fetched(name, tick = () => {}) {
     // Asked for anew: a graph that the browser kept from an earlier export does not fit a new manifest.
     response = await fetch(`./${name.split("/").map(encodeURIComponent).join("/")}`, { cache: "no-cache" });
   } catch {
-    throw new Problem(`${name}: can't be fetched; does the server still run?`);
+    throw new Problem(`${name}: could not be fetched; is the server still running?`);
   }
   if (response.status === 404) throw new Problem(`${name}: is missing from the folder of this page`);
-  if (!response.ok) throw new Problem(`${name}: the server answers ${response.status} ${response.statusText}`);
+  if (!response.ok) throw new Problem(`${name}: the server returned ${response.status} ${response.statusText}`);
   const parts = [];
   let count = 0;
   try {
@@ -38,7 +38,7 @@ async function fetched(name, tick = () => {}) {
       tick(count);
     }
   } catch {
-    throw new Problem(`${name}: the connection broke; load the page again`);
+    throw new Problem(`${name}: the connection was lost; reload the page`);
   }
   return new Blob(parts, { type: response.headers.get("Content-Type") ?? "" });
 }
@@ -50,11 +50,11 @@ async function readManifest() {
   try {
     manifest = JSON.parse(content);
   } catch (error) {
-    throw new Problem(`manifest.json: can't be read: ${error.message}`);
+    throw new Problem(`manifest.json: could not be read: ${error.message}`);
   }
   if (manifest?.format !== FORMAT) throw new Problem(`manifest.json: is not a manifest of format ${FORMAT}`);
   for (const field of ["preprocessing", "files", "precisions"]) {
-    if (!manifest[field]) throw new Problem(`manifest.json: lacks ${field}`);
+    if (!manifest[field]) throw new Problem(`manifest.json: ${field}: missing`);
   }
   if (Object.keys(manifest.precisions).length === 0) {
     throw new Problem("manifest.json: precisions: should name the graphs of at least one precision");
@@ -62,30 +62,30 @@ async function readManifest() {
   manifest.preprocessing = { interpolation: "bicubic", resize_mode: "shortest", ...manifest.preprocessing };
   const { interpolation } = manifest.preprocessing;
   if (!Object.hasOwn(KERNELS, interpolation)) {
-    throw new Problem(`manifest.json: preprocessing: interpolation ${interpolation} is not known`);
+    throw new Problem(`manifest.json: preprocessing: interpolation should be bicubic or bilinear, not '${interpolation}'`);
   }
   return manifest;
 }
 
 /** The graphs of the precision that the address asks for (index.html?precision=int8), or of the first. */
 function chosenGraphs({ precisions }) {
-  const asked = new URLSearchParams(location.search).get("precision") ?? Object.keys(precisions)[0];
-  if (!Object.hasOwn(precisions, asked)) {
-    throw new Problem(`manifest.json: the bundle has no ${asked}; it has ${Object.keys(precisions).join(", ")}`);
+  const selected = new URLSearchParams(location.search).get("precision") ?? Object.keys(precisions)[0];
+  if (!Object.hasOwn(precisions, selected)) {
+    throw new Problem(`manifest.json: precisions: not in the bundle: ${selected} (allowed: ${Object.keys(precisions).join(", ")})`);
   }
-  const { classifier, optimization = "all" } = precisions[asked];
-  return { precision: asked, classifier, optimization };
+  const { classifier, optimization = "all" } = precisions[selected];
+  return { precision: selected, classifier, optimization };
 }
 
 /** The content of a file, once its sha256 is the manifest's; unchecked where the browser offers no sha256. */
 async function verifiedBytes(name, manifest, tick) {
   const expected = manifest.files[name]?.sha256;
-  if (!expected) throw new Problem(`manifest.json: does not list ${name} with its sha256`);
+  if (!expected) throw new Problem(`manifest.json: files: has no sha256 of ${name}`);
   const content = new Uint8Array(await (await fetched(name, tick)).arrayBuffer());
   if (!globalThis.crypto?.subtle) return content;
   const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", content));
   if (Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("") !== expected) {
-    throw new Problem(`${name}: is not the file that was exported (its sha256 differs); export again`);
+    throw new Problem(`${name}: is not the file that was exported: its sha256 differs from that in manifest.json; export the bundle again`);
   }
   return content;
 }
@@ -135,7 +135,7 @@ async function loadModel() {
       graphOptimizationLevel: optimization
     });
   } catch (error) {
-    throw new Problem(`${classifier}: this browser can't load it: ${error.message ?? error}`);
+    throw new Problem(`${classifier}: this browser could not load it: ${error.message ?? error}`);
   }
   const inputs = {};
   if (vectors) {
@@ -284,7 +284,7 @@ async function classify(file) {
   try {
     bitmap = await decode(file);
   } catch {
-    throw new Problem(`${file.name}: can't be read as a picture; browsers read ${KINDS}`);
+    throw new Problem(`${file.name}: could not be read as an image; browsers read ${KINDS}`);
   }
   try {
     return { image: file.name, classes: likeliest(await logits(prepare(bitmap, preprocessing)), names) };
@@ -348,7 +348,7 @@ document.addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dragging");
   if (!takeOneOf(event.dataTransfer.files)) {
-    showProblem(new Problem("What was dropped is no file; save the picture first, or copy and paste it."));
+    showProblem(new Problem("The dropped item is not a file; save the image first, or copy and paste it."));
   }
 });
 
@@ -366,7 +366,7 @@ async function openCamera() {
     });
     element("viewfinder").showModal();
   } catch (error) {
-    showProblem(new Problem(`The camera can't be used: ${error.message}`));
+    showProblem(new Problem(`The camera could not be used: ${error.message}`));
   }
 }
 

@@ -107,7 +107,7 @@ function clipped(sum) {
   return Math.min(255, Math.max(0, sum >> PRECISION));
 }
 
-/** The picture in a file as a person sees it; rejects what the browser can't decode. */
+/** The image in a file, upright; rejects a file that the browser cannot decode. */
 function decode(file) {
   return createImageBitmap(file, {
     imageOrientation: "from-image",
@@ -116,7 +116,7 @@ function decode(file) {
   });
 }
 
-/** Reads parts of an ImageBitmap laid on white: RGBA bytes, row by row. */
+/** Reads parts of an ImageBitmap composited on white: RGBA bytes, row by row. */
 function readerOf(bitmap) {
   const canvas = document.createElement("canvas");
   const context = canvas.getContext("2d", { willReadFrequently: true });

@@ -1,4 +1,4 @@
-"""`comkd datasets`: what the evaluation suite's data sets are, whether they are here, and their splits."""
+"""`comkd datasets`: the datasets of the evaluation suite, whether they are complete, and their splits."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @click.group()
 def command() -> None:
-    """List, check, split and fetch the data sets of the evaluation suite."""
+    """List, check, split and download the datasets of the evaluation suite."""
 
 
 @command.command("list")
 @json_option
 def list_(as_json: bool) -> None:
-    """List the data sets that comkd knows, with their published counts."""
+    """List the datasets that comkd knows, with their published counts."""
     from dataclasses import asdict
 
     from comkd_cli.cli.terminal import Column, print_json, print_table
@@ -33,7 +33,7 @@ def list_(as_json: bool) -> None:
         print_json([asdict(dataset) for dataset in CATALOG.values()])
         return
     figures = [Column(head) for head in ("classes", "train", "val", "test")]
-    columns = [Column("data set", "word"), Column("folder", "word"), *figures, Column("prompt", "text")]
+    columns = [Column("dataset", "word"), Column("folder", "word"), *figures, Column("prompt", "text")]
     rows = []
     for dataset in CATALOG.values():
         counts = (dataset.classes, dataset.train, dataset.val, dataset.test)
@@ -43,14 +43,14 @@ def list_(as_json: bool) -> None:
 
 @command.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--deep", is_flag=True, help="Decode every image as well; takes long.")
+@click.option("--deep", is_flag=True, help="Decode every image as well, which takes long.")
 @data_root_option
 @json_option
 def check(names: tuple[str, ...], deep: bool, data_root: Path, as_json: bool) -> None:
-    """Say of each data set whether it is ready, incomplete or missing, and what to do.
+    """Report whether each dataset is ready, incomplete or missing, and what to do.
 
-    Reads the split files, looks for every image that they name, and compares the counts with the published
-    ones. Without a NAME, all are checked; exits 1 if a named one is not ready, or none at all is.
+    Reads the split files, checks that every image in them exists, and compares the counts with the published
+    ones. Without a NAME, all datasets are checked. The exit code is 1 if a named dataset is not ready, or if none is.
     """
     from comkd_cli.cli.terminal import print_json, reporting
     from comkd_cli.data.check import check_dataset
@@ -70,33 +70,34 @@ def check(names: tuple[str, ...], deep: bool, data_root: Path, as_json: bool) ->
         print_json([entry.as_plain() for entry in checks])
     else:
         _print_checks(checks)
-    wanting = [entry.dataset for entry in checks if entry.state != "ready"]
-    if wanting and (names or len(wanting) == len(checks)):
-        raise DataError(f"not ready below {data_root}: {', '.join(wanting)}")
+    not_ready = [entry.dataset for entry in checks if entry.state != "ready"]
+    if not_ready and (names or len(not_ready) == len(checks)):
+        raise DataError("not ready", path=data_root, found=", ".join(not_ready))
 
 
 @command.command()
 @click.argument("name")
-@click.option("--shots", type=click.IntRange(min=1), help="Draw so many training images a class.")
-@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Of the draw.")
+@click.option("--shots", type=click.IntRange(min=1), help="Draw this many training images per class.")
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Seed of the draw.")
 @click.option(
     "--classes",
     "half",
     type=click.Choice(["all", "base", "new"]),
     default="all",
     show_default=True,
-    help="All classes, or a half of them, relabelled from 0.",
+    help="All classes, or one half of them, relabelled from 0.",
 )
 @data_root_option
 @json_option
 def split(name: str, shots: int | None, seed: int, half: str, data_root: Path, as_json: bool) -> None:
-    """Print the train, val and test images of NAME, from its split files alone.
+    """Print the train, val and test images of NAME; only its split files are read.
 
-    With --json a document {"train": [[path, label, class name], ...], "val": ..., "test": ...}, paths
-    relative to the data set's folder; else a line an image. --shots draws as CoOp and Dassl do.
+    With --json a document {"train": [[path, label, class name], ...], "val": ..., "test": ...}, with paths
+    relative to the dataset's folder; otherwise one line per image. --shots draws as CoOp and Dassl do.
     """
     from comkd_cli.cli.terminal import print_json
-    from comkd_cli.data.splits import read_splits, sample_shots, select_half
+    from comkd_cli.data.split_files import read_splits
+    from comkd_cli.data.splits import sample_shots, select_half
 
     (dataset,) = _chosen((name,))
     splits = read_splits(dataset, data_root)
@@ -116,10 +117,10 @@ def split(name: str, shots: int | None, seed: int, half: str, data_root: Path, a
 @data_root_option
 @json_option
 def fetch(names: tuple[str, ...], data_root: Path, as_json: bool) -> None:
-    """Download, unpack and check each data set NAME from its mirror on the Hugging Face Hub.
+    """Download, unpack and check each dataset NAME from its mirror on the Hugging Face Hub.
 
-    An interrupted download goes on where it stopped. For ImageNet and its variants, which no mirror has, the
-    message says where they come from.
+    An interrupted download is resumed. No mirror has ImageNet and its variants; for these the message says where to
+    get them.
     """
     from comkd_cli.cli.terminal import print_json, reporting
     from comkd_cli.data.fetch import fetch_dataset
@@ -139,8 +140,8 @@ def fetch(names: tuple[str, ...], data_root: Path, as_json: bool) -> None:
         print_json([entry.as_plain() for entry in checks])
     else:
         _print_checks(checks)
-    if wanting := [entry.dataset for entry in checks if entry.state != "ready"]:
-        raise DataError(f"fetched, and still not ready: {', '.join(wanting)}")
+    if not_ready := [entry.dataset for entry in checks if entry.state != "ready"]:
+        raise DataError("downloaded, but still not ready", path=data_root, found=", ".join(not_ready))
 
 
 def _chosen(names: Sequence[str]) -> list[Dataset]:
@@ -148,7 +149,7 @@ def _chosen(names: Sequence[str]) -> list[Dataset]:
     from comkd_cli.recipe.catalog import CATALOG
 
     if unknown := [name for name in names if name not in CATALOG]:
-        raise DataError(f"{unknown[0]}: no such data set; comkd knows {', '.join(CATALOG)}")
+        raise DataError("unknown dataset", found=unknown[0], allowed=list(CATALOG))
     return [CATALOG[name] for name in names] or list(CATALOG.values())
 
 
@@ -158,10 +159,10 @@ def _print_checks(checks: Sequence[Check]) -> None:
     from comkd_cli.cli.terminal import Column, print_table
 
     colours = {"ready": "green", "incomplete": "yellow", "missing": "red"}
-    columns = [Column("data set", "word"), Column("state", "word"), Column("images"), Column("what to do", "text")]
+    columns = [Column("dataset", "word"), Column("state", "word"), Column("images"), Column("what to do", "text")]
     rows = []
     for entry in checks:
-        told = "\n".join([*entry.problems, *entry.notes, *([entry.remedy] if entry.remedy else [])])
+        details = "\n".join([*entry.problems, *entry.notes, *([entry.remedy] if entry.remedy else [])])
         images = f"{entry.train + entry.val + entry.test:,}"
-        rows.append((entry.dataset, Text(entry.state, colours[entry.state]), images, told))
+        rows.append((entry.dataset, Text(entry.state, colours[entry.state]), images, details))
     print_table(columns, rows)

@@ -1,11 +1,11 @@
-"""`comkd evaluate`: what a student kept of its teacher, and how models do on the suite."""
+"""`comkd evaluate`: the scores of students, of their teachers and of plain CLIP models."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -15,6 +15,7 @@ from comkd_cli.runtime import ranks
 if TYPE_CHECKING:
     from comkd_cli.recipe.model import Data
     from comkd_cli.results.records import Missing, Results
+    from comkd_cli.results.result_files import ResultFiles
 
 PROTOCOLS = ("zero-shot", "base-to-novel", "few-shot", "cross-dataset", "domain-generalization")
 
@@ -26,35 +27,37 @@ PROTOCOLS = ("zero-shot", "base-to-novel", "few-shot", "cross-dataset", "domain-
     "datasets",
     metavar="NAME",
     multiple=True,
-    help="Score on this data set: digits, or one of `comkd datasets list`; may be repeated.",
+    help="Score on this dataset, digits or one of `comkd datasets list`; may be repeated.",
 )
-@click.option("--all", "whole_suite", is_flag=True, help="Score on every data set of the suite, by every protocol.")
+@click.option("--all", "whole_suite", is_flag=True, help="Score on every dataset of the suite, by every protocol.")
 @click.option(
     "--folder",
     type=click.Path(file_okay=False, exists=True),
-    help="Score on this folder, with test/ and a sub-folder a class in it.",
+    help="Score on this folder, which holds test/<class>/.",
 )
-@click.option("--classes", type=click.Path(dir_okay=False, exists=True), help="Class names of --folder, one a line.")
-@click.option("--template", help="Prompt of a class of --folder, {} standing for its name.")
+@click.option("--classes", type=click.Path(dir_okay=False, exists=True), help="Class names of --folder, one per line.")
+@click.option("--template", help="Prompt for the classes of --folder, with {} for the class name.")
 @click.option(
     "--protocol",
     "protocols",
     type=click.Choice(PROTOCOLS),
     multiple=True,
-    help="How to score; may be repeated. Left out: zero-shot, with --all every one.",
+    help="How to score; may be repeated. Default: zero-shot; with --all every protocol.",
 )
-@click.option("--shots", callback=numbers, default="1,2,4,8,16", show_default=True, help="Of few-shot.")
-@click.option("--seeds", callback=numbers, default="1,2,3", show_default=True, help="Of the few-shot draws.")
+@click.option(
+    "--shots", callback=numbers, default="1,2,4,8,16", show_default=True, help="Training images per class of few-shot."
+)
+@click.option("--seeds", callback=numbers, default="1,2,3", show_default=True, help="Seeds of the few-shot draws.")
 @runs_option
 @data_root_option
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for results.json, .csv, .md and .tex. Left out: the student's own, or RUNS.",
+    help="Folder for results.json, .csv, .md and .tex. Default: the student's own, or RUNS.",
 )
 @allow_download_option
 @json_option
-def command(
+def command(  # noqa: PLR0913 - click passes each option as a parameter
     model: str | None,
     datasets: tuple[str, ...],
     whole_suite: bool,
@@ -72,41 +75,34 @@ def command(
 ) -> None:
     """Score students beside their teachers, or any CLIP, on test images.
 
-    MODEL is a student.pt, or ARCH:WEIGHTS for any open_clip model (then say on what, with --dataset, --all or
-    --folder). Left out, the newest finished students of each data set under RUNS are scored. Each image goes
+    MODEL is a student.pt, or ARCH:WEIGHTS for any open_clip model (then choose the images with --dataset, --all or
+    --folder). Left out, the newest finished students of each dataset under RUNS are scored. Each image passes
     through a model once: features are kept in RUNS/features, and every protocol is derived from them.
 
-    The records are added to those of results.json; of the same score the latest counts. A model or data set that
-    cannot be scored is named, the others are scored, and the exit code is 1; data sets of --all that are not there
-    are named alone.
+    The records are added to results.json; of the same score the latest counts. A model or dataset that cannot be
+    scored is named, the others are scored, and the exit code is 1. A dataset of --all that is missing is named and
+    does not change the exit code.
     """
-    if bool(datasets) + whole_suite + (folder is not None) > 1:
-        raise click.UsageError("--dataset, --all and --folder exclude one another")
-    if (classes or template) and not folder:
-        raise click.UsageError("--classes and --template describe --folder")
-    from comkd_cli.cli.terminal import print_json, reporting, starting
-    from comkd_cli.errors import DataError
+    selected = _select(datasets, whole_suite, folder, classes, template)
+    from comkd_cli.cli.terminal import reporting, starting
     from comkd_cli.files import check_writable
-    from comkd_cli.recipe.catalog import CATALOG
-    from comkd_cli.results.records import as_plain
-    from comkd_cli.results.result_files import NAME, ResultFiles
+    from comkd_cli.results.result_files import ResultFiles
 
-    names = tuple(CATALOG) if whole_suite else datasets
-    data = _data(names, folder, classes, template)
     with starting():
         from comkd_cli.flows import evaluate
         from comkd_cli.runtime import collectives
         from comkd_cli.runtime.devices import best_device
 
-    home = out or evaluate.home_of(model, runs, own_data=not names and data is None)
+    home = out or evaluate.home_of(model, runs, own_data=selected == Selection())
+    collectives.set_timeout(evaluate.timeout_minutes(model, runs))
     with reporting(quiet=as_json) as report:
         bench = evaluate.Bench(
             device=best_device(),
             data_root=data_root,
             report=report,
             features=runs / "features",
-            data=None if names and model is None else data,
-            datasets=names if len(names) > 1 or (names and model is None) else (),
+            data=selected.folder,
+            datasets=selected.datasets,
             protocols=protocols or (PROTOCOLS if whole_suite else ("zero-shot",)),
             protocols_named=bool(protocols),
             shots=shots,
@@ -117,8 +113,50 @@ def command(
         files = ResultFiles(home, report)
         results = evaluate.evaluate(model, runs, bench, files.add if ranks.is_main() else _ignore)
     collectives.destroy()
-    if not ranks.is_main():
-        return
+    if ranks.is_main():
+        _finish(results, files, whole_suite, as_json)
+
+
+class Selection(NamedTuple):
+    """The images to score on: some datasets, a folder, or neither: each student's own."""
+
+    datasets: tuple[str, ...] = ()
+    folder: Data | None = None
+
+
+def _select(
+    datasets: tuple[str, ...], whole_suite: bool, folder: str | None, classes: str | None, template: str | None
+) -> Selection:
+    """What the options select. Raises UsageError for options that exclude each other, RecipeError for wrong values."""
+    if bool(datasets) + whole_suite + (folder is not None) > 1:
+        raise click.UsageError("--dataset, --all and --folder exclude one another")
+    if (classes or template) and not folder:
+        raise click.UsageError("--classes and --template describe --folder")
+    from comkd_cli.recipe.catalog import CATALOG
+    from comkd_cli.recipe.loading import parse_data
+
+    if folder is not None:
+        return Selection(folder=parse_data({"folder": folder, "classes": classes, "template": template}))
+    names = tuple(CATALOG) if whole_suite else datasets
+    for name in names:
+        parse_data({"dataset": name})
+    return Selection(names)
+
+
+def _ignore(_results: Results) -> None:
+    """Of several processes the main one writes."""
+
+
+def _finish(results: Results, files: ResultFiles, whole_suite: bool, as_json: bool) -> None:
+    """Print the scores, then raise the error of writing them, or a DataError that names what could not be scored.
+
+    Missing datasets fail the command unless the whole suite was chosen.
+    """
+    from comkd_cli.cli.terminal import output, print_json
+    from comkd_cli.errors import DataError
+    from comkd_cli.results.records import as_plain
+    from comkd_cli.results.result_files import NAME
+
     failed = [entry for entry in results.missing if entry.failed or not whole_suite]
     if as_json:
         print_json(as_plain(results))
@@ -127,30 +165,15 @@ def command(
     if files.problem is not None:
         raise files.problem
     if not as_json:
-        _print_place(home / NAME, files.records_in_all)
+        place = f"{files.folder / NAME}: {files.records_in_all} records in all"
+        output().print(place, style="dim", markup=False, soft_wrap=True)
     if failed:
-        raise DataError(f"{len(failed)} of what was asked for could not be scored:\n" + "\n".join(map(_line, failed)))
-
-
-def _ignore(_results: Results) -> None:
-    """Of several processes the main one writes."""
-
-
-def _line(entry: Missing) -> str:
-    return "  " + entry.line.replace("\n", "\n  ")
-
-
-def _data(names: tuple[str, ...], folder: str | None, classes: str | None, template: str | None) -> Data | None:
-    from comkd_cli.recipe.loading import parse_data
-
-    checked = [parse_data({"dataset": name}) for name in names]
-    if folder is not None:
-        return parse_data({"folder": folder, "classes": classes, "template": template})
-    return checked[0] if len(checked) == 1 else None
+        lines = "\n".join("  " + entry.line.replace("\n", "\n  ") for entry in failed)
+        raise DataError(f"{len(failed)} of the models and datasets could not be scored:\n{lines}")
 
 
 def _print(results: Results, absent: Sequence[Missing]) -> None:
-    """The tables of results.md, and the data sets that are not there."""
+    """The tables of results.md, and the datasets that are missing."""
     from comkd_cli.cli.terminal import Column, output, print_table
     from comkd_cli.results.tables import tables
 
@@ -159,9 +182,3 @@ def _print(results: Results, absent: Sequence[Missing]) -> None:
         print_table(columns, made.rows, made.title, made.note)
     for entry in absent:
         output().print(f"not scored: {entry.problem}", style="yellow", markup=False)
-
-
-def _print_place(path: Path, records: int) -> None:
-    from comkd_cli.cli.terminal import output
-
-    output().print(f"{path}: {records} records in all", style="dim", markup=False, soft_wrap=True)

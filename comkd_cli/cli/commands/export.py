@@ -6,25 +6,21 @@ import math
 import shlex
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from comkd_cli.bundles.gates import GATES, PRECISIONS, Gate
 from comkd_cli.cli.options import allow_download_option, data_root_option, json_option, runs_option
-
-if TYPE_CHECKING:
-    from comkd_cli.bundles.parity import Gate
-
-PRECISIONS = ("fp32", "fp16", "int8")
 
 
 @click.command()
 @click.argument("student", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--onnx", is_flag=True, expose_value=False, help="Export to ONNX, which is the default format.")
+@click.option("--onnx", is_flag=True, expose_value=False, help="ONNX, the default and only format; may be left out.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="The bundle. Left out: `bundle` beside STUDENT.",
+    help="Folder of the bundle. Default: `bundle` beside STUDENT.",
 )
 @click.option(
     "--precision",
@@ -33,43 +29,45 @@ PRECISIONS = ("fp32", "fp16", "int8")
     multiple=True,
     default=("fp32",),
     show_default=True,
-    help="Of the graphs; may be repeated. int8 is made with images that its gate does not use.",
+    help="Precision of the graphs; may be repeated. int8 is calibrated on images that its gate does not use.",
 )
 @click.option("--text", is_flag=True, help="Add the teacher's text encoder, so that a device can add classes.")
-@click.option("--web", is_flag=True, help="Add a page that classifies in a browser, without a server's help.")
+@click.option("--web", is_flag=True, help="Add a web page that classifies images in the browser itself.")
 @click.option(
     "--web-runtime",
     type=click.Path(file_okay=False, exists=True, path_type=Path),
-    help="Unpacked onnxruntime-web package for --web. Left out: npm fetches it once.",
+    help="Unpacked onnxruntime-web package for --web. Default: npm downloads it once.",
 )
-@click.option("--benchmark", is_flag=True, help="Measure latency and peak memory against PyTorch, in one run.")
+@click.option("--benchmark", is_flag=True, help="Measure latency and peak memory, and compare them with PyTorch's.")
 @click.option(
     "--images",
     type=click.Path(file_okay=False, exists=True, path_type=Path),
-    help="Folder of real images for gates and int8. Left out: the student's own data.",
+    help="Folder of images for the gates and int8. Default: the student's own data.",
 )
 @click.option(
     "--check-images",
     type=click.IntRange(min=1),
     default=512,
     show_default=True,
-    help="Compare the graphs with PyTorch on at most so many images.",
+    help="Compare the graphs with PyTorch on at most this many images.",
 )
 @click.option(
     "--gate",
     "gates",
     multiple=True,
     metavar="PRECISION.LIMIT=VALUE",
-    help="Change what a precision must keep, such as int8.cosine_min=0.97; may be repeated.",
+    help="Change a limit that graphs of a precision must meet, such as int8.cosine_min=0.97; may be repeated.",
 )
-@click.option("--opset", type=click.IntRange(min=18), default=20, show_default=True, help="ONNX operators' version.")
-@click.option("--license", "license_", default="unknown", show_default=True, help="Licence in the model card.")
+@click.option(
+    "--opset", type=click.IntRange(min=18), default=20, show_default=True, help="Version of the ONNX operators."
+)
+@click.option("--license", "license_", default="unknown", show_default=True, help="Licence that the model card names.")
 @runs_option
 @data_root_option
 @allow_download_option
-@click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @json_option
-def command(
+def command(  # noqa: PLR0913 - click passes each option as a parameter
     student: Path,
     out: Path | None,
     precisions: tuple[str, ...],
@@ -90,10 +88,10 @@ def command(
 ) -> None:
     """Export STUDENT.pt to a bundle: ONNX graphs, checked in onnxruntime, and a predict.py without torch.
 
-    The graphs must answer as the student does on real images, at batch sizes 1, 2 and 7 and over the label set.
-    A precision that does not is left out and told, with its figures, and the exit code is 1. int8 is calibrated and
-    chosen on other images than its gate's. Limits of --gate: cosine_min, agreement_min_percent,
-    top1_loss_max_points, difference_max.
+    The graphs must give the student's answers on real images, at batch sizes 1, 2 and 7 and for every class. A
+    precision that misses its gate is left out of the bundle, its figures are printed, and the exit code is 1. int8 is
+    calibrated and chosen on other images than those of its gate. Limits of --gate: cosine_min,
+    agreement_min_percent, top1_loss_max_points, difference_max.
     """
     from comkd_cli.cli.terminal import print_json, reporting, starting
     from comkd_cli.errors import ExportError
@@ -123,18 +121,16 @@ def command(
         _print_bundle(target, exported.manifest)
     if exported.failed:
         reasons = "\n".join(f"  {precision}: {why}" for precision, why in exported.failed.items())
-        raise ExportError(f"{target}: holds {', '.join(exported.manifest['precisions'])}; left out are\n{reasons}")
+        raise ExportError(f"without {', '.join(exported.failed)}, which failed:\n{reasons}", path=target)
 
 
 def _gates(settings: tuple[str, ...]) -> dict[str, Gate]:
-    """The gates, with the limits of the command line in place of their own."""
-    from comkd_cli.bundles.parity import GATES
-
+    """The default gates, changed by the limits of the command line."""
     changed = dict(GATES)
     limits = [limit.name for limit in fields(GATES["fp32"])]
     for setting in settings:
-        place, equals, value = setting.partition("=")
-        precision, _, limit = place.partition(".")
+        name, equals, value = setting.partition("=")
+        precision, _, limit = name.partition(".")
         if not equals or precision not in GATES or limit not in limits:
             raise click.UsageError(
                 f"--gate {setting}: should be PRECISION.LIMIT=VALUE, with {', '.join(GATES)} and {', '.join(limits)}"
@@ -142,9 +138,9 @@ def _gates(settings: tuple[str, ...]) -> dict[str, Gate]:
         try:
             number = float(value)
         except ValueError as error:
-            raise click.UsageError(f"--gate {setting}: {value!r} is no number") from error
-        if math.isnan(number):  # no figure is on either side of it
-            raise click.UsageError(f"--gate {setting}: {value!r} is no number")
+            raise click.UsageError(f"--gate {setting}: {value!r} is not a number") from error
+        if math.isnan(number):  # every comparison with it is false
+            raise click.UsageError(f"--gate {setting}: {value!r} is not a number")
         changed[precision] = replace(changed[precision], **{limit: number})
     return changed
 
@@ -190,7 +186,7 @@ def _print_parity(manifest: dict[str, Any]) -> None:
 
 
 def _image_sizes(images: dict[str, Any]) -> str:
-    """`gate: 360 test images; calibrate: 144 training images; choose: 48`, and why there may be no top-1."""
+    """`gate: 360 test images; calibrate: 144 training images; choose: 48`, and why a top-1 may be missing."""
     from comkd_cli.bundles.parts import PartSize
 
     sizes = {name: PartSize(**images[name]) for name in ("gate", "calibrate", "choose")}

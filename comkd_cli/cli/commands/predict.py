@@ -1,4 +1,4 @@
-"""`comkd predict`: name what images show, with a bundle."""
+"""`comkd predict`: classify images with a bundle."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from comkd_cli.cli.options import json_option
 @click.command()
 @click.argument("bundle", type=click.Path(file_okay=False, path_type=Path))
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
-@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes to print for an image.")
-@click.option("--precision", help="fp32, fp16 or int8. Left out: the first that BUNDLE has.")
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes to print per image.")
+@click.option("--precision", help="fp32, fp16 or int8. Default: the first that BUNDLE has.")
 @click.option(
-    "--add-class", "add_classes", metavar="NAME", multiple=True, help="Look for this class too; may be repeated."
+    "--add-class",
+    "add_classes",
+    metavar="NAME",
+    multiple=True,
+    help="Add this class to those of BUNDLE; may be repeated.",
 )
 @json_option
 def command(
@@ -26,7 +30,7 @@ def command(
     add_classes: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Print the likeliest classes of each IMAGE, by the exported BUNDLE. Needs no torch."""
+    """Print the most probable classes of each IMAGE, by the exported BUNDLE. Needs no torch."""
     from comkd_cli.cli.terminal import output, print_json
     from comkd_cli.errors import DataError
     from comkd_cli.flows.predict import predict
@@ -43,4 +47,4 @@ def command(
                     line = f"  {entry['probability']:7.2%}  {entry['class']}"
                     console.print(line, markup=False, soft_wrap=True)
     if unreadable := [record["error"] for record in records if "error" in record]:
-        raise DataError("can't be read: " + "\n".join(unreadable))
+        raise DataError("some images could not be read:\n  " + "\n  ".join(unreadable))

@@ -22,7 +22,7 @@ def list_() -> None:
 
 @command.command()
 @click.argument("name")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a field, as distill does.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a recipe field, as in distill.")
 def show(name: str, settings: tuple[str, ...]) -> None:
     """Print a recipe with `extends` resolved and every default written out.
 
@@ -39,7 +39,7 @@ def show(name: str, settings: tuple[str, ...]) -> None:
 @command.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 def check(files: tuple[str, ...]) -> None:
-    """Check each FILE and print every fault of it; exits 1 if there is one."""
+    """Check each FILE and print all its faults; the exit code is 1 if there is one."""
     from comkd_cli.errors import RecipeError
     from comkd_cli.recipe import check_recipes
 

@@ -1,0 +1,33 @@
+"""What an exported precision must keep of the student. Imports neither numpy nor onnx: the command line uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The limits that a precision must meet to be in a bundle."""
+
+    cosine_min: float
+    """Smallest cosine similarity of an image's features with the student's."""
+    agreement_min_percent: float
+    """Top-1 agreement with the student."""
+    top1_loss_max_points: float
+    """Top-1 of the student minus top-1 of the graph, if the images have labels."""
+    difference_max: float = float("inf")
+    """Largest |difference| of a single feature."""
+
+
+GATES = {
+    "fp32": Gate(cosine_min=0.99999, agreement_min_percent=100.0, top1_loss_max_points=0.1, difference_max=1e-4),
+    "fp16": Gate(cosine_min=0.9995, agreement_min_percent=99.5, top1_loss_max_points=0.2),
+    "int8": Gate(cosine_min=0.98, agreement_min_percent=98.0, top1_loss_max_points=1.0),
+}
+PRECISIONS = tuple(GATES)
+
+
+def in_order(precisions: Sequence[str]) -> tuple[str, ...]:
+    """Each precision once, in the order of PRECISIONS."""
+    return tuple(precision for precision in PRECISIONS if precision in precisions)

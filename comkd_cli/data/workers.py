@@ -1,0 +1,96 @@
+"""DataLoader's worker processes: they survive a stop request until the step is saved, and end with their parent."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing.util  # its handler at exit must be registered before ours: the last one runs first
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from comkd_cli.data.batches import Batch, CropIndex, Item, collate
+
+DEATH_NOTICE_SECONDS = 2
+"""How long the system may take to report the death of a worker whose connection is broken already."""
+
+Batches = Sampler[list[CropIndex]] | list[list[CropIndex]] | list[list[int]]
+"""What each batch is made of, as DataLoader's `batch_sampler` takes it."""
+
+
+def data_loader(
+    items: Dataset[Item], batches: Batches, sharing: Sequence[int], workers: int, persistent: bool = False
+) -> DataLoader[Item]:
+    """A DataLoader of batches. persistent: keep the workers from one epoch to the next."""
+    if workers:
+        _kill_workers_at_exit()
+    return DataLoader(
+        items,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=partial(collate, sharing=sharing),
+        worker_init_fn=_prepare_worker,
+        persistent_workers=persistent and workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        # DataLoader draws a seed each epoch; from the global generator that draw would make a resumed
+        # run differ from an uninterrupted one.
+        generator=torch.Generator(),
+    )
+
+
+def batches_of(loader: DataLoader[Item]) -> Iterator[Batch]:
+    """The batches of a loader. Raises RuntimeError where a worker dies, even while it sends a batch.
+
+    torch raises such an error itself, with the cause, as soon as the system reports the death. A broken connection may
+    be noticed before that; then wait for torch's error.
+    """
+    batches = iter(loader)
+    while True:
+        try:
+            batch: Any = next(batches)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            if loader.num_workers == 0 or "in DataLoader worker process" in str(error):  # raised by reading an image
+                raise
+            time.sleep(DEATH_NOTICE_SECONDS)
+            raise RuntimeError("DataLoader worker (pid unknown) ended while it sent a batch") from error
+        yield batch
+
+
+@cache
+def _kill_workers_at_exit() -> None:
+    """Let this process exit while workers live, as after an error in the middle of an epoch.
+
+    multiprocessing ends its children by one SIGTERM, then waits for them without a limit. Workers ignore the first
+    SIGTERM (`_prepare_worker`), so they would never end.
+    """
+    atexit.register(_kill_workers)
+
+
+def _kill_workers() -> None:
+    if hasattr(signal, "SIGCHLD"):  # else torch's handler raises an error for each worker that ends so
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+def _prepare_worker(_worker: int) -> None:
+    """A stop request reaches the whole process group; workers must live until the step is done and saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Only the first SIGTERM is ignored: the parent itself ends a worker so, if need be more than once.
+    signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))
+    sys.excepthook = _print_unless_disconnected
+
+
+def _print_unless_disconnected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an exception of a worker's threads, unless the parent closed the connection while it took a batch."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)

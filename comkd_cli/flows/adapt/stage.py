@@ -1,0 +1,144 @@
+"""The teacher of a recipe: what it is made from, what it is trained on, and where it is saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from comkd_cli.data.source import Source
+from comkd_cli.data.sources import open_source
+from comkd_cli.data.splits import draw_shots, halves
+from comkd_cli.errors import DataError
+from comkd_cli.events import Report, ignore_event
+from comkd_cli.files import sha256_of_data
+from comkd_cli.models.backbones import weights_sha256
+from comkd_cli.recipe import Recipe
+from comkd_cli.recipe.model import FullAdapt, Model, NoAdapt, PromptSrcAdapt, Teacher
+
+
+@dataclass(frozen=True)
+class Stage1:
+    """The teacher of a recipe: what it is made from, and where it is saved."""
+
+    recipe: Recipe
+    source: Source
+    """The student's data; the teacher classifies among its classes."""
+    adaptation_source: Source
+    """The data that the teacher is adapted to: the student's, unless `teacher.adapt.data` is set."""
+    runs: Path
+
+    @property
+    def settings(self) -> Teacher:
+        """The recipe's teacher."""
+        return self.recipe.teacher
+
+    @property
+    def adapts(self) -> bool:
+        """Whether anything is trained."""
+        return self.settings.adapt.method != "none"
+
+    def prompt_source(self, adapt: PromptSrcAdapt) -> Source:
+        """The labelled images that prompts are trained on: the shots of all classes, then the chosen half of these.
+
+        In this order, as in CoOp: the shots of a base class are those that a draw for all classes gives it. Raises
+        DataError where there are no labels, or fewer than two images.
+        """
+        source = self.adaptation_source
+        check_labels(source, adapt.method)
+        labels = source.train.labels or ()
+        drawn = list(range(len(labels)))
+        if adapt.shots is not None:
+            drawn, _ = draw_shots(labels, source.val.labels or () if source.val else (), adapt.shots, adapt.seed)
+        classes = halves(len(source.class_names))[adapt.classes]
+        train = source.train.subset([index for index in drawn if labels[index] in classes])
+        if len(train) < 2:
+            raise DataError(
+                f"prompts need at least 2 labelled images of the {adapt.classes} classes",
+                path=source.name,
+                field="teacher.adapt",
+                found=len(train),
+                remedy="add images of them, or use classes: all",
+            )
+        test = source.test
+        if test is not None and test.labels is not None:
+            test = test.subset([index for index, label in enumerate(test.labels) if label in classes])
+        return replace(source, class_names=source.class_names[: len(classes)], train=train, test=test)
+
+    @cached_property
+    def contents(self) -> dict[str, Any]:
+        """Named digests of what the teacher is made from, beside its settings: weights and, where it trains, images."""
+        teacher, adapt = self.settings, self.settings.adapt
+        base = Model(arch=teacher.arch, config=teacher.config, weights=teacher.backbone_weights)
+        weights: dict[str, Any] = {
+            "weights_sha256": weights_sha256(teacher),
+            "backbone_weights_sha256": weights_sha256(base) if teacher.backbone_weights else None,
+        }
+        if isinstance(adapt, NoAdapt):
+            return weights
+        source = self.prompt_source(adapt) if isinstance(adapt, PromptSrcAdapt) else self.adaptation_source
+        images = source.identity()
+        return {
+            **weights,
+            # Learned prompts replace the words of the template.
+            "prompts" if isinstance(adapt, FullAdapt) else "class_names": (
+                source.prompts if isinstance(adapt, FullAdapt) else images["class_names"]
+            ),
+            "images": images["training_images"],
+            "labels": images["training_labels"],
+        }
+
+    @cached_property
+    def made_of(self) -> dict[str, Any]:
+        """All that decides the trained teacher, by name; students of other data can share it."""
+        teacher, adapt = self.settings, self.settings.adapt
+        parts: dict[str, Any] = {
+            "model": model_fields(teacher),
+            "format": teacher.format,
+            "adapt": adapt.model_dump(mode="json", exclude={"data", "classes_at_once"}),
+            **self.contents,
+        }
+        if self.adapts:
+            parts |= {"augment": self.recipe.augment.model_dump(mode="json"), "precision": self.recipe.precision}
+        return parts
+
+    @cached_property
+    def key(self) -> str:
+        """A digest of all that decides the trained teacher."""
+        return sha256_of_data(self.made_of)
+
+    @property
+    def folder(self) -> Path:
+        """The directory of an adapted teacher; teachers that differ in anything have different directories."""
+        return self.runs / "teachers" / f"{self.adaptation_source.name}-{self.key[:12]}"
+
+    @property
+    def file(self) -> Path:
+        """teacher.pt of an adapted teacher."""
+        return self.folder / "teacher.pt"
+
+
+def stage_1(recipe: Recipe, source: Source, data_root: Path, runs: Path, report: Report = ignore_event) -> Stage1:
+    """Stage 1 of a recipe. Raises DataError where the data of `teacher.adapt.data` could not be read."""
+    adapt = recipe.teacher.adapt
+    if isinstance(adapt, PromptSrcAdapt) and adapt.data is not None:
+        return Stage1(recipe, source, open_source(adapt.data, data_root, runs, report), runs)
+    return Stage1(recipe, source, source, runs)
+
+
+def check_labels(source: Source, method: str) -> None:
+    """Raise DataError where the images to train a teacher on have no labels."""
+    if source.train.labels is None or len(source.train) < 2:
+        raise DataError(
+            "training a teacher needs labels, and the training images have none",
+            path=source.name,
+            field="teacher.adapt",
+            found=method,
+            remedy="sort them into a sub-folder of train/ for each class, or use a pretrained teacher with adapt: none",
+        )
+
+
+def model_fields(model: Model) -> dict[str, object]:
+    """The fields of a model in teacher.pt."""
+    return {"arch": model.arch, "config": model.config, "weights": model.weights}

@@ -1,0 +1,21 @@
+"""Stage 2: distil a frozen teacher into a student, without labels unless the recipe has `loss.labels`."""
+
+from comkd_cli.flows.distill.dry_run import Outline, Plan, outline, plan
+from comkd_cli.flows.distill.run import Run, finished, selection_classes
+from comkd_cli.flows.distill.stage_2 import Distillation, build_student, distill
+from comkd_cli.flows.distill.teacher_cache import open_cache, precompute
+
+__all__ = [
+    "Distillation",
+    "Outline",
+    "Plan",
+    "Run",
+    "build_student",
+    "distill",
+    "finished",
+    "open_cache",
+    "outline",
+    "plan",
+    "precompute",
+    "selection_classes",
+]

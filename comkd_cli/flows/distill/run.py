@@ -1,0 +1,141 @@
+"""One distillation run: what decides its student, where its files are, and what is refused before training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from comkd_cli.data.loaders import check_shares
+from comkd_cli.data.source import Source
+from comkd_cli.errors import CheckpointError, DataError
+from comkd_cli.events import Notice, Report, ignore_event
+from comkd_cli.files import sha256_of_data
+from comkd_cli.method.objective import labels_missing
+from comkd_cli.models.backbones import weights_sha256
+from comkd_cli.models.checkpoints import StudentRecord, load_student_record
+from comkd_cli.recipe import Recipe
+from comkd_cli.recipe.identity import Identity, described, recipe_settings
+from comkd_cli.recipe.model import PromptSrcAdapt
+from comkd_cli.results.tables import VARIANTS
+from comkd_cli.runtime import collectives
+
+
+@dataclass(frozen=True)
+class Run:
+    """One distillation: what, from what data, and where its files go."""
+
+    recipe: Recipe
+    name: str
+    """Of the recipe, and of the folder of its runs."""
+    source: Source
+    runs: Path
+    teacher: Mapping[str, Any]
+    """Named digests of what the teacher is made from, beside its settings in the recipe."""
+    teacher_key: str = ""
+    """Of the teacher alone; students of other classes can share its cached image features."""
+
+    @property
+    def folder(self) -> Path:
+        """runs/<recipe>/<dataset>/seed<k>."""
+        return self.runs / self.name / self.source.name / f"seed{self.recipe.seed}"
+
+    @property
+    def student_file(self) -> Path:
+        """The finished student."""
+        return self.folder / "student.pt"
+
+    @property
+    def batch_size(self) -> int:
+        """The recipe's, or the number of training images where these are fewer."""
+        return min(self.recipe.optim.batch_size, len(self.source.train))
+
+    @cached_property
+    def identity(self) -> Identity:
+        """All that decides the student. Reads the images whose contents are not in the index."""
+        recipe, test = self.recipe, self.source.test
+        student = {"weights_sha256": weights_sha256(recipe.student)}
+        data: dict[str, Any] = {"fingerprint": recipe.data.fingerprint, **self.source.identity()}
+        if recipe.selection == "promptkd" and test is not None:
+            labels = None if test.labels is None else sha256_of_data(list(test.labels))
+            data |= {
+                "test_images": test.digest,
+                "test_labels": labels,
+                # It depends on whether teacher.adapt.data is the recipe's own data, which no setting that counts says.
+                "selection_classes": selection_classes(recipe),
+            }
+        parts = {"recipe": recipe_settings(recipe), "data": data, "student": student, "teacher": dict(self.teacher)}
+        return Identity(parts)
+
+    def check_images(self) -> None:
+        """Raise DataError where there are too few training images, or they lack the labels that the loss needs."""
+        images = self.source.train
+        if len(images) < 2:
+            raise DataError("distillation needs at least 2 training images", path=self.source.name, found=len(images))
+        if self.recipe.loss.labels is not None and images.labels is None:
+            raise labels_missing(self.source.name)
+
+    def check_selection(self) -> None:
+        """Raise DataError where an epoch would be selected on test images without labels."""
+        test = self.source.test
+        if selection_classes(self.recipe) and (test is None or not test.labels):
+            raise DataError(
+                "needs labelled test images",
+                path=self.source.name,
+                field="selection",
+                found=self.recipe.selection,
+                remedy="use selection: last",
+            )
+
+    def check_steps(self) -> None:
+        """Raise TrainingError where a step has fewer images than processes and parts of a batch to share them."""
+        check_shares(self.batch_size, self.recipe.optim.accumulation_steps)
+
+
+def finished(run: Run, report: Report = ignore_event) -> bool:
+    """Whether the run's student exists. Raises CheckpointError, naming what differs, where it is another run's."""
+    if not collectives.broadcast(run.student_file.exists()):
+        return False
+    record = load_student_record(run.student_file)
+    if differences := run.identity.differences(record.identity_parts or _parts_of_old(record), "the finished run"):
+        raise CheckpointError(
+            "was made with other settings or images",
+            path=run.student_file,
+            found=described(differences),
+            remedy="replace it with --fresh, or keep both with another --runs folder",
+        )
+    if record.identity_parts is None:
+        report(
+            Notice(
+                f"{run.student_file}: was made by a version of comkd that did not record image contents; the settings "
+                "are the same, but the images and the teacher could not be compared; --fresh repeats the run"
+            )
+        )
+    return True
+
+
+def _parts_of_old(record: StudentRecord) -> dict[str, Any]:
+    """The identity parts that a student.pt without recorded parts has: settings, class names and prompt."""
+    names = {"class_names": list(record.class_names), "template": record.template}
+    return {"recipe": recipe_settings(record.recipe), "data": names}
+
+
+def selection_classes(recipe: Recipe) -> Literal["all", "base"] | None:
+    """The classes whose test images select the epoch; None keeps the last epoch.
+
+    PromptKD's validation split is its test split: that of the base classes where the teacher was trained on these alone
+    (base-to-novel), that of all classes where it was trained on another dataset (cross-dataset, domain generalisation).
+    """
+    if recipe.selection == "last":
+        return None
+    if recipe.selection_classes is not None:
+        return recipe.selection_classes
+    adapt = recipe.teacher.adapt
+    if not isinstance(adapt, PromptSrcAdapt) or adapt.classes == "all" or recipe.data.dataset in VARIANTS:
+        return "all"
+    own, of_teacher = recipe.data, adapt.data or recipe.data
+    # Where the images are, not how they are decoded.
+    same = (own.dataset, own.folder, own.shards) == (of_teacher.dataset, of_teacher.folder, of_teacher.shards)
+    return "base" if same else "all"

@@ -1,0 +1,70 @@
+"""The `data` and `augment` sections of a recipe."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from comkd_cli.recipe.catalog import CATALOG
+from comkd_cli.recipe.fields import Closed
+
+DATASETS = ("digits", *CATALOG)
+DEFAULT_TEMPLATE = "a photo of a {}."
+
+
+class Data(Closed):
+    """The images and the classes: a named `dataset`, a `folder`, or `shards`."""
+
+    dataset: str | None = None
+    """A dataset of the suite (`comkd datasets list`), below the data root; or `digits`, which ships with scikit-learn:
+    1,797 handwritten digits, 8 by 8 pixels."""
+    folder: str | None = None
+    """A folder of images: unlabelled anywhere below it, or train/, val/ and test/ with a sub-folder for each class.
+    A relative path is taken from the current directory, then from the data root."""
+    shards: str | None = None
+    """WebDataset shards, tar files of unlabelled images: a path or address, in which braces name many shards, such as
+    `"train-{0000..0099}.tar"` (in quotes). A relative path is taken as for `folder`; `http:`, `pipe:` and whatever else
+    webdataset opens is fetched once, into RUNS/shards. Needs `classes`."""
+    classes: str | Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    """Class names in the order of the labels: a text file with a name on each line, or a list. Empty lines are skipped;
+    a line that starts with `#` is refused. Default: the names of the sub-folders, sorted. Underscores become spaces in
+    all names."""
+    template: str | None = None
+    """The prompt of a class, with `{}` for its name. Default: the dataset's own, or `a photo of a {}.`"""
+    unreadable_limit_percent: Annotated[float, Field(ge=0, le=100)] = 10.0
+    """The share of images that may be unreadable; they are named and skipped. Above it the run stops."""
+    fingerprint: Literal["contents", "size_and_time"] = "contents"
+    """How runs, teachers, caches and kept features notice changed images. `contents` reads every file once and keeps
+    its sha256 in RUNS/image_digests.sqlite as long as its path, size and times stay. `size_and_time` reads no file, for
+    datasets that take too long to read: it does not notice a file that was replaced by another of the same size and
+    modification time [C]."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that decode images, for each training process. Default: one less than its cores, at most 8; none for
+    `digits`."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Data:
+        if [self.dataset, self.folder, self.shards].count(None) != 2:
+            raise ValueError("needs exactly one of `dataset`, `folder` and `shards`")
+        if self.dataset is not None and self.dataset not in DATASETS:
+            close = difflib.get_close_matches(self.dataset, DATASETS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"the datasets are {', '.join(DATASETS)}"
+            raise ValueError(f"unknown dataset {self.dataset!r}; {hint}")
+        if self.dataset is not None and self.classes is not None:
+            raise ValueError(f"`classes` needs `folder` or `shards`; the dataset {self.dataset} has its own")
+        if self.shards is not None and self.classes is None:
+            raise ValueError("`shards` have no labels: give `classes`, a list or a text file with a name on each line")
+        if self.template is not None and self.template.count("{}") != 1:
+            raise ValueError(f"`template` must contain {{}} once, for the class name; it is {self.template!r}")
+        return self
+
+
+class Augment(Closed):
+    """Random resized crops and flips; teacher and student always see the same crop."""
+
+    min_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
+    """The smallest share of an image's area that a crop keeps; the largest is all of it [K]."""
+    flip: bool = True
+    """Mirror half of the crops. Switch it off where left and right matter, as in text or digits [K]."""

@@ -1,0 +1,43 @@
+"""The `student` section of a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from comkd_cli.recipe.architecture import Model
+from comkd_cli.recipe.fields import Closed, Count
+
+
+class Prompts(Closed):
+    """Learned tokens beside the patches of a vision transformer."""
+
+    tokens: Annotated[int, Field(ge=0)] = 4
+    """Learned tokens at each prompted layer [P]."""
+    depth: Count = 9
+    """Prompted layers, from the first; each has its own tokens [P]."""
+
+
+class Projector(Closed):
+    """From the student backbone's width to the teacher's: Linear, then BatchNorm, ReLU, Linear [K]."""
+
+    layers: Annotated[int, Field(ge=1, le=4)] = 2
+    """Linear layers [K]."""
+
+
+class Student(Model):
+    """The small model that is trained. Only its image tower is built."""
+
+    train: Literal["prompts", "full"] = "prompts"
+    """`prompts` trains vision prompts in a frozen backbone; `full` trains every weight."""
+    prompts: Prompts | None = None
+    """Vision prompts. Default: 4 tokens in 9 layers with `train: prompts`, none with `full`."""
+    projector: Projector = Projector()
+    """[K]"""
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Student:
+        if self.train == "prompts" and not self.has_weights:
+            raise ValueError("`train: prompts` freezes the backbone: give its `weights`, or use `train: full`")
+        return self

@@ -1,0 +1,153 @@
+"""The teacher of a finished student, loaded again and compared with what the student recorded of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from comkd_cli.errors import CheckpointError
+from comkd_cli.events import Notice, Report, ignore_event
+from comkd_cli.method.prompt_src import class_prompt
+from comkd_cli.method.student import Student
+from comkd_cli.method.teacher import Teacher
+from comkd_cli.models import downloads
+from comkd_cli.models.backbones import Clip, build_clip, load_clip_state
+from comkd_cli.models.checkpoints import StudentRecord, load_teacher
+from comkd_cli.recipe.model import Model
+from comkd_cli.teachers.class_vectors import tokenize_prompts
+from comkd_cli.teachers.loading import ReadyTeacher, build_teacher, load_saved_teacher, teacher_sha256
+from comkd_cli.teachers.prompted import Prompted, released_prompted, saved_prompted
+
+# Class vectors of one teacher agree up to rounding, whatever the device; those of two teachers do not.
+SAME_VECTORS_COSINE = 0.9999
+
+
+def teacher_of_student(
+    student_file: Path,
+    student: Student,
+    record: StudentRecord,
+    device: torch.device,
+    allow_download: bool = False,
+    report: Report = ignore_event,
+) -> ReadyTeacher:
+    """The teacher that a student was distilled from, with the class vectors of the student's classes.
+
+    allow_download: fetch what student.pt names and this machine lacks. Raises CheckpointError or ModelError,
+    also where the teacher that is found is another one.
+    """
+    check_teacher_files(record, student_file)
+    with downloads.forbidden(unless=allow_download):
+        if record.teacher is not None:
+            path = teacher_file(record, student_file)
+            ready = load_saved_teacher(path, record.class_names, device, report=report)
+        else:
+            ready = build_teacher(record.recipe.teacher, record.class_names, record.template, device, report)
+    _check_same_teacher(ready.teacher, student, _teacher_name(record, student_file))
+    if record.teacher_sha256 is None and ready.sha256:
+        report(
+            Notice(
+                f"{student_file}: an earlier version did not record the sha256 of its teacher; the teacher was "
+                "compared by its class vectors alone"
+            )
+        )
+    return ready
+
+
+@dataclass(frozen=True)
+class ClassEncoder:
+    """The text half of a teacher, which makes class vectors of class names."""
+
+    clip: Clip
+    """Its text encoder holds the learned prompts of a prompted teacher."""
+    prompt: str
+    """`{}` stands for the name; learned prompts replace the words before it."""
+
+    def tokens(self, class_names: Sequence[str], report: Report = ignore_event) -> Tensor:
+        """Token ids (classes, context) of the class prompts."""
+        return tokenize_prompts(self.clip, class_names, self.prompt, report)
+
+
+def class_encoder(
+    record: StudentRecord, student_file: Path, allow_download: bool = False, report: Report = ignore_event
+) -> ClassEncoder:
+    """The text half of a student's teacher, on the CPU. Raises CheckpointError or ModelError.
+
+    allow_download: as in `teacher_of_student`.
+    """
+    check_teacher_files(record, student_file)
+    with downloads.forbidden(unless=allow_download):
+        return _class_encoder(record, student_file, report)
+
+
+def _class_encoder(record: StudentRecord, student_file: Path, report: Report) -> ClassEncoder:
+    settings = record.recipe.teacher
+    if record.teacher is None:
+        if settings.format == "promptsrc":
+            return _prompted_encoder(released_prompted(settings, report))
+        return ClassEncoder(build_clip(settings, report=report), record.template)
+    path = teacher_file(record, student_file)
+    saved = load_teacher(path)
+    if saved.prompts is not None:
+        return _prompted_encoder(saved_prompted(saved, path))
+    clip = build_clip(Model(**saved.record.model), load_weights=False)
+    load_clip_state(clip, saved.state_dict, path)
+    return ClassEncoder(clip, saved.record.template)
+
+
+def _prompted_encoder(prompted: Prompted) -> ClassEncoder:
+    return ClassEncoder(prompted.clip, class_prompt("{}", prompted.module.text.count))
+
+
+def teacher_file(record: StudentRecord, student_file: Path) -> Path:
+    """teacher.pt of a student whose teacher was adapted."""
+    assert record.teacher is not None  # the caller checked it
+    return Path(os.path.normpath(student_file.parent / record.teacher))
+
+
+def check_teacher_files(record: StudentRecord, student_file: Path) -> None:
+    """Raise CheckpointError where a file of the teacher changed since the student was distilled.
+
+    Missing files are reported by the code that reads them.
+    """
+    settings = record.recipe.teacher
+    checkpoint = None if record.teacher is None else teacher_file(record, student_file)
+    if not record.teacher_sha256 or (checkpoint is not None and not checkpoint.is_file()):
+        return
+    found = teacher_sha256(settings, checkpoint)
+    for name, digest in record.teacher_sha256.items():
+        if found.get(name, digest) != digest:
+            path = str(checkpoint) if name == "teacher" else str(getattr(settings, name)).removeprefix("local-dir:")
+            raise CheckpointError(
+                f"is not the teacher that {student_file} was distilled from: its sha256 was {digest}",
+                path=path,
+                found=found[name],
+                remedy="restore the old file, or distil again",
+            )
+
+
+def _teacher_name(record: StudentRecord, student_file: Path) -> str:
+    if record.teacher is not None:
+        return str(teacher_file(record, student_file))
+    settings = record.recipe.teacher
+    return ":".join(part for part in (settings.arch, settings.weights) if part)
+
+
+def _check_same_teacher(teacher: Teacher, student: Student, name: str) -> None:
+    """Refuse a teacher whose class vectors or logit scale are not those that the student was distilled with."""
+    theirs, own = teacher.class_vectors.cpu(), student.class_vectors.cpu()
+    difference = None
+    if theirs.shape != own.shape:
+        difference = f"its class vectors are {tuple(theirs.shape)}, and the student's {tuple(own.shape)}"
+    elif (cosine := float(nn.functional.cosine_similarity(theirs, own).min())) < SAME_VECTORS_COSINE:
+        difference = f"its class vectors differ from the student's, with a least cosine similarity of {cosine:.4f}"
+    elif not torch.allclose(teacher.logit_scale.cpu(), student.logit_scale.cpu(), rtol=1e-3):
+        difference = (
+            f"its logit scale is {float(teacher.logit_scale):.4g}, and the student's {float(student.logit_scale):.4g}"
+        )
+    if difference is not None:
+        raise CheckpointError("is not the teacher that the student was distilled from", path=name, found=difference)

@@ -1,0 +1,178 @@
+"""The checkpoint of a training run: written whole, refused where it belongs to another run, resumed bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from comkd_cli.data.transforms import stable_seed
+from comkd_cli.errors import CheckpointError
+from comkd_cli.files import is_newer_format, remove_folder
+from comkd_cli.method.student import learned_state
+from comkd_cli.models.checkpoints import save_plain
+from comkd_cli.recipe.identity import Identity, described
+from comkd_cli.runtime import collectives, ranks
+from comkd_cli.training.position import Position
+from comkd_cli.training.task import Task
+
+STATE_FORMAT = "comkd-state/4"
+
+
+def checkpoint_file(folder: Path) -> Path:
+    """The checkpoint of the task whose files are in this folder."""
+    return folder / "state" / "state.pt"
+
+
+def has_checkpoint(folder: Path, identity: Identity) -> bool:
+    """Whether a task's folder holds a checkpoint. Raises CheckpointError for a damaged one or another run's."""
+    return _read(folder, identity) is not None
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Delete the checkpoint of a task's folder; of several processes the main one does."""
+    if ranks.is_main():
+        remove_folder(checkpoint_file(folder).parent)
+
+
+def seed_rank(seed: int) -> None:
+    """Seed what the model draws: the main process by the seed itself, each other one by a seed of its own."""
+    torch.manual_seed(seed if ranks.is_main() else stable_seed("process", ranks.rank(), seed))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Saves and restores a run: its learned tensors, optimizer, gradient scaler, random generators and position."""
+
+    task: Task
+    optimizer: Any
+    """As accelerate wrapped it."""
+    accelerator: Accelerator
+
+    def save(self, position: Position) -> None:
+        """Write the checkpoint. The main process writes; on return it exists for all processes."""
+        self.task.objective.flush(epoch_ended=position.step == 0)
+        position.average_over_ranks()
+        random = collectives.all_gather((torch.get_rng_state(), _cuda_random_state()))
+        with collectives.without_timeout():  # disks can be slow
+            if ranks.is_main():
+                save_plain(checkpoint_file(self.task.folder), self._state(position, random))
+
+    def _state(self, position: Position, random: Sequence[tuple[Tensor, Tensor | None]]) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "format": STATE_FORMAT,
+            "identity": dict(self.task.identity.parts),
+            "model": learned_state(self.task.model),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "random": [on_cpu for on_cpu, _ in random],
+            "random_cuda": [on_cuda for _, on_cuda in random],
+            "epoch": position.epoch,
+            "step": position.step,
+            "sums": position.sums,
+            "probed": position.probed,
+            "counted_steps": position.counted_steps,
+            "history": position.history,
+            "unreadable": list(position.unreadable),
+            "best_score": position.best_score,
+            "kept": position.kept,
+        }
+
+    def load(self) -> Position | None:
+        """Restore the run and return where it stopped; None where there is no checkpoint. Raises CheckpointError."""
+        folder = self.task.folder
+        state = _read(folder, self.task.identity)
+        found = [bool(row[0]) for row in collectives.all_gather_ints([state is not None])]
+        if any(found) != all(found):
+            raise CheckpointError(
+                "not every process finds the checkpoint",
+                path=folder,
+                remedy="use a shared folder as --runs",
+            )
+        if state is None:
+            return None
+        if set(state["model"]) != set(learned_state(self.task.model)):
+            raise CheckpointError(
+                "holds other tensors than this version trains",
+                path=checkpoint_file(folder),
+                remedy=_restart(folder),
+            )
+        self.task.model.load_state_dict(state["model"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self._restore_random_state(state)
+        device = self.accelerator.device
+        return Position(
+            epoch=state["epoch"],
+            step=state["step"],
+            sums={name: value.to(device) for name, value in state["sums"].items()},
+            probed=state["probed"],
+            counted_steps=state["counted_steps"],
+            history=state["history"],
+            unreadable=dict.fromkeys(state["unreadable"]),
+            best_score=state["best_score"],
+            kept={name: value.to(device) for name, value in state["kept"].items()},
+        )
+
+    def _restore_random_state(self, state: dict[str, Any]) -> None:
+        if len(state["random"]) != ranks.world_size():
+            # Dropout differs from here on; the images, their crops and their order do not.
+            seed_rank(stable_seed(self.task.seed, state["epoch"], state["step"]))
+            return
+        torch.set_rng_state(state["random"][ranks.rank()])
+        if (on_cuda := state["random_cuda"][ranks.rank()]) is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(on_cuda)
+
+
+def _read(folder: Path, identity: Identity) -> dict[str, Any] | None:
+    """The saved state of a task, or None. Raises CheckpointError for a damaged one or another run's."""
+    path = checkpoint_file(folder)
+    if not path.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["format"]
+    except Exception as error:  # torch and pickle raise many kinds for a damaged file
+        raise CheckpointError(
+            f"cannot resume from this checkpoint ({error})", path=path, remedy=_restart(folder)
+        ) from error
+    if is_newer_format(found, STATE_FORMAT):
+        raise CheckpointError(
+            "was written by a newer version of comkd",
+            path=path,
+            found=found,
+            allowed=[STATE_FORMAT],
+            remedy=f"upgrade comkd, or {_restart(folder)}",
+        )
+    if found != STATE_FORMAT:
+        raise CheckpointError(
+            "was written by another version of comkd",
+            path=path,
+            found=found,
+            allowed=[STATE_FORMAT],
+            remedy=_restart(folder),
+        )
+    if differences := identity.differences(state["identity"], "this checkpoint"):
+        raise CheckpointError(
+            "cannot resume from this checkpoint",
+            path=path,
+            found=described(differences),
+            remedy=f"{_restart(folder)}, or keep both with another --runs folder",
+        )
+    return state
+
+
+def _restart(folder: Path) -> str:
+    return f"to start from scratch, delete {checkpoint_file(folder).parent}, or use --fresh for a student"
+
+
+def _cuda_random_state() -> Tensor | None:
+    """The state of the generator of this process's GPU."""
+    return torch.cuda.get_rng_state() if torch.cuda.is_available() else None

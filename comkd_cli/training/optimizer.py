@@ -1,0 +1,31 @@
+"""Optimizers with the parameter groups of PromptKD (SGD) and of CLIP's training (AdamW)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from comkd_cli.recipe.model import AdamW, Sgd
+
+
+def make_optimizer(model: nn.Module, optim: Sgd | AdamW, rate_factors: Mapping[str, float]) -> torch.optim.Optimizer:
+    """The optimizer of the trainable parameters, in groups that differ in weight decay or learning rate.
+
+    SGD decays every parameter, as PromptKD does; AdamW does not decay vectors and scalars (biases, norms,
+    gates) and prompts. rate_factors: see `Task.rate_factors`; a group holds its factor as `rate_factor`.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            exempt = isinstance(optim, AdamW) and (parameter.ndim < 2 or name.endswith(".tokens"))
+            decay = 0.0 if exempt else optim.weight_decay
+            groups.setdefault((decay, rate_factors.get(name, 1.0)), []).append(parameter)
+    settings = [
+        {"params": parameters, "weight_decay": decay, "rate_factor": factor}
+        for (decay, factor), parameters in groups.items()
+    ]
+    if isinstance(optim, Sgd):
+        return torch.optim.SGD(settings, lr=optim.learning_rate, momentum=optim.momentum)
+    return torch.optim.AdamW(settings, lr=optim.learning_rate)

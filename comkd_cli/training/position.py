@@ -1,0 +1,75 @@
+"""How far a training run is, with all that its next step depends on beside the model and the optimizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from comkd_cli.method.student import learned_state
+from comkd_cli.runtime import collectives, ranks
+
+
+@dataclass
+class Position:
+    """The next step, the sums of the epoch so far, the figures of finished epochs, and the weights to keep."""
+
+    epoch: int = 0
+    step: int = 0
+    """Of the epoch; both count from 0."""
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Of the figures of the epoch's steps, by name."""
+    probed: dict[str, float] = field(default_factory=dict)
+    counted_steps: int = 0
+    """Steps in `sums`: those that had images."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """The figures of each finished epoch."""
+    unreadable: dict[str, None] = field(default_factory=dict)
+    """A line for each image that could not be read, in the order in which they were met."""
+    best_score: float = -math.inf
+    """Of the best epoch so far, where an epoch is selected."""
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    """The weights of the best epoch so far, or the weighted sum of the epochs'; empty where the last epoch is kept."""
+
+    def add(self, figures: dict[str, Tensor], share: float) -> None:
+        """Add a part of a step to the sums, on the device: reading a figure would make the device wait for Python.
+
+        share: the part's share of the step's images, times the number of processes.
+        """
+        for name, figure in figures.items():
+            # MPS has no float64.
+            value = figure.detach().double() if figure.device.type != "mps" else figure.detach()
+            value = value * share
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def averages(self) -> dict[str, float]:
+        """The averages of the epoch's figures so far."""
+        return {name: float(total) / self.counted_steps for name, total in self.sums.items()}
+
+    def average_over_ranks(self) -> None:
+        """Make the sums those of all processes: their average, since each process counts by its share."""
+        if ranks.world_size() == 1 or not self.sums:
+            return
+        values = torch.stack(list(self.sums.values()))
+        means = torch.tensor(collectives.all_gather(values.tolist()), dtype=values.dtype).mean(0).to(values.device)
+        self.sums = dict(zip(self.sums, means, strict=True))
+
+    def add_to_average(self, model: nn.Module, weight: float) -> None:
+        """Add the model's learned tensors to the weighted sum; integers, such as counters, are replaced."""
+        for name, value in learned_state(model).items():
+            part = value.detach() * weight if value.is_floating_point() else value.detach().clone()
+            before = self.kept.get(name)
+            self.kept[name] = part if before is None or not value.is_floating_point() else before + part
+
+    def keep_if_best(self, model: nn.Module, score: float) -> None:
+        """Keep a copy of the model's learned tensors if the score is the highest so far."""
+        if score > self.best_score:
+            self.best_score = score
+            self.kept = {name: value.detach().clone() for name, value in learned_state(model).items()}
+
+    def next_epoch(self) -> None:
+        """Move to the first step of the next epoch."""
+        self.epoch, self.step = self.epoch + 1, 0
+        self.sums, self.probed, self.counted_steps = {}, {}, 0
