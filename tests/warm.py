@@ -64,14 +64,24 @@ class _Stream:
         self.descriptor = passed.detach()
 
 
+def _encoding(variables: Mapping[str, str]) -> str:
+    return variables.get("PYTHONIOENCODING", "utf-8")
+
+
 def _become(
-    module: str, arguments: Sequence[str], cwd: str, variables: Mapping[str, str], streams: Sequence[_Stream], few: bool
+    module: str,
+    arguments: Sequence[str],
+    cwd: str,
+    variables: Mapping[str, str],
+    streams: Sequence[_Stream],
+    few: bool,
+    package: str | None,
 ) -> None:
     """In the new process: run a module as `python -m` does."""
     for descriptor, stream in enumerate(streams):
         os.dup2(stream.descriptor, descriptor)
         os.close(stream.descriptor)
-    sys.stdout = os.fdopen(1, "w", encoding="utf-8", buffering=1 if os.isatty(1) else -1, closefd=False)
+    sys.stdout = os.fdopen(1, "w", encoding=_encoding(variables), buffering=1 if os.isatty(1) else -1, closefd=False)
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -79,12 +89,20 @@ def _become(
     os.environ.clear()
     os.environ.update(variables)
     sys.argv = [module, *arguments]
-
-    from tests import tiny
-
+    if package is not None:
+        sys.path.insert(0, package)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "comkd_cli"]:
+            del sys.modules[name]
     if few:
+        from tests import tiny
+
         tiny.few_digits(pytest.MonkeyPatch())
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _read(stream: IO[str]) -> str:
+    with stream:
+        return stream.read()
 
 
 class Process:
@@ -98,24 +116,27 @@ class Process:
         terminal: int | None = None,
         module: str = "comkd_cli",
         few: bool = True,
+        package: Path | None = None,
     ) -> None:
         """Start `python -m MODULE ARGUMENTS`, with these variables beside those of this process.
 
         terminal: a descriptor for its three streams, which are otherwise the null device and two pipes. few: whether
-        the dataset `digits` is `tiny.few_digits`.
+        the dataset `digits` is `tiny.few_digits`. package: the folder of another comkd_cli.
         """
         self.args = [str(argument) for argument in arguments]
         self.stdout: IO[str] | None = None
         self.stderr: IO[str] | None = None
+        variables = {**os.environ, **(env or {})}
         if terminal is None:
             (out, to_out), (err, to_err) = os.pipe(), os.pipe()
             own = [os.open(os.devnull, os.O_RDONLY), to_out, to_err]
-            self.stdout, self.stderr = (os.fdopen(end, encoding="utf-8", errors="replace") for end in (out, err))
+            self.stdout = os.fdopen(out, encoding=_encoding(variables))
+            self.stderr = os.fdopen(err, encoding="utf-8", errors="replace")
         else:
             own = [os.dup(terminal) for _ in range(3)]
-        variables = {**os.environ, **(env or {})}
         streams = [_Stream(descriptor) for descriptor in own]
-        self._process = _context().Process(target=_become, args=(module, self.args, str(cwd), variables, streams, few))
+        settings = (str(cwd), variables, streams, few, package and str(package))
+        self._process = _context().Process(target=_become, args=(module, self.args, *settings))
         self._process.start()
         self._lock = threading.Lock()
         self.pid = self._process.pid or 0
@@ -152,7 +173,7 @@ class Process:
         """What it writes to both streams until it ends; it is killed after the timeout."""
         streams = [stream for stream in (self.stdout, self.stderr) if stream is not None]
         with ThreadPoolExecutor(2) as readers:
-            texts = [readers.submit(stream.read) for stream in streams]
+            texts = [readers.submit(_read, stream) for stream in streams]
             expired = not self.wait(timeout)
             self.kill()
         self.wait()
