@@ -27,7 +27,7 @@ def launch(processes: int, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
 
 
 def start_ranks(processes: int, *arguments: object, cwd: Path, **options: Any) -> list[warm.Process]:
-    """Start `comkd ARGUMENTS` in each rank, with torchrun's variables and without its imports; options: warm.Process's."""
+    """Start `comkd ARGUMENTS` in each rank with torchrun's variables; options: those of warm.Process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

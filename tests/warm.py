@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 PRELOADED = [
     "tests.warm",
     "tests.tiny",
+    "tests.exported",
     "comkd_cli.cli.commands.distill",
     "comkd_cli.flows.distill",
     "comkd_cli.flows.evaluate",
@@ -76,6 +77,7 @@ def _become(
     streams: Sequence[_Stream],
     few: bool,
     package: str | None,
+    exported: Path | None,
 ) -> None:
     """In the new process: run a module as `python -m` does."""
     for descriptor, stream in enumerate(streams):
@@ -97,6 +99,10 @@ def _become(
         from tests import tiny
 
         tiny.few_digits(pytest.MonkeyPatch())
+    if exported is not None:
+        from tests.exported import export_once
+
+        export_once(pytest.MonkeyPatch(), exported)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
@@ -117,11 +123,13 @@ class Process:
         module: str = "comkd_cli",
         few: bool = True,
         package: Path | None = None,
+        exported: Path | None = None,
     ) -> None:
         """Start `python -m MODULE ARGUMENTS`, with these variables beside those of this process.
 
         terminal: a descriptor for its three streams, which are otherwise the null device and two pipes. few: whether
         the dataset `digits` is `tiny.few_digits`. package: the folder of another comkd_cli.
+        exported: where `export_once` keeps what torch exported.
         """
         self.args = [str(argument) for argument in arguments]
         self.stdout: IO[str] | None = None
@@ -135,7 +143,7 @@ class Process:
         else:
             own = [os.dup(terminal) for _ in range(3)]
         streams = [_Stream(descriptor) for descriptor in own]
-        settings = (str(cwd), variables, streams, few, package and str(package))
+        settings = (str(cwd), variables, streams, few, package and str(package), exported)
         self._process = _context().Process(target=_become, args=(module, self.args, *settings))
         self._process.start()
         self._lock = threading.Lock()
