@@ -81,7 +81,7 @@ def python(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]
 
 
 def comkd(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return warm.run(*arguments, cwd=folder, package=folder)
+    return warm.run(*arguments, cwd=folder, package=folder, fresh=["comkd_cli"])
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -77,6 +77,7 @@ def _become(
     streams: Sequence[_Stream],
     few: bool,
     package: str | None,
+    fresh: Sequence[str],
     exported: Path | None,
 ) -> None:
     """In the new process: run a module as `python -m` does."""
@@ -93,8 +94,8 @@ def _become(
     sys.argv = [module, *arguments]
     if package is not None:
         sys.path.insert(0, package)
-        for name in [name for name in sys.modules if name.partition(".")[0] == "comkd_cli"]:
-            del sys.modules[name]
+    for name in [name for name in sys.modules if name.partition(".")[0] in fresh]:
+        del sys.modules[name]
     if few:
         from tests import tiny
 
@@ -123,13 +124,14 @@ class Process:
         module: str = "comkd_cli",
         few: bool = True,
         package: Path | None = None,
+        fresh: Sequence[str] = (),
         exported: Path | None = None,
     ) -> None:
         """Start `python -m MODULE ARGUMENTS`, with these variables beside those of this process.
 
         terminal: a descriptor for its three streams, which are otherwise the null device and two pipes. few: whether
-        the dataset `digits` is `tiny.few_digits`. package: the folder of another comkd_cli.
-        exported: where `export_once` keeps what torch exported.
+        the dataset `digits` is `tiny.few_digits`. package: the folder of another comkd_cli. fresh: packages that it imports
+        again. exported: where `export_once` keeps what torch exported.
         """
         self.args = [str(argument) for argument in arguments]
         self.stdout: IO[str] | None = None
@@ -143,7 +145,7 @@ class Process:
         else:
             own = [os.dup(terminal) for _ in range(3)]
         streams = [_Stream(descriptor) for descriptor in own]
-        settings = (str(cwd), variables, streams, few, package and str(package), exported)
+        settings = (str(cwd), variables, streams, few, package and str(package), tuple(fresh), exported)
         self._process = _context().Process(target=_become, args=(module, self.args, *settings))
         self._process.start()
         self._lock = threading.Lock()

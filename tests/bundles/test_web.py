@@ -460,6 +460,7 @@ def agree(record: dict[str, Any], expected: Sequence[Any]) -> None:
 def open_page(bundle: Path, browser: Chromium) -> Iterator[Tab]:
     """A page whose address names an image with characters that addresses encode."""
     with served(bundle) as address, browser.open(named(address, "one pixel, 100%.png")) as tab:
+        record_of(tab)
         yield tab
 
 
