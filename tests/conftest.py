@@ -100,6 +100,12 @@ def few_digits() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def onnx_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What torch exported for any test, by one process of pytest; see `export_once`."""
+    return tmp_path_factory.mktemp("exported")
+
+
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     """An RGB image of random pixels, so that any shift or rotation is detected."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

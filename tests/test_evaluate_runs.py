@@ -161,9 +161,8 @@ def test_features_that_cannot_be_stored_cost_no_score(home: Path) -> None:
 
 def test_a_full_disk_is_one_message_and_the_scores_are_printed(home: Path) -> None:
     """No file may have more than 4 kB: neither the features nor the tables fit."""
-    limited = f"ulimit -f 4; exec {sys.executable} -m comkd_cli evaluate --protocol few-shot --protocol zero-shot "
-    limited += "--shots 1 --seeds 1,2,3 --runs runs --out full --json"
-    done = subprocess.run(["bash", "-c", limited], cwd=home, capture_output=True, text=True, check=False, timeout=200)
+    command = ["evaluate", "--protocol", "few-shot", "--protocol", "zero-shot", "--shots", "1", "--seeds", "1,2,3"]
+    done = warm.run(*command, "--runs", "runs", "--out", "full", "--json", cwd=home, most_bytes=4096)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "could not be written: File too large" in done.stderr
@@ -197,9 +196,9 @@ def test_runs_that_cannot_be_written_are_refused_before_the_teacher(home: Path) 
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_json_of_every_command_is_json_in_any_encoding(home: Path, encoding: str) -> None:
+def test_json_of_every_command_is_json_in_any_encoding(home: Path, onnx_files: Path, encoding: str) -> None:
     def run(*arguments: object) -> str:
-        done = warm.run(*arguments, cwd=home, env={"PYTHONIOENCODING": encoding})
+        done = warm.run(*arguments, cwd=home, env={"PYTHONIOENCODING": encoding}, exported=onnx_files)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -223,7 +222,7 @@ def test_json_of_every_command_is_json_in_any_encoding(home: Path, encoding: str
     assert shown["data"]["folder"] == ODD
 
 
-def in_terminal(columns: int, home: Path, *arguments: object) -> str:
+def in_terminal(columns: int, home: Path, *arguments: object, **setup: Any) -> str:
     """What a command shows on a terminal of so many columns, without colours; bars overwrite their line."""
     import fcntl
     import pty
@@ -234,7 +233,7 @@ def in_terminal(columns: int, home: Path, *arguments: object) -> str:
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     os.environ.pop("COLUMNS", None)
     env = {"TERM": "xterm", "NO_COLOR": "1"}
-    with warm.Process(*arguments, cwd=home, env=env, terminal=follower) as process:
+    with warm.Process(*arguments, cwd=home, env=env, terminal=follower, **setup) as process:
         os.close(follower)
         shown = b""
         while True:
@@ -251,7 +250,7 @@ def in_terminal(columns: int, home: Path, *arguments: object) -> str:
 
 
 @pytest.mark.parametrize("columns", [40, 60])
-def test_narrow_terminals_show_whole_figures(home: Path, columns: int) -> None:
+def test_narrow_terminals_show_whole_figures(home: Path, onnx_files: Path, columns: int) -> None:
     (home / "narrow").mkdir(exist_ok=True)
     arguments = ["evaluate", DIGITS, "--out", "narrow", "--protocol", "zero-shot", "--protocol", "base-to-novel"]
     shown = in_terminal(columns, home, *arguments)
@@ -262,7 +261,8 @@ def test_narrow_terminals_show_whole_figures(home: Path, columns: int) -> None:
     listed = in_terminal(columns, home, "datasets", "list")
     assert "…" not in listed
     assert "1,281,167" in listed
-    exported = in_terminal(columns, home, "export", DIGITS, "--out", f"bundle {columns}", "--force")
+    export = ["export", DIGITS, "--out", f"bundle {columns}", "--force"]
+    exported = in_terminal(columns, home, *export, exported=onnx_files)
     assert "…" not in exported
     (parity,) = (
         entry["parity"]

@@ -6,6 +6,7 @@ interpreter itself (what `--help` imports, the encoding of standard output, torc
 
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from multiprocessing.reduction import DupFd
@@ -69,16 +71,43 @@ def _encoding(variables: Mapping[str, str]) -> str:
     return variables.get("PYTHONIOENCODING", "utf-8")
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a new process does before it runs its module."""
+
+    module: str = "comkd_cli"
+    few: bool = True
+    """Let the dataset `digits` be `tiny.few_digits`."""
+    exported: Path | None = None
+    """Keep in this folder what torch exported, and take it from there; see `export_once`."""
+    most_bytes: int | None = None
+    """Of a file that it writes; a larger one meets EFBIG."""
+    package: Path | None = None
+    """The folder of another comkd_cli."""
+    fresh: Sequence[str] = ()
+    """Packages to import again."""
+
+    def apply(self) -> None:
+        """Do it."""
+        if self.package is not None:
+            sys.path.insert(0, str(self.package))
+        for name in [name for name in sys.modules if name.partition(".")[0] in self.fresh]:
+            del sys.modules[name]
+        if self.most_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.most_bytes, self.most_bytes))
+        patch = pytest.MonkeyPatch()
+        if self.few:
+            from tests import tiny
+
+            tiny.few_digits(patch)
+        if self.exported is not None:
+            from tests.exported import export_once
+
+            export_once(patch, self.exported)
+
+
 def _become(
-    module: str,
-    arguments: Sequence[str],
-    cwd: str,
-    variables: Mapping[str, str],
-    streams: Sequence[_Stream],
-    few: bool,
-    package: str | None,
-    fresh: Sequence[str],
-    exported: Path | None,
+    setup: Setup, arguments: Sequence[str], cwd: Path, variables: Mapping[str, str], streams: Sequence[_Stream]
 ) -> None:
     """In the new process: run a module as `python -m` does."""
     for descriptor, stream in enumerate(streams):
@@ -91,20 +120,9 @@ def _become(
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(variables)
-    sys.argv = [module, *arguments]
-    if package is not None:
-        sys.path.insert(0, package)
-    for name in [name for name in sys.modules if name.partition(".")[0] in fresh]:
-        del sys.modules[name]
-    if few:
-        from tests import tiny
-
-        tiny.few_digits(pytest.MonkeyPatch())
-    if exported is not None:
-        from tests.exported import export_once
-
-        export_once(pytest.MonkeyPatch(), exported)
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.argv = [setup.module, *arguments]
+    setup.apply()
+    runpy.run_module(setup.module, run_name="__main__", alter_sys=True)
 
 
 def _read(stream: IO[str]) -> str:
@@ -121,17 +139,12 @@ class Process:
         cwd: Path,
         env: Mapping[str, str] | None = None,
         terminal: int | None = None,
-        module: str = "comkd_cli",
-        few: bool = True,
-        package: Path | None = None,
-        fresh: Sequence[str] = (),
-        exported: Path | None = None,
+        **setup: Any,
     ) -> None:
-        """Start `python -m MODULE ARGUMENTS`, with these variables beside those of this process.
+        """Start `comkd ARGUMENTS`, with these variables beside those of this process.
 
-        terminal: a descriptor for its three streams, which are otherwise the null device and two pipes. few: whether
-        the dataset `digits` is `tiny.few_digits`. package: the folder of another comkd_cli. fresh: packages that it imports
-        again. exported: where `export_once` keeps what torch exported.
+        terminal: a descriptor for its three streams, which are otherwise the null device and two pipes. setup: the
+        fields of Setup.
         """
         self.args = [str(argument) for argument in arguments]
         self.stdout: IO[str] | None = None
@@ -145,8 +158,8 @@ class Process:
         else:
             own = [os.dup(terminal) for _ in range(3)]
         streams = [_Stream(descriptor) for descriptor in own]
-        settings = (str(cwd), variables, streams, few, package and str(package), tuple(fresh), exported)
-        self._process = _context().Process(target=_become, args=(module, self.args, *settings))
+        settings = (Setup(**setup), self.args, cwd, variables, streams)
+        self._process = _context().Process(target=_become, args=settings)
         self._process.start()
         self._lock = threading.Lock()
         self.pid = self._process.pid or 0
@@ -202,9 +215,9 @@ class Process:
 
 
 def run(
-    *arguments: object, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 240, **options: Any
+    *arguments: object, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 240, **setup: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run `comkd ARGUMENTS` to its end; options: see Process."""
-    with Process(*arguments, cwd=cwd, env=env, **options) as process:
+    """Run `comkd ARGUMENTS` to its end; see Process."""
+    with Process(*arguments, cwd=cwd, env=env, **setup) as process:
         out, err = process.communicate(timeout)
     return subprocess.CompletedProcess(process.args, process.returncode or 0, out, err)

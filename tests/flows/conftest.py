@@ -17,12 +17,6 @@ from tests import tiny
 from tests.exported import export_once
 
 
-@pytest.fixture(scope="session")
-def onnx_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What was exported for any test, by one process."""
-    return tmp_path_factory.mktemp("exported")
-
-
 @pytest.fixture(scope="module", autouse=True)
 def one_export_of_a_student(onnx_files: Path) -> Iterator[None]:
     """Each student is exported to ONNX once."""
