@@ -185,19 +185,19 @@ class Process:
         """Send SIGKILL, unless it has ended."""
         self.send_signal(signal.SIGKILL)
 
-    def wait(self, timeout: float = 60) -> bool:
-        """Whether it ended in time."""
+    def wait(self, timeout: float = 60) -> int | None:
+        """The exit code, once it has ended, or None after the timeout."""
         deadline = time.monotonic() + timeout
         while self.returncode is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        return self.returncode is not None
+        return self.returncode
 
     def communicate(self, timeout: float = 240) -> tuple[str, str]:
         """What it writes to both streams until it ends; it is killed after the timeout."""
         streams = [stream for stream in (self.stdout, self.stderr) if stream is not None]
         with ThreadPoolExecutor(2) as readers:
             texts = [readers.submit(_read, stream) for stream in streams]
-            expired = not self.wait(timeout)
+            expired = self.wait(timeout) is None
             self.kill()
         self.wait()
         if expired:
