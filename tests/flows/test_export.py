@@ -16,7 +16,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from comkd_cli.bundles import precisions, text
+from comkd_cli.bundles import latency, precisions, text
 from comkd_cli.bundles.bundle import Head, check_head
 from comkd_cli.bundles.gates import GATES, Gate
 from comkd_cli.bundles.latency import Contender, Timing
@@ -279,6 +279,7 @@ def test_a_quantisation_method_that_onnxruntime_cannot_run_leaves_the_others(
         return run_graph(graph, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(precisions, "run_graph", crashing)
+    monkeypatch.setattr(precisions, "single_thread_timings", without_measurement)
     options = ExportOptions(precisions=("fp32", "int8"), gates=WIDE)
     exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=options)
     ways = [way["method"] for way in exported.manifest["precisions"]["int8"]["quantisation"]]
@@ -367,7 +368,10 @@ def test_a_precision_can_be_exported_without_fp32(tiny_student: Path, tmp_path: 
     assert Classifier(tmp_path / "bundle").class_names == [str(digit) for digit in range(10)]
 
 
-def test_latency_and_memory_are_compared_with_pytorch(tiny_student: Path, tmp_path: Path) -> None:
+def test_latency_and_memory_are_compared_with_pytorch(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "ROUNDS", 1)  # each starts a process of PyTorch for each number of threads
     options = ExportOptions(benchmark=True)
     manifest = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=options).manifest
     entries = {(entry["name"], entry["threads"]): entry for entry in manifest["latency"]}
