@@ -24,7 +24,7 @@ from tests.method.test_prompts import prompted_by_hand
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
-EPOCHS, RATE, BATCH = 5, 0.05, 32
+EPOCHS, RATE, BATCH = 5, 0.02, 32
 STEPS = tiny.TRAIN // BATCH
 
 
@@ -130,6 +130,6 @@ def test_a_run_without_both_modules_is_promptkd_step_for_step(
     assert len(losses) == len(expected) == EPOCHS * STEPS
     assert losses == pytest.approx(expected, rel=1e-3)
     assert losses[:30] == pytest.approx(expected[:30], rel=1e-5)
-    assert expected[-1] < 0.7 * expected[0]  # something was learned
+    assert expected[-1] < 0.5 * max(expected)  # after the warm-up, which ends with a leap, something was learned
     student, _ = load_student(path)
     torch.testing.assert_close(student.backbone.tokens, plain.prompts, atol=1e-3, rtol=1e-3)  # type: ignore[union-attr]
