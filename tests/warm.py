@@ -115,6 +115,7 @@ def _become(
         os.close(stream.descriptor)
     sys.stdout = os.fdopen(1, "w", encoding=_encoding(variables), buffering=1 if os.isatty(1) else -1, closefd=False)
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+    multiprocessing.set_start_method(None, force=True)  # for the workers of loaders; it is the one of this process
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.chdir(cwd)
