@@ -66,7 +66,7 @@ def two_processes(workshop: Path, one_process: Path) -> Path:
         time.sleep(0.02)
     started.send_signal(signal.SIGTERM)
     _, said = started.communicate(timeout=120)
-    assert said.count("checkpoint saved") == 1
+    assert said.count("checkpoint saved") == 1, said
     assert "torchrun --nproc-per-node 2 -m comkd_cli distill tiny.yaml --runs two" in said
     assert (workshop / "two" / RUN / "state/state.pt").is_file()
     shutil.copytree(workshop / "two", workshop / "two then one")
@@ -119,7 +119,7 @@ def test_what_one_process_cannot_read_all_know(workshop: Path) -> None:
         YAML(typ="safe", pure=True).dump(tiny.recipe(data=data, teacher=teacher, optim=optim), stream)
     ended = two(workshop, "distill", "damaged.yaml", "--runs", "damaged runs")
     assert ended.returncode == 0, ended.stderr
-    told = [line for line in ended.stderr.splitlines() if "unreadable, left out" in line]
+    told = [line for line in ended.stderr.splitlines() if "unreadable, skipped" in line]
     assert sorted(name for line in told for name in ("03.png", "17.png") if name in line) == ["03.png", "17.png"]
     assert "2 of 24 images could not be read" in ended.stderr
     record = torch.load(workshop / "damaged runs/damaged/damaged/seed1/student.pt", weights_only=True)
@@ -189,7 +189,7 @@ def test_two_processes_score_what_one_does(workshop: Path, one_process: Path) ->
 def test_the_plan_is_printed_once(workshop: Path) -> None:
     ended = two(workshop, "distill", "tiny.yaml", "--runs", "planned", "--dry-run")
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count(f"{TRAIN} to learn from") == 1
+    assert ended.stdout.count(f"{TRAIN} training images") == 1
     assert "cpu, fp32, 2 processes" in ended.stdout
     assert not (workshop / "planned").exists()
 
@@ -203,7 +203,7 @@ def test_a_mistake_is_told_once(workshop: Path) -> None:
 def test_without_a_launcher_a_scripts_own_variables_do_not_count(workshop: Path) -> None:
     ended = warm.run("distill", "tiny.yaml", "--dry-run", cwd=workshop, env={"WORLD_SIZE": "4"})
     assert ended.returncode == 0, ended.stderr
-    assert f"{TRAIN} to learn from" in ended.stdout
+    assert f"{TRAIN} training images" in ended.stdout
 
 
 def test_a_process_that_hangs_ends_the_run_within_its_timeout(workshop: Path) -> None:
