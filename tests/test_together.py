@@ -218,7 +218,7 @@ def test_a_process_that_hangs_ends_the_run_within_its_timeout(workshop: Path) ->
             time.sleep(0.02)
         stopped_at = time.monotonic()
         second.send_signal(signal.SIGSTOP)
-        _, said = first.communicate(timeout=100)
+        _, said = first.communicate(timeout=60)
     finally:
         second.kill()
         second.communicate()

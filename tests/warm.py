@@ -123,7 +123,13 @@ def _become(
     os.environ.update(variables)
     sys.argv = [setup.module, *arguments]
     setup.apply()
-    runpy.run_module(setup.module, run_name="__main__", alter_sys=True)
+    code: int | str | None = 0
+    try:
+        runpy.run_module(setup.module, run_name="__main__", alter_sys=True)
+    except SystemExit as error:
+        code = error.code
+    # Not from within the handler: the frames that the error holds on to have loaders, whose workers end with them.
+    sys.exit(code)
 
 
 def _read(stream: IO[str]) -> str:
