@@ -1,5 +1,6 @@
 """Fixtures of many tests: the command line as a process, small images, a small bundle, a small recipe."""
 
+import gc
 import hashlib
 import json
 import os
@@ -34,6 +35,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     pytest.skip(reason)
 
 
+def pytest_collection_finish() -> None:
+    """Leave what the test modules imported to no garbage collection: torch's objects take most of the time of each."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """End a run with the number of skipped tests and the reasons, so that `passed` hides none of them.
 
@@ -62,7 +69,10 @@ def sigint_enabled() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def run_comkd() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the command line as a process: run_comkd("predict", bundle, image, cwd=folder)."""
+    """Runs the command line in a new interpreter: run_comkd("predict", bundle, image, cwd=folder).
+
+    Commands that import torch start faster with tests/warm.py.
+    """
 
     def run(
         *arguments: object, cwd: Path, env: dict[str, str] | None = None, timeout: float = 120
@@ -78,6 +88,22 @@ def run_comkd() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def few_digits() -> Iterator[None]:
+    """The dataset `digits` has the images of tiny.few_digits for the tests of a module."""
+    from tests import tiny
+
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.few_digits(patch)
+        yield
+
+
+@pytest.fixture(scope="session")
+def onnx_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What torch exported for any test, by one process of pytest; see `export_once`."""
+    return tmp_path_factory.mktemp("exported")
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

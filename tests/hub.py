@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+# For warm.Process: packages that read HF_ENDPOINT and HF_HOME when they are imported, or import what does.
+READ_THE_ADDRESS = ("huggingface_hub", "timm", "open_clip", "comkd_cli")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 

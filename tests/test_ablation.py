@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from comkd_cli.flows.distill import outline
 from comkd_cli.models.checkpoints import load_student
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.teachers.loading import build_teacher
-from tests import tiny
+from tests import tiny, warm
 
 TINY = replace(
     rows.CIFAR10,
@@ -223,8 +224,24 @@ def short_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "FACTORS", (0.2, 1.0))
 
 
+@pytest.fixture
+def forked_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The study's commands as processes of tests/warm.py."""
+    start = subprocess.Popen
+
+    def forked(command: list[str], **options: Any) -> Any:
+        if command[1:3] != ["-m", "comkd_cli"]:
+            return start(command, **options)
+        process = warm.Process(*command[3:], cwd=options["cwd"])
+        process.communicate()
+        return process
+
+    monkeypatch.setattr(running.subprocess, "Popen", forked)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("forked_runs")
 def test_a_student_of_half_of_the_classes_answers_about_the_others_as_its_checkpoint_does(
     digits: Path, tmp_path: Path
 ) -> None:
@@ -253,7 +270,7 @@ def test_a_student_of_half_of_the_classes_answers_about_the_others_as_its_checkp
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.usefixtures("short_grid")
+@pytest.mark.usefixtures("short_grid", "forked_runs")
 def test_a_small_study_from_end_to_end(digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "study"
     arguments = ["--data", str(digits), "--out", str(out), "--seeds", "1"]

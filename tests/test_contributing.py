@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 
 from comkd_cli.models.backbones import build_clip
 from comkd_cli.recipe.model import Model
-from tests import tiny
+from tests import tiny, warm
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -81,7 +81,7 @@ def python(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]
 
 
 def comkd(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return python(folder, "-m", "comkd_cli", *arguments)
+    return warm.run(*arguments, cwd=folder, package=folder, fresh=["comkd_cli"])
 
 
 @pytest.mark.parametrize("section", SECTIONS)

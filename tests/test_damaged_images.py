@@ -13,14 +13,13 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from comkd_cli.data.digits import digits_source
-from tests import tiny
+from tests import tiny, warm
 
 pytestmark = pytest.mark.slow
 
 
 def comkd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "comkd_cli", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
+    return warm.run(*arguments, cwd=folder)
 
 
 def encoded(image: Image.Image, kind: str) -> bytes:
@@ -65,7 +64,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "few" / split / "3/cut.png").write_bytes(whole[: len(whole) // 2])
         (folder / "few" / split / "3/empty.png").write_bytes(b"")
         Image.new("RGB", (65000, 1), "red").save(folder / "few" / split / "3/line.png")  # which can be read
-    data = {"folder": "few", "workers": 2, "unreadable_limit_percent": 10.0}
+    data = {"folder": "few", "workers": 1, "unreadable_limit_percent": 10.0}
     teacher = {"config": tiny.CLIP, "adapt": {"method": "full", "epochs": 1, "batch_size": 16}}
     recipe = tiny.recipe(data=data, teacher=teacher, optim={**tiny.OPTIM, "batch_size": 16})
     with (folder / "few.yaml").open("w") as stream:

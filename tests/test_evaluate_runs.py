@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ import pytest
 from ruamel.yaml import YAML
 
 from comkd_cli.data.digits import digits_source
-from tests import tiny
+from tests import tiny, warm
 
 pytestmark = pytest.mark.slow
 
-Comkd = Callable[..., subprocess.CompletedProcess[str]]
 ODD = "café 🦊"
 
 
@@ -50,8 +48,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_recipe(folder / "odd.yaml", data={"folder": ODD, "workers": 0}, teacher=teacher, optim=short)
     write_recipe(folder / "tiny.yaml", optim={**tiny.OPTIM, "epochs": 1})
     for recipe in ("odd.yaml", "tiny.yaml"):
-        command = [sys.executable, "-m", "comkd_cli", "distill", recipe]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=200)
+        done = warm.run("distill", recipe, cwd=folder)
         assert done.returncode == 0, done.stderr
     return folder
 
@@ -65,37 +62,37 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_narrower_evaluation_keeps_what_a_wider_one_found(home: Path, run_comkd: Comkd) -> None:
-    wide = run_comkd("evaluate", "--out", "wide", "--protocol", "zero-shot", "--protocol", "base-to-novel", cwd=home)
+def test_a_narrower_evaluation_keeps_what_a_wider_one_found(home: Path) -> None:
+    wide = warm.run("evaluate", "--out", "wide", "--protocol", "zero-shot", "--protocol", "base-to-novel", cwd=home)
     assert wide.returncode == 0, wide.stderr
     before = records(home / "wide")
     assert {r["dataset"] for r in before} == {"digits", ODD}
-    narrow = run_comkd("evaluate", DIGITS, "--out", "wide", "--json", cwd=home)
+    narrow = warm.run("evaluate", DIGITS, "--out", "wide", "--json", cwd=home)
     assert narrow.returncode == 0, narrow.stderr
     printed = json.loads(narrow.stdout)["records"]
     assert {(r["dataset"], r["protocol"]) for r in printed} == {("digits", "zero-shot")}
     assert records(home / "wide") == before  # the same scores again
-    once_more = run_comkd("evaluate", OTHER, "--out", "wide", cwd=home)
+    once_more = warm.run("evaluate", OTHER, "--out", "wide", cwd=home)
     assert f"results.json: {len(before)} records in all" in once_more.stdout
     assert "digits" not in once_more.stdout
 
 
-def test_training_a_student_again_removes_its_old_scores(home: Path, run_comkd: Comkd) -> None:
-    assert run_comkd("distill", "tiny.yaml", "--runs", "again", cwd=home).returncode == 0
-    assert run_comkd("evaluate", "--runs", "again", cwd=home).returncode == 0
+def test_training_a_student_again_removes_its_old_scores(home: Path) -> None:
+    assert warm.run("distill", "tiny.yaml", "--runs", "again", cwd=home).returncode == 0
+    assert warm.run("evaluate", "--runs", "again", cwd=home).returncode == 0
     assert {r["role"] for r in records(home / "again")} == {"student", "teacher"}
-    fresh = run_comkd("distill", "tiny.yaml", "--runs", "again", "--fresh", "--set", "optim.epochs=2", cwd=home)
+    fresh = warm.run("distill", "tiny.yaml", "--runs", "again", "--fresh", "--set", "optim.epochs=2", cwd=home)
     assert fresh.returncode == 0, fresh.stderr
     assert {r["role"] for r in records(home / "again")} == {"teacher"}
 
 
-def test_one_model_that_fails_is_named_and_the_others_are_scored(home: Path, run_comkd: Comkd) -> None:
+def test_one_model_that_fails_is_named_and_the_others_are_scored(home: Path) -> None:
     broken = home / "runs/broken/letters/seed1/student.pt"
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"no student")
     try:
-        scored = run_comkd("evaluate", "--out", "failing", "--json", cwd=home)
-        everything = run_comkd("evaluate", "--all", "--shots", "1", "--seeds", "1", "--out", "failing", cwd=home)
+        scored = warm.run("evaluate", "--out", "failing", "--json", cwd=home)
+        everything = warm.run("evaluate", "--all", "--shots", "1", "--seeds", "1", "--out", "failing", cwd=home)
     finally:
         broken.unlink()
     assert scored.returncode == 1
@@ -110,28 +107,28 @@ def test_one_model_that_fails_is_named_and_the_others_are_scored(home: Path, run
     assert everything.returncode == 1  # no dataset of the suite has a student here
 
 
-def test_a_named_dataset_that_is_missing_is_exit_1(home: Path, run_comkd: Comkd) -> None:
-    scored = run_comkd("evaluate", "--dataset", "digits", "--dataset", "dtd", "--out", "named", cwd=home)
+def test_a_named_dataset_that_is_missing_is_exit_1(home: Path) -> None:
+    scored = warm.run("evaluate", "--dataset", "digits", "--dataset", "dtd", "--out", "named", cwd=home)
     assert scored.returncode == 1
     assert "comkd distill RECIPE --dataset dtd" in scored.stderr
     assert {r["dataset"] for r in records(home / "named")} == {"digits"}
 
 
-def test_a_student_is_scored_on_datasets_by_name(home: Path, run_comkd: Comkd) -> None:
+def test_a_student_is_scored_on_datasets_by_name(home: Path) -> None:
     """Not on the student's own data, and the results are not written to its folder."""
-    scored = run_comkd("evaluate", OTHER, "--dataset", "digits", "--dataset", "dtd", "--runs", "runs", cwd=home)
+    scored = warm.run("evaluate", OTHER, "--dataset", "digits", "--dataset", "dtd", "--runs", "runs", cwd=home)
     assert scored.returncode == 1
     assert not (home / OTHER.parent / "results.json").exists()
-    own = run_comkd("evaluate", DIGITS, "--dataset", "digits", "--dataset", "dtd", "--out", "byname", cwd=home)
+    own = warm.run("evaluate", DIGITS, "--dataset", "digits", "--dataset", "dtd", "--out", "byname", cwd=home)
     assert own.returncode == 1
     assert {r["dataset"] for r in records(home / "byname")} == {"digits"}
     assert "dtd" in own.stderr
 
 
 def test_ctrl_c_keeps_what_was_scored(home: Path) -> None:
-    command = [sys.executable, "-m", "comkd_cli", "evaluate", "--out", "stopped", "--protocol", "few-shot"]
+    command = ["evaluate", "--out", "stopped", "--protocol", "few-shot"]
     command += ["--protocol", "zero-shot", "--shots", "1,2,4,8,16", "--seeds", "1,2,3,4,5,6,7,8,9"]
-    started = subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = warm.Process(*command, cwd=home)
     deadline = time.monotonic() + 120
     while not (home / "stopped/results.json").exists():
         assert started.poll() is None, started.communicate()
@@ -147,16 +144,16 @@ def test_ctrl_c_keeps_what_was_scored(home: Path) -> None:
 # --- disks ---------------------------------------------------------------------------------------------
 
 
-def test_results_that_cannot_be_written_are_an_error_at_the_start(home: Path, run_comkd: Comkd) -> None:
-    refused = run_comkd("evaluate", DIGITS, "--out", "/proc/results", cwd=home)
+def test_results_that_cannot_be_written_are_an_error_at_the_start(home: Path) -> None:
+    refused = warm.run("evaluate", DIGITS, "--out", "/proc/results", cwd=home)
     assert refused.returncode == 1
     assert "error: /proc/results: could not be written" in refused.stderr
     assert "--out" in refused.stderr
     assert "Scoring" not in refused.stderr
 
 
-def test_features_that_cannot_be_stored_cost_no_score(home: Path, run_comkd: Comkd) -> None:
-    scored = run_comkd("evaluate", DIGITS, "--runs", "/proc/runs", "--out", "unkept", cwd=home)
+def test_features_that_cannot_be_stored_cost_no_score(home: Path) -> None:
+    scored = warm.run("evaluate", DIGITS, "--runs", "/proc/runs", "--out", "unkept", cwd=home)
     assert scored.returncode == 0, scored.stderr
     assert scored.stderr.count("features could not be stored in /proc/runs/features") == 1  # student and teacher alike
     assert len(records(home / "unkept")) == 2
@@ -164,9 +161,8 @@ def test_features_that_cannot_be_stored_cost_no_score(home: Path, run_comkd: Com
 
 def test_a_full_disk_is_one_message_and_the_scores_are_printed(home: Path) -> None:
     """No file may have more than 4 kB: neither the features nor the tables fit."""
-    limited = f"ulimit -f 4; exec {sys.executable} -m comkd_cli evaluate --protocol few-shot --protocol zero-shot "
-    limited += "--shots 1 --seeds 1,2,3 --runs runs --out full --json"
-    done = subprocess.run(["bash", "-c", limited], cwd=home, capture_output=True, text=True, check=False, timeout=200)
+    command = ["evaluate", "--protocol", "few-shot", "--protocol", "zero-shot", "--shots", "1", "--seeds", "1,2,3"]
+    done = warm.run(*command, "--runs", "runs", "--out", "full", "--json", cwd=home, most_bytes=4096)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "could not be written: File too large" in done.stderr
@@ -184,11 +180,11 @@ def test_an_output_that_is_full_is_one_message(home: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "error: output: No space left on device\n")
 
 
-def test_runs_that_cannot_be_written_are_refused_before_the_teacher(home: Path, run_comkd: Comkd) -> None:
+def test_runs_that_cannot_be_written_are_refused_before_the_teacher(home: Path) -> None:
     (home / "in the way/tiny").mkdir(parents=True)
     (home / "in the way/tiny/digits").touch()
     for runs in ("/proc/runs", "in the way"):
-        refused = run_comkd("distill", "tiny.yaml", "--runs", runs, cwd=home)
+        refused = warm.run("distill", "tiny.yaml", "--runs", runs, cwd=home)
         assert refused.returncode == 1
         assert "could not be written" in refused.stderr
         assert "--runs" in refused.stderr
@@ -200,13 +196,11 @@ def test_runs_that_cannot_be_written_are_refused_before_the_teacher(home: Path, 
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_json_of_every_command_is_json_in_any_encoding(home: Path, encoding: str) -> None:
+def test_json_of_every_command_is_json_in_any_encoding(home: Path, onnx_files: Path, encoding: str) -> None:
     def run(*arguments: object) -> str:
-        command = [sys.executable, "-m", "comkd_cli", *map(str, arguments)]
-        env = {**os.environ, "PYTHONIOENCODING": encoding}
-        done = subprocess.run(command, cwd=home, env=env, capture_output=True, check=False, timeout=200)
+        done = warm.run(*arguments, cwd=home, env={"PYTHONIOENCODING": encoding}, exported=onnx_files)
         assert done.returncode == 0, done.stderr
-        return done.stdout.decode(encoding)
+        return done.stdout
 
     bundle = home / f"bundle {encoding}"
     image = next((home / ODD).rglob("*.png"))
@@ -228,7 +222,7 @@ def test_json_of_every_command_is_json_in_any_encoding(home: Path, encoding: str
     assert shown["data"]["folder"] == ODD
 
 
-def in_terminal(columns: int, home: Path, *arguments: object) -> str:
+def in_terminal(columns: int, home: Path, *arguments: object, **setup: Any) -> str:
     """What a command shows on a terminal of so many columns, without colours; bars overwrite their line."""
     import fcntl
     import pty
@@ -237,9 +231,9 @@ def in_terminal(columns: int, home: Path, *arguments: object) -> str:
 
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "xterm", "NO_COLOR": "1"}
-    command = [sys.executable, "-m", "comkd_cli", *map(str, arguments)]
-    with subprocess.Popen(command, cwd=home, env=env, stdin=follower, stdout=follower, stderr=follower) as process:
+    os.environ.pop("COLUMNS", None)
+    env = {"TERM": "xterm", "NO_COLOR": "1"}
+    with warm.Process(*arguments, cwd=home, env=env, terminal=follower, **setup) as process:
         os.close(follower)
         shown = b""
         while True:
@@ -256,7 +250,7 @@ def in_terminal(columns: int, home: Path, *arguments: object) -> str:
 
 
 @pytest.mark.parametrize("columns", [40, 60])
-def test_narrow_terminals_show_whole_figures(home: Path, columns: int) -> None:
+def test_narrow_terminals_show_whole_figures(home: Path, onnx_files: Path, columns: int) -> None:
     (home / "narrow").mkdir(exist_ok=True)
     arguments = ["evaluate", DIGITS, "--out", "narrow", "--protocol", "zero-shot", "--protocol", "base-to-novel"]
     shown = in_terminal(columns, home, *arguments)
@@ -267,7 +261,8 @@ def test_narrow_terminals_show_whole_figures(home: Path, columns: int) -> None:
     listed = in_terminal(columns, home, "datasets", "list")
     assert "…" not in listed
     assert "1,281,167" in listed
-    exported = in_terminal(columns, home, "export", DIGITS, "--out", f"bundle {columns}", "--force")
+    export = ["export", DIGITS, "--out", f"bundle {columns}", "--force"]
+    exported = in_terminal(columns, home, *export, exported=onnx_files)
     assert "…" not in exported
     (parity,) = (
         entry["parity"]

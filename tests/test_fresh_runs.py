@@ -1,9 +1,7 @@
 """`comkd distill --fresh` over several seeds, interrupted: the command that it prints omits no run and repeats none."""
 
-import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 from ruamel.yaml import YAML
 
 from comkd_cli.cli.resuming import Choice, StoppedRun
-from tests import tiny
+from tests import tiny, warm
 
 
 @pytest.fixture
@@ -96,7 +94,7 @@ def test_the_command_of_one_run_alone_names_no_other(  # type: ignore[no-untyped
     assert StoppedRun(choices, len(choices) - 1, fresh="--fresh" in line).alone == expected
 
 
-def wait_for(process: subprocess.Popen[str], file: Path, lines: int) -> None:
+def wait_for(process: warm.Process, file: Path, lines: int) -> None:
     deadline = time.monotonic() + 200
     while not file.exists() or len(file.read_text().splitlines()) < lines:
         assert process.poll() is None, process.communicate()
@@ -115,30 +113,26 @@ def weights(runs: Path, seed: int) -> dict[str, torch.Tensor]:
 def test_an_interrupted_fresh_command_ends_with_the_same_students(tmp_path: Path) -> None:
     """Seed 2 is interrupted: seed 1 stays as it is, 2 is resumed, and 3, finished before, starts from scratch."""
     with (tmp_path / "tiny.yaml").open("w") as stream:
-        YAML(typ="safe", pure=True).dump(tiny.recipe(optim={**tiny.OPTIM, "epochs": 25}), stream)
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    (folder / "comkd").write_text(f'#!/bin/sh\nexec {sys.executable} -m comkd_cli "$@"\n')
-    (folder / "comkd").chmod(0o755)
-    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "PYTHONPATH": str(Path(__file__).parents[1])}
+        YAML(typ="safe", pure=True).dump(tiny.recipe(optim={**tiny.OPTIM, "epochs": 8}), stream)
 
-    def start(line: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            ["bash", "-c", line], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+    def start(line: str) -> warm.Process:
+        program, *arguments = shlex.split(line)
+        assert program == "comkd"
+        return warm.Process(*arguments, cwd=tmp_path)
 
     def finish(line: str) -> str:
-        ended = start(line)
-        _, said = ended.communicate(timeout=600)
-        assert ended.returncode == 0, said
+        said = ""
+        for command in line.split("&&"):  # as a shell runs them
+            ended = start(command)
+            said += ended.communicate()[1]
+            assert ended.returncode == 0, said
         return said
 
     finish("comkd distill tiny.yaml --runs whole --seed 1 --seed 2 --seed 3")
     finish("comkd distill tiny.yaml --runs runs --seed 3")
     home = tmp_path / "runs/tiny/digits"
     made_before = (home / "seed3/student.pt").stat().st_mtime_ns
-    started = start("exec comkd distill tiny.yaml --runs runs --seed 1 --seed 2 --seed 3 --fresh")
+    started = start("comkd distill tiny.yaml --runs runs --seed 1 --seed 2 --seed 3 --fresh")
     wait_for(started, home / "seed2/metrics.jsonl", 2)
     started.send_signal(signal.SIGINT)
     _, said = started.communicate(timeout=100)

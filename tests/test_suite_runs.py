@@ -1,10 +1,7 @@
 """The whole suite by real processes: killed, resumed, and distilled over several datasets."""
 
 import json
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,12 +11,10 @@ from ruamel.yaml import YAML
 from comkd_cli.models.backbones import build_clip
 from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.recipe.model import Model
-from tests import tiny
+from tests import tiny, warm
 from tests.flows.test_suite import CLASSES, PER_CLASS, fill
 
 pytestmark = pytest.mark.slow
-
-Comkd = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +44,9 @@ def written(features: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in features.glob("*.safetensors")}
 
 
-def test_a_killed_evaluation_resumes_and_repeats_no_finished_dataset(home: Path, run_comkd: Comkd) -> None:
+def test_a_killed_evaluation_resumes_and_repeats_no_finished_dataset(home: Path) -> None:
     arguments = ["evaluate", "local-dir:clip", "--all", "--shots", "1", "--seeds", "1", "--runs", "runs", "--json"]
-    command = [sys.executable, "-m", "comkd_cli", *arguments]
-    started = subprocess.Popen(command, cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    started = warm.Process(*arguments, cwd=home)
     features = home / "runs/features"
     deadline = time.monotonic() + 120
     while len(written(features)) < 9:
@@ -60,7 +54,7 @@ def test_a_killed_evaluation_resumes_and_repeats_no_finished_dataset(home: Path,
         assert time.monotonic() < deadline
         time.sleep(0.005)
     started.kill()
-    started.wait()
+    started.communicate()
     before = written(features)
     # What was scored before the kill is kept: whole datasets, in the order of the suite.
     killed = json.loads((home / "runs/results.json").read_text())["records"]
@@ -68,7 +62,7 @@ def test_a_killed_evaluation_resumes_and_repeats_no_finished_dataset(home: Path,
     assert scored == list(CATALOG)[: len(scored)]
     assert scored
 
-    finished = run_comkd(*arguments, cwd=home)
+    finished = warm.run(*arguments, cwd=home)
     assert finished.returncode == 0, finished.stderr
     after = written(features)
     assert {name: after[name] for name in before} == before
@@ -78,23 +72,23 @@ def test_a_killed_evaluation_resumes_and_repeats_no_finished_dataset(home: Path,
     assert [entry["dataset"] for entry in zero] == list(CATALOG)
     assert {entry["images"] for entry in zero} == {CLASSES * PER_CLASS}
 
-    again = run_comkd(*arguments, cwd=home)
+    again = warm.run(*arguments, cwd=home)
     assert json.loads(again.stdout) == json.loads(finished.stdout)
     assert written(features) == after
 
 
-def test_students_of_several_datasets_are_trained_once_and_found(home: Path, run_comkd: Comkd) -> None:
+def test_students_of_several_datasets_are_trained_once_and_found(home: Path) -> None:
     few = ["--dataset", "dtd", "--dataset", "eurosat", "--seed", "1", "--seed", "2", "--runs", "students"]
-    made = run_comkd("distill", "small.yaml", *few, cwd=home)
+    made = warm.run("distill", "small.yaml", *few, cwd=home)
     assert made.returncode == 0, made.stderr
     students = {path.relative_to(home).as_posix() for path in (home / "students").glob("*/*/*/student.pt")}
     assert students == {f"students/small/{name}/seed{k}/student.pt" for name in ("dtd", "eurosat") for k in (1, 2)}
     assert len(list((home / "students/teachers").iterdir())) == 2  # seeds share the teacher of a dataset
 
-    once_more = run_comkd("distill", "small.yaml", *few, cwd=home)
+    once_more = warm.run("distill", "small.yaml", *few, cwd=home)
     assert once_more.stderr.count("already finished") == 4, once_more.stderr
 
-    scored = run_comkd("evaluate", "--all", "--shots", "1", "--seeds", "1", "--runs", "students", "--json", cwd=home)
+    scored = warm.run("evaluate", "--all", "--shots", "1", "--seeds", "1", "--runs", "students", "--json", cwd=home)
     assert scored.returncode == 0, scored.stderr
     document = json.loads(scored.stdout)
     assert {(r["dataset"], r["seed"]) for r in document["records"] if r["role"] == "student" and r["seed"]} >= {
@@ -108,11 +102,11 @@ def test_students_of_several_datasets_are_trained_once_and_found(home: Path, run
     assert "comkd distill RECIPE --dataset ucf101" in missing["ucf101"]
 
 
-def test_a_missing_dataset_does_not_stop_the_others(home: Path, run_comkd: Comkd) -> None:
+def test_a_missing_dataset_does_not_stop_the_others(home: Path) -> None:
     broken = home / "broken"
     fill(CATALOG["dtd"], broken)
     (broken / "eurosat").mkdir()
-    made = run_comkd("distill", "small.yaml", "--all", "--data-root", str(broken), "--runs", "more", cwd=home)
+    made = warm.run("distill", "small.yaml", "--all", "--data-root", str(broken), "--runs", "more", cwd=home)
     assert made.returncode == 1
     assert "split_zhou_EuroSAT.json: is missing" in " ".join(made.stderr.split())
     assert "1 of 2 runs failed" in made.stderr

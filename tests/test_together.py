@@ -1,11 +1,9 @@
 """Whole commands by two processes, against the same by one."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,11 +15,11 @@ from ruamel.yaml import YAML
 from comkd_cli.data.digits import digits_source
 from comkd_cli.models.backbones import build_clip
 from comkd_cli.recipe.model import Model
-from tests import tiny, together
+from tests import tiny, together, warm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-EPOCHS = 6
-RUN = Path("tiny/digits/seed1")
+EPOCHS, TRAIN, BATCH = 6, 200, 32
+RUN = Path("tiny/few/seed1")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +27,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workshop")
     optim = {**tiny.OPTIM, "epochs": EPOCHS}
     # With a worker, for a stop that is asked for reaches workers, too.
-    data = {"dataset": "digits", "workers": 1}
+    data = {"folder": str(tiny.digits_folder(folder / "few", TRAIN, 60)), "workers": 1}
     recipe = tiny.recipe(data=data, optim=optim, teacher_cache={"views": 2, "dtype": "fp32"})
     with (folder / "tiny.yaml").open("w") as stream:
         YAML(typ="safe", pure=True).dump(recipe, stream)
@@ -37,13 +35,11 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def alone(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "comkd_cli", *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as each of several processes has
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=280)
+    return warm.run(*arguments, cwd=folder)
 
 
 def two(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return together.run(2, "-m", "comkd_cli", *arguments, cwd=folder)
+    return together.run(2, *arguments, cwd=folder)
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -70,7 +66,7 @@ def two_processes(workshop: Path, one_process: Path) -> Path:
         time.sleep(0.02)
     started.send_signal(signal.SIGTERM)
     _, said = started.communicate(timeout=120)
-    assert said.count("checkpoint saved") == 1
+    assert said.count("checkpoint saved") == 1, said
     assert "torchrun --nproc-per-node 2 -m comkd_cli distill tiny.yaml --runs two" in said
     assert (workshop / "two" / RUN / "state/state.pt").is_file()
     shutil.copytree(workshop / "two", workshop / "two then one")
@@ -123,7 +119,7 @@ def test_what_one_process_cannot_read_all_know(workshop: Path) -> None:
         YAML(typ="safe", pure=True).dump(tiny.recipe(data=data, teacher=teacher, optim=optim), stream)
     ended = two(workshop, "distill", "damaged.yaml", "--runs", "damaged runs")
     assert ended.returncode == 0, ended.stderr
-    told = [line for line in ended.stderr.splitlines() if "unreadable, left out" in line]
+    told = [line for line in ended.stderr.splitlines() if "unreadable, skipped" in line]
     assert sorted(name for line in told for name in ("03.png", "17.png") if name in line) == ["03.png", "17.png"]
     assert "2 of 24 images could not be read" in ended.stderr
     record = torch.load(workshop / "damaged runs/damaged/damaged/seed1/student.pt", weights_only=True)
@@ -134,18 +130,18 @@ def test_what_one_process_cannot_read_all_know(workshop: Path) -> None:
 
 
 def test_two_processes_train_the_digits_recipe_to_the_accuracy_of_one(workshop: Path) -> None:
-    shorter = ["--set", "teacher.adapt.epochs=4", "--set", "optim.epochs=12", "--set", "optim.batch_size=128"]
-    ended = alone(workshop, "distill", "digits", "--runs", "digits", *shorter)
+    shorter = ["--set", "teacher.adapt.epochs=3", "--set", "optim.epochs=6", "--set", "optim.batch_size=64"]
+    ended = warm.run("distill", "digits", "--runs", "digits", *shorter, cwd=workshop, few=False)
     assert ended.returncode == 0, ended.stderr
     (workshop / "digits too").mkdir()
     (workshop / "digits too/teachers").symlink_to(workshop / "digits/teachers")
-    ended = two(workshop, "distill", "digits", "--runs", "digits too", *shorter)
+    ended = together.run(2, "distill", "digits", "--runs", "digits too", *shorter, cwd=workshop, few=False)
     assert ended.returncode == 0, ended.stderr
     students = [workshop / runs / "digits/digits/seed1/student.pt" for runs in ("digits", "digits too")]
     first, second = (torch.load(path, weights_only=True)["metrics"]["test_top1_percent"] for path in students)
-    assert first > 93
+    assert first > 90
     # Rounding is amplified by training: of 360 images, some may fall to either side.
-    assert abs(first - second) < 1.5
+    assert abs(first - second) < 2
 
 
 def test_the_teacher_of_two_processes_is_that_of_one(one_process: Path, two_processes: Path) -> None:
@@ -157,12 +153,12 @@ def test_the_teacher_of_two_processes_is_that_of_one(one_process: Path, two_proc
 def test_two_processes_fill_one_cache(workshop: Path, two_processes: Path) -> None:
     (cache,) = (two_processes / "cache").iterdir()
     there = (cache / "there.bin").read_bytes()
-    seen = EPOCHS // 2 * (1437 - 1437 % 128)
-    assert 2 * 1400 < sum(there) <= min(len(there), 2 * seen)
+    seen = EPOCHS // 2 * (TRAIN - TRAIN % BATCH)
+    assert 1.9 * TRAIN < sum(there) <= min(len(there), 2 * seen)
     ended = two(workshop, "distill", "tiny.yaml", "--runs", "two", "--precompute")
     assert ended.returncode == 0, ended.stderr
-    assert "2,874 of 2,874 crops cached" in ended.stderr
-    assert sum((cache / "there.bin").read_bytes()) == 2 * 1437
+    assert f"{2 * TRAIN} of {2 * TRAIN} crops cached" in ended.stderr
+    assert sum((cache / "there.bin").read_bytes()) == 2 * TRAIN
 
 
 def test_precomputing_by_two_equals_one(workshop: Path, one_process: Path, two_processes: Path) -> None:
@@ -193,9 +189,9 @@ def test_two_processes_score_what_one_does(workshop: Path, one_process: Path) ->
 def test_the_plan_is_printed_once(workshop: Path) -> None:
     ended = two(workshop, "distill", "tiny.yaml", "--runs", "planned", "--dry-run")
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("1,437 training images") == 1
+    assert ended.stdout.count(f"{TRAIN} training images") == 1
     assert "cpu, fp32, 2 processes" in ended.stdout
-    assert not (workshop / "planned").exists()
+    assert not (workshop / "planned/tiny").exists()
 
 
 def test_a_mistake_is_told_once(workshop: Path) -> None:
@@ -205,39 +201,28 @@ def test_a_mistake_is_told_once(workshop: Path) -> None:
 
 
 def test_without_a_launcher_a_scripts_own_variables_do_not_count(workshop: Path) -> None:
-    env = {**os.environ, "WORLD_SIZE": "4"}
-    command = [sys.executable, "-m", "comkd_cli", "distill", "tiny.yaml", "--dry-run"]
-    ended = subprocess.run(command, cwd=workshop, env=env, capture_output=True, text=True, check=False, timeout=100)
+    ended = warm.run("distill", "tiny.yaml", "--dry-run", cwd=workshop, env={"WORLD_SIZE": "4"})
     assert ended.returncode == 0, ended.stderr
-    assert "1,437 training images" in ended.stdout
+    assert f"{TRAIN} training images" in ended.stdout
 
 
 def test_a_process_that_hangs_ends_the_run_within_its_timeout(workshop: Path) -> None:
     settings = ["--set", "collective_timeout_minutes=0.1", "--set", "optim.epochs=500"]
-    started = together.launch(
-        2, "-m", "comkd_cli", "distill", "tiny.yaml", "--runs", "hanging", *settings, cwd=workshop
-    )
+    first, second = together.start_ranks(2, "distill", "tiny.yaml", "--runs", "hanging", *settings, cwd=workshop)
     file = workshop / "hanging" / RUN / "metrics.jsonl"
     deadline = time.monotonic() + 200
-    while not file.exists():
-        assert started.poll() is None, started.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
-    environments = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
-    (other,) = (int(pid) for pid, variables in environments.items() if b"RANK=1" in variables)
-    stopped_at = time.monotonic()
-    os.kill(other, signal.SIGSTOP)
-    assert started.stderr is not None
-    said = ""
     try:
-        while "did not answer within 0.1 minutes" not in said:
-            line = started.stderr.readline()
-            assert line, said
-            said += line
-        assert time.monotonic() - stopped_at < 6 + 30
-        assert "Traceback" not in said
+        while not file.exists():
+            assert first.poll() is None, first.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        stopped_at = time.monotonic()
+        second.send_signal(signal.SIGSTOP)
+        _, said = first.communicate(timeout=60)
     finally:
-        os.kill(other, signal.SIGKILL)
-        started.communicate(timeout=100)
-    assert started.returncode != 0
+        second.kill()
+        second.communicate()
+    assert "did not answer within 0.1 minutes" in said
+    assert time.monotonic() - stopped_at < 6 + 30
+    assert "Traceback" not in said
+    assert first.returncode == 1

@@ -16,30 +16,29 @@ from ruamel.yaml import YAML
 from comkd_cli.data.digits import digits_source
 from comkd_cli.models.backbones import build_clip
 from comkd_cli.recipe.model import Model
-from tests import tiny
+from tests import tiny, warm
 
 pytestmark = pytest.mark.slow
+EPOCHS = 12
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workshop")
     with (folder / "tiny.yaml").open("w") as stream:
-        YAML(typ="safe", pure=True).dump(tiny.recipe(optim={**tiny.OPTIM, "epochs": 30}), stream)
+        YAML(typ="safe", pure=True).dump(tiny.recipe(optim={**tiny.OPTIM, "epochs": EPOCHS}), stream)
     return folder
 
 
 def comkd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "comkd_cli", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
+    return warm.run(*arguments, cwd=folder)
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "comkd_cli", *arguments]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(folder: Path, *arguments: str) -> warm.Process:
+    return warm.Process(*arguments, cwd=folder)
 
 
-def wait_for_epoch(process: subprocess.Popen[str], metrics: Path, epoch: int) -> None:
+def wait_for_epoch(process: warm.Process, metrics: Path, epoch: int) -> None:
     deadline = time.monotonic() + 200
     while not metrics.exists() or len(metrics.read_text().splitlines()) < epoch:
         assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
@@ -105,7 +104,7 @@ def test_from_recipe_to_prediction_through_every_interruption(workshop: Path) ->
 def test_dry_run_prints_the_plan_and_writes_nothing(workshop: Path) -> None:
     planned = comkd(workshop, "distill", "tiny.yaml", "--runs", "nothing", "--dry-run", "--seed", "4")
     assert planned.returncode == 0, planned.stderr
-    for word in ("teacher", "trainable", "330 in all", "cpu", "nothing/tiny/digits/seed4"):
+    for word in ("teacher", "trainable", f"{EPOCHS * (tiny.TRAIN // 32)} in all", "cpu", "nothing/tiny/digits/seed4"):
         assert word in planned.stdout
     assert not (workshop / "nothing").exists()
 
@@ -206,11 +205,12 @@ def test_half_precision_runs_on_a_cpu_as_bf16_and_fp16_is_refused(workshop: Path
             assert all(value.dtype in (torch.float32, torch.int64) for value in state.values())
         elif not torch.cuda.is_available():
             assert done.returncode == 1
-            assert "precision: fp16 needs a GPU" in done.stderr
+            assert "precision: needs a GPU: fp16" in done.stderr
 
 
 def test_classes_that_look_the_same_to_the_teacher_are_refused(workshop: Path) -> None:
     template = "data.template=a very long photo of a small handwritten digit which is called {}"
     refused = comkd(workshop, "distill", "tiny.yaml", "--runs", "long", "--set", template)
     assert refused.returncode == 1
-    assert "are the same to" in refused.stderr
+    assert "error: data.template: " in refused.stderr
+    assert "shorten `data.template`" in refused.stderr

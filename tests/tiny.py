@@ -1,6 +1,9 @@
-"""A distillation small enough to run in a test: seconds, on real digits."""
+"""A distillation small enough to run in a test: a second, on real digits."""
 
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 CLIP = {
     "embed_dim": 16,
@@ -8,7 +11,8 @@ CLIP = {
     "text_cfg": {"context_length": 10, "width": 16, "heads": 2, "layers": 1},
 }
 TOWER = {"embed_dim": 12, "vision_cfg": {**CLIP["vision_cfg"], "width": 16, "layers": 1}}  # type: ignore[dict-item]
-OPTIM = {"name": "adamw", "epochs": 2, "batch_size": 128, "learning_rate": 0.003}
+OPTIM = {"name": "adamw", "epochs": 2, "batch_size": 32, "learning_rate": 0.003}
+DIGITS, TRAIN, TEST = 420, 336, 84  # images of few_digits: all, to train on, to test on
 
 
 def recipe(**changes: Any) -> dict[str, Any]:
@@ -16,10 +20,40 @@ def recipe(**changes: Any) -> dict[str, Any]:
     fields = {
         "data": {"dataset": "digits"},
         "augment": {"min_scale": 0.7, "flip": False},
-        "teacher": {"config": CLIP, "adapt": {"method": "full", "epochs": 2, "batch_size": 128}},
+        "teacher": {"config": CLIP, "adapt": {"method": "full", "epochs": 2, "batch_size": 32}},
         "student": {"train": "full", "config": TOWER},
         "loss": {"refinement": {"weight": 10.0}, "if_align": {"weight": 0.01}},
         "optim": OPTIM,
         "evaluate_every_epochs": 1,
     }
     return {**fields, **changes}
+
+
+def digits_folder(root: Path, train: int, test: int) -> Path:
+    """The first digits as files, in train/ and test/ with a sub-folder for each class."""
+    from comkd_cli.data.digits import digits_source
+
+    source = digits_source()
+    for split, images, count in (("train", source.train, train), ("test", source.test, test)):
+        assert images is not None
+        assert images.labels is not None
+        for name in source.class_names:
+            (root / split / name).mkdir(parents=True)
+        for index in range(count):
+            images.open(index).save(root / split / str(images.labels[index]) / f"{index:03}.png")
+    return root
+
+
+def few_digits(patch: pytest.MonkeyPatch) -> None:
+    """Let the dataset `digits` have its first DIGITS images alone, so that an epoch takes a fraction of a second."""
+    from comkd_cli.data import digits
+
+    every = digits._bunch
+    patch.setattr(digits, "_bunch", lambda: _First(every()))
+
+
+class _First:
+    """The first images of scikit-learn's digits, which come in no order."""
+
+    def __init__(self, every: Any) -> None:
+        self.images, self.target = every.images[:DIGITS], every.target[:DIGITS]

@@ -1,4 +1,5 @@
 import errno
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from comkd_cli.models.backbones import build_clip, build_image_tower
 from comkd_cli.recipe import model as recipe
 from comkd_cli.teachers.prompted import prompted_clip
 from tests import tiny
+from tests.exported import export_once
 
 CONVOLUTIONAL = {
     "embed_dim": 12,
@@ -39,6 +41,14 @@ TIMM = {
         "timm_proj": "none",
     },
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_export_of_a_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Several tests look at the same export."""
+    with pytest.MonkeyPatch.context() as patch:
+        export_once(patch, tmp_path_factory.mktemp("exported"))
+        yield
 
 
 def make_student(

@@ -1,5 +1,6 @@
 """What the tests of the flows share: a tiny run on digits, a tiny CLIP's weights, and a count of what teachers see."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,15 @@ from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Model
 from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
+from tests.exported import export_once
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_export_of_a_student(onnx_files: Path) -> Iterator[None]:
+    """Each student is exported to ONNX once."""
+    with pytest.MonkeyPatch.context() as patch:
+        export_once(patch, onnx_files)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from comkd_cli.recipe import parse_recipe
 from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 EPOCHS = 3
 
 
@@ -64,14 +66,14 @@ def test_other_students_and_seeds_read_what_one_has_filled(tmp_path: Path, weigh
     assert sum(seen) == computed
     do(make(tmp_path, weights, "first", FULL, seed=2), events)
     # Another order leaves out other images at the end of an epoch: those alone are new.
-    assert 0 < sum(seen) - computed <= EPOCHS * (1437 % 128)
+    assert 0 < sum(seen) - computed <= EPOCHS * (tiny.TRAIN % 32)
     texts = [event.text for event in events if isinstance(event, Notice) and "crops read" in event.text]
     assert len(texts) == 2
 
 
 def test_fewer_views_than_epochs_repeat_them(tmp_path: Path, weights: Path, seen: list[int]) -> None:
     do(make(tmp_path, weights, "one", {"views": 1}))
-    assert sum(seen) <= 1437
+    assert sum(seen) <= tiny.TRAIN
 
 
 def test_precomputing_leaves_nothing_to_compute(tmp_path: Path, weights: Path, seen: list[int]) -> None:
@@ -79,9 +81,9 @@ def test_precomputing_leaves_nothing_to_compute(tmp_path: Path, weights: Path, s
     accelerator = make_accelerator("fp32")
     for _ in range(2):  # the second time there is nothing left to do
         distill.precompute(run, adapt.TeacherPreparation(stage, accelerator, print, ""), accelerator, lambda e: None)
-        assert sum(seen) == 2 * 1437
+        assert sum(seen) == 2 * tiny.TRAIN
     do((run, stage))
-    assert sum(seen) == 2 * 1437
+    assert sum(seen) == 2 * tiny.TRAIN
 
 
 def test_another_teacher_crop_or_seed_has_another_cache(tmp_path: Path, weights: Path, seen: list[int]) -> None:

@@ -22,6 +22,8 @@ from comkd_cli.recipe.model import Model
 from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 
 def make_run(runs: Path, **changes: Any) -> distill.Run:
     chosen = parse_recipe(tiny.recipe(**changes))
@@ -312,14 +314,14 @@ def test_unreadable_images_are_named_and_skipped_within_the_limit(done: distill.
 def test_a_plan_counts_without_training_anything(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     plan = distill.plan(run)
-    assert (plan.steps_per_epoch, plan.state) == (1437 // 128, "new")
-    assert "2 epochs of 11 steps" in adapt.describe_stage(stage(run.recipe, run.source, tmp_path))
+    assert (plan.steps_per_epoch, plan.state) == (tiny.TRAIN // 32, "new")
+    assert "2 epochs of 10 steps" in adapt.describe_stage(stage(run.recipe, run.source, tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_plan_is_made_also_where_another_run_has_the_directory(done: distill.Run) -> None:
     plan = distill.plan(make_run(done.runs, optim={**tiny.OPTIM, "learning_rate": 0.004}))
-    assert plan.steps_per_epoch == 1437 // 128
+    assert plan.steps_per_epoch == tiny.TRAIN // 32
     assert plan.state.startswith(f"refused: {done.student_file}: was made")
     assert "--fresh" in plan.state
 

@@ -1,7 +1,11 @@
+import copy
 import hashlib
+import importlib
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -21,6 +25,7 @@ from comkd_cli.models.checkpoints import load_student
 from comkd_cli.recipe.model import Data
 from comkd_cli.results.records import Results
 from comkd_cli.runtime import collectives
+from tests import tiny
 
 
 def bench(events: list[Event] | None = None, data: Data | None = None) -> Bench:
@@ -145,9 +150,16 @@ def test_without_any_student_the_remedy_is_to_train_one(tmp_path: Path) -> None:
     assert "comkd distill digits" in str(caught.value.remedy)
 
 
-def test_a_plain_clip_from_a_local_file_is_scored_as_open_clip_scores_it(tmp_path: Path) -> None:
+def test_a_plain_clip_from_a_local_file_is_scored_as_open_clip_scores_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factory: Any = importlib.import_module("open_clip.factory")
+    for name in ("_MODEL_CONFIGS", "_MODEL_CONFIG_PATHS"):
+        monkeypatch.setattr(factory, name, copy.copy(getattr(factory, name)))
+    (tmp_path / "Tiny.json").write_text(json.dumps(tiny.CLIP))
+    open_clip.add_model_config(tmp_path / "Tiny.json")
     torch.manual_seed(0)
-    model, _, transform = open_clip.create_model_and_transforms("RN50")
+    model, _, transform = open_clip.create_model_and_transforms("Tiny")
     weights = tmp_path / "clip.pt"
     torch.save(model.state_dict(), weights)
     source = digits_source()
@@ -156,9 +168,9 @@ def test_a_plain_clip_from_a_local_file_is_scored_as_open_clip_scores_it(tmp_pat
         folder.mkdir(parents=True, exist_ok=True)
         source.train.open(index).save(folder / f"{index}.png")
     data = Data(folder=str(tmp_path / "six"), classes=source.class_names, template="a {}!")
-    (record,) = evaluate(f"RN50:{weights}", Path("runs"), bench(data=data)).records
+    (record,) = evaluate(f"Tiny:{weights}", Path("runs"), bench(data=data)).records
     model.eval()
-    text = model.encode_text(open_clip.get_tokenizer("RN50")([f"a {name}!" for name in source.class_names]))
+    text = model.encode_text(open_clip.get_tokenizer("Tiny")([f"a {name}!" for name in source.class_names]))
     images = torch.stack([transform(source.train.open(index)) for index in range(6)])
     with torch.no_grad():
         similarity = torch.nn.functional.normalize(model.encode_image(images), dim=1) @ text.T / text.norm(dim=1)

@@ -22,7 +22,10 @@ from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 from tests.method.test_prompts import prompted_by_hand
 
-EPOCHS, RATE, STEPS = 3, 0.05, 1437 // 64
+pytestmark = pytest.mark.usefixtures("few_digits")
+
+EPOCHS, RATE, BATCH = 5, 0.02, 32
+STEPS = tiny.TRAIN // BATCH
 
 
 class Plain(nn.Module):
@@ -59,7 +62,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_run_without_both_modules_is_promptkd_step_for_step(
     tmp_path: Path, weights: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    optim = {"name": "sgd", "learning_rate": RATE, "batch_size": 64, "epochs": EPOCHS}
+    optim = {"name": "sgd", "learning_rate": RATE, "batch_size": BATCH, "epochs": EPOCHS}
     recipe = parse_recipe(
         tiny.recipe(
             teacher={"config": tiny.CLIP, "weights": str(weights["teacher"])},
@@ -98,7 +101,7 @@ def test_a_run_without_both_modules_is_promptkd_step_for_step(
         source.train,
         [teacher.preprocessing, tower.preprocessing],
         Crops(recipe.augment, recipe.seed),
-        Steps(64, recipe.seed),
+        Steps(BATCH, recipe.seed),
         0,
     )
     expected = []
@@ -127,6 +130,6 @@ def test_a_run_without_both_modules_is_promptkd_step_for_step(
     assert len(losses) == len(expected) == EPOCHS * STEPS
     assert losses == pytest.approx(expected, rel=1e-3)
     assert losses[:30] == pytest.approx(expected[:30], rel=1e-5)
-    assert expected[-1] < 0.7 * expected[0]  # something was learned
+    assert expected[-1] < 0.5 * max(expected)  # after the warm-up, which ends with a leap, something was learned
     student, _ = load_student(path)
     torch.testing.assert_close(student.backbone.tokens, plain.prompts, atol=1e-3, rtol=1e-3)  # type: ignore[union-attr]

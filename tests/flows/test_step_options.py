@@ -16,6 +16,8 @@ from comkd_cli.recipe.model import Model
 from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 
 def train(runs: Path, **changes: Any) -> dict[str, torch.Tensor]:
     """The student's tensors after one epoch."""
@@ -101,8 +103,8 @@ def test_parts_of_a_batch_train_a_student(runs: Path, plain: dict[str, torch.Ten
 
 def test_more_parts_than_pairs_of_images_are_refused_before_a_teacher_is_trained(tmp_path: Path) -> None:
     data = {"dataset": "digits"}
-    with pytest.raises(RecipeError, match=r"optim: 65 parts of a batch of 128 have fewer than 2 images each"):
-        train(tmp_path, data=data, optim={**tiny.OPTIM, "accumulation_steps": 65})
+    with pytest.raises(RecipeError, match=r"optim: 17 parts of a batch of 32 have fewer than 2 images each"):
+        train(tmp_path, data=data, optim={**tiny.OPTIM, "accumulation_steps": 17})
     few = open_source(parse_recipe(tiny.recipe()).data, Path("data")).train
     (tmp_path / "few").mkdir()
     for index in range(6):
@@ -119,7 +121,7 @@ def test_more_parts_than_pairs_of_images_are_refused_before_a_teacher_is_trained
 @pytest.mark.filterwarnings("ignore")  # of what torch.compile loads
 def test_compiled_towers_train_the_same_student(runs: Path) -> None:
     # Not AdamW, which makes steps of the rounding errors where a gradient is nothing.
-    sgd = {"name": "sgd", "epochs": 1, "batch_size": 128, "learning_rate": 0.01, "warmup_epochs": 0}
+    sgd = {"name": "sgd", "epochs": 1, "batch_size": 32, "learning_rate": 0.01, "warmup_epochs": 0}
     plain, compiled = (train(runs, optim=sgd, compile=on) for on in (False, True))
     for name, value in plain.items():
         assert torch.allclose(compiled[name], value, rtol=1e-3, atol=1e-5), name

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,8 @@ from comkd_cli.models.backbones import (
     weights_sha256,
 )
 from comkd_cli.recipe.model import Model
-from tests import tiny
-from tests.hub import hub
+from tests import tiny, warm
+from tests.hub import READ_THE_ADDRESS, hub
 
 CONVOLUTIONAL = {
     "embed_dim": 12,
@@ -140,23 +137,12 @@ def test_a_model_of_a_hub_is_scored(tmp_path: Path) -> None:
             {"model_cfg": tiny.CLIP, "preprocess_cfg": {}}
         ).encode()
         handler.files["someone/tiny/open_clip_pytorch_model.bin"] = weights.read_bytes()
-        environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1"}
-        command = [
-            sys.executable,
-            "-m",
-            "comkd_cli",
-            "evaluate",
-            "hf-hub:someone/tiny",
-            "--dataset",
-            "digits",
-            "--json",
-        ]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120
-        )
+        environment = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1"}
+        command = ("evaluate", "hf-hub:someone/tiny", "--dataset", "digits", "--json")
+        done = warm.run(*command, cwd=tmp_path, env=environment, fresh=READ_THE_ADDRESS)
     assert done.returncode == 0, done.stderr
     (record,) = json.loads(done.stdout)["records"]
-    assert (record["role"], record["images"]) == ("baseline", 360)
+    assert (record["role"], record["images"]) == ("baseline", tiny.TEST)
 
 
 def test_position_embeddings_of_another_size_are_interpolated_with_a_notice(tmp_path: Path) -> None:

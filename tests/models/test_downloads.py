@@ -5,7 +5,7 @@ import shutil
 import socket
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -17,8 +17,8 @@ from huggingface_hub import constants
 from comkd_cli.models import downloads
 from comkd_cli.models.backbones import build_clip
 from comkd_cli.recipe.model import Model
-from tests import tiny
-from tests.hub import Hub, hub
+from tests import tiny, warm
+from tests.hub import READ_THE_ADDRESS, Hub, hub
 
 CLIP_ON_THE_HUB = json.dumps({"model_cfg": tiny.CLIP, "preprocess_cfg": {}}).encode()
 
@@ -107,7 +107,6 @@ def hub_with_a_clip(tmp_path: Path) -> Iterator[tuple[dict[str, str], type[Hub]]
 def test_what_a_student_names_is_fetched_only_where_that_is_allowed(
     tmp_path: Path,
     hub_with_a_clip: tuple[dict[str, str], type[Hub]],
-    run_comkd: Callable[..., CompletedProcess[str]],
 ) -> None:
     """A student whose backbone and whose teacher are repositories of the Hub, on a machine with an empty cache."""
     environment, handler = hub_with_a_clip
@@ -118,7 +117,7 @@ def test_what_a_student_names_is_fetched_only_where_that_is_allowed(
 
     def comkd(*arguments: object) -> CompletedProcess[str]:
         handler.requests.clear()
-        return run_comkd(*arguments, cwd=tmp_path, env=environment)
+        return warm.run(*arguments, cwd=tmp_path, env=environment, fresh=READ_THE_ADDRESS)
 
     assert comkd("distill", "far.yaml").returncode == 0  # a recipe that the user gave may fetch
     assert handler.requests

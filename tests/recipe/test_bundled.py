@@ -1,8 +1,6 @@
 """Every recipe that comes with comkd: valid, outlined without a download, and trained for two steps, reduced."""
 
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,9 @@ from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.recipe.loading import bundled_recipes
 from comkd_cli.recipe.model import Model
 from comkd_cli.training.accelerator import make_accelerator
-from tests import tiny
+from tests import tiny, warm
 from tests.flows.test_suite import fill
+from tests.hub import READ_THE_ADDRESS
 
 NAMES = sorted(bundled_recipes())
 PAPER = [name for name in NAMES if name not in ("digits", "labels_only", "cifar10")]
@@ -112,26 +111,22 @@ def test_its_models_are_outlined_without_weights_or_images(name: str) -> None:
     assert (outline.student_trainable_parameters == outline.student_image_tower_parameters) == full
 
 
-def test_the_command_prints_them_with_no_network_and_no_data(
-    tmp_path: Path, run_comkd: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_the_command_prints_them_with_no_network_and_no_data(tmp_path: Path) -> None:
     env = {"HF_HUB_OFFLINE": "1", "COMKD_DATA": str(tmp_path / "nothing")}
-    planned = run_comkd("distill", "vitl_to_vitb", "--dry-run", cwd=tmp_path, env=env)
+    planned = warm.run("distill", "vitl_to_vitb", "--dry-run", cwd=tmp_path, env=env, fresh=READ_THE_ADDRESS)
     assert planned.returncode == 0, planned.stderr
     for word in ("427,", "G multiply-adds", "trainable", "was not found"):
         assert word in " ".join(planned.stdout.split())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_tells_of_each_kind_of_images_that_are_not_there(
-    tmp_path: Path, run_comkd: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
-    nothing = run_comkd("distill", "cifar10", "--dry-run", cwd=tmp_path)
+def test_a_dry_run_tells_of_each_kind_of_images_that_are_not_there(tmp_path: Path) -> None:
+    nothing = warm.run("distill", "cifar10", "--dry-run", cwd=tmp_path)
     assert nothing.returncode == 0, nothing.stderr
     assert "no such file or folder: cifar10, data/cifar10" in " ".join(nothing.stdout.split())
     only_target = tmp_path / "data"
     fill(CATALOG["eurosat"], only_target)
-    cross = run_comkd("distill", "vitl_to_vitb_cross", "--dry-run", "--data-root", only_target, cwd=tmp_path)
+    cross = warm.run("distill", "vitl_to_vitb_cross", "--dry-run", "--data-root", only_target, cwd=tmp_path)
     assert cross.returncode == 0, cross.stderr
     told = " ".join(cross.stdout.split())
     assert "12 training images" in told

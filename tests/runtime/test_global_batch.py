@@ -20,7 +20,7 @@ def test_alone_the_moments_are_those_of_the_batch() -> None:
 @pytest.fixture(scope="module")
 def steps() -> dict[str, dict[str, Any]]:
     """What `shared_step` printed, by case."""
-    ended = together.run(2, "-m", "tests.method.shared_step", cwd=Path(__file__).parents[2])
+    ended = together.run(2, module="tests.method.shared_step", cwd=Path(__file__).parents[2])
     assert ended.returncode == 0, ended.stderr
     lines = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
     return {line["case"]: line for line in lines}
