@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from comkd_cli.data.contents import Contents
+from comkd_cli.data.holdout import Holdout
 from comkd_cli.edge.images import UnreadableImage
 from comkd_cli.files import sha256_of_data
 
@@ -51,9 +52,8 @@ class ImageSet:
 
         It does not depend on the folder or on labels. Reads every file whose digest is not remembered.
         """
-        found = self._pixel_digests() if self.contents is None else self.contents.digests(self.keys)
         digest = hashlib.sha256()
-        for key, content in zip(self.keys, found, strict=True):
+        for key, content in zip(self.keys, self.content_digests(), strict=True):
             name = key.encode("utf-8", "surrogatepass")  # names that are not UTF-8 reach Python as lone surrogates
             digest.update(len(name).to_bytes(4, "big") + name + content)
         return digest.hexdigest()
@@ -62,6 +62,10 @@ class ImageSet:
     def ordered_digest(self) -> str:
         """As `digest`, but also dependent on the order of the images; for data that is stored by position."""
         return self.digest
+
+    def content_digests(self) -> Iterator[bytes]:
+        """A digest of what each image contains, in order. Reads every file whose digest is not remembered."""
+        return self._pixel_digests() if self.contents is None else self.contents.digests(self.keys)
 
     def _pixel_digests(self) -> Iterator[bytes]:
         for index in range(len(self)):
@@ -89,6 +93,13 @@ class ImageSet:
         return None
 
 
+def evenly_spaced(images: ImageSet, most: int) -> list[int]:
+    """The positions of at most `most` images, spread over the whole set."""
+    positions = images.spaced(most)
+    chosen = np.linspace(0, len(positions) - 1, min(most, len(positions))).astype(np.int64)
+    return [int(positions[place]) for place in chosen]
+
+
 @dataclass(frozen=True)
 class Source:
     """Classes, their prompt template, and the images for training and scoring."""
@@ -101,6 +112,13 @@ class Source:
     test: ImageSet | None
     val: ImageSet | None = None
     """Labelled images to choose few-shot settings on; only the suite's datasets have them."""
+    holdout: Holdout | None = None
+    """How `test` was held out of the training images; None where the dataset has test images of its own, or none."""
+
+    @property
+    def test_name(self) -> str:
+        """What messages call the images of `test`."""
+        return "test images" if self.holdout is None else "held-out images"
 
     @property
     def prompts(self) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 
 from comkd_cli.data.loaders import worker_count
 from comkd_cli.data.source import Source
-from comkd_cli.data.sources import open_source
+from comkd_cli.data.sources import open_source, reopen_source
 from comkd_cli.errors import CheckpointError, ComkdError, DataError, MisuseError, ModelError
 from comkd_cli.evaluation.classes import check_classes
 from comkd_cli.evaluation.features import FeatureStore
@@ -29,6 +29,7 @@ from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.recipe.identity import Identity, described, recipe_settings
 from comkd_cli.recipe.model import SCHEMES, Data, Model, Teacher
 from comkd_cli.results.records import Missing, Results, merged
+from comkd_cli.results.tables import ONE_ANSWER_PERCENT
 from comkd_cli.runtime import collectives, ranks
 from comkd_cli.runtime.devices import failures_explained
 from comkd_cli.teachers.class_vectors import encode_ensemble
@@ -68,6 +69,11 @@ class Bench:
     def open_source(self, data: Data) -> Source:
         """The images and classes of a dataset, the same in every process."""
         return collectives.in_turn(partial(open_source, data, self.data_root, self.runs, self.report))
+
+    def reopen_source(self, data: Data, record: StudentRecord) -> Source:
+        """As `open_source`, without any image among the held-out ones that the student was trained on."""
+        reopen = partial(reopen_source, data, record.holdout, self.data_root, self.runs, self.report)
+        return collectives.in_turn(reopen)
 
     def scorer(self, source: Source, data: Data) -> DatasetScorer:
         """Scores models on the test images of a source, which was opened from `data`."""
@@ -236,7 +242,7 @@ def _score_student(path: Path, bench: Bench) -> Results:
     student, record = collectives.on_every_rank(partial(load_student, path, bench.allow_download))
     _report_other_settings(path, record, bench)
     data = bench.data or record.recipe.data
-    source = bench.open_source(data)
+    source = bench.reopen_source(data, record)
     check_classes(record, source)
     scorer = _without_unfit_protocols(record, bench).scorer(source, data)
     scores = scorer.score(student_subject(student, record, sha256_of_file(path), str(path), bench.device))
@@ -251,7 +257,20 @@ def _score_student(path: Path, bench: Bench) -> Results:
     except _recoverable() as error:  # the student's scores are kept
         return Results(scores.records, [Missing(source.name, _message(error), teacher.model, failed=True)])
     agreement = agreement_of(scores, teacher_scores)
-    records = [replace(r, agreement_percent=agreement) if r.classes == "all" else r for r in scores.records]
+    name = source.class_names[agreement.top_answer]
+    if agreement.top_answer_percent >= ONE_ANSWER_PERCENT:
+        bench.report(
+            Notice(
+                f"{teacher.model}: {agreement.top_answer_percent:.0f} % of its answers on these images are {name!r}, so "
+                "that an agreement with it says little"
+            )
+        )
+    beside = {
+        "agreement_percent": agreement.percent,
+        "teacher_top_answer": name,
+        "teacher_top_answer_percent": agreement.top_answer_percent,
+    }
+    records = [replace(r, **beside) if r.classes == "all" else r for r in scores.records]
     return Results([*records, *teacher_scores.records])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comkd_cli.data.holdout import Holdout
 from comkd_cli.edge.images import Preprocessing, checked_preprocessing
 from comkd_cli.errors import CheckpointError, ComkdError
 from comkd_cli.files import atomic_write, is_newer_format
@@ -49,6 +50,8 @@ class StudentRecord:
     teacher_sha256: dict[str, str] | None = None
     """Of the local files of the teacher, by the recipe's field that names each, or `teacher` for teacher.pt; empty for
     a teacher from a tag or a repository; None in files of versions that did not record it."""
+    holdout: Holdout | None = None
+    """How images were held out of the training; None where they were not, as in files of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ def _read_student(path: Path) -> tuple[StudentRecord, dict[str, Any]]:
     data = _load(path, STUDENT_FORMAT, "a student")
     try:
         record = StudentRecord(
-            recipe=parse_recipe(data["recipe"], name=f"{path}: recipe"),
+            recipe=parse_recipe(_with_holdout(data["recipe"]), name=f"{path}: recipe"),
             recipe_name=data["recipe_name"],
             source=data["source"],
             class_names=tuple(data["class_names"]),
@@ -167,8 +170,9 @@ def _read_student(path: Path) -> tuple[StudentRecord, dict[str, Any]]:
             teacher=data["teacher"],
             identity=data["identity"],
             metrics=data["metrics"],
-            identity_parts=_mapping_or_none(data.get("identity_parts")),
+            identity_parts=_mapping_or_none(data.get("identity_parts"), "identity_parts"),
             teacher_sha256=data.get("teacher_sha256"),
+            holdout=_holdout_or_none(_mapping_or_none(data.get("holdout"), "holdout")),
         )
         _check_plain(data, ("recipe_name", "source", "template", "identity"), ("teacher", "backbone_sha256"))
         if not all(isinstance(part, str) for item in (record.teacher_sha256 or {}).items() for part in item):
@@ -179,10 +183,25 @@ def _read_student(path: Path) -> tuple[StudentRecord, dict[str, Any]]:
     return record, data
 
 
-def _mapping_or_none(value: Any) -> dict[str, Any] | None:
+def _with_holdout(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of a checkpoint: without `data.holdout_percent` it is of a version that trained on every image."""
+    return {**recipe, "data": {"holdout_percent": 0.0, **recipe["data"]}}
+
+
+def _mapping_or_none(value: Any, name: str) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
-        raise TypeError(f"identity_parts should be a mapping, not {value!r}")
+        raise TypeError(f"{name} should be a mapping, not {value!r}")
     return value
+
+
+def _holdout_or_none(fields: dict[str, Any] | None) -> Holdout | None:
+    if fields is None:
+        return None
+    holdout = Holdout(**fields)
+    exceptions = _mapping_or_none(holdout.exceptions, "holdout.exceptions") or {}
+    if not isinstance(holdout.percent, int | float) or not all(isinstance(held, bool) for held in exceptions.values()):
+        raise ValueError("holdout should be a share and exceptions")
+    return holdout
 
 
 def _reason(error: Exception) -> str:

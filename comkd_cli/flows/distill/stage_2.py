@@ -251,6 +251,7 @@ def _record(
         identity_parts=dict(run.identity.parts),
         metrics=metrics,
         teacher_sha256=dict(ready.sha256),
+        holdout=run.source.holdout,
     )
 
 
