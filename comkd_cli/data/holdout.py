@@ -53,8 +53,8 @@ def stratified(
     """The choice for images with these digests, with the exceptions that their labels need.
 
     Of a class with two or more distinct images at least one is held out and at least one is not, as far as images with
-    two labels permit; the only image of a class is not. An image of one class is preferred as an exception, and of these
-    the one that is nearest to the threshold.
+    two labels permit; the only image of a class is not. An image of one class is preferred as an exception, and of
+    these the one that is nearest to the threshold.
     """
     rule = Holdout(percent, fingerprint)
     if labels is None:

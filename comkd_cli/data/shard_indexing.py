@@ -159,6 +159,7 @@ def _content_digest(content: bytes) -> bytes:
 
 
 def key_bytes(key: str) -> bytes:
+    """A key as it is hashed and written."""
     return key.encode("utf-8", "surrogateescape")  # as tarfile reads names that are not UTF-8
 
 

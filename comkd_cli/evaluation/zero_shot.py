@@ -120,7 +120,9 @@ class Scorer:
 
     def _check(self, evaluation: Evaluation) -> None:
         found, images = evaluation.test, evaluation.images
-        check_unreadable(found.unreadable, len(images), self._limit_percent, f"{self._source.test_name} of {self._source.name}")
+        check_unreadable(
+            found.unreadable, len(images), self._limit_percent, f"{self._source.test_name} of {self._source.name}"
+        )
         if found.unreadable != self._unreadable:
             self._unreadable = found.unreadable
             named = "".join(f"\n  {problem}" for problem in found.unreadable[:MOST_NAMED])

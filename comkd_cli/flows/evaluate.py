@@ -259,18 +259,19 @@ def _score_student(path: Path, bench: Bench) -> Results:
     agreement = agreement_of(scores, teacher_scores)
     name = source.class_names[agreement.top_answer]
     if agreement.top_answer_percent >= ONE_ANSWER_PERCENT:
-        bench.report(
-            Notice(
-                f"{teacher.model}: {agreement.top_answer_percent:.0f} % of its answers on these images are {name!r}, so "
-                "that an agreement with it says little"
-            )
+        share = f"{agreement.top_answer_percent:.0f} % of its answers on these images are {name!r}"
+        bench.report(Notice(f"{teacher.model}: {share}, so that an agreement with it says little"))
+    records = [
+        replace(
+            record,
+            agreement_percent=agreement.percent,
+            teacher_top_answer=name,
+            teacher_top_answer_percent=agreement.top_answer_percent,
         )
-    beside = {
-        "agreement_percent": agreement.percent,
-        "teacher_top_answer": name,
-        "teacher_top_answer_percent": agreement.top_answer_percent,
-    }
-    records = [replace(r, **beside) if r.classes == "all" else r for r in scores.records]
+        if record.classes == "all"
+        else record
+        for record in scores.records
+    ]
     return Results([*records, *teacher_scores.records])
 
 

@@ -302,7 +302,10 @@ def _pools(record: StudentRecord, data_root: Path, options: ExportOptions, repor
     training = Pool(source.train, "training")
     if source.test is None or not len(source.test):
         report(
-            Notice(f"{source.name} has no test images: graphs are compared on training images, not held out, and no top-1 is given")
+            Notice(
+                f"{source.name} has no test images: graphs are compared on training images, not held out, and no top-1 "
+                "is given"
+            )
         )
         return training, training
     return Pool(source.test, "test", held_out=source.holdout is not None), training
