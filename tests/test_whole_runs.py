@@ -156,7 +156,12 @@ def test_shards_of_a_server_are_planned_fetched_learned_from_scored_and_exported
     )
     try:
         port = server.stdout.readline().split("port ")[1].split()[0]  # type: ignore[union-attr]
-        data = {"shards": f"http://127.0.0.1:{port}/set-{{0..2}}.tar", "classes": list("0123456789"), "workers": 1}
+        data = {
+            "shards": f"http://127.0.0.1:{port}/set-{{0..2}}.tar",
+            "classes": list("0123456789"),
+            "workers": 1,
+            "holdout_percent": 0,
+        }
         teacher = {"config": tiny.CLIP, "weights": "clip.pt"}
         optim = {**tiny.OPTIM, "batch_size": 16}
         with (workshop / "shards.yaml").open("w") as stream:

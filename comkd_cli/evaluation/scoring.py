@@ -124,6 +124,20 @@ class Agreement:
     top_answer_percent: float
     """Its share of the teacher's answers: where it is large, any student that learned it agrees."""
 
+    def added_to(self, records: Sequence[Record], top_answer: str) -> list[Record]:
+        """The student's records with the agreement on those of all classes. top_answer: the name of that class."""
+        return [
+            replace(
+                record,
+                agreement_percent=self.percent,
+                teacher_top_answer=top_answer,
+                teacher_top_answer_percent=self.top_answer_percent,
+            )
+            if record.classes == "all"
+            else record
+            for record in records
+        ]
+
 
 def agreement_of(student: Scores, teacher: Scores) -> Agreement:
     """The agreement of a student with its teacher. Raises ValueError where no image has an answer of both."""

@@ -261,17 +261,7 @@ def _score_student(path: Path, bench: Bench) -> Results:
     if agreement.top_answer_percent >= ONE_ANSWER_PERCENT:
         share = f"{agreement.top_answer_percent:.0f} % of its answers on these images are {name!r}"
         bench.report(Notice(f"{teacher.model}: {share}, so that an agreement with it says little"))
-    records = [
-        replace(
-            record,
-            agreement_percent=agreement.percent,
-            teacher_top_answer=name,
-            teacher_top_answer_percent=agreement.top_answer_percent,
-        )
-        if record.classes == "all"
-        else record
-        for record in scores.records
-    ]
+    records = agreement.added_to(scores.records, name)
     return Results([*records, *teacher_scores.records])
 
 

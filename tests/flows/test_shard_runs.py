@@ -53,7 +53,7 @@ Pair = tuple[distill.Run, Callable[[Callable[[Event], None]], adapt.TeacherPrepa
 
 def make(runs: Path, weights: Path, data: dict[str, Any], **changes: Any) -> Pair:
     fields = {
-        "data": {"classes": [str(digit) for digit in range(10)], "workers": 0, **data},
+        "data": {"classes": [str(digit) for digit in range(10)], "workers": 0, "holdout_percent": 0, **data},
         "teacher": {"config": tiny.CLIP, "weights": str(weights)},
         "optim": {**tiny.OPTIM, "epochs": EPOCHS, "batch_size": BATCH},
         **changes,
