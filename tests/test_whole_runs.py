@@ -105,7 +105,7 @@ def test_from_recipe_to_prediction_through_every_interruption(workshop: Path) ->
 def test_dry_run_prints_the_plan_and_writes_nothing(workshop: Path) -> None:
     planned = comkd(workshop, "distill", "tiny.yaml", "--runs", "nothing", "--dry-run", "--seed", "4")
     assert planned.returncode == 0, planned.stderr
-    for word in ("teacher", "trainable", "330 in all", "cpu", "nothing/tiny/digits/seed4"):
+    for word in ("teacher", "trainable", "330 in all", "cpu", "nothing/tiny/digits/seed4", "not trained yet"):
         assert word in planned.stdout
     assert not (workshop / "nothing").exists()
 

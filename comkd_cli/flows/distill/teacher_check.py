@@ -12,7 +12,7 @@ import torch
 from comkd_cli.data.held_out import count_shared
 from comkd_cli.data.loaders import worker_count
 from comkd_cli.data.source import evenly_spaced
-from comkd_cli.errors import ComkdError
+from comkd_cli.errors import ComkdError, ModelError, first_line
 from comkd_cli.evaluation.features import FeatureStore
 from comkd_cli.evaluation.subjects import live_teacher
 from comkd_cli.events import Notice, Report
@@ -81,12 +81,15 @@ def preview_teacher(run: Run, saved: Path | None, device_type: str, report: Repo
                 ready = load_saved_teacher(saved, source.class_names, device, report=report)
             else:
                 ready = build_teacher(settings, source.class_names, source.template, device, report)
-            ready.teacher.to(device)
-            return inspect_teacher(run, ready, device, report) or "none of the sampled images could be read"
         except (ComkdError, OSError) as error:
             if downloads.was_refused(error):
                 return "its weights are not on this machine, and a dry run downloads nothing"
-            return str(error).splitlines()[0]
+            return first_line(error)
+    ready.teacher.to(device)
+    try:
+        return inspect_teacher(run, ready, device, report) or "none of the sampled images could be read"
+    except ModelError as error:  # features that are NaN or infinite: the rest of the plan is still of use
+        return first_line(error)
 
 
 def _shared_images(run: Run) -> list[Finding]:
