@@ -196,7 +196,7 @@ def test_a_dry_run_looks_at_a_teacher_whose_weights_are_there(tmp_path: Path, we
     assert (found.images, found.classes) == (len(run.source.train), 10)
     assert not run.folder.exists()
     assert "not trained yet" in str(distill.preview_teacher(run, tmp_path / "teacher.pt", "cpu", lambda event: None))
-    absent, _ = prepare(data, tmp_path / "runs", {"arch": "ViT-B-32", "weights": "openai"})
+    absent, _ = prepare(data, tmp_path / "runs", {"arch": "ViT-B-32-quickgelu", "weights": "openai"})
     assert "not on this machine" in str(distill.preview_teacher(absent, None, "cpu", lambda event: None))
 
 

@@ -9,17 +9,15 @@ from torch.nn import functional
 
 from comkd_cli.teachers.inspection import Finding, Inspection, inspect
 
-CLASSES = 4
+CLASSES, DIM = 4, 16
 NAMES = ("cat", "dog", "fox", "owl")
-VECTORS = torch.eye(CLASSES)
+VECTORS = torch.eye(CLASSES, DIM)
 
 
 def answering(*counts: int) -> Tensor:
-    """Features of so many images of each class: its vector, and a little of an axis that no class has."""
-    rows = [
-        functional.one_hot(torch.tensor(label), CLASSES).float() for label, n in enumerate(counts) for _ in range(n)
-    ]
-    noise = torch.randn(len(rows), CLASSES, generator=torch.Generator().manual_seed(1))
+    """Features of so many images of each class: its vector, and noise."""
+    rows = [functional.one_hot(torch.tensor(label), DIM).float() for label, n in enumerate(counts) for _ in range(n)]
+    noise = torch.randn(len(rows), DIM, generator=torch.Generator().manual_seed(1))
     return functional.normalize(torch.stack(rows) + 0.1 * noise, dim=1)
 
 
@@ -53,8 +51,7 @@ def test_one_class_for_nearly_everything_is_found_unless_the_labels_explain_it()
 
 
 def test_two_classes_may_be_as_uneven_as_they_are() -> None:
-    features = functional.normalize(answering(39, 1, 0, 0)[:, :2], dim=1)
-    assert kinds(inspect(features, torch.eye(2), 100.0, NAMES[:2], None)) == []
+    assert kinds(inspect(answering(39, 1, 0, 0), VECTORS[:2], 100.0, NAMES[:2], None)) == []
 
 
 @pytest.mark.parametrize(("images", "found"), [(6, False), (7, True)])
@@ -95,7 +92,7 @@ def test_class_vectors_that_are_nearly_equal_are_named_in_pairs(monkeypatch: pyt
 
 def test_of_many_equal_classes_five_pairs_are_named_and_all_are_counted() -> None:
     names = tuple(f"class {number}" for number in range(6))
-    vectors = functional.normalize(torch.ones(6, 4), dim=1)
+    vectors = functional.normalize(torch.ones(6, DIM), dim=1)
     found = finding_of(inspect(answering(1, 1, 1, 1), vectors, 100.0, names, None), "similar_classes")
     assert (len(found.names), found.figures["pairs"]) == (5, 15)
 
@@ -117,4 +114,4 @@ def test_an_inspection_survives_its_file() -> None:
 
 def test_without_images_there_is_nothing_to_inspect() -> None:
     with pytest.raises(ValueError, match="at least one image"):
-        inspect(torch.empty(0, 4), VECTORS, 100.0, NAMES, None)
+        inspect(torch.empty(0, DIM), VECTORS, 100.0, NAMES, None)
