@@ -191,3 +191,22 @@ def test_images_without_labels_cannot_adapt_a_teacher(tmp_path: Path, weights: P
     with pytest.raises(DataError) as caught:
         do((run, teach))
     assert (caught.value.path, caught.value.field, caught.value.found) == ("digits", "teacher.adapt", "full")
+
+
+def test_held_out_images_of_shards_are_measured_on_alone_however_they_are_packed(
+    tmp_path: Path, weights: Path, pattern: str
+) -> None:
+    data = {"shards": pattern, "holdout_percent": 30}
+    pair = make(tmp_path / "runs", weights, data, teacher_cache={"views": 1})
+    run = pair[0]
+    assert run.source.test is not None
+    assert len(run.source.train) + len(run.source.test) == IMAGES
+    do(pair)
+    cache = distill.open_cache(run, pair[1](print).prepare(), lambda event: None)
+    assert cache is not None
+    assert cache.count() == len(run.source.train)
+    bench = evaluate.Bench(torch.device("cpu"), tmp_path, lambda event: None, runs=tmp_path / "runs")
+    student = evaluate.evaluate(str(run.student_file), tmp_path / "runs", bench).records[0]
+    assert (student.images, student.images_from) == (len(run.source.test), "held-out")
+    packed = write_shards(tmp_path / "packed", range(IMAGES)[::-1], shards=4)
+    assert distill.finished(make(tmp_path / "runs", weights, {**data, "shards": packed}, teacher_cache={"views": 1})[0])
