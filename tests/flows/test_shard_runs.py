@@ -16,6 +16,7 @@ from comkd_cli.data import order
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.sources import open_source
 from comkd_cli.errors import DataError, Interrupted
+from comkd_cli.evaluation import scoring
 from comkd_cli.events import Event, Notice, Progress
 from comkd_cli.flows import adapt, distill, evaluate
 from comkd_cli.recipe import parse_recipe
@@ -175,13 +176,13 @@ def test_a_student_of_shards_is_scored_by_agreement_on_some_of_them(
 ) -> None:
     pair = make(tmp_path, weights, {"shards": pattern})
     do(pair)
-    monkeypatch.setattr(evaluate, "MOST_FOR_AGREEMENT", 30)
+    monkeypatch.setattr(scoring, "MOST_FOR_AGREEMENT", 30)
     told: list[Event] = []
     bench = evaluate.Bench(torch.device("cpu"), tmp_path, told.append)
     records = evaluate.evaluate(str(pair[0].student_file), tmp_path, bench).records
     assert [(record.role, record.images) for record in records] == [("student", 30), ("teacher", 30)]
     assert records[0].agreement_percent is not None
-    assert any(isinstance(event, Notice) and "of 90 images 30 are taken" in event.text for event in told)
+    assert any(isinstance(event, Notice) and "30 of 90 images" in event.text for event in told)
     assert [path.name for path in tmp_path.glob("shards/*/index.json")] == ["index.json"]
 
 
@@ -204,7 +205,7 @@ def test_held_out_images_of_shards_are_measured_on_alone_however_they_are_packed
     do(pair)
     cache = distill.open_cache(run, pair[1](print).prepare(), lambda event: None)
     assert cache is not None
-    assert cache.count() == len(run.source.train)
+    assert cache.key.images == len(run.source.train)
     bench = evaluate.Bench(torch.device("cpu"), tmp_path, lambda event: None, runs=tmp_path / "runs")
     student = evaluate.evaluate(str(run.student_file), tmp_path / "runs", bench).records[0]
     assert (student.images, student.images_from) == (len(run.source.test), "held-out")
