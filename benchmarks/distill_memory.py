@@ -88,7 +88,12 @@ def recipe_of(
 ) -> str:
     """The recipe of a run, as the text of a file."""
     recipe = {
-        "data": {"folder": str(images), "classes": [f"thing number {n}" for n in range(10)], "workers": workers},
+        "data": {
+            "folder": str(images),
+            "classes": [f"thing number {n}" for n in range(10)],
+            "workers": workers,
+            "holdout_percent": 0,
+        },
         "teacher": {"config": config, "weights": str(weights)},
         "student": {"config": {**config, "vision_cfg": {**TOWER, "layers": 1}}, "train": "full"},
         "optim": {"name": "adamw", "epochs": 1, "batch_size": batch},

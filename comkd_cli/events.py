@@ -35,6 +35,8 @@ class Epoch:
     total: int
     images_per_second: float
     figures: Mapping[str, float]
+    held_out: bool = False
+    """Whether the scores are on images that were held out of the training ones, not on a test split."""
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def damaged_folder(path: Path) -> dict[str, object]:
         images.open(index).save(path / f"{index:02}.png")
     for index in (3, 17):
         (path / f"{index:02}.png").write_bytes(b"no picture")
-    return {"folder": str(path), "classes": ["a", "b"], "workers": 0}
+    return {"folder": str(path), "classes": ["a", "b"], "workers": 0, "holdout_percent": 0}
 
 
 def test_what_one_process_cannot_read_all_know(workshop: Path) -> None:

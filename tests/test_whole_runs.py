@@ -104,7 +104,8 @@ def test_from_recipe_to_prediction_through_every_interruption(workshop: Path) ->
 def test_dry_run_prints_the_plan_and_writes_nothing(workshop: Path) -> None:
     planned = comkd(workshop, "distill", "tiny.yaml", "--runs", "nothing", "--dry-run", "--seed", "4")
     assert planned.returncode == 0, planned.stderr
-    for word in ("teacher", "trainable", f"{EPOCHS * (tiny.TRAIN // 32)} in all", "cpu", "nothing/tiny/digits/seed4"):
+    steps = f"{EPOCHS * (tiny.TRAIN // 32)} in all"
+    for word in ("teacher", "trainable", steps, "cpu", "nothing/tiny/digits/seed4", "not trained yet"):
         assert word in planned.stdout
     assert not (workshop / "nothing").exists()
 
@@ -155,7 +156,12 @@ def test_shards_of_a_server_are_planned_fetched_learned_from_scored_and_exported
     )
     try:
         port = server.stdout.readline().split("port ")[1].split()[0]  # type: ignore[union-attr]
-        data = {"shards": f"http://127.0.0.1:{port}/set-{{0..2}}.tar", "classes": list("0123456789"), "workers": 1}
+        data = {
+            "shards": f"http://127.0.0.1:{port}/set-{{0..2}}.tar",
+            "classes": list("0123456789"),
+            "workers": 1,
+            "holdout_percent": 0,
+        }
         teacher = {"config": tiny.CLIP, "weights": "clip.pt"}
         optim = {**tiny.OPTIM, "batch_size": 16}
         with (workshop / "shards.yaml").open("w") as stream:

@@ -183,6 +183,7 @@ def _manifest(contents: Contents) -> dict[str, Any]:
         "latency": [asdict(measured) for measured in contents.latency],
         # As recorded in training, if it had held-out test images with labels; the gates' images do not count here.
         **{name: record.metrics.get(name) for name in ("test_top1_percent", "test_images", "test_unreadable")},
+        "test_images_held_out": record.holdout is not None,
         "test_images_were_learned_from": _learns_from_test_images(record),
         "test_top1_changed": changed_score(contents),
         "selection": record.recipe.selection,

@@ -87,7 +87,8 @@ def _score(manifest: Mapping[str, Any]) -> str:
     if score is None:
         return "Its accuracy is unknown: there were no held-out labelled images when it was trained."
     count = "the" if images is None else f"{int(images)}"
-    text = f"Top-1 on {count} test images, in PyTorch: {score:.2f} %"
+    split = "held-out" if manifest["test_images_held_out"] else "test"
+    text = f"Top-1 on {count} {split} images, in PyTorch: {score:.2f} %"
     if images:
         text += f" ({_interval(wilson_interval_percent(score, int(images)))})"
     if unreadable:

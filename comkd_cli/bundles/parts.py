@@ -35,12 +35,23 @@ ORIGINS: dict[Origin, str] = {
 }
 
 
+def _name_of(origin: Origin, held_out: bool) -> str:
+    return "held-out images" if held_out else ORIGINS[origin]
+
+
 @dataclass(frozen=True)
 class Pool:
     """Images that parts are taken from."""
 
     images: ImageSet
     origin: Origin
+    held_out: bool = False
+    """Whether `test` images are training images that were held out."""
+
+    @property
+    def name(self) -> str:
+        """What messages call its images."""
+        return _name_of(self.origin, self.held_out)
 
 
 @dataclass(frozen=True)
@@ -52,10 +63,14 @@ class PartSize:
     """Without copies."""
     origin: Origin
     labels: bool
+    held_out: bool = False
+    """Whether `test` images are training images that were held out."""
 
     def words(self, scored: bool = False) -> str:
         """`360 test images`; with `scored`, for images that figures are of, `48 training images, not held out`."""
-        name = ORIGINS[self.origin] if self.images != 1 else ORIGINS[self.origin].replace("images", "image", 1)
+        name = _name_of(self.origin, self.held_out)
+        if self.images == 1:
+            name = name.replace("images", "image", 1)
         copies = f" ({self.different} different ones)" if self.different < self.images else ""
         return f"{self.images} {name}{copies}{', not held out' if scored and self.origin == 'training' else ''}"
 
@@ -71,11 +86,13 @@ class Part:
     """int64 (images,), of held-out images only; otherwise None."""
     different: int = 0
     """Number of images without copies."""
+    held_out: bool = False
+    """As `Pool.held_out`."""
 
     @property
     def size(self) -> PartSize:
         """The manifest's entry of the part."""
-        return PartSize(len(self.images), self.different, self.origin, self.labels is not None)
+        return PartSize(len(self.images), self.different, self.origin, self.labels is not None, self.held_out)
 
 
 @dataclass(frozen=True)
@@ -189,6 +206,7 @@ class _PartReader:
             origin=pool.origin,
             labels=None if labels is None else np.asarray([labels[read.positions[i]] for i in selected]),
             different=len({read.digests[i] for i in selected}),
+            held_out=pool.held_out,
         )
 
     def _read_gate(self, pool: Pool) -> _Readings:
@@ -221,7 +239,7 @@ class _PartReader:
         if read.unreadable:
             names = "".join(f"\n  {problem}" for problem in read.unreadable[:MOST_NAMED])
             count = len(read.unreadable)
-            self._report(Notice(f"{count} of the {ORIGINS[pool.origin]} could not be read and are skipped:{names}"))
+            self._report(Notice(f"{count} of the {pool.name} could not be read and are skipped:{names}"))
         if not len(read) and exclude is None:
             raise DataError("none of the images for the checks could be read", remedy="give others with --images")
         return read
@@ -232,13 +250,13 @@ def _too_few_of_two(gate: _Readings, gate_pool: Pool, others: _Readings, other_p
     if (count := len(set(gate.digests))) < LEAST_FOR_GATE:
         return (
             f"int8 needs at least {LEAST_FOR_GATE} different images for its gate, but only {count} "
-            f"{ORIGINS[gate_pool.origin]} could be read; raise --check-images, or give more with --images"
+            f"{gate_pool.name} could be read; raise --check-images, or give more with --images"
         )
     if len(others) < LEAST_TO_CALIBRATE + LEAST_TO_CHOOSE:
         return (
             f"int8 needs at least {LEAST_TO_CALIBRATE + LEAST_TO_CHOOSE} different images beside those of its gate "
             f"({LEAST_TO_CALIBRATE} to calibrate, {LEAST_TO_CHOOSE} to choose the method), but only {len(others)} "
-            f"other {ORIGINS[other_pool.origin]} could be read; give more with --images"
+            f"other {other_pool.name} could be read; give more with --images"
         )
     return None
 
@@ -250,7 +268,7 @@ def _too_few_of_one(count: int, pool: Pool, most_for_gate: int) -> str | None:
         return (
             f"int8 needs at least {least} different images, in three parts ({LEAST_FOR_GATE} for its gate, "
             f"{LEAST_TO_CALIBRATE} to calibrate, {LEAST_TO_CHOOSE} to choose the method), but only {count} "
-            f"{ORIGINS[pool.origin]} could be read; give more with --images"
+            f"{pool.name} could be read; give more with --images"
         )
     if most_for_gate < LEAST_FOR_GATE:
         return f"int8 needs at least {LEAST_FOR_GATE} images for its gate; raise --check-images"

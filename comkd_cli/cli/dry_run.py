@@ -11,10 +11,11 @@ from comkd_cli.runtime import ranks
 if TYPE_CHECKING:
     from comkd_cli.data.source import Source
     from comkd_cli.events import Report
-    from comkd_cli.flows.distill import Outline
+    from comkd_cli.flows.adapt import Stage1
+    from comkd_cli.flows.distill import Outline, Run
     from comkd_cli.recipe import Recipe
 
-ROWS = ("images", "teacher", "stage 1", "student", "stage 2", "cache", "device", "writes", "state")
+ROWS = ("images", "teacher", "stage 1", "teacher check", "student", "stage 2", "cache", "device", "writes", "state")
 
 
 class DryRun:
@@ -62,8 +63,8 @@ class DryRun:
         train, test = len(source.train), len(source.test) if source.test else 0
         labelled = source.train.labelled_count
         some = f" ({labelled:,} with a label)" if 0 < labelled < train else ""
-        images = f"{source.name}: {train:,} training images{some}, {test:,} test images, {outline.classes} classes"
-        rows = {"images": images}
+        images = f"{train:,} training images{some}, {test:,} {source.test_name}"
+        rows = {"images": f"{source.name}: {images}, {outline.classes} classes"}
         if cache := recipe.teacher_cache:
             key = CacheKey("", train, outline.teacher_dim, cache.views, cache.dtype)
             rows["cache"] = f"{cache.views} crops of each image, {key.size_bytes / 1e6:,.1f} MB when full"
@@ -72,10 +73,25 @@ class DryRun:
         except DataError as error:  # in the data that the teacher is adapted on
             return {**rows, "stage 1": str(error)}
         rows["stage 1"] = adapt.describe_stage(stage)
-        plan = distill.plan(distill.Run(recipe, self._name, source, self._runs, stage.contents, stage.key))
+        run = distill.Run(recipe, self._name, source, self._runs, stage.contents, stage.key)
+        plan = distill.plan(run)
+        rows["teacher check"] = self._teacher_check(run, stage, report)
         steps = recipe.optim.epochs * plan.steps_per_epoch
         rows["stage 2"] = f"{recipe.optim.epochs} epochs of {plan.steps_per_epoch:,} steps, {steps:,} in all"
         return {**rows, "writes": str(plan.folder), "state": plan.state}
+
+    def _teacher_check(self, run: Run, stage: Stage1, report: Report) -> str:
+        """The teacher's answers on some training images, and a notice for each finding; or why it was not looked at."""
+        from comkd_cli.events import Notice
+        from comkd_cli.flows import distill
+
+        saved = stage.file if stage.adapts else None
+        found = distill.preview_teacher(run, saved, self._device, report)
+        if isinstance(found, str):
+            return f"not looked at: {found}"
+        for finding in found.findings:
+            report(Notice(finding.line))
+        return found.line
 
 
 def _model_rows(outline: Outline) -> dict[str, str]:

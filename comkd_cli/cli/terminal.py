@@ -146,27 +146,30 @@ def messages() -> Console:
     return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True, quiet=not ranks.is_main())
 
 
-def figures_text(figures: Mapping[str, float]) -> str:
+def figures_text(figures: Mapping[str, float], held_out: bool = False) -> str:
     """`loss 0.152  refinement 0.144 (97%)  gate 0.063  test top-1 93.61 %`.
 
     A term's share of the gradient is given in brackets where it was measured. Test images that could not be read are
-    counted if there are any.
+    counted if there are any. held_out: the test images are held-out ones, and are called so.
     """
-    return "  ".join(_figures(figures))
+    return "  ".join(_figures(figures, held_out))
 
 
-def _figures(figures: Mapping[str, float]) -> list[str]:
+def _figures(figures: Mapping[str, float], held_out: bool = False) -> list[str]:
     parts = []
+    images = "held-out" if held_out else "test"
     for name, value in figures.items():
         if name.endswith("_gradient_share") or name == "test_images":
             continue
         if name == "test_unreadable":
             if value:
                 total = value + figures.get("test_images", 0)
-                parts.append(f"{value:.0f} of {total:.0f} test images could not be read")
+                parts.append(f"{value:.0f} of {total:.0f} {images} images could not be read")
             continue
         if name.endswith("_percent"):
-            parts.append(f"{name.removesuffix('_percent').replace('top1', 'top-1').replace('_', ' ')} {value:.2f} %")
+            text = name.removesuffix("_percent").replace("top1", "top-1").replace("_", " ")
+            text = f"{images}{text.removeprefix('test')}" if text.startswith("test ") else text
+            parts.append(f"{text} {value:.2f} %")
             continue
         share = figures.get(f"{name}_gradient_share")
         parts.append(f"{name} {value:.3g}" + (f" ({share:.0%})" if share is not None else ""))
@@ -253,6 +256,8 @@ class _Reporter:
         self._bars = bars
         self._task: TaskID | None = None
         self._label = ""
+        self._scores: list[str] = []
+        """Of the last epoch of this stage that was scored."""
         self._printed_at = time.monotonic()
 
     def __call__(self, event: Event) -> None:
@@ -261,11 +266,14 @@ class _Reporter:
             return
         if isinstance(event, Stage):
             self._clear()
+            self._scores = []
             self._console.print(f"[bold]{escape(event.title)}[/bold]")
         elif isinstance(event, Epoch):
+            percentages = {name: value for name, value in event.figures.items() if name.endswith("_percent")}
+            self._scores = _figures(percentages, event.held_out) or self._scores
             width = len(str(event.total))
             self._console.print(
-                f"  epoch {event.number:>{width}}/{event.total}  {figures_text(event.figures)}  "
+                f"  epoch {event.number:>{width}}/{event.total}  {figures_text(event.figures, event.held_out)}  "
                 f"[dim]{event.images_per_second:.0f} images/s[/dim]",
                 soft_wrap=not self._console.is_terminal,  # rich wraps between words, a terminal within them
             )
@@ -277,14 +285,15 @@ class _Reporter:
             self._clear()
             self._task = self._bars.add_task(event.label, total=event.total, figures=(), unit=event.unit)
             self._label = event.label
-        self._bars.update(self._task, completed=event.done, total=event.total, figures=_figures(event.figures))
+        # Scores come first, since the line holds as many figures as fit. Only training has figures of its own.
+        figures = [*self._scores, *_figures(event.figures)] if event.figures else []
+        self._bars.update(self._task, completed=event.done, total=event.total, figures=figures)
         now = time.monotonic()
         if not self._console.is_terminal and now - self._printed_at > PLAIN_LINE_EVERY_SECONDS:
             self._printed_at = now
             task = self._bars.tasks[self._bars.task_ids.index(self._task)]
             left = "" if task.time_remaining is None else f"  about {task.time_remaining / 60:.0f} min left"
-            figures = figures_text(event.figures)
-            self._console.print(f"  {event.label}  {task.percentage:.0f} %  {figures}{left}", markup=False)
+            self._console.print(f"  {event.label}  {task.percentage:.0f} %  {'  '.join(figures)}{left}", markup=False)
 
     def _clear(self) -> None:
         if self._task is not None:

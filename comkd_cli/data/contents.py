@@ -80,6 +80,11 @@ class FileContents:
                 else:
                     yield from self._digests_of_files(paths, states, pool, (start, len(keys)))
 
+    def sizes(self, keys: Sequence[str]) -> list[int]:
+        """The size of each file in bytes; -1 of a file that cannot be read."""
+        states = (_state(str(self.root / key)) for key in keys)
+        return [-1 if isinstance(state, str) else state[0] for state in states]
+
     def _digests_of_files(
         self, paths: Sequence[str], states: Sequence[State | str], pool: ThreadPoolExecutor, progress: tuple[int, int]
     ) -> list[bytes]:

@@ -45,7 +45,8 @@ class ShardIndex:
         """As `digest`, and different where the images are in another order."""
         self.skipped = SkippedFiles(**about["passed_by"])
         """Members that are not images of the set."""
-        self._prefixed: bool = about["prefixed"]
+        self.prefixed: bool = about["prefixed"]
+        """Whether the name of its shard is part of each key."""
         self.starts = np.asarray(about["starts"], dtype=np.int64)
         """Where each shard begins, and where the last ends, (shards + 1,)."""
         count = int(self.starts[-1])
@@ -74,7 +75,7 @@ class ShardIndex:
         """The key of a sample: its members' common name in the tar, up to the first dot."""
         start = int(self._key_ends[index - 1]) if index else 0
         key = self._keys[start : int(self._key_ends[index])].tobytes().decode("utf-8", "surrogateescape")
-        return f"{self.shard_of(index).stem}/{key}" if self._prefixed else key
+        return f"{self.shard_of(index).stem}/{key}" if self.prefixed else key
 
     def size_bytes(self, index: int) -> int:
         """Of an image's file."""
@@ -84,6 +85,17 @@ class ShardIndex:
         """A digest of an image's bytes, 16 bytes; or of its shard's size and time, as the index was made."""
         digest: bytes = self.contents[index].tobytes()
         return digest
+
+    def arrays(self, block: slice) -> dict[str, np.ndarray]:
+        """Of adjacent images: `offsets`, `sizes` and `key_lengths`, int64 (images,); `keys`, uint8 (bytes,)."""
+        first = int(self._key_ends[block.start - 1]) if block.start else 0
+        ends = np.asarray(self._key_ends[block])
+        return {
+            "offsets": self._offsets[block],
+            "sizes": self._sizes[block],
+            "key_lengths": np.diff(ends, prepend=first),
+            "keys": self._keys[first : int(ends[-1])],
+        }
 
     def open(self, index: int) -> Image.Image:
         """An image as RGB. Raises UnreadableImage, naming the shard and the key."""

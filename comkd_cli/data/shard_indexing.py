@@ -119,8 +119,8 @@ def _index_shard(path: Path, part: Path, fingerprint: Fingerprint) -> None:
             path=path,
             remedy=f"comkd reads members named {names}",
         )
-    keys = [_as_bytes(key) for key, _, _ in found]
-    hashes = _hashes(keys)
+    keys = [key_bytes(key) for key, _, _ in found]
+    hashes = hashes_of(keys)
     if twins := _sort_equal_hashes(np.argsort(hashes, kind="stable"), hashes, lambda position: found[position][0]):
         raise DataError(
             "contains a sample twice", path=path, found=found[twins[0]][0], remedy="give each sample its own key"
@@ -158,11 +158,12 @@ def _content_digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=CONTENT_BYTES).digest()
 
 
-def _as_bytes(key: str) -> bytes:
+def key_bytes(key: str) -> bytes:
+    """A key as it is hashed and written."""
     return key.encode("utf-8", "surrogateescape")  # as tarfile reads names that are not UTF-8
 
 
-def _hashes(keys: Sequence[bytes]) -> np.ndarray:
+def hashes_of(keys: Sequence[bytes]) -> np.ndarray:
     """64 bits of each key, uint64 (keys,)."""
     joined = b"".join(hashlib.blake2b(key, digest_size=8).digest() for key in keys)
     return np.frombuffer(joined, dtype="<u8")
@@ -201,9 +202,9 @@ def _join_parts(shards: Sequence[Path], parts: Path, folder: Path, fingerprint: 
         index = ShardIndex(folder)
         if prefixed:
             _hash_prefixed(index, folder)
-        ranked = _rank(index, folder)
+        ranked = rank_images(index, folder)
         if isinstance(ranked, str):
-            ordered = _ordered_digest(index, ranked)
+            ordered = ordered_digest_of(index, ranked)
             write_text(folder / "index.json", json.dumps({**about, "digest": ranked, "ordered_digest": ordered}))
             (folder / "hashes.bin").unlink()
             return
@@ -231,11 +232,11 @@ def _hash_prefixed(index: ShardIndex, folder: Path) -> None:
     """Write the hashes again, of keys prefixed by their shards' names."""
     hashes = map_array(folder / "hashes.bin", "<u8", len(index), writable=True)
     for block in blocks(len(index)):
-        hashes[block] = _hashes([_as_bytes(index.key(i)) for i in range(block.start, block.stop)])
+        hashes[block] = hashes_of([key_bytes(index.key(i)) for i in range(block.start, block.stop)])
     hashes.flush()
 
 
-def _rank(index: ShardIndex, folder: Path) -> str | tuple[int, int]:
+def rank_images(index: ShardIndex, folder: Path) -> str | tuple[int, int]:
     """Write each image's rank among all, by the hash of its key; returns a digest of keys and contents in that order.
 
     Where two images have the same key, returns their positions instead. Hashes are sorted range by range, so that
@@ -264,7 +265,7 @@ def _rank(index: ShardIndex, folder: Path) -> str | tuple[int, int]:
     return digest.hexdigest()
 
 
-def _ordered_digest(index: ShardIndex, digest: str) -> str:
+def ordered_digest_of(index: ShardIndex, digest: str) -> str:
     """A digest of the images in the order of the shards."""
     ordered = hashlib.sha256(digest.encode())
     for block in blocks(len(index)):

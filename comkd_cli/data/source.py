@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from comkd_cli.data.contents import Contents
+from comkd_cli.data.holdout import Holdout
 from comkd_cli.data.prompts import Prompts
 from comkd_cli.edge.images import UnreadableImage
 from comkd_cli.files import sha256_of_data
@@ -67,9 +68,8 @@ class ImageSet:
 
         It does not depend on the folder or on labels. Reads every file whose digest is not remembered.
         """
-        found = self._pixel_digests() if self.contents is None else self.contents.digests(self.keys)
         digest = hashlib.sha256()
-        for key, content in zip(self.keys, found, strict=True):
+        for key, content in zip(self.keys, self.content_digests(), strict=True):
             name = key.encode("utf-8", "surrogatepass")  # names that are not UTF-8 reach Python as lone surrogates
             digest.update(len(name).to_bytes(4, "big") + name + content)
         return digest.hexdigest()
@@ -78,6 +78,10 @@ class ImageSet:
     def ordered_digest(self) -> str:
         """As `digest`, but also dependent on the order of the images; for data that is stored by position."""
         return self.digest
+
+    def content_digests(self) -> Iterator[bytes]:
+        """A digest of what each image contains, in order. Reads every file whose digest is not remembered."""
+        return self._pixel_digests() if self.contents is None else self.contents.digests(self.keys)
 
     def _pixel_digests(self) -> Iterator[bytes]:
         for index in range(len(self)):
@@ -105,6 +109,13 @@ class ImageSet:
         return None
 
 
+def evenly_spaced(images: ImageSet, most: int) -> list[int]:
+    """The positions of at most `most` images, spread over the whole set."""
+    positions = images.spaced(most)
+    chosen = np.linspace(0, len(positions) - 1, min(most, len(positions))).astype(np.int64)
+    return [int(positions[place]) for place in chosen]
+
+
 @dataclass(frozen=True)
 class Source:
     """Classes, their prompts, and the images for training and scoring."""
@@ -119,11 +130,18 @@ class Source:
     """Labelled images to choose few-shot settings on; only the suite's datasets have them."""
     ensemble: Prompts | None = None
     """Several templates, or descriptions of single classes; None: `template` alone."""
+    holdout: Holdout | None = None
+    """How `test` was held out of the training images; None where the dataset has test images of its own, or none."""
 
     @property
     def wording(self) -> Prompts:
         """All prompts of the classes."""
         return self.ensemble or Prompts((self.template,))
+
+    @property
+    def test_name(self) -> str:
+        """What messages call the images of `test`."""
+        return "test images" if self.holdout is None else "held-out images"
 
     @property
     def prompts(self) -> list[str]:

@@ -10,6 +10,8 @@ from comkd_cli.data.class_names import missing_text, read_class_names
 from comkd_cli.data.contents import FileContents
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.folder import folder_source
+from comkd_cli.data.held_out import hold_out, hold_out_again
+from comkd_cli.data.holdout import Holdout
 from comkd_cli.data.label_file import read_label_file
 from comkd_cli.data.prompts import Prompts, openai_templates, read_prompts
 from comkd_cli.data.shards import ShardStore
@@ -34,8 +36,30 @@ def open_source(
     Relative paths are taken from the current directory, then from the data root. runs: below it are kept the digests
     of image contents, and in shards/ the index of shards and fetched shards. fetch: fetch remote shards now, which for
     `pipe:` runs a command: only for a recipe that the user runs. Skipped files and classes without images are
-    reported. Raises DataError.
+    reported. Where there are no test images, `data.holdout_percent` of the training images become them. Raises
+    DataError.
     """
+    source = _with_remembered_contents(data, data_root, runs, report, fetch)
+    # A single image cannot be divided, and no run starts with it.
+    if source.test is not None or not data.holdout_percent or len(source.train) < 2:
+        return source
+    return hold_out(source, data.holdout_percent, data.fingerprint, report)
+
+
+def reopen_source(
+    data: Data, holdout: Holdout | None, data_root: Path, runs: Path, report: Report = lambda event: None
+) -> Source:
+    """The data of a finished student, where no image is held out that the student was trained on.
+
+    holdout: of the student's record; None where it was trained on every training image. Otherwise as `open_source`.
+    """
+    if holdout is not None:
+        data = data.model_copy(update={"fingerprint": holdout.fingerprint})
+    source = _with_remembered_contents(data, data_root, runs, report, fetch=False)
+    return source if holdout is None or source.test is not None else hold_out_again(source, holdout)
+
+
+def _with_remembered_contents(data: Data, data_root: Path, runs: Path, report: Report, fetch: bool) -> Source:
     source = _with_prompts(_open_source(data, data_root, runs, report, fetch), data, data_root)
     labelled, images = source.train.labelled_count, len(source.train)
     partly = 0 < labelled < images

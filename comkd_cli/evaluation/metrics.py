@@ -27,6 +27,13 @@ def agreement_percent(first: np.ndarray, second: np.ndarray) -> float:
     return float(100 * np.mean(first == second))
 
 
+def top_answer(predicted: np.ndarray) -> tuple[int, float]:
+    """The class that is predicted most often, of several the first, and its share in percent. predicted: (images,)."""
+    classes, counts = np.unique(predicted, return_counts=True)
+    most = int(counts.argmax())
+    return int(classes[most]), float(100 * counts[most] / len(predicted))
+
+
 def wilson_interval_percent(share_percent: float, count: int) -> tuple[float, float]:
     """The 95 % confidence interval of a share measured on `count` images, in percent.
 

@@ -59,6 +59,7 @@ def zero_shot(evaluation: Evaluation) -> Scored:
         selection=subject.selection,
         model_sha256=subject.encoder.identity,
         images_sha256=images.digest,
+        images_from="training" if source.test is None else "test" if source.holdout is None else "held-out",
     )
     return Scored(record, predicted)
 

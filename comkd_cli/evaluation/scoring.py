@@ -13,7 +13,7 @@ from comkd_cli.errors import DataError
 from comkd_cli.evaluation.answers import Observation
 from comkd_cli.evaluation.features import FeatureStore
 from comkd_cli.evaluation.few_shot import Draws, few_shot
-from comkd_cli.evaluation.metrics import agreement_percent
+from comkd_cli.evaluation.metrics import agreement_percent, top_answer
 from comkd_cli.evaluation.protocols import Evaluation, base_to_novel, zero_shot
 from comkd_cli.evaluation.subjects import Subject
 from comkd_cli.events import Notice, Report, Stage
@@ -51,7 +51,7 @@ class DatasetScorer:
     def score(self, subject: Subject) -> Scores:
         """The records of each protocol that applies. Raises DataError where too few images could be read."""
         name, report = self.source.name, self.store.report
-        report(Stage(f"Scoring {subject.role} {subject.model} on {len(self.images)} images of {name}"))
+        report(Stage(f"Scoring {subject.role} {subject.model} on {len(self.images)} {self.images_name} of {name}"))
         evaluation = self.evaluation(subject)
         test = evaluation.test
         if not len(test.indices):
@@ -69,6 +69,11 @@ class DatasetScorer:
                 records += few_shot(evaluation, self.store, self.draws, self.unreadable_limit_percent)
         answers = dict(zip(test.indices.tolist(), scored.predicted.tolist(), strict=True))
         return Scores(records, answers)
+
+    @property
+    def images_name(self) -> str:
+        """What messages call the images that are scored."""
+        return "images" if self.source.holdout is None else self.source.test_name
 
     def evaluation(self, subject: Subject) -> Evaluation:
         """The subject with its features of the images."""
@@ -91,21 +96,60 @@ def images_to_score(source: Source, report: Report) -> ImageSet:
     """The test images, or where there are none the training images without labels, for agreement alone."""
     if source.test is not None and len(source.test):
         if source.test.labels is None:
-            report(Notice(f"the test images of {source.name} have no labels: only agreement can be measured"))
+            report(Notice(f"the {source.test_name} of {source.name} have no labels: only agreement can be measured"))
+            # A test split is scored whole; a share of very many images need not be.
+            return source.test if source.holdout is None else _some_of(source.test, report)
         return source.test
-    report(Notice(f"{source.name} has no test images: agreement is measured on the training images, without labels"))
-    if len(source.train) <= MOST_FOR_AGREEMENT:
-        return replace(source.train, labels=None)
-    chosen = list(source.train.spaced(MOST_FOR_AGREEMENT))
-    report(Notice(f"agreement is measured on {len(chosen):,} of {len(source.train):,} images, evenly spaced"))
-    return replace(source.train.subset(chosen), labels=None)
+    report(
+        Notice(
+            f"{source.name} has no test images: agreement is measured on the training images, which are not held out, "
+            "without labels"
+        )
+    )
+    return replace(_some_of(source.train, report), labels=None)
 
 
-def agreement_of(first: Scores, second: Scores) -> float:
-    """The agreement of two models on the images that both have answered, in percent."""
-    common = sorted(first.answers.keys() & second.answers.keys())
-    answers = (np.array([scores.answers[index] for index in common]) for scores in (first, second))
-    return agreement_percent(*answers)
+def _some_of(images: ImageSet, report: Report) -> ImageSet:
+    """Up to about MOST_FOR_AGREEMENT of the images, evenly spaced."""
+    if len(images) <= MOST_FOR_AGREEMENT:
+        return images
+    chosen = list(images.spaced(MOST_FOR_AGREEMENT))
+    report(Notice(f"agreement is measured on {len(chosen):,} of {len(images):,} images, evenly spaced"))
+    return images.subset(chosen)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The agreement of a student with its teacher, on the images that both have answered."""
+
+    percent: float
+    top_answer: int
+    """The class that the teacher answers most often."""
+    top_answer_percent: float
+    """Its share of the teacher's answers: where it is large, any student that learned it agrees."""
+
+    def added_to(self, records: Sequence[Record], top_answer: str) -> list[Record]:
+        """The student's records with the agreement on those of all classes. top_answer: the name of that class."""
+        return [
+            replace(
+                record,
+                agreement_percent=self.percent,
+                teacher_top_answer=top_answer,
+                teacher_top_answer_percent=self.top_answer_percent,
+            )
+            if record.classes == "all"
+            else record
+            for record in records
+        ]
+
+
+def agreement_of(student: Scores, teacher: Scores) -> Agreement:
+    """The agreement of a student with its teacher. Raises ValueError where no image has an answer of both."""
+    common = sorted(student.answers.keys() & teacher.answers.keys())
+    if not common:
+        raise ValueError("no image was answered by both models")
+    own, of_teacher = (np.array([scores.answers[index] for index in common]) for scores in (student, teacher))
+    return Agreement(agreement_percent(own, of_teacher), *top_answer(of_teacher))
 
 
 def _report_unreadable(problems: Sequence[str], report: Report) -> None:

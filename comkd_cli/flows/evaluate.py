@@ -12,7 +12,7 @@ import torch
 from comkd_cli.data.loaders import worker_count
 from comkd_cli.data.prompts import Prompts
 from comkd_cli.data.source import Source
-from comkd_cli.data.sources import open_source
+from comkd_cli.data.sources import open_source, reopen_source
 from comkd_cli.errors import CheckpointError, ComkdError, DataError, MisuseError, ModelError
 from comkd_cli.evaluation.answers import Observation
 from comkd_cli.evaluation.classes import check_classes
@@ -31,6 +31,7 @@ from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.recipe.identity import Identity, described, recipe_settings
 from comkd_cli.recipe.model import SCHEMES, Data, Model, Teacher
 from comkd_cli.results.records import Missing, Results, merged
+from comkd_cli.results.tables import ONE_ANSWER_PERCENT
 from comkd_cli.runtime import collectives, ranks
 from comkd_cli.runtime.devices import failures_explained
 from comkd_cli.teachers.class_vectors import encode_ensemble
@@ -73,6 +74,11 @@ class Bench:
     def open_source(self, data: Data) -> Source:
         """The images and classes of a dataset, the same in every process."""
         return collectives.in_turn(partial(open_source, data, self.data_root, self.runs, self.report))
+
+    def reopen_source(self, data: Data, record: StudentRecord) -> Source:
+        """As `open_source`, without any image among the held-out ones that the student was trained on."""
+        reopen = partial(reopen_source, data, record.holdout, self.data_root, self.runs, self.report)
+        return collectives.in_turn(reopen)
 
     def scorer(self, source: Source, data: Data) -> DatasetScorer:
         """Scores models on the test images of a source, which was opened from `data`."""
@@ -242,7 +248,7 @@ def _score_student(path: Path, bench: Bench) -> Results:
     student, record = collectives.on_every_rank(partial(load_student, path, bench.allow_download))
     _report_other_settings(path, record, bench)
     data = bench.data or record.recipe.data
-    source = bench.open_source(data)
+    source = bench.reopen_source(data, record)
     check_classes(record, source, bench.report)
     scorer = _without_unfit_protocols(record, bench).scorer(source, data)
     subject = student_subject(student, record, sha256_of_file(path), str(path), bench.device)
@@ -258,7 +264,11 @@ def _score_student(path: Path, bench: Bench) -> Results:
     except _recoverable() as error:  # the student's scores are kept
         return Results(scores.records, [Missing(source.name, _message(error), teacher.model, failed=True)])
     agreement = agreement_of(scores, teacher_scores)
-    records = [replace(r, agreement_percent=agreement) if r.classes == "all" else r for r in scores.records]
+    name = source.class_names[agreement.top_answer]
+    if agreement.top_answer_percent >= ONE_ANSWER_PERCENT:
+        share = f"{agreement.top_answer_percent:.0f} % of its answers on these images are {name!r}"
+        bench.report(Notice(f"{teacher.model}: {share}, so that an agreement with it says little"))
+    records = agreement.added_to(scores.records, name)
     return Results([*records, *teacher_scores.records])
 
 

@@ -28,7 +28,7 @@ from comkd_cli.bundles.precisions import OPTIMIZATION, Quantisation, Quantisatio
 from comkd_cli.bundles.text import add_text_encoder, text_teacher
 from comkd_cli.bundles.web import add_web_page
 from comkd_cli.data.folder import images_below
-from comkd_cli.data.sources import open_source
+from comkd_cli.data.sources import reopen_source
 from comkd_cli.edge.manifest import BundleProblem, read_manifest
 from comkd_cli.errors import DataError, ExportError, Interrupted
 from comkd_cli.evaluation.classes import check_classes
@@ -293,7 +293,7 @@ def _pools(record: StudentRecord, data_root: Path, options: ExportOptions, repor
         pool = Pool(images_below(options.pictures, report), "given")
         return pool, pool
     try:
-        source = open_source(record.recipe.data, data_root, options.runs, report)
+        source = reopen_source(record.recipe.data, record.holdout, data_root, options.runs, report)
     except DataError as error:
         other = "give other real images for the checks with --images"
         error.remedy = other if error.remedy is None else f"{error.remedy}, or {other}"
@@ -302,10 +302,13 @@ def _pools(record: StudentRecord, data_root: Path, options: ExportOptions, repor
     training = Pool(source.train, "training")
     if source.test is None or not len(source.test):
         report(
-            Notice(f"{source.name} has no test images: graphs are compared on training images, and no top-1 is given")
+            Notice(
+                f"{source.name} has no test images: graphs are compared on training images, not held out, and no top-1 "
+                "is given"
+            )
         )
         return training, training
-    return Pool(source.test, "test"), training
+    return Pool(source.test, "test", held_out=source.holdout is not None), training
 
 
 def _check_target(out: Path, force: bool) -> None:

@@ -32,7 +32,7 @@ from comkd_cli.models.choice import (
 )
 from comkd_cli.recipe.commented import Setting, commented_yaml, printable
 from comkd_cli.recipe.loading import parse_recipe, read_yaml
-from comkd_cli.recipe.model import DEFAULT_TEMPLATE
+from comkd_cli.recipe.model import DEFAULT_TEMPLATE, Data
 
 MOST_BATCH = 128
 LEAST_BATCH = 8
@@ -203,6 +203,11 @@ class _Settings:
             "in: a photo of a {}, a type of animal."
         )
         settings.append(Setting("template", DEFAULT_TEMPLATE, reason))
+        if self.inspection.source.test is None:
+            reason = (
+                "There are no test images: this share, in percent, is not trained on, and scores are measured on it."
+            )
+            settings.append(Setting("holdout_percent", Data.model_fields["holdout_percent"].default, reason))
         return settings
 
     def _augment(self) -> list[Setting]:
@@ -303,7 +308,9 @@ def _folder_reason(inspection: Inspection) -> str:
         parts.append("no test images, so the student is not scored while it trains")
     text = "; ".join(parts) + "."
     if duplicates.across_splits:
-        text += f" {len(duplicates.across_splits):,} test images are also in train/: their score is too good."
+        text += (
+            f" {len(duplicates.across_splits):,} test images are also in train/: their score is optimistically biased."
+        )
     if duplicates.across_classes:
         text += f" {len(duplicates.across_classes):,} copies of an image have another label than the first one."
     if inspection.sample.long_shapes:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comkd_cli.data.holdout import Holdout
 from comkd_cli.data.prompts import Prompts
 from comkd_cli.edge.images import Preprocessing, checked_preprocessing
 from comkd_cli.errors import CheckpointError, ComkdError
@@ -57,6 +58,8 @@ class StudentRecord:
     """By class name, the prompts of a class that replace those of the templates."""
     classes_added: tuple[str, ...] = ()
     """The last of `class_names` that it was not trained on: `comkd classes --add`."""
+    holdout: Holdout | None = None
+    """How images were held out of the training; None where they were not, as in files of earlier versions."""
 
     @property
     def prompts(self) -> Prompts:
@@ -203,7 +206,7 @@ def _read_student(path: Path) -> tuple[StudentRecord, dict[str, Any]]:
     data = _load(path, STUDENT_FORMAT, "a student")
     try:
         record = StudentRecord(
-            recipe=parse_recipe(data["recipe"], name=f"{path}: recipe"),
+            recipe=parse_recipe(_with_holdout(data["recipe"]), name=f"{path}: recipe"),
             recipe_name=data["recipe_name"],
             source=data["source"],
             class_names=tuple(data["class_names"]),
@@ -214,11 +217,12 @@ def _read_student(path: Path) -> tuple[StudentRecord, dict[str, Any]]:
             teacher=data["teacher"],
             identity=data["identity"],
             metrics=data["metrics"],
-            identity_parts=_mapping_or_none(data.get("identity_parts")),
+            identity_parts=_mapping_or_none(data.get("identity_parts"), "identity_parts"),
             teacher_sha256=data.get("teacher_sha256"),
             templates=_texts(data.get("templates", ())),
             descriptions={str(name): _texts(texts) for name, texts in data.get("descriptions", {}).items()},
             classes_added=_texts(data.get("classes_added", ())),
+            holdout=_holdout_or_none(_mapping_or_none(data.get("holdout"), "holdout")),
         )
         if record.classes_added != record.class_names[len(record.trained_classes) :]:
             raise ValueError("classes_added should be the last of class_names")
@@ -231,9 +235,14 @@ def _read_student(path: Path) -> tuple[StudentRecord, dict[str, Any]]:
     return record, data
 
 
-def _mapping_or_none(value: Any) -> dict[str, Any] | None:
+def _with_holdout(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of a checkpoint: without `data.holdout_percent` it is of a version that trained on every image."""
+    return {**recipe, "data": {"holdout_percent": 0.0, **recipe["data"]}}
+
+
+def _mapping_or_none(value: Any, name: str) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
-        raise TypeError(f"identity_parts should be a mapping, not {value!r}")
+        raise TypeError(f"{name} should be a mapping, not {value!r}")
     return value
 
 
@@ -241,6 +250,16 @@ def _texts(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
         raise TypeError(f"should be a list of texts, not {value!r}")
     return tuple(value)
+
+
+def _holdout_or_none(fields: dict[str, Any] | None) -> Holdout | None:
+    if fields is None:
+        return None
+    holdout = Holdout(**fields)
+    exceptions = _mapping_or_none(holdout.exceptions, "holdout.exceptions") or {}
+    if not isinstance(holdout.percent, int | float) or not all(isinstance(held, bool) for held in exceptions.values()):
+        raise ValueError("holdout should be a share and exceptions")
+    return holdout
 
 
 def _reason(error: Exception) -> str:

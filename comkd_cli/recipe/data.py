@@ -50,6 +50,11 @@ class Data(Closed):
     of that class. A relative path is taken as for `folder`."""
     unreadable_limit_percent: Annotated[float, Field(ge=0, le=100)] = 10.0
     """The share of images that may be unreadable; they are named and skipped. Above it the run stops."""
+    holdout_percent: Annotated[float, Field(ge=0, lt=100)] = 10.0
+    """The share of the images that is held out to measure on, where a `folder` or `shards` have no test split (nor a
+    val/ that is scored). Neither the teacher nor the student is trained on them. An image is chosen by its content:
+    copies are on one side, and images that are added move no other image. With labels, each class of two or more
+    distinct images has some on both sides. 0 trains on every image; what is measured is then not held out [C]."""
     fingerprint: Literal["contents", "size_and_time"] = "contents"
     """How runs, teachers, caches and kept features notice changed images. `contents` reads every file once and keeps
     its sha256 in RUNS/image_digests.sqlite as long as its path, size and times stay. `size_and_time` reads no file, for

@@ -40,6 +40,10 @@ CONTENTS = {
 OPTIONAL = frozenset({"data.templates", "data.descriptions"})
 
 
+# What follows from `data.holdout_percent`.
+DIVIDED = ("data.holdout_percent", *(name for name in CONTENTS if name.endswith(("images", "labels"))))
+
+
 @dataclass(frozen=True)
 class Identity:
     """Named plain data that decides a result: equal parts, equal results."""
@@ -57,10 +61,13 @@ class Identity:
 
         earlier: parts that were saved, perhaps by an older version. A recipe field that it did not have counts with its
         default, since the default of a new field keeps what was done before; other parts that it does not have are not
-        compared, except OPTIONAL ones.
+        compared, except OPTIONAL ones. A share of held-out images that was not recorded is 0, and where it differs the
+        images differ with it.
         """
         then, now = comparable(earlier), comparable(self.parts)
-        lines: list[str] = []
+        lines = _holdout_difference(then, now, what)
+        if lines:
+            then, now = _without_images(then), _without_images(now)
         for name in (name for name in now if name in then):
             before, after, path = then[name], now[name], () if name == "recipe" else (name,)
             if path and isinstance(before, Mapping) and isinstance(after, Mapping):
@@ -90,6 +97,24 @@ def described(lines: list[str]) -> str:
     """The first of some differences in one line, and how many more there are."""
     shown = "; ".join(lines[:MOST_NAMED])
     return shown if len(lines) <= MOST_NAMED else f"{shown}; and {len(lines) - MOST_NAMED} more"
+
+
+def _holdout_difference(then: Mapping[str, Any], now: Mapping[str, Any], what: str) -> list[str]:
+    """The line on another share of held-out images; none where it is the same, or images are not compared."""
+    if "data" not in then or "data" not in now:
+        return []
+    before, after = (float(parts["data"].get("holdout_percent", 0)) for parts in (then, now))
+    return [] if before == after else [f"data.holdout_percent: {before:g} in {what}, {after:g} now"]
+
+
+def _without_images(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts without those that depend on the share of held-out images."""
+    return {
+        name: {key: value for key, value in part.items() if f"{name}.{key}" not in DIVIDED}
+        if name in ("data", "teacher") and isinstance(part, Mapping)
+        else part
+        for name, part in parts.items()
+    }
 
 
 def _differences(then: Any, now: Any, path: tuple[str, ...], what: str) -> Iterator[str]:

@@ -44,6 +44,12 @@ class Record:
     """Of the weights: records of the same model with other weights are out of date."""
     images_sha256: str | None = None
     """Of the test images: records of other images of the same dataset name are out of date."""
+    images_from: Literal["test", "held-out", "training"] = "test"
+    """The split of the images: of the dataset's own, held out by `data.holdout_percent`, or the one trained on."""
+    teacher_top_answer: str | None = None
+    """Beside an agreement: the class that the teacher answers most often on these images."""
+    teacher_top_answer_percent: float | None = None
+    """The share of the teacher's answers that are this class."""
 
     @property
     def identity(self) -> tuple[object, ...]:

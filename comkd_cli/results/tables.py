@@ -24,6 +24,8 @@ TRANSDUCTIVE = (
     "(transductive); published PromptKD rows were selected on test."
 )
 
+ONE_ANSWER_PERCENT = 90.0
+"""From this share of one class in a teacher's answers on, an agreement with it says little."""
 NAMES = ("model", "data", "prompts", "method")  # the columns without figures
 MARKDOWN_SPECIAL = re.compile(r"[\\|<*`\[\]]")  # underscores within words have no meaning in Markdown
 
@@ -121,15 +123,22 @@ def _zero_shot(records: Sequence[Record]) -> Table | None:
             f"{record.role} {record.model}",
             record.dataset,
             "ensemble" if record.method == "clip-ensemble" else "single",
-            f"{record.images:,}",
+            f"{record.images:,}" + ("" if record.images_from == "test" else f" {record.images_from}"),
             _cell(record.top1_percent),
             _cell(record.mean_per_class_percent),
-            _cell(record.agreement_percent),
+            _agreement(record),
             f"{record.image_tower_parameters:,}",
         )
         for record in own
     )
     return Table("Zero-shot, all classes", heads, rows)
+
+
+def _agreement(record: Record) -> str:
+    """The agreement; beside one with a teacher that hardly varies, the share of its most frequent answer."""
+    share = record.teacher_top_answer_percent
+    varies = share is None or share < ONE_ANSWER_PERCENT
+    return _cell(record.agreement_percent) + ("" if varies else f" (teacher: {share:.0f} % one class)")
 
 
 def _base_to_novel(records: Sequence[Record]) -> Table | None:

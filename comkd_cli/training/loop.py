@@ -175,7 +175,7 @@ class Trainer:
         position.history.append(line)
         if ranks.is_main():
             write_text(task.folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in position.history))
-        self.report(Epoch(epoch, task.optim.epochs, images_per_second, figures))
+        self.report(Epoch(epoch, task.optim.epochs, images_per_second, figures, task.held_out))
         position.next_epoch()
 
     def _check_loss(self, averages: dict[str, float]) -> None:

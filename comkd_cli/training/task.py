@@ -72,6 +72,8 @@ class Task:
     """Parameter names whose learning rate is a multiple of the others'."""
     evaluate_every_epochs: int = 0
     """How often `Objective.evaluate` is called; 0: after the last epoch alone."""
+    held_out: bool = False
+    """Whether it scores on images that were held out of the training ones, not on a test split; for messages."""
     select_by: str | None = None
     """One of the figures of `Objective.evaluate`, which is then called at the end of every epoch: the weights of the
     epoch with the highest value are kept (of several, the first); None keeps the last epoch's."""

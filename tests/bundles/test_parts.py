@@ -222,3 +222,13 @@ def test_one_image_is_in_the_singular() -> None:
     size = PartSize(1, 1, "given", False)
     assert size.words() == "1 image given with --images"
     assert replace(size, images=2, origin="test").words() == "2 test images (1 different ones)"
+
+
+def test_held_out_images_are_the_gates_with_their_labels_and_are_called_so() -> None:
+    gate = Pool(painted(range(12), labels=True), "test", held_out=True)
+    parts = read_parts(gate, Pool(painted(range(100, 130)), "training"), TINY, 512, True, quietly)
+    assert parts.gate.labels is not None
+    assert parts.gate.size.words(scored=True) == "12 held-out images"
+    assert (parts.gate.size.held_out, parts.calibrate.size.held_out) == (True, False)
+    few = read_parts(replace(gate, images=painted(range(3))), gate, TINY, 512, True, quietly)
+    assert "only 3 held-out images" in str(few.too_few)

@@ -11,7 +11,8 @@ from rich.text import Text
 
 from comkd_cli.cli import terminal
 from comkd_cli.cli.commands.export import _print_latency, _print_parity
-from comkd_cli.cli.terminal import Column, print_json, print_pairs, print_table
+from comkd_cli.cli.terminal import Column, figures_text, print_json, print_pairs, print_table
+from comkd_cli.events import Epoch, Progress, Stage
 
 COLUMNS = [Column("model", "text"), Column("state", "word"), Column("mean per class %"), Column("tower parameters")]
 ROWS = [
@@ -150,6 +151,44 @@ def test_a_progress_line_fits_and_each_figure_is_whole_or_absent(width: int) -> 
 def test_a_wide_terminal_shows_every_figure() -> None:
     assert "test top-1 93.61 %" in line_of(160)
     assert "43%" in line_of(12, "scoring student on oxford_flowers")
+
+
+def test_the_line_of_an_epoch_calls_held_out_images_so() -> None:
+    figures = {
+        "loss": 0.2,
+        "test_top1_percent": 93.6,
+        "test_agreement_percent": 97.0,
+        "test_images": 8,
+        "test_unreadable": 2,
+    }
+    assert figures_text(figures, held_out=True) == (
+        "loss 0.2  held-out top-1 93.60 %  held-out agreement 97.00 %  2 of 10 held-out images could not be read"
+    )
+    assert "test top-1 93.60 %" in figures_text(figures)
+
+
+def test_the_bar_of_a_training_shows_the_scores_of_the_last_epoch_that_was_scored() -> None:
+    console = Console(width=160, force_terminal=True, color_system=None, file=io.StringIO())
+    bars = Bars(console=console)
+    report = terminal._Reporter(console, bars)
+
+    def figures() -> list[str]:
+        return list(bars.tasks[-1].fields["figures"])
+
+    report(Stage("Student"))
+    report(Progress("student 1/3", 1, 9, {"loss": 0.5}))
+    assert figures() == ["loss 0.5"]
+    report(Epoch(1, 3, 10.0, {"loss": 0.4, "test_top1_percent": 90.0}, held_out=True))
+    report(Progress("scoring", 1, 9))
+    assert figures() == []
+    report(Progress("student 2/3", 4, 9, {"loss": 0.3}))
+    assert figures() == ["held-out top-1 90.00 %", "loss 0.3"]
+    report(Epoch(2, 3, 10.0, {"loss": 0.3}, held_out=True))  # was not scored
+    report(Progress("student 3/3", 7, 9, {"loss": 0.2}))
+    assert figures() == ["held-out top-1 90.00 %", "loss 0.2"]
+    report(Stage("Student"))  # of another run
+    report(Progress("student 1/3", 1, 9, {"loss": 0.6}))
+    assert figures() == ["loss 0.6"]
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, None])

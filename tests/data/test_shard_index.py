@@ -242,7 +242,7 @@ def test_the_index_does_not_depend_on_how_much_is_held_in_memory(
 
 
 def test_keys_whose_hashes_agree_are_told_apart_by_their_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_indexing, "_hashes", lambda keys: np.array([len(key) for key in keys], dtype="<u8"))
+    monkeypatch.setattr(shard_indexing, "hashes_of", lambda keys: np.array([len(key) for key in keys], dtype="<u8"))
     content = [{"__key__": key, "png": encoded(n)} for n, key in enumerate(("b", "cc", "a", "dd", "c", "eee"))]
     one = opened(write(tmp_path / "one.tar", *content), home=tmp_path / "home")
     assert one.rows.tolist() == [1, 3, 0, 4, 2, 5]

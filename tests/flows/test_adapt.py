@@ -121,7 +121,7 @@ def test_a_teacher_of_one_dataset_classifies_among_the_classes_of_another(
     images = open_source(done.recipe.data, tmp_path).train
     for index in range(12):
         images.open(index).save(pictures / f"{index}.png")
-    data = {"folder": str(pictures), "classes": ("cat", "dog")}
+    data = {"folder": str(pictures), "classes": ("cat", "dog"), "holdout_percent": 0}
     events: list[Event] = []
     stage = make_stage(done.runs, weights, data=data, adapt={"data": {"dataset": "digits"}})
     ready = prepare(stage, events)
@@ -171,7 +171,7 @@ def test_truncated_prompts_are_reported_while_a_teacher_is_trained(
     for name in ("cat", "wolf in the very dark forest"):
         for index in range(4):
             write_image(tmp_path / "pictures" / "train" / name / f"{index}.png", seed=index)
-    data = {"folder": str(tmp_path / "pictures")}
+    data = {"folder": str(tmp_path / "pictures"), "holdout_percent": 0}
     for adapts, count in (({"method": "full", "epochs": 1, "batch_size": 4}, 1), ({**PROMPTS, "epochs": 1}, 2)):
         teacher = {"config": tiny.CLIP, "weights": str(weights), "adapt": adapts}
         recipe = parse_recipe(tiny.recipe(teacher=teacher, data=data))
@@ -186,7 +186,7 @@ def test_truncated_prompts_are_reported_while_a_teacher_is_trained(
 def test_a_teacher_without_labels_or_weights_is_refused(weights: Path, tmp_path: Path, write_image: Any) -> None:
     for name in range(3):
         write_image(tmp_path / "pictures" / f"{name}.png")
-    data = {"folder": str(tmp_path / "pictures"), "classes": ("a", "b")}
+    data = {"folder": str(tmp_path / "pictures"), "classes": ("a", "b"), "holdout_percent": 0}
     with pytest.raises(DataError) as caught:
         prepare(make_stage(tmp_path / "runs", weights, data=data))
     assert (caught.value.field, caught.value.found) == ("teacher.adapt", "promptsrc")

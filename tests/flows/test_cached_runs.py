@@ -111,7 +111,7 @@ def folder_of(path: Path, first: int) -> dict[str, Any]:
     path.mkdir()
     for index in range(12):
         images.open(first + index).save(path / f"{index}.bmp")
-    return {"folder": str(path), "classes": ("a", "b")}
+    return {"folder": str(path), "classes": ("a", "b"), "holdout_percent": 0}
 
 
 def test_other_images_with_the_same_file_names_have_another_cache(

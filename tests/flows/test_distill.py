@@ -62,6 +62,7 @@ def test_a_run_leaves_student_recipe_and_metrics_and_no_state(done: distill.Run)
         "metrics.jsonl",
         "recipe.yaml",
         "student.pt",
+        "teacher_check.json",
     ]
     resolved = parse_recipe(read_yaml((done.folder / "recipe.yaml").read_text(), "it"))
     assert resolved == done.recipe
@@ -228,7 +229,9 @@ def test_labels_are_refused_where_the_images_have_none(tmp_path: Path) -> None:
     for index in range(4):
         Image.new("RGB", (16, 16), (index, 0, 0)).save(tmp_path / f"{index}.png")
     run = make_run(
-        tmp_path / "runs", data={"folder": str(tmp_path), "classes": ["a cat", "a dog"]}, loss={"labels": {}}
+        tmp_path / "runs",
+        data={"folder": str(tmp_path), "classes": ["a cat", "a dog"], "holdout_percent": 0},
+        loss={"labels": {}},
     )
     for refused in (do, distill.plan):
         with pytest.raises(DataError) as caught:
@@ -241,7 +244,7 @@ def test_full_adaptation_without_labels_is_refused(tmp_path: Path) -> None:
 
     for index in range(4):
         Image.new("RGB", (16, 16), (index, 0, 0)).save(tmp_path / f"{index}.png")
-    data = {"folder": str(tmp_path), "classes": ["a cat", "a dog"]}
+    data = {"folder": str(tmp_path), "classes": ["a cat", "a dog"], "holdout_percent": 0}
     with pytest.raises(DataError) as caught:
         do(make_run(tmp_path / "runs", data=data))
     assert (caught.value.field, caught.value.found) == ("teacher.adapt", "full")

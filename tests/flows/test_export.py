@@ -564,7 +564,7 @@ def test_a_folder_with_copies_gives_three_disjoint_parts(
 @pytest.fixture
 def without_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """The digits as a folder with labelled training images alone."""
-    monkeypatch.setattr(export_flow, "open_source", lambda *_: replace(digits_source(), test=None))
+    monkeypatch.setattr(export_flow, "reopen_source", lambda *_: replace(digits_source(), test=None))
 
 
 @pytest.fixture
@@ -655,7 +655,7 @@ def test_int8_with_too_few_images_is_refused_and_the_others_stay(
     tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = replace(digits_source(), train=digits_source().train.subset(list(range(20))), test=None)
-    monkeypatch.setattr(export_flow, "open_source", lambda *_: few)
+    monkeypatch.setattr(export_flow, "reopen_source", lambda *_: few)
     exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=INT8)
     assert exported.failed["int8"].startswith("int8 needs at least 32 different images")
     assert "only 20 training images could be read" in exported.failed["int8"]

@@ -188,7 +188,7 @@ def test_a_backbone_file_that_changed_makes_another_teacher(
 ) -> None:
     for number in range(4):
         write_image(tmp_path / f"pictures/{number}.png", seed=number)
-    data = {"folder": str(tmp_path / "pictures"), "classes": ["cat", "dog"], "workers": 0}
+    data = {"folder": str(tmp_path / "pictures"), "classes": ["cat", "dog"], "workers": 0, "holdout_percent": 0}
     backbone, prompts = tmp_path / "backbone.pt", tmp_path / "released.pt"
     backbone.write_bytes(weights.read_bytes())
     prompts.write_bytes(weights.read_bytes())

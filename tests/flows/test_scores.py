@@ -271,7 +271,7 @@ def test_selection_without_labelled_test_images_is_refused_before_a_teacher_is_t
     (tmp_path / "few").mkdir()
     for index in range(6):
         images.open(index).save(tmp_path / f"few/{index}.png")
-    data = {"folder": str(tmp_path / "few"), "classes": ("a", "b")}
+    data = {"folder": str(tmp_path / "few"), "classes": ("a", "b"), "holdout_percent": 0}
     with pytest.raises(DataError) as caught:
         train(tmp_path, data=data, selection="promptkd")
     assert (caught.value.path, caught.value.field) == ("few", "selection")

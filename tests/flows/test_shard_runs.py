@@ -54,7 +54,7 @@ Pair = tuple[distill.Run, Callable[[Callable[[Event], None]], adapt.TeacherPrepa
 
 def make(runs: Path, weights: Path, data: dict[str, Any], **changes: Any) -> Pair:
     fields = {
-        "data": {"classes": [str(digit) for digit in range(10)], "workers": 0, **data},
+        "data": {"classes": [str(digit) for digit in range(10)], "workers": 0, "holdout_percent": 0, **data},
         "teacher": {"config": tiny.CLIP, "weights": str(weights)},
         "optim": {**tiny.OPTIM, "epochs": EPOCHS, "batch_size": BATCH},
         **changes,
@@ -182,7 +182,7 @@ def test_a_student_of_shards_is_scored_by_agreement_on_some_of_them(
     records = evaluate.evaluate(str(pair[0].student_file), tmp_path, bench).records
     assert [(record.role, record.images) for record in records] == [("student", 30), ("teacher", 30)]
     assert records[0].agreement_percent is not None
-    assert any(isinstance(event, Notice) and "of 90 images 30 are taken" in event.text for event in told)
+    assert any(isinstance(event, Notice) and "30 of 90 images" in event.text for event in told)
     assert [path.name for path in tmp_path.glob("shards/*/index.json")] == ["index.json"]
 
 
@@ -192,3 +192,22 @@ def test_images_without_labels_cannot_adapt_a_teacher(tmp_path: Path, weights: P
     with pytest.raises(DataError) as caught:
         do((run, teach))
     assert (caught.value.path, caught.value.field, caught.value.found) == ("digits", "teacher.adapt", "full")
+
+
+def test_held_out_images_of_shards_are_measured_on_alone_however_they_are_packed(
+    tmp_path: Path, weights: Path, pattern: str
+) -> None:
+    data = {"shards": pattern, "holdout_percent": 30}
+    pair = make(tmp_path / "runs", weights, data, teacher_cache={"views": 1})
+    run = pair[0]
+    assert run.source.test is not None
+    assert len(run.source.train) + len(run.source.test) == IMAGES
+    do(pair)
+    cache = distill.open_cache(run, pair[1](print).prepare(), lambda event: None)
+    assert cache is not None
+    assert cache.key.images == len(run.source.train)
+    bench = evaluate.Bench(torch.device("cpu"), tmp_path, lambda event: None, runs=tmp_path / "runs")
+    student = evaluate.evaluate(str(run.student_file), tmp_path / "runs", bench).records[0]
+    assert (student.images, student.images_from) == (len(run.source.test), "held-out")
+    packed = write_shards(tmp_path / "packed", range(IMAGES)[::-1], shards=4)
+    assert distill.finished(make(tmp_path / "runs", weights, {**data, "shards": packed}, teacher_cache={"views": 1})[0])

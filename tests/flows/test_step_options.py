@@ -109,7 +109,7 @@ def test_more_parts_than_pairs_of_images_are_refused_before_a_teacher_is_trained
     (tmp_path / "few").mkdir()
     for index in range(6):
         few.open(index).save(tmp_path / f"few/{index}.png")
-    data = {"folder": str(tmp_path / "few"), "classes": ("a", "b")}
+    data = {"folder": str(tmp_path / "few"), "classes": ("a", "b"), "holdout_percent": 0}
     with pytest.raises(TrainingError) as caught:
         train(tmp_path, data=data, optim={**tiny.OPTIM, "accumulation_steps": 4})
     assert (caught.value.field, caught.value.found, caught.value.allowed) == ("batch_size", 6, "at least 8")

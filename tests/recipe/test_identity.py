@@ -117,6 +117,37 @@ def test_parts_that_were_not_recorded_are_not_compared(minimal_recipe: dict[str,
     assert now.differences({"data": {"class_names": ["dog"]}}, "it") != []
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "line"),
+    [
+        (None, 10.0, "data.holdout_percent: 0 in it, 10 now"),
+        (10.0, None, "data.holdout_percent: 10 in it, 0 now"),
+        (10.0, 20.0, "data.holdout_percent: 10 in it, 20 now"),
+    ],
+)
+def test_a_share_of_held_out_images_is_the_difference_and_not_the_images_that_follow_from_it(
+    minimal_recipe: dict[str, Any], before: float | None, now: float | None, line: str
+) -> None:
+    """A record of a version without the field was made of every image."""
+
+    def of(share: float | None) -> Identity:
+        images = {"class_names": ["cat"], "training_images": str(share), "training_labels": str(share)}
+        data = images if share is None else {**images, "holdout_percent": share}
+        return identity(minimal_recipe, data=data, teacher={"images": str(share), "weights_sha256": "a"})
+
+    assert of(now).differences(of(before).parts, "it") == [line]
+    assert of(now).differences(of(now).parts, "it") == []
+    other = {**of(before).parts, "teacher": {"images": "x", "weights_sha256": "b"}}
+    assert of(now).differences(other, "it")[1:] == ["a file of the teacher's weights or config changed"]
+
+
+def test_a_record_without_the_share_of_held_out_images_equals_one_of_no_share(minimal_recipe: dict[str, Any]) -> None:
+    data = {"class_names": ["cat"], "training_images": "a"}
+    saved = identity(minimal_recipe, data=data).parts
+    del saved["recipe"]["data"]["holdout_percent"]  # type: ignore[attr-defined]
+    assert identity(minimal_recipe, data=data).differences(saved, "it") == []
+
+
 def test_identities_leave_the_parts_as_they_were(minimal_recipe: dict[str, Any]) -> None:
     parts = {"recipe": recipe_settings(parse_recipe(minimal_recipe))}
     comparable(parts)

@@ -39,6 +39,9 @@ def test_by_default_a_record_is_a_zero_shot_score_of_the_last_epoch_on_all_class
         "unreadable": 0,
         "model_sha256": None,
         "images_sha256": None,
+        "images_from": "test",
+        "teacher_top_answer": None,
+        "teacher_top_answer_percent": None,
     }
 
 
@@ -83,7 +86,7 @@ def test_names_are_written_as_they_are_and_the_file_ends_with_a_line_break() -> 
 
 def test_the_names_of_shares_end_in_percent() -> None:
     shares = [field.name for field in fields(Record) if "float" in str(field.type)]
-    assert len(shares) == 3
+    assert len(shares) == 4
     assert all(name.endswith("_percent") for name in shares)
 
 

@@ -194,3 +194,16 @@ def test_published_figures_are_of_datasets_in_the_catalog() -> None:
     ):
         for rows in published.values():
             assert set(rows) <= {*columns, "average"}
+
+
+def test_an_agreement_with_a_teacher_of_one_answer_does_not_stand_alone() -> None:
+    answers = {"agreement_percent": 100.0, "teacher_top_answer": "cat"}
+    (table,) = tables(
+        [
+            record(model="one", **answers, teacher_top_answer_percent=97.4, images_from="held-out"),
+            record(model="other", **answers, teacher_top_answer_percent=89.9),
+        ]
+    )
+    agreement, images = table.heads.index("agreement %"), table.heads.index("images")
+    assert [row[agreement] for row in table.rows] == ["100.00 (teacher: 97 % one class)", "100.00"]
+    assert [row[images] for row in table.rows] == ["10 held-out", "10"]

@@ -9,15 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from comkd_cli.data.held_out import without_images_of
 from comkd_cli.data.source import Source
 from comkd_cli.data.sources import open_source
 from comkd_cli.data.splits import draw_shots, halves
 from comkd_cli.errors import DataError
-from comkd_cli.events import Report, ignore_event
+from comkd_cli.events import Notice, Report, ignore_event
 from comkd_cli.files import sha256_of_data
 from comkd_cli.models.backbones import weights_sha256
 from comkd_cli.recipe import Recipe
-from comkd_cli.recipe.model import Adapt, FullAdapt, LinearProbeAdapt, Model, NoAdapt, PromptSrcAdapt, Teacher
+from comkd_cli.recipe.model import Adapt, Data, FullAdapt, LinearProbeAdapt, Model, NoAdapt, PromptSrcAdapt, Teacher
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,27 @@ def stage_1(recipe: Recipe, source: Source, data_root: Path, runs: Path, report:
     """Stage 1 of a recipe. Raises DataError where the data of `teacher.adapt.data` could not be read."""
     adapt, adaptation_source = recipe.teacher.adapt, source
     if isinstance(adapt, PromptSrcAdapt) and adapt.data is not None:
-        adaptation_source = open_source(adapt.data, data_root, runs, report)
+        own = open_source(adapt.data, data_root, runs, report)
+        adaptation_source = _without_held_out(own, adapt.data, source, report)
     if adaptation_source.train.labels is not None:
         adaptation_source = replace(adaptation_source, train=adaptation_source.train.labelled)
     return Stage1(recipe, source, adaptation_source, runs)
+
+
+def _without_held_out(own: Source, data: Data, source: Source, report: Report) -> Source:
+    """The teacher's data without the images that are held out of the student's: it would be measured on them.
+
+    own: opened from `data`. Only folders hold copies of a user's images.
+    """
+    if source.holdout is None or source.test is None or data.folder is None:
+        return own
+    by_name = "size_and_time" in (data.fingerprint, source.holdout.fingerprint)
+    train = without_images_of(own.train, source.test, "size_and_time" if by_name else "contents")
+    if len(train) == len(own.train):
+        return own
+    count = len(own.train) - len(train)
+    report(Notice(f"{own.name}: {count:,} images are held out of {source.name}; the teacher is not trained on them"))
+    return replace(own, train=train)
 
 
 def check_labels(source: Source, method: str) -> None:

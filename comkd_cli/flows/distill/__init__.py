@@ -4,6 +4,7 @@ from comkd_cli.flows.distill.dry_run import Outline, Plan, outline, plan
 from comkd_cli.flows.distill.run import Run, finished, selection_classes
 from comkd_cli.flows.distill.stage_2 import Distillation, build_student, distill
 from comkd_cli.flows.distill.teacher_cache import open_cache, precompute
+from comkd_cli.flows.distill.teacher_check import preview_teacher
 
 __all__ = [
     "Distillation",
@@ -17,5 +18,6 @@ __all__ = [
     "outline",
     "plan",
     "precompute",
+    "preview_teacher",
     "selection_classes",
 ]

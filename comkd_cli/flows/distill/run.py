@@ -59,6 +59,8 @@ class Run:
         recipe, test = self.recipe, self.source.test
         student = {"weights_sha256": weights_sha256(recipe.student)}
         data: dict[str, Any] = {"fingerprint": recipe.data.fingerprint, **self.source.identity()}
+        if self.source.holdout is not None:
+            data["holdout_percent"] = self.source.holdout.percent
         if recipe.selection == "promptkd" and test is not None:
             labels = None if test.labels is None else sha256_of_data(list(test.labels))
             data |= {

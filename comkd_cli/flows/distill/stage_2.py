@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from comkd_cli.data.loaders import Batch, Crops, Steps, TrainingLoader, worker_count
 from comkd_cli.data.transforms import stable_seed
 from comkd_cli.edge.images import Preprocessing
-from comkd_cli.evaluation.subjects import live_student
+from comkd_cli.evaluation.subjects import Subject, live_student, live_teacher
 from comkd_cli.evaluation.zero_shot import SELECTION_SCORE, Scorer
 from comkd_cli.events import Notice, Report, Stage
 from comkd_cli.files import remove_folder, write_text
 from comkd_cli.flows.distill.run import Run, selection_classes
 from comkd_cli.flows.distill.teacher_cache import open_cache
+from comkd_cli.flows.distill.teacher_check import check_teacher
 from comkd_cli.method.objective import loss_terms
 from comkd_cli.method.student import Student
 from comkd_cli.models.backbones import ImageTower, build_image_tower, recompute_activations, state_sha256
@@ -33,7 +34,7 @@ from comkd_cli.models.checkpoints import StudentRecord, save_student
 from comkd_cli.models.costs import parameters
 from comkd_cli.models.warm_start import WarmStart
 from comkd_cli.recipe import Recipe, to_yaml
-from comkd_cli.results.curve import IDLE_GATE
+from comkd_cli.results.curve import IDLE_GATE, judge
 from comkd_cli.results.result_files import forget_model
 from comkd_cli.runtime import collectives, ranks
 from comkd_cli.teachers.cached import CachedTeacher
@@ -121,6 +122,8 @@ def distill(
     if fresh:
         _discard(run)
     ready.teacher.to(accelerator.device)
+    if recipe.loss.needs_teacher:
+        check_teacher(run, ready, accelerator.device, report)
     backbone_sha256 = state_sha256(tower.module) if recipe.student.train == "prompts" else None
     student = build_student(recipe, tower, ready.teacher.class_vectors, ready.teacher.logit_scale)
     if start is not None:
@@ -135,7 +138,14 @@ def distill(
         write_text(run.folder / "recipe.yaml", to_yaml(recipe))
 
     workers = worker_count(recipe.data)
-    scorer = Scorer(run.source, accelerator.device, workers, report, recipe.data.unreadable_limit_percent)
+    scorer = Scorer(
+        run.source,
+        accelerator.device,
+        workers,
+        report,
+        recipe.data.unreadable_limit_percent,
+        _as_subject(ready) if recipe.loss.needs_teacher else None,
+    )
     cache = open_cache(run, ready, report) if recipe.loss.needs_teacher else None
     objective = Distillation(recipe, student, CachedTeacher(ready.teacher, cache), scorer, tower.preprocessing)
     task = _task(run, objective, ready.preprocessing, resume_line)
@@ -143,6 +153,8 @@ def distill(
 
     objective.teacher.report_savings(report)
     _report_idle_gate(recipe, student, report)
+    if recipe.evaluate_every_epochs:
+        report(Notice(judge(history).sentence))
     record = _record(run, tower, ready, backbone_sha256, task.kept_figures(history))
     with collectives.without_timeout():  # disks can be slow
         if ranks.is_main():
@@ -152,6 +164,11 @@ def distill(
     delete_checkpoint(run.folder)
     collectives.barrier()
     return run.student_file
+
+
+def _as_subject(ready: ReadyTeacher) -> Subject:
+    teacher = ready.teacher
+    return live_teacher(teacher.image_tower, teacher.class_vectors, teacher.logit_scale, ready.preprocessing)
 
 
 def build_student(recipe: Recipe, tower: ImageTower, class_vectors: Tensor, logit_scale: Tensor) -> Student:
@@ -219,6 +236,7 @@ def _task(run: Run, objective: Distillation, teacher_preprocessing: Preprocessin
         unreadable_limit_percent=recipe.data.unreadable_limit_percent,
         rate_factors={} if attention is None else {"edu_attention.gate": attention.gate_learning_rate_factor},
         evaluate_every_epochs=recipe.evaluate_every_epochs,
+        held_out=run.source.holdout is not None,
         select_by=SELECTION_SCORE if selection_classes(recipe) else None,
         uses_all_parameters=objective.uses_all_parameters,
     )
@@ -270,6 +288,7 @@ def _record(
         identity_parts=dict(run.identity.parts),
         metrics=metrics,
         teacher_sha256=dict(ready.sha256),
+        holdout=run.source.holdout,
     )
 
 
