@@ -76,6 +76,24 @@ def test_the_printed_command_resumes_the_stopped_run_and_starts_the_others(  # t
     assert (stopped.resume_teacher if in_teacher else stopped.resume_student) == expected
 
 
+@pytest.mark.parametrize(
+    ("line", "choices", "expected"),
+    [
+        ("comkd distill r.yaml --seed 2 --fresh", [Choice(None, 2)], "comkd distill r.yaml --seed 2"),
+        (
+            "comkd distill r.yaml --all --seed=1 --seed 2 --runs x",
+            [Choice("dtd", 1), Choice("dtd", 2)],
+            "comkd distill --dataset=dtd --seed=2 r.yaml --runs x",
+        ),
+    ],
+)
+def test_the_command_of_one_run_alone_names_no_other(  # type: ignore[no-untyped-def]
+    typed, line: str, choices: list[Choice], expected: str
+) -> None:
+    typed(line)
+    assert StoppedRun(choices, len(choices) - 1, fresh="--fresh" in line).alone == expected
+
+
 def wait_for(process: warm.Process, file: Path, lines: int) -> None:
     deadline = time.monotonic() + 200
     while not file.exists() or len(file.read_text().splitlines()) < lines:

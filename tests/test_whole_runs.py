@@ -116,7 +116,7 @@ def test_a_dry_run_tells_once_what_the_data_of_student_and_teacher_leave_out(wor
             folder = workshop / name / "train" / f"digit_{(digits.train.labels or ())[index]}"
             folder.mkdir(parents=True, exist_ok=True)
             digits.train.open(index).save(folder / f"{index}.TIFF")
-        (workshop / name / "train/digit_0/raw.heic").write_bytes(b"x")
+        (workshop / name / "train/digit_0/raw.psd").write_bytes(b"x")
         (workshop / name / "test/digit_0").mkdir(parents=True)
         digits.train.open(0).save(workshop / name / "test/digit_0/0.gif")
     classes = [f"digit_{digit}" for digit in range(10)]
@@ -137,7 +137,7 @@ def test_a_dry_run_tells_once_what_the_data_of_student_and_teacher_leave_out(wor
     assert planned.stdout.count("60 training images, 1 test images, 10 classes") == 2
     said = planned.stderr
     for name in ("mine", "theirs"):
-        assert said.count(f"{name}: 1 file of another type is skipped: 1 .heic") == 1
+        assert said.count(f"{name}: 1 file of another type is skipped: 1 .psd") == 1
         assert said.count(f"{name}: no test images of: digit 1, digit 2, digit 3, digit 4, digit 5 and 4 more") == 1
 
 

@@ -78,7 +78,7 @@ class Scorer:
 
     def _teacher(self, source: Source, record: StudentRecord) -> ReadyTeacher:
         settings = record.recipe.teacher.model_copy(update={"weights": str(self._weights)})
-        return build_teacher(settings, source.class_names, record.template, CPU)
+        return build_teacher(settings, source.class_names, record.prompts, CPU)
 
     def _teacher_logits(self, folder: Path, source: Source, record: StudentRecord) -> np.ndarray:
         images = (folder / "test").resolve()

@@ -31,10 +31,12 @@ class Text:
     """How a device turns a class name into tokens for the text encoder."""
 
     prompt: str
-    """With `{}` for the name."""
+    """With `{}` for the name; the first of `templates`."""
     context_length: int
     difference_max: float
-    """Largest |difference| of a text feature from PyTorch's, over the run's own class prompts."""
+    """Largest |difference| of a class vector from PyTorch's, over the student's own classes."""
+    templates: tuple[str, ...] = ()
+    """All prompts of a new class, whose normalised features are averaged."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ def changed_score(contents: Contents) -> str | None:
 
     Scores are compared if the gate has as many test images as were scored: then both are of all test images.
     """
+    if contents.record.classes_added:  # more possible answers than when it was scored
+        return None
     scored, images = (contents.record.metrics.get(name) for name in ("test_top1_percent", "test_images"))
     gate = contents.parts.gate.size
     parity = next(iter(contents.parities.values()), None)
@@ -163,6 +167,7 @@ def _manifest(contents: Contents) -> dict[str, Any]:
         "teacher": _model_name(record.recipe.teacher),
         "student": _model_name(record.recipe.student),
         "classes": len(record.class_names),
+        "classes_added": list(record.classes_added),
         "template": record.template,
         "preprocessing": asdict(record.preprocessing),
         "logit_scale": contents.head.logit_scale,

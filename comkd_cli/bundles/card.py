@@ -10,6 +10,7 @@ from ruamel.yaml import YAML
 
 from comkd_cli.bundles.latency import disturbance
 from comkd_cli.bundles.parts import PartSize
+from comkd_cli.data.class_names import some
 from comkd_cli.evaluation.metrics import wilson_interval_percent
 from comkd_cli.models.checkpoints import StudentRecord
 
@@ -73,7 +74,7 @@ def _summary(manifest: Mapping[str, Any], record: StudentRecord) -> str:
             f"Trained by {manifest['made_by']} on the labelled images of {manifest['data']}, without distillation, on "
             f"the class vectors of {manifest['teacher']}: {manifest['student']}. {_score(manifest)}"
         )
-    labels = "with their labels" if record.recipe.loss.labels else "without labels"
+    labels = "with the labels that they have" if record.recipe.loss.labels else "without labels"
     return (
         f"Distilled by {manifest['made_by']} (ComKD-CLIP, arXiv 2408.04145) on the images of {manifest['data']}, "
         f"{labels}, from the teacher {manifest['teacher']} into {manifest['student']}. {_score(manifest)}"
@@ -216,6 +217,8 @@ def _limits(manifest: Mapping[str, Any], record: StudentRecord) -> str:
         f"It has the biases of the images of {manifest['data']} and of its teacher; measure its accuracy before you "
         "use it on other images.",
     ]
+    if record.classes_added:
+        lines.append(f"It was not trained on these classes, which were added by name: {some(record.classes_added)}.")
     if record.recipe.selection == "promptkd":
         lines.append(
             "Its score is optimistically biased because its epoch was selected on test images, as in PromptKD's "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +43,12 @@ def add_text_encoder(
     class_vectors: float32 (classes, dim), the expected features of those prompts. Raises ExportError.
     """
     report(Stage("Exporting the teacher's text encoder"))
-    tokens = teacher.tokens(record.class_names, report)
+    tokens = teacher.tokens_of_all(record.class_names, report)
+    context = tokens[0].shape[1]
     write_text(folder / MERGES, bpe_merges(teacher.clip))
-    export_text_encoder(teacher.clip.model, tokens.shape[1], folder / TEXT_ENCODER, opset)
+    export_text_encoder(teacher.clip.model, context, folder / TEXT_ENCODER, opset)
     check_graph(folder / TEXT_ENCODER, standard_only=True)
-    difference = _difference(folder / TEXT_ENCODER, tokens.numpy(), class_vectors)
+    difference = _difference(folder / TEXT_ENCODER, [part.numpy() for part in tokens], class_vectors)
     if not difference <= DIFFERENCE_MAX:  # also if it is NaN
         raise ExportError(
             "its features are not the student's class vectors",
@@ -54,15 +56,29 @@ def add_text_encoder(
             found=f"max |difference| {difference:.2e}",
             allowed=f"{DIFFERENCE_MAX:.0e}",
         )
-    report(Notice(f"The text encoder passes: max |difference| {difference:.2e} over {len(tokens)} class prompts"))
-    return Text(teacher.prompt, tokens.shape[1], difference)
+    report(
+        Notice(f"The text encoder passes: max |difference| {difference:.2e} over {sum(map(len, tokens))} class prompts")
+    )
+    templates = teacher.prompts.templates
+    return Text(templates[0], context, difference, templates)
 
 
-def _difference(graph: Path, tokens: np.ndarray, expected: np.ndarray) -> float:
-    """The largest |difference| of the graph's features, over all batch sizes; NaN if any feature is NaN."""
-    batches = {f"{size}/{i}": tokens[i : i + size] for size in BATCH_SIZES for i in range(0, len(tokens), size)}
+def _difference(graph: Path, tokens: Sequence[np.ndarray], expected: np.ndarray) -> float:
+    """The largest |difference| of the graph's class vectors, over all batch sizes; NaN if any is NaN.
+
+    tokens: of all prompts of each class, (prompts, context). Of a class with several, the normalised mean counts, and
+    prompts are run at the largest batch size alone.
+    """
+    rows, counts = np.concatenate(tokens), np.array([len(part) for part in tokens])
+    single = len(rows) == len(tokens)
+    sizes = BATCH_SIZES if single else BATCH_SIZES[-1:]
+    batches = {f"{size}/{i}": rows[i : i + size] for size in sizes for i in range(0, len(rows), size)}
+    outputs = run_graph(graph, batches)
     differences = []
-    for name, features in run_graph(graph, batches).items():
-        start = int(name.split("/")[1])
-        differences.append(np.abs(features - expected[start : start + len(features)]).max())
+    for size in sizes:
+        features = np.concatenate([outputs[f"{size}/{i}"] for i in range(0, len(rows), size)])
+        if not single:
+            sums = np.add.reduceat(features, np.cumsum(counts) - counts)
+            features = sums / np.linalg.norm(sums, axis=1, keepdims=True)
+        differences.append(np.abs(features - expected).max())
     return float(np.max(differences))

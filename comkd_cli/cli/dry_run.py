@@ -60,7 +60,10 @@ class DryRun:
         from comkd_cli.teachers.feature_cache import CacheKey
 
         train, test = len(source.train), len(source.test) if source.test else 0
-        rows = {"images": f"{source.name}: {train:,} training images, {test:,} test images, {outline.classes} classes"}
+        labelled = source.train.labelled_count
+        some = f" ({labelled:,} with a label)" if 0 < labelled < train else ""
+        images = f"{source.name}: {train:,} training images{some}, {test:,} test images, {outline.classes} classes"
+        rows = {"images": images}
         if cache := recipe.teacher_cache:
             key = CacheKey("", train, outline.teacher_dim, cache.views, cache.dtype)
             rows["cache"] = f"{cache.views} crops of each image, {key.size_bytes / 1e6:,.1f} MB when full"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 
 import click
@@ -39,3 +41,8 @@ def numbers(_context: click.Context, parameter: click.Parameter, value: str) -> 
     if not found or min(found) < 1:
         raise click.BadParameter(f"{value!r} should be positive integers, such as 1,2,4", param=parameter)
     return found
+
+
+def typed_command() -> str:
+    """The command line as it was typed, as a shell takes it."""
+    return shlex.join(["comkd", *sys.argv[1:]])

@@ -48,6 +48,14 @@ class StoppedRun:
         """The command that resumes the run from its student, without --fresh, which would discard the checkpoint."""
         return self._resume(keep_fresh=False)
 
+    @property
+    def alone(self) -> str:
+        """The command that makes this run and no other, without --fresh."""
+        words = [word for word in sys.argv[1:] if word != "--fresh"]
+        if len(self.choices) > 1:
+            words = _with_choices(_without_choices(words), [self.choices[self.position]])
+        return _command(words)
+
     def _resume(self, keep_fresh: bool) -> str:
         """The command as it was typed; with --fresh and several runs, one command for each kind of run that is left.
 

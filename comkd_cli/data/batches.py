@@ -23,7 +23,7 @@ class Batch:
     inputs: tuple[Tensor, ...]
     """For each model, its input (batch, 3, size, size); models with one pre-processing share the tensor."""
     labels: Tensor | None
-    """(batch,) int64, or None where the images are unlabelled."""
+    """(batch,) int64, UNLABELLED (-1) for an image without a label; None where no image of the set has one."""
     indices: Tensor
     """(batch,) int64, the images' positions in their set."""
     unreadable: tuple[str, ...] = ()

@@ -3,59 +3,62 @@
 from __future__ import annotations
 
 import os
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import NoReturn
+from pathlib import Path
 
 from PIL import Image
 
 from comkd_cli.data.class_names import class_key, clean_class_names, clean_name, some
 from comkd_cli.data.contents import NO_REGULAR_FILE, FileContents
-from comkd_cli.data.image_files import SUFFIXES, is_image, is_junk, skipped_text, suffix_of
+from comkd_cli.data.image_files import SUFFIXES, find_images, image_names, skipped_text, subfolders_of, suffix_of
+from comkd_cli.data.label_file import LabelFile
 from comkd_cli.data.source import ImageSet, Source
+from comkd_cli.data.split_names import SPLITS, check_split_names, check_splits_further_down
 from comkd_cli.edge.images import UnreadableImage, open_image
 from comkd_cli.errors import DataError
 from comkd_cli.events import Notice, Report
+from comkd_cli.recipe.data import UNLABELLED
 
-SPLITS = ("train", "val", "test")
-
-# Other common names of the splits, and the name that comkd uses.
-OTHER_SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "eval", "evaluation"), "val"),
-    **dict.fromkeys(("test", "testing", "tests", "holdout"), "test"),
-}
-# Parts of such names that do not say which split it is, as in train2017, val_images and test-data.
-SPLIT_NAME_EXTRA = re.compile(r"[\W\d_]+|dataset|data|images?|imgs?|jpe?g|png|sets?|splits?")
+# Sub-folders of train/ that are no class unless the recipe's class list has the name.
+UNLABELLED_FOLDERS = frozenset({"unlabelled", "unlabeled"})
 
 
 def folder_source(
-    folder: Path, classes: Sequence[str] | None, template: str, report: Report = lambda event: None
+    folder: Path,
+    classes: Sequence[str] | None,
+    template: str,
+    report: Report = lambda event: None,
+    labels: LabelFile | None = None,
 ) -> Source:
     """The images below a folder.
 
     With train/, val/ or test/ in it, those are the splits, and sub-folders named after the classes give the
-    labels; without test/, val/ is scored. Otherwise every image anywhere below is unlabelled training
-    data. classes: the names in label order; None takes the sub-folder names, sorted. Skipped files are
-    reported. Raises DataError, also for images that belong to no split.
+    labels; without test/, val/ is scored. Those in train/unlabelled/ have none. Otherwise every image anywhere below
+    is unlabelled training data. labels: the only labels of the training images, whatever their sub-folders. classes:
+    the names in label order; None takes the sub-folder names, sorted, and with `labels` those of the file where val/
+    and test/ have none. Skipped files are reported. Raises DataError, also for images that belong to no split.
     """
     if not folder.is_dir():
         raise DataError("no such folder of images", path=folder, remedy="check `data.folder` and --data-root")
     if classes is not None:
         classes = clean_class_names(classes, "data.classes")
-    subfolders = _subfolders(folder)
-    _check_split_names(folder, subfolders)
+    subfolders = subfolders_of(folder)
+    check_split_names(folder, subfolders)
     if not any(name in SPLITS for name in subfolders):
-        return _unlabelled(folder, classes, template, report)
+        return _without_splits(folder, classes, template, report, labels)
     skipped: Counter[str] = Counter()
-    splits = {name: _read_split(folder / name, folder, skipped) for name in SPLITS if name in subfolders}
+    listed = {class_key(name) for name in classes or ()}
+    splits = {name: _read_split(folder / name, folder, skipped, listed) for name in SPLITS if name in subfolders}
+    if labels is not None and "train" in splits:
+        splits["train"] = replace(splits["train"], classes={}, loose=splits["train"].images, unlabelled=())
     stray = _stray_images(folder, subfolders, splits, skipped)
     if not (stray or any(split.images for split in splits.values())):
         raise _no_images(folder, skipped)
+    if classes is None and labels is not None and not any(split.classes for split in splits.values()):
+        classes = clean_class_names(labels.class_names, labels.path)
     names = tuple(_class_names_of_folders(folder, splits) if classes is None else classes)
     found = {name: _labelled(split, names) for name, split in splits.items()}
     if stray:
@@ -63,9 +66,12 @@ def folder_source(
             f"has splits, and {len(stray)} images that belong to none",
             path=folder,
             found=some(stray),
-            remedy="move them into a class folder of train/ or test/, or out of the folder",
+            remedy="move them into a class folder of train/ or test/, those without a label into train/unlabelled/, or "
+            "out of the folder",
         )
-    _report_skipped(folder, skipped, report)
+    if labels is not None:
+        found["train"] = _labelled_by_file(folder, labels, names, found, report)
+    _report_skipped(folder, skipped, report, labels)
     _report_unused(folder, splits, found, report)
     train = found.get("train", _image_set(folder / "train", [], None))
     test, val = (found[name] if name in found and len(found[name]) else None for name in ("test", "val"))
@@ -79,27 +85,6 @@ def images_below(folder: Path, report: Report = lambda event: None) -> ImageSet:
     images = _image_set(folder, list(find_images(folder, skipped)), None)
     _report_skipped(folder, skipped, report)
     return images
-
-
-def find_images(folder: Path, skipped: Counter[str] | None = None, above: Sequence[Path] = ()) -> Iterator[Path]:
-    """Every image file anywhere below a folder, in a fixed order; links are followed, hidden and junk names skipped.
-
-    skipped: other files are counted in it, by suffix. above: folders that the folder lies in, for links that lead
-    back up to them. Raises DataError for a folder that cannot be listed.
-    """
-    seen = {os.path.realpath(path) for path in above}
-    for parent, subfolders, names in os.walk(folder, followlinks=True, onerror=_refuse):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link that leads back up
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not is_junk(name))
-        for name in sorted(names):
-            if is_image(name):
-                yield Path(parent) / name
-            elif skipped is not None and not is_junk(name):
-                skipped[suffix_of(name)] += 1
 
 
 def open_below(root: Path, key: str) -> Image.Image:
@@ -119,30 +104,65 @@ class _Split:
     """By the name of each sub-folder, sorted, the images below it."""
     loose: Sequence[Path]
     """Images directly in the split."""
+    unlabelled: Sequence[Path] = ()
+    """Images below its folder of unlabelled images."""
 
     @property
     def images(self) -> list[Path]:
-        return [*self.loose, *(path for paths in self.classes.values() for path in paths)]
+        return [*self.loose, *(path for paths in self.classes.values() for path in paths), *self.unlabelled]
 
 
-def _unlabelled(folder: Path, classes: Sequence[str] | None, template: str, report: Report) -> Source:
+def _without_splits(
+    folder: Path, classes: Sequence[str] | None, template: str, report: Report, labels: LabelFile | None
+) -> Source:
     skipped: Counter[str] = Counter()
     images = _image_set(folder, list(find_images(folder, skipped)), None)
     if not len(images):
         raise _no_images(folder, skipped)
+    if classes is None and labels is not None:
+        classes = clean_class_names(labels.class_names, labels.path)
     if classes is None:
         raise _no_classes(folder)
-    _check_splits_further_down(folder, images.keys)
-    _report_skipped(folder, skipped, report)
+    check_splits_further_down(folder, images.keys)
+    _report_skipped(folder, skipped, report, labels)
+    if labels is not None:
+        images = replace(images, labels=labels.labels(folder, images.keys, classes, ()).labels)
     return Source(folder.resolve().name, tuple(classes), template, images, None)
 
 
-def _read_split(path: Path, root: Path, skipped: Counter[str]) -> _Split:
-    """One split of the folder `root`. Raises DataError where two class folders are one folder, or one class."""
+def _labelled_by_file(
+    folder: Path, file: LabelFile, names: Sequence[str], found: Mapping[str, ImageSet], report: Report
+) -> ImageSet:
+    """The training images with the labels of a file; its lines for images of other splits are reported."""
+    keys = {split: [f"{split}/{key}" for key in images.keys] for split, images in found.items()}
+    scored = [key for split, below in keys.items() if split != "train" for key in below]
+    labelling = file.labels(folder, keys.get("train", ()), names, scored)
+    if labelling.unused:
+        report(
+            Notice(
+                f"{file.path}: {labelling.unused:,} lines name images of test/ or val/ and are ignored: the labels of "
+                "those images come from their class folders"
+            )
+        )
+    if "train" not in found or all(label == UNLABELLED for label in labelling.labels):
+        raise DataError("labels no training image", path=file.path, remedy="add lines for images of train/")
+    return replace(found["train"], labels=labelling.labels)
+
+
+def _read_split(path: Path, root: Path, skipped: Counter[str], listed: Set[str]) -> _Split:
+    """One split of the folder `root`. Raises DataError where two class folders are one folder, or one class.
+
+    listed: the keys of the recipe's class list; a class may have the name of the folder of unlabelled images.
+    """
+    reserved = UNLABELLED_FOLDERS - listed if path.name == "train" else frozenset()
     classes: dict[str, list[Path]] = {}
+    unlabelled: list[Path] = []
     real: dict[str, str] = {}
     spellings: dict[str, str] = {}
-    for name in _subfolders(path):
+    for name in subfolders_of(path):
+        if class_key(name) in reserved:
+            unlabelled += find_images(path / name, skipped, above=(root, path))
+            continue
         other = spellings.setdefault(class_key(name), name)
         if other != name:
             raise DataError(
@@ -157,14 +177,14 @@ def _read_split(path: Path, root: Path, skipped: Counter[str]) -> _Split:
                 remedy="remove the link: an image has one class",
             )
         classes[name] = list(find_images(path / name, skipped, above=(root, path)))
-    return _Split(path, classes, [path / name for name in _files(path, skipped)])
+    return _Split(path, classes, [path / name for name in image_names(path, skipped)], unlabelled)
 
 
 def _stray_images(
     folder: Path, subfolders: Sequence[str], splits: Mapping[str, _Split], skipped: Counter[str]
 ) -> list[str]:
     """Paths below a folder with splits, of images that are in none, or beside the class folders of one."""
-    stray = [Path(folder / name) for name in _files(folder, skipped)]
+    stray = [Path(folder / name) for name in image_names(folder, skipped)]
     for name in subfolders:
         if name not in splits:
             stray += find_images(folder / name, skipped, above=(folder,))
@@ -185,8 +205,10 @@ def _labelled(split: _Split, classes: Sequence[str]) -> ImageSet:
             found=some(unknown),
             remedy="name each sub-folder as its class, or leave `data.classes` out",
         )
-    labels = [label_of[class_key(name)] for name, paths in split.classes.items() for _ in paths]
-    return _image_set(split.folder, [path for paths in split.classes.values() for path in paths], labels)
+    paths = [path for of_class in split.classes.values() for path in of_class]
+    labels = [label_of[class_key(name)] for name, of_class in split.classes.items() for _ in of_class]
+    labels += [UNLABELLED] * len(split.unlabelled)
+    return _image_set(split.folder, [*paths, *split.unlabelled], labels if paths else None)
 
 
 def _image_set(root: Path, paths: Sequence[Path], labels: Sequence[int] | None) -> ImageSet:
@@ -218,43 +240,10 @@ def _class_names_of_folders(folder: Path, splits: Mapping[str, _Split]) -> list[
     return clean_class_names(sorted(found.values()), folder)
 
 
-def _check_split_names(folder: Path, subfolders: Sequence[str]) -> None:
-    """Refuse a folder whose splits have other names: they would be taken for unlabelled images."""
-    for name in subfolders:
-        meant = _split_meant(name)
-        if meant and name not in SPLITS and any(find_images(folder / name)):
-            raise DataError(
-                "looks like a split with another name",
-                path=folder / name,
-                allowed=SPLITS,
-                remedy=f"rename it to {meant}, or move it out of the folder",
-            )
-
-
-def _split_meant(name: str) -> str | None:
-    """The split that a folder's name means, in any spelling; None for other names."""
-    return OTHER_SPLIT_NAMES.get(SPLIT_NAME_EXTRA.sub("", name.casefold()))
-
-
-def _check_splits_further_down(folder: Path, keys: Sequence[str]) -> None:
-    """Refuse unlabelled images in splits one or more folders further down: test images would be trained on."""
-    inside: dict[PurePosixPath, dict[str, str]] = defaultdict(dict)
-    for parent in {PurePosixPath(key).parent for key in keys}:
-        for place in (parent, *parent.parents):
-            if meant := _split_meant(place.name):
-                inside[place.parent].setdefault(meant, place.name)
-    for place, found in sorted(inside.items()):
-        if "train" in found and len(found) > 1:
-            names = ", ".join(found[split] for split in SPLITS if split in found)
-            raise DataError(
-                "contains folders that look like splits, and all would be trained on",
-                path=folder / place,
-                found=names,
-                remedy=f"give this folder as `data.folder`, or move them out of {folder}",
-            )
-
-
-def _report_skipped(folder: Path, skipped: Counter[str], report: Report) -> None:
+def _report_skipped(folder: Path, skipped: Counter[str], report: Report, labels: LabelFile | None = None) -> None:
+    """Report the files that were skipped, without the file of labels, which was read."""
+    if labels is not None and labels.path.resolve().is_relative_to(folder.resolve()):
+        skipped -= Counter([suffix_of(labels.path.name)])
     if text := skipped_text(skipped):
         report(Notice(f"{folder}: {text}"))
 
@@ -290,34 +279,3 @@ def _no_classes(folder: Path) -> DataError:
         remedy="give `data.classes` (a list, or a text file with a name on each line), or sort them into train/ and "
         "test/ with a sub-folder for each class",
     )
-
-
-def _files(folder: Path, skipped: Counter[str]) -> list[str]:
-    """The names of the images directly in a folder, sorted; other files are counted in `skipped`."""
-    images = []
-    for entry in _entries(folder):
-        if entry.is_dir() or is_junk(entry.name):
-            continue
-        if is_image(entry.name):
-            images.append(entry.name)
-        else:
-            skipped[suffix_of(entry.name)] += 1
-    return images
-
-
-def _subfolders(folder: Path) -> list[str]:
-    return [entry.name for entry in _entries(folder) if entry.is_dir() and not is_junk(entry.name)]
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name. Raises DataError where it cannot be listed."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        _refuse(error)
-
-
-def _refuse(error: OSError) -> NoReturn:
-    """A folder that could not be listed would silently make the dataset smaller."""
-    raise DataError("could not be read", path=error.filename, found=error.strerror) from error

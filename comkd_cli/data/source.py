@@ -12,8 +12,10 @@ import numpy as np
 from PIL import Image
 
 from comkd_cli.data.contents import Contents
+from comkd_cli.data.prompts import Prompts
 from comkd_cli.edge.images import UnreadableImage
 from comkd_cli.files import sha256_of_data
+from comkd_cli.recipe.data import UNLABELLED
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class ImageSet:
     keys: Sequence[str]
     """A name for each image that stays the same from run to run: its path below the folder."""
     labels: tuple[int, ...] | None
-    """For each image the index of its class, or None where the set is unlabelled."""
+    """For each image the index of its class, or UNLABELLED (-1) where it has none; None where none of the set has one.
+    Only training images can have labels in part."""
     open_key: Callable[[str], Image.Image]
     """The RGB image of a key; picklable, so that worker processes can open images too."""
     contents: Contents | None = field(default=None, compare=False)
@@ -44,6 +47,19 @@ class ImageSet:
             open_key=self.open_key,
             contents=self.contents,
         )
+
+    @property
+    def labelled_count(self) -> int:
+        """The number of images with a label."""
+        return sum(label != UNLABELLED for label in self.labels or ())
+
+    @property
+    def labelled(self) -> ImageSet:
+        """The images with a label, in their order; this set itself if all have one."""
+        labels = self.labels or ()
+        if self.labels is not None and UNLABELLED not in labels:
+            return self
+        return self.subset([index for index, label in enumerate(labels) if label != UNLABELLED])
 
     @cached_property
     def digest(self) -> str:
@@ -91,28 +107,43 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Source:
-    """Classes, their prompt template, and the images for training and scoring."""
+    """Classes, their prompts, and the images for training and scoring."""
 
     name: str
     class_names: tuple[str, ...]
     template: str
-    """`{}` stands for the class name."""
+    """The prompt of a class, or the first of several; `{}` stands for the class name."""
     train: ImageSet
     test: ImageSet | None
     val: ImageSet | None = None
     """Labelled images to choose few-shot settings on; only the suite's datasets have them."""
+    ensemble: Prompts | None = None
+    """Several templates, or descriptions of single classes; None: `template` alone."""
+
+    @property
+    def wording(self) -> Prompts:
+        """All prompts of the classes."""
+        return self.ensemble or Prompts((self.template,))
 
     @property
     def prompts(self) -> list[str]:
-        """The prompt of each class, in the order of the labels."""
-        return [self.template.replace("{}", name) for name in self.class_names]
+        """The first prompt of each class, in the order of the labels."""
+        return [self.wording.of(name)[0] for name in self.class_names]
 
     def identity(self) -> dict[str, Any]:
-        """What determines training on it, as named plain data: classes, prompt, and the images with their labels."""
+        """What determines training on it, as named plain data: classes, prompts, and the images with their labels.
+
+        `templates` and `descriptions` exist only where a recipe sets them.
+        """
         labels = self.train.labels
+        prompts = self.wording
+        several = {"templates": list(prompts.templates)} if len(prompts.templates) > 1 else {}
+        described = {name: list(texts) for name, texts in prompts.descriptions.items()}
         return {
             "class_names": list(self.class_names),
             "template": self.template,
+            **several,
+            **({"descriptions": described} if described else {}),
             "training_images": self.train.digest,
             "training_labels": None if labels is None else sha256_of_data(list(labels)),
         }

@@ -10,12 +10,14 @@ from comkd_cli.data.class_names import missing_text, read_class_names
 from comkd_cli.data.contents import FileContents
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.folder import folder_source
+from comkd_cli.data.label_file import read_label_file
+from comkd_cli.data.prompts import Prompts, openai_templates, read_prompts
 from comkd_cli.data.shards import ShardStore
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.errors import DataError
 from comkd_cli.events import Notice, Report
 from comkd_cli.recipe.catalog import CATALOG
-from comkd_cli.recipe.model import DEFAULT_TEMPLATE, Data
+from comkd_cli.recipe.model import DEFAULT_TEMPLATE, OPENAI_TEMPLATES, Data
 
 INDEX = "image_digests.sqlite"
 
@@ -34,9 +36,13 @@ def open_source(
     `pipe:` runs a command: only for a recipe that the user runs. Skipped files and classes without images are
     reported. Raises DataError.
     """
-    source = _open_source(data, data_root, runs, report, fetch)
+    source = _with_prompts(_open_source(data, data_root, runs, report, fetch), data, data_root)
+    labelled, images = source.train.labelled_count, len(source.train)
+    partly = 0 < labelled < images
+    if partly:
+        report(Notice(f"{source.name}: {labelled:,} of {images:,} training images have labels"))
     labels = {
-        "training": source.train.labels,
+        "labelled training" if partly else "training": source.train.labelled.labels,
         "validation": source.val.labels if source.val else None,
         "test": source.test.labels if source.test else None,
     }
@@ -71,16 +77,29 @@ def _open_source(data: Data, data_root: Path, runs: Path, report: Report, fetch:
         names = None
     template = data.template or DEFAULT_TEMPLATE
     if folder is not None:
-        return folder_source(folder, names, template, report)
+        labels = None if data.labels is None else read_label_file(locate(data.labels, data_root, "data.labels", folder))
+        return folder_source(folder, names, template, report, labels)
     assert data.shards is not None  # the recipe has one of the three
     assert names is not None  # and with shards it has classes
     store = ShardStore(runs / "shards", data_root, report, fetch, data.fingerprint)
     return store.source(data.shards, names, template)
 
 
-def locate(path: str, data_root: Path, field: str) -> Path:
-    """An existing path, from the current directory or below the data root. Raises DataError."""
-    candidates = [Path(path).expanduser(), data_root / path]
+def _with_prompts(source: Source, data: Data, data_root: Path) -> Source:
+    """The source with the templates and the descriptions of a recipe, if it has any. Raises DataError."""
+    templates: tuple[str, ...] = (source.template,)
+    if data.templates is not None:
+        templates = openai_templates() if data.templates == OPENAI_TEMPLATES else tuple(data.templates)
+    descriptions = {}
+    if data.prompts is not None:
+        descriptions = read_prompts(locate(data.prompts, data_root, "data.prompts"), source.class_names)
+    ensemble = Prompts(templates, descriptions) if len(templates) > 1 or descriptions else None
+    return replace(source, template=templates[0], ensemble=ensemble)
+
+
+def locate(path: str, data_root: Path, field: str, folder: Path | None = None) -> Path:
+    """An existing path, from the current directory, the data root or then the folder. Raises DataError."""
+    candidates = [Path(path).expanduser(), data_root / path, *([] if folder is None else [folder / path])]
     for candidate in candidates:
         if candidate.exists():
             return candidate

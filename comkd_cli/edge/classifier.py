@@ -1,6 +1,8 @@
 """Classify images with an exported bundle. Needs numpy, Pillow and onnxruntime; no torch.
 
     python predict.py IMAGE... [--top 5] [--precision int8] [--add-class "red fox"] [--json]
+    python predict.py FOLDER --csv predictions.csv
+    python predict.py - < image.jpg
 
 or, from Python, `Classifier(bundle_folder).predict("image.jpg")`.
 """
@@ -23,8 +25,11 @@ from PIL import Image
 
 from comkd_cli.edge.class_names import clean_class_name
 from comkd_cli.edge.clip_tokenizer import Tokenizer
+from comkd_cli.edge.folder_csv import CsvJob, bundle_settings, folder_csv_command
 from comkd_cli.edge.images import ImageSource, UnreadableImage, load_prepared
 from comkd_cli.edge.manifest import EXPORT_AGAIN, BundleProblem, read_manifest, read_preprocessing, verified_bytes
+
+STANDARD_INPUT = "-"  # in the place of an image's path; a file of that name is ./-
 
 
 @dataclass(frozen=True)
@@ -127,22 +132,29 @@ class Classifier:
         try:
             merges = verified_bytes(self._folder, self._manifest, text["merges"]).decode("utf-8")
             tokenizer = Tokenizer(merges, int(text["context_length"]))
-            tokens = tokenizer([text["prompt"].replace("{}", name) for name in (*self.class_names, *names)])
-            too_long = [name for name in names if tokenizer.cut(text["prompt"].replace("{}", name))]
+            templates = text.get("templates") or [text["prompt"]]  # older bundles have one prompt
+            written = [[part.replace("{}", name) for part in templates] for name in (*self.class_names, *names)]
+            tokens = tokenizer([prompt for prompts in written for prompt in prompts])
+            new = written[len(self.class_names) :]
+            too_long = [name for name, prompts in zip(names, new, strict=True) if any(map(tokenizer.cut, prompts))]
             graph = self._start(text["file"], "all")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleProblem(
                 f"is damaged: {error!r}", path=self._manifest_path, field="text", remedy=EXPORT_AGAIN
             ) from error
         encoder = f"the text encoder, which reads {tokens.shape[1]} tokens of a prompt"
-        if len(np.unique(tokens, axis=0)) < len(tokens):
+        by_class = tokens.reshape(len(written), -1)
+        if len(np.unique(by_class, axis=0)) < len(by_class):
             problem = f"{encoder}, cannot distinguish these classes from one another or from the existing ones"
             raise BundleProblem(problem, found=", ".join(map(repr, names)), remedy="shorten the names")
         if too_long:
             found = ", ".join(map(repr, too_long))
             raise BundleProblem(f"too long for {encoder}", found=found, remedy="shorten the names")
-        (vectors,) = graph.run(["text_features"], {"tokens": tokens[len(self.class_names) :]})
-        return np.asarray(vectors)
+        (features,) = graph.run(["text_features"], {"tokens": tokens[len(tokens) - len(names) * len(templates) :]})
+        if len(templates) == 1:
+            return np.asarray(features)
+        means = features.reshape(len(names), len(templates), features.shape[1]).mean(axis=1)
+        return np.asarray(means / np.linalg.norm(means, axis=1, keepdims=True), dtype=np.float32)
 
     def predict(self, image: ImageSource | Image.Image, top: int = 5) -> list[Prediction]:
         """The `top` most probable classes of an image, in descending order. Raises UnreadableImage, BundleProblem.
@@ -207,11 +219,14 @@ def _clean(name: str) -> str:
 
 
 def predict_all(classifier: Classifier, images: Iterable[str], top: int) -> list[dict[str, Any]]:
-    """One plain record per image: its classes and probabilities, or the error if it could not be read."""
+    """One plain record per image: its classes and probabilities, or the error if it could not be read.
+
+    images: paths; `-` is standard input.
+    """
     records: list[dict[str, Any]] = []
     for image in images:
         try:
-            predictions = classifier.predict(image, top)
+            predictions = classifier.predict(sys.stdin.buffer.read() if image == STANDARD_INPUT else image, top)
         except UnreadableImage as error:
             records.append({"image": image, "error": str(error)})
             continue
@@ -244,33 +259,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
         classifier = Classifier(options.bundle, precision=options.precision)
         if options.add_class:
             classifier.add_classes(options.add_class)
+        if options.csv:
+            made_by = bundle_settings(options.bundle, options.precision, options.add_class)
+            return folder_csv_command(
+                classifier, CsvJob(Path(options.images[0]), options.csv, options.top, made_by, options.fresh)
+            )
         records = predict_all(classifier, options.images, options.top)
     except BundleProblem as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if options.json:
+    _print_records(records, options.json)
+    return 1 if any("error" in record for record in records) else 0
+
+
+def _print_records(records: Sequence[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
         print(json_text({"predictions": records}, sys.stdout.encoding))
     for record in records:
         if "error" in record:
             print(f"error: {record['error']}", file=sys.stderr)
-        elif not options.json:
+        elif not as_json:
             print(record["image"])
             for entry in record["classes"]:
                 print(f"  {entry['probability']:7.2%}  {entry['class']}")
-    return 1 if any("error" in record for record in records) else 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="predict.py", description="Classify images.")
-    parser.add_argument("images", nargs="+", metavar="IMAGE")
-    parser.add_argument("--bundle", default=Path(__file__).parent, help="the bundle; default: the folder of this file")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, - for standard input; with --csv a folder")
+    parser.add_argument(
+        "--bundle", type=Path, default=Path(__file__).parent, help="the bundle; default: the folder of this file"
+    )
     parser.add_argument("--top", type=int, default=5, help="number of classes to print for an image")
     parser.add_argument("--precision", help="fp32, fp16 or int8; default: the first of the bundle")
     parser.add_argument("--add-class", action="append", default=[], metavar="NAME", help="add a class; may be repeated")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="write the classes of a folder's images to this file; a rerun resumes"
+    )
+    parser.add_argument("--fresh", action="store_true", help="replace the CSV file instead of resuming it")
     options = parser.parse_args(arguments)
     if options.top < 1:
         parser.error("--top must be at least 1")
+    if options.csv and (options.json or len(options.images) != 1):
+        parser.error("--csv takes one folder of images, and no --json")
+    if options.fresh and not options.csv:
+        parser.error("--fresh belongs to --csv")
     return options
 
 

@@ -16,8 +16,9 @@ from comkd_cli.evaluation.linear_probe import linear_probe
 from comkd_cli.evaluation.metrics import mean_per_class_percent, top1_percent
 from comkd_cli.evaluation.protocols import Evaluation, zero_shot
 from comkd_cli.evaluation.subjects import Subject
-from comkd_cli.evaluation.tip_adapter import Labelled, tip_adapter
+from comkd_cli.evaluation.tip_adapter import tip_adapter
 from comkd_cli.events import Notice, Stage
+from comkd_cli.method.linear_probe import Labelled
 from comkd_cli.results.records import Record
 
 STANDARD_SHOTS = (1, 2, 4, 8, 16)
@@ -128,7 +129,7 @@ class _Pool:
         self, evaluation: Evaluation, store: FeatureStore, draws: Draws, unreadable_limit_percent: float
     ) -> None:
         self._dim = evaluation.subject.class_vectors.shape[1]
-        self._train = _Split("train", evaluation.source.train)
+        self._train = _Split("train", evaluation.source.train.labelled)
         self._val = _Split("val", evaluation.source.val)
         drawn = [
             self._drawn(count, seed)

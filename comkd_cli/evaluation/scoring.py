@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.data.unreadable import MOST_NAMED, check_unreadable
 from comkd_cli.errors import DataError
+from comkd_cli.evaluation.answers import Observation
 from comkd_cli.evaluation.features import FeatureStore
 from comkd_cli.evaluation.few_shot import Draws, few_shot
 from comkd_cli.evaluation.metrics import agreement_percent
@@ -44,6 +45,8 @@ class DatasetScorer:
     draws: Draws
     """Of the few-shot protocol."""
     unreadable_limit_percent: float
+    on_scored: Callable[[Observation], None] = lambda seen: None
+    """Called with each model that was scored on all classes, and its answers."""
 
     def score(self, subject: Subject) -> Scores:
         """The records of each protocol that applies. Raises DataError where too few images could be read."""
@@ -57,6 +60,7 @@ class DatasetScorer:
         if subject.role != "teacher":  # which reads the same files as its student
             _report_unreadable(test.unreadable, report)
         scored = zero_shot(evaluation)
+        self.on_scored(Observation(evaluation, scored.predicted))
         records = [replace(scored.record, protocol=protocol) for protocol in self._of_all_classes()]
         if self.images.labels is not None:
             if "base-to-novel" in self.protocols and name not in VARIANTS:

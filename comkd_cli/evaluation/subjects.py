@@ -30,6 +30,8 @@ class Subject:
     seed: int | None
     parameters: int
     """Of its image tower."""
+    module: nn.Module
+    """From prepared images (batch, 3, size, size) to an answer or to features: what its costs are counted of."""
     encoder: Encoder
     class_vectors: Tensor
     """(classes, dim) of the dataset that it is scored on, L2-normalised, on the CPU."""
@@ -81,6 +83,7 @@ def live_student(student: Student, preprocessing: Preprocessing, device: torch.d
         role="student",
         seed=None,
         parameters=parameters(student),
+        module=student,
         encoder=Encoder("", preprocessing, student.project),
         class_vectors=student.class_vectors.cpu().clone(),
         logit_scale=float(student.logit_scale),
@@ -109,6 +112,7 @@ def live_teacher(
         role="teacher",
         seed=None,
         parameters=parameters(image_tower),
+        module=image_tower,
         encoder=Encoder("", preprocessing, image_tower),
         class_vectors=class_vectors.cpu().clone(),
         logit_scale=float(logit_scale),

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from comkd_cli.method.linear_probe import Labelled
 
 # The paper's residual ratio and sharpness, used where no validation images can choose them.
 ALPHA, BETA = 1.0, 5.5
 MOST_ALPHA, MOST_BETA = 3.0, 7.0  # of the search, with the bounds that the released code has for most datasets
 ALPHA_STEPS, BETA_STEPS = 20, 200
 FINE_TUNING_EPOCHS, LEARNING_RATE, EPSILON, BATCH_SIZE = 20, 1e-3, 1e-4, 256
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Image features and their classes."""
-
-    features: Tensor
-    """(images, dim), L2-normalised."""
-    labels: Tensor
-    """(images,) int64."""
 
 
 def tip_adapter(

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 
 from comkd_cli.data.loaders import worker_count
+from comkd_cli.data.prompts import Prompts
 from comkd_cli.data.source import Source
 from comkd_cli.data.sources import open_source
 from comkd_cli.errors import CheckpointError, ComkdError, DataError, MisuseError, ModelError
+from comkd_cli.evaluation.answers import Observation
 from comkd_cli.evaluation.classes import check_classes
 from comkd_cli.evaluation.features import FeatureStore
 from comkd_cli.evaluation.few_shot import STANDARD_SEEDS, STANDARD_SHOTS, Draws
@@ -35,6 +37,7 @@ from comkd_cli.teachers.class_vectors import encode_ensemble
 from comkd_cli.teachers.loading import teacher_of_clip
 from comkd_cli.teachers.of_student import teacher_of_student
 
+IMAGENET = Prompts(IMAGENET_TEMPLATES)
 MEMORY_REMEDY = "end other programs, or use a machine with more memory"
 
 
@@ -60,6 +63,8 @@ class Bench:
     seeds: tuple[int, ...] = STANDARD_SEEDS
     allow_download: bool = False
     """Download what a student.pt names and no cache has."""
+    on_scored: Callable[[Observation], None] = lambda seen: None
+    """Called with each model that was scored, and its answers."""
     clips: dict[str, Clip] = field(default_factory=dict)
     """Loaded plain CLIPs by argument, each used for every dataset."""
     recipes: dict[Path, tuple[Path, Recipe]] = field(default_factory=dict)
@@ -78,6 +83,7 @@ class Bench:
             self.protocols,
             Draws(self.shots, self.seeds),
             data.unreadable_limit_percent,
+            self.on_scored,
         )
 
 
@@ -237,9 +243,10 @@ def _score_student(path: Path, bench: Bench) -> Results:
     _report_other_settings(path, record, bench)
     data = bench.data or record.recipe.data
     source = bench.open_source(data)
-    check_classes(record, source)
+    check_classes(record, source, bench.report)
     scorer = _without_unfit_protocols(record, bench).scorer(source, data)
-    scores = scorer.score(student_subject(student, record, sha256_of_file(path), str(path), bench.device))
+    subject = student_subject(student, record, sha256_of_file(path), str(path), bench.device)
+    scores = scorer.score(_among_classes_of(source, subject))
     try:
         teacher = collectives.on_every_rank(partial(_teacher_of, path, student, record, bench))
     except (ComkdError, OSError) as error:
@@ -247,12 +254,17 @@ def _score_student(path: Path, bench: Bench) -> Results:
         return Results(scores.records)
     try:
         with failures_explained(MEMORY_REMEDY):
-            teacher_scores = scorer.score(teacher)
+            teacher_scores = scorer.score(_among_classes_of(source, teacher))
     except _recoverable() as error:  # the student's scores are kept
         return Results(scores.records, [Missing(source.name, _message(error), teacher.model, failed=True)])
     agreement = agreement_of(scores, teacher_scores)
     records = [replace(r, agreement_percent=agreement) if r.classes == "all" else r for r in scores.records]
     return Results([*records, *teacher_scores.records])
+
+
+def _among_classes_of(source: Source, subject: Subject) -> Subject:
+    """The subject with only the classes of the data, since those that were added to a student come after them."""
+    return replace(subject, class_vectors=subject.class_vectors[: len(source.class_names)])
 
 
 def _report_other_settings(path: Path, record: StudentRecord, bench: Bench) -> None:
@@ -279,12 +291,12 @@ def _score_baseline(argument: str, bench: Bench) -> Results:
     if argument not in bench.clips:
         bench.clips[argument] = collectives.on_every_rank(partial(build_clip, model, report=bench.report))
     clip = bench.clips[argument]
-    ready = teacher_of_clip(clip, source.class_names, source.template, bench.device, bench.report)
+    ready = teacher_of_clip(clip, source.class_names, source.wording, bench.device, bench.report)
     identity = _weights_digest(model)
     subject = teacher_subject(ready.teacher, ready.preprocessing, identity, argument, "baseline", bench.device)
     records = scorer.score(subject).records
     if source.name in IMAGENET_FAMILY:
-        vectors = encode_ensemble(clip, source.class_names, IMAGENET_TEMPLATES, bench.device, bench.report).cpu()
+        vectors = encode_ensemble(clip, source.class_names, IMAGENET, bench.device, bench.report).cpu()
         ensemble = replace(subject, class_vectors=vectors)
         records.append(replace(zero_shot(scorer.evaluation(ensemble)).record, method="clip-ensemble"))
     return Results(records)

@@ -298,7 +298,7 @@ def _pools(record: StudentRecord, data_root: Path, options: ExportOptions, repor
         other = "give other real images for the checks with --images"
         error.remedy = other if error.remedy is None else f"{error.remedy}, or {other}"
         raise
-    check_classes(record, source)
+    check_classes(record, source, report)
     training = Pool(source.train, "training")
     if source.test is None or not len(source.test):
         report(

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from comkd_cli.edge.classifier import Classifier, predict_all
+from comkd_cli.edge.folder_csv import CsvJob, CsvProblem, CsvSummary, bundle_settings, write_folder_csv
+from comkd_cli.edge.image_files import skipped_text
 from comkd_cli.edge.manifest import BundleProblem
-from comkd_cli.errors import BundleError
+from comkd_cli.errors import BundleError, DataError
+from comkd_cli.events import Notice, Progress, Report, ignore_event
+
+
+@dataclass(frozen=True)
+class Table:
+    """A CSV file with a row for each image of a folder."""
+
+    folder: Path
+    path: Path
+    fresh: bool = False
+    """Replace what an earlier run wrote, instead of resuming it."""
 
 
 def predict(
@@ -16,14 +31,52 @@ def predict(
 ) -> list[dict[str, Any]]:
     """A plain record for each image: its `top` most probable classes, or the error if it could not be read.
 
-    precision: None takes the first of the bundle. add_classes: names of classes beside the bundle's own. Raises
-    BundleError.
+    images: paths; `-` is standard input. precision: None takes the first of the bundle. add_classes: names of classes
+    beside the bundle's own. Raises BundleError.
+    """
+    with _bundle_errors():
+        return predict_all(_classifier(bundle, precision, add_classes), images, top)
+
+
+def predict_folder(
+    bundle: Path,
+    table: Table,
+    top: int,
+    precision: str | None = None,
+    add_classes: Sequence[str] = (),
+    report: Report = ignore_event,
+) -> CsvSummary:
+    """Write the table of a folder, resuming an interrupted one; see edge/folder_csv.py.
+
+    Other arguments as in `predict`. Raises BundleError; DataError for a folder without images, and for a table that
+    was written from other images or settings; OSError where the system refuses to write.
     """
     try:
-        classifier = Classifier(bundle, precision=precision)
-        if add_classes:
-            classifier.add_classes(add_classes)
-        return predict_all(classifier, images, top)
+        with _bundle_errors():
+            classifier = _classifier(bundle, precision, add_classes)
+            job = CsvJob(table.folder, table.path, top, bundle_settings(bundle, precision, add_classes), table.fresh)
+            summary = write_folder_csv(
+                classifier, job, lambda done, total: report(Progress("classifying images", done, total))
+            )
+    except CsvProblem as error:
+        raise DataError(error.problem, path=error.path, found=error.found, remedy=error.remedy) from error
+    if skipped := skipped_text(summary.skipped):
+        report(Notice(f"{table.folder}: {skipped}"))
+    return summary
+
+
+def _classifier(bundle: Path, precision: str | None, add_classes: Sequence[str]) -> Classifier:
+    classifier = Classifier(bundle, precision=precision)
+    if add_classes:
+        classifier.add_classes(add_classes)
+    return classifier
+
+
+@contextmanager
+def _bundle_errors() -> Iterator[None]:
+    """Within the block a BundleProblem becomes a BundleError with its fields."""
+    try:
+        yield
     except BundleProblem as error:
         raise BundleError(
             error.problem,

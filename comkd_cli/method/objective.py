@@ -24,7 +24,8 @@ def loss_terms(
     L = w_r * tau^2 KL(teacher || student) + w_a * (L_mean + L_var)  (ComKD-CLIP, arXiv 2408.04145), plus the terms of
     other methods that the recipe has on. Without `if_align` and `edu_attention` it is PromptKD's objective.
 
-    teacher: None where no term compares with it (`Loss.needs_teacher`). labels: (batch,) int64, for `loss.labels`.
+    teacher: None where no term compares with it (`Loss.needs_teacher`). labels: (batch,) int64, for `loss.labels`; -1
+    for an image without a label.
     Raises DataError where the labels that it needs are missing.
     """
     terms = {} if teacher is None else _distillation_terms(student, teacher, loss)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from comkd_cli.method.edu_attention import EduAttention
@@ -58,11 +59,12 @@ class Student(nn.Module):
         # A checkpoint holds them apart from the learned weights.
         self.register_buffer("class_vectors", class_vectors.clone(), persistent=False)
         self.register_buffer("logit_scale", logit_scale.clone(), persistent=False)
+        self._memory_size = len(class_vectors)
 
     def forward(self, images: Tensor, class_vectors: Tensor | None = None) -> StudentOutput:
         """images: (batch, 3, size, size). class_vectors: (classes, dim) to classify among; None: the run's own.
 
-        EduAttention's memory is the run's class vectors, or with `memory: candidates` the given ones.
+        EduAttention's memory is the class vectors of the training run, or with `memory: candidates` the given ones.
         """
         candidates = self.class_vectors if class_vectors is None else class_vectors
         projected = self.project(images)
@@ -79,7 +81,17 @@ class Student(nn.Module):
         if self.edu_attention is None:
             return _unit(projected)
         memory = class_vectors if self.uses_candidates else self.class_vectors
+        if not self.uses_candidates and len(memory) > self._memory_size:
+            memory = memory[: self._memory_size]
         return _unit(self.edu_attention(projected, memory))
+
+    def add_classes(self, class_vectors: Tensor) -> None:
+        """Add classes that it was not trained on, by their vectors (classes, dim), L2-normalised.
+
+        EduAttention's memory of the run's own class vectors stays as it was trained; with `memory: candidates` the new
+        ones are part of it.
+        """
+        self.class_vectors = torch.cat([self.class_vectors, class_vectors.to(self.class_vectors)])
 
     def train(self, mode: bool = True) -> Student:
         """As nn.Module's, but a frozen backbone stays in inference mode: no dropout, no moving statistics."""

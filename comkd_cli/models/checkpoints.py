@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from comkd_cli.data.prompts import Prompts
 from comkd_cli.edge.images import Preprocessing, checked_preprocessing
 from comkd_cli.errors import CheckpointError, ComkdError
 from comkd_cli.files import atomic_write, is_newer_format
 from comkd_cli.method.student import Student
 from comkd_cli.models import downloads
 from comkd_cli.models.backbones import Origin, build_image_tower, state_sha256
-from comkd_cli.models.weights import check_finite, differences_in_error
+from comkd_cli.models.weights import check_finite, differences_in_error, is_torchscript
 from comkd_cli.recipe import Recipe, parse_recipe
 
 STUDENT_FORMAT = "comkd-student/1"
@@ -49,6 +51,22 @@ class StudentRecord:
     teacher_sha256: dict[str, str] | None = None
     """Of the local files of the teacher, by the recipe's field that names each, or `teacher` for teacher.pt; empty for
     a teacher from a tag or a repository; None in files of versions that did not record it."""
+    templates: tuple[str, ...] = ()
+    """All prompt templates, `template` first; empty in files of versions that had one alone."""
+    descriptions: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """By class name, the prompts of a class that replace those of the templates."""
+    classes_added: tuple[str, ...] = ()
+    """The last of `class_names` that it was not trained on: `comkd classes --add`."""
+
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts of its classes."""
+        return Prompts(self.templates or (self.template,), self.descriptions)
+
+    @property
+    def trained_classes(self) -> tuple[str, ...]:
+        """The classes that it was trained on."""
+        return self.class_names[: len(self.class_names) - len(self.classes_added)]
 
 
 @dataclass(frozen=True)
@@ -65,7 +83,8 @@ class TeacherRecord:
     origin: Origin
     metrics: dict[str, float]
     backbone_sha256: str | None = None
-    """Of the frozen CLIP under learned prompts; None for a teacher that holds all its weights."""
+    """Of the frozen CLIP under learned prompts or fitted class vectors; None for a teacher that holds all its
+    weights."""
     made_of: dict[str, Any] | None = None
     """The parts of which `key` is a digest; None in files of versions that did not record them."""
 
@@ -80,12 +99,18 @@ class SavedTeacher:
     logit_scale: Tensor
     """Scalar."""
     state_dict: dict[str, Tensor]
-    """Of the whole CLIP, or of a prompted one `prompts.vision` and `prompts.text`, (depth, tokens, width) each."""
+    """Of the whole CLIP; of a prompted one `prompts.vision` and `prompts.text`, (depth, tokens, width) each; empty if
+    only the class vectors were fitted."""
+
+    @property
+    def is_frozen_clip(self) -> bool:
+        """Whether its CLIP is loaded from the weights that it started from, since none of them were trained."""
+        return self.record.backbone_sha256 is not None
 
     @property
     def prompts(self) -> dict[str, Tensor] | None:
-        """The learned prompts of the `vision` and the `text` encoder; None for a teacher trained in full."""
-        if self.record.backbone_sha256 is None:
+        """The learned prompts of the `vision` and the `text` encoder; None for a teacher without them."""
+        if not self.is_frozen_clip or not self.state_dict:
             return None
         return {name: self.state_dict[f"prompts.{name}"] for name in ("vision", "text")}
 
@@ -120,24 +145,28 @@ def load_student(path: Path, allow_download: bool = False) -> tuple[Student, Stu
     settings = record.recipe.student
     with downloads.forbidden(unless=allow_download):
         # A student trained in full holds every weight, so its initial weights are not needed.
-        tower = build_image_tower(settings, load_weights=settings.train == "prompts")
+        # `weights` may name the student that this one continued from; its own backbone is on record.
+        initial = settings.model_copy(update={"weights": record.backbone.weights})
+        tower = build_image_tower(initial, load_weights=settings.train == "prompts")
     if settings.train == "prompts" and state_sha256(tower.module) != record.backbone_sha256:
         raise CheckpointError(
-            f"its prompts were trained on other weights than {settings.weights or settings.arch} holds now "
+            f"its prompts were trained on other weights than {initial.weights or initial.arch} holds now "
             f"(sha256 of the tensors: {record.backbone_sha256})",
             path=path,
             remedy="restore the weights that it was trained with",
         )
+    vectors = data["class_vectors"].float()
     try:
         student = Student(
             tower.module,
             tower.width,
-            data["class_vectors"].float(),
+            vectors[: len(record.trained_classes)],
             data["logit_scale"].float(),
             settings,
             record.recipe.loss.edu_attention,
         )
         student.load_learned_state(data["state_dict"])
+        student.add_classes(vectors[len(record.trained_classes) :])
     except ComkdError:
         raise
     except Exception as error:  # any shape of damaged content
@@ -150,6 +179,24 @@ def load_student(path: Path, allow_download: bool = False) -> tuple[Student, Stu
 def load_student_record(path: Path) -> StudentRecord:
     """The record of a student.pt, without building the student. Raises CheckpointError."""
     return _read_student(path)[0]
+
+
+def load_student_state(path: Path) -> tuple[StudentRecord, dict[str, Tensor]]:
+    """The record of a student.pt and its learned tensors, without building the student. Raises CheckpointError."""
+    record, data = _read_student(path)
+    return record, data["state_dict"]
+
+
+def is_student(path: Path) -> bool:
+    """Whether a file is a student.pt, of this or a newer version; False for a file that could not be read."""
+    if not zipfile.is_zipfile(path) or is_torchscript(path):  # the first also where there is no such file
+        return False
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # torch and pickle raise many kinds for other files
+        return False
+    found = data.get("format") if isinstance(data, dict) else None
+    return found == STUDENT_FORMAT or is_newer_format(found, STUDENT_FORMAT)
 
 
 def _read_student(path: Path) -> tuple[StudentRecord, dict[str, Any]]:
@@ -169,7 +216,12 @@ def _read_student(path: Path) -> tuple[StudentRecord, dict[str, Any]]:
             metrics=data["metrics"],
             identity_parts=_mapping_or_none(data.get("identity_parts")),
             teacher_sha256=data.get("teacher_sha256"),
+            templates=_texts(data.get("templates", ())),
+            descriptions={str(name): _texts(texts) for name, texts in data.get("descriptions", {}).items()},
+            classes_added=_texts(data.get("classes_added", ())),
         )
+        if record.classes_added != record.class_names[len(record.trained_classes) :]:
+            raise ValueError("classes_added should be the last of class_names")
         _check_plain(data, ("recipe_name", "source", "template", "identity"), ("teacher", "backbone_sha256"))
         if not all(isinstance(part, str) for item in (record.teacher_sha256 or {}).items() for part in item):
             raise ValueError("teacher_sha256 should map names to digests")
@@ -183,6 +235,12 @@ def _mapping_or_none(value: Any) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
         raise TypeError(f"identity_parts should be a mapping, not {value!r}")
     return value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise TypeError(f"should be a list of texts, not {value!r}")
+    return tuple(value)
 
 
 def _reason(error: Exception) -> str:

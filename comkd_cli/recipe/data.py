@@ -12,6 +12,9 @@ from comkd_cli.recipe.fields import Closed
 
 DATASETS = ("digits", *CATALOG)
 DEFAULT_TEMPLATE = "a photo of a {}."
+OPENAI_TEMPLATES = "openai"
+UNLABELLED = -1
+"""The label of an image without one, in a set where others have labels, and in its batches."""
 
 
 class Data(Closed):
@@ -22,17 +25,29 @@ class Data(Closed):
     1,797 handwritten digits, 8 by 8 pixels."""
     folder: str | None = None
     """A folder of images: unlabelled anywhere below it, or train/, val/ and test/ with a sub-folder for each class.
-    A relative path is taken from the current directory, then from the data root."""
+    train/unlabelled/ beside the class folders holds training images without a label. A relative path is taken from the
+    current directory, then from the data root."""
+    labels: str | None = None
+    """With `folder`: a CSV file with the columns `path` and `class`, which gives labels to any of the training images;
+    the others have none, whatever their folders. Paths count from `folder`, or from the file's own folder. The file is
+    looked for as `folder` is, then in `folder`."""
     shards: str | None = None
     """WebDataset shards, tar files of unlabelled images: a path or address, in which braces name many shards, such as
     `"train-{0000..0099}.tar"` (in quotes). A relative path is taken as for `folder`; `http:`, `pipe:` and whatever else
     webdataset opens is fetched once, into RUNS/shards. Needs `classes`."""
     classes: str | Annotated[tuple[str, ...], Field(strict=False)] | None = None
     """Class names in the order of the labels: a text file with a name on each line, or a list. Empty lines are skipped;
-    a line that starts with `#` is refused. Default: the names of the sub-folders, sorted. Underscores become spaces in
-    all names."""
+    a line that starts with `#` is refused. Default: the names of the sub-folders, sorted; with `labels`, those of test/
+    and val/, or else the classes of the file. Underscores become spaces in all names."""
     template: str | None = None
     """The prompt of a class, with `{}` for its name. Default: the dataset's own, or `a photo of a {}.`"""
+    templates: str | Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    """Several prompts of a class instead of `template`, each with `{}` for its name; or `openai`, the 80 of OpenAI's
+    ImageNet ensemble. The vector of a class is the normalised mean of those of its prompts. `adapt: full` uses the
+    first alone [C]; promptsrc learns its own words and takes neither `templates` nor `prompts`."""
+    prompts: str | None = None
+    """A YAML file with descriptions of single classes, `class name: text` or a list of texts, which replace the prompts
+    of that class. A relative path is taken as for `folder`."""
     unreadable_limit_percent: Annotated[float, Field(ge=0, le=100)] = 10.0
     """The share of images that may be unreadable; they are named and skipped. Above it the run stops."""
     fingerprint: Literal["contents", "size_and_time"] = "contents"
@@ -54,11 +69,38 @@ class Data(Closed):
             raise ValueError(f"unknown dataset {self.dataset!r}; {hint}")
         if self.dataset is not None and self.classes is not None:
             raise ValueError(f"`classes` needs `folder` or `shards`; the dataset {self.dataset} has its own")
+        if self.labels is not None and self.folder is None:
+            raise ValueError("`labels` needs `folder`: it gives labels to images of a folder")
         if self.shards is not None and self.classes is None:
             raise ValueError("`shards` have no labels: give `classes`, a list or a text file with a name on each line")
-        if self.template is not None and self.template.count("{}") != 1:
-            raise ValueError(f"`template` must contain {{}} once, for the class name; it is {self.template!r}")
         return self
+
+    @model_validator(mode="after")
+    def _prompts(self) -> Data:
+        if self.template is not None and self.templates is not None:
+            raise ValueError("`template` and `templates` exclude each other")
+        if isinstance(self.templates, str) and self.templates != OPENAI_TEMPLATES:
+            raise ValueError(f"`templates` should be a list or `{OPENAI_TEMPLATES}`, not {self.templates!r}")
+        if self.templates == ():
+            raise ValueError("`templates` is empty")
+        given: dict[str, tuple[str, ...]] = {}
+        if self.template is not None:
+            given["template"] = (self.template,)
+        if self.templates is not None and not isinstance(self.templates, str):
+            given["templates"] = self.templates
+        for field, templates in given.items():
+            for template in templates:
+                if template.count("{}") != 1:
+                    raise ValueError(f"`{field}` must contain {{}} once, for the class name; it is {template!r}")
+            if len(set(templates)) < len(templates):
+                raise ValueError(f"`{field}` repeats a template")
+        return self
+
+    @property
+    def words(self) -> str | None:
+        """The field that gives a class several prompts or its own; None where no field does."""
+        given = {"templates": self.templates, "prompts": self.prompts}
+        return next((name for name, value in given.items() if value is not None), None)
 
 
 class Augment(Closed):

@@ -36,6 +36,8 @@ CONTENTS = {
     "teacher.images": "the contents of the images that the teacher is trained on",
     "teacher.labels": "the labels of the images that the teacher is trained on",
 }
+# Parts that exist only where a recipe sets them: an earlier run without them had the default.
+OPTIONAL = frozenset({"data.templates", "data.descriptions"})
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,14 @@ class Identity:
 
         earlier: parts that were saved, perhaps by an older version. A recipe field that it did not have counts with its
         default, since the default of a new field keeps what was done before; other parts that it does not have are not
-        compared.
+        compared, except OPTIONAL ones.
         """
         then, now = comparable(earlier), comparable(self.parts)
         lines: list[str] = []
         for name in (name for name in now if name in then):
             before, after, path = then[name], now[name], () if name == "recipe" else (name,)
             if path and isinstance(before, Mapping) and isinstance(after, Mapping):
-                after = {key: value for key, value in after.items() if key in before}
+                after = {key: value for key, value in after.items() if key in before or f"{name}.{key}" in OPTIONAL}
             lines += _differences(before, after, path, what)
         return lines
 

@@ -21,9 +21,11 @@ COMMAND_LINE = "--set"
 # Setting one of these removes the base recipe's values of the others: they are alternatives, and a merge of two would
 # be a recipe that nobody wrote.
 SUPERSEDES = {
-    "data.dataset": ("folder", "shards", "classes", "template"),
-    "data.folder": ("dataset", "shards", "classes", "template"),
-    "data.shards": ("dataset", "folder", "classes", "template"),
+    "data.dataset": ("folder", "labels", "shards", "classes", "template", "templates", "prompts"),
+    "data.folder": ("dataset", "labels", "shards", "classes", "template", "templates", "prompts"),
+    "data.shards": ("dataset", "folder", "labels", "classes", "template", "templates", "prompts"),
+    "data.template": ("templates",),
+    "data.templates": ("template",),
     "teacher.arch": ("config", "weights", "format", "backbone_weights"),
     "teacher.config": ("arch", "weights", "format", "backbone_weights"),
     "student.arch": ("config", "weights"),

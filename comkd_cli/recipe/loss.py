@@ -40,10 +40,10 @@ class FeatureCosine(Closed):
 
 
 class Labels(Closed):
-    """Cross-entropy on the labels of the training images."""
+    """Cross-entropy on the labels of the training images that have one."""
 
     weight: Weight = 1.0
-    """Of the mean over the images [C]."""
+    """Of the mean over the labelled images of a batch [C]."""
 
 
 class EduAttention(Closed):

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from comkd_cli.recipe.architecture import SCHEMES, Model
-from comkd_cli.recipe.data import DATASETS, DEFAULT_TEMPLATE, Augment, Data
+from comkd_cli.recipe.data import DATASETS, DEFAULT_TEMPLATE, OPENAI_TEMPLATES, UNLABELLED, Augment, Data
 from comkd_cli.recipe.fields import Closed
 from comkd_cli.recipe.loss import EduAttention, FeatureCosine, FeatureMse, IFAlign, Labels, Loss, Refinement
 from comkd_cli.recipe.optim import AdamW, Optim, Sgd
@@ -20,6 +20,7 @@ from comkd_cli.recipe.teacher import (
     Adapt,
     FullAdapt,
     Gaussian,
+    LinearProbeAdapt,
     NoAdapt,
     PromptSrcAdapt,
     Teacher,
@@ -29,8 +30,10 @@ from comkd_cli.recipe.teacher import (
 __all__ = [
     "DATASETS",
     "DEFAULT_TEMPLATE",
+    "OPENAI_TEMPLATES",
     "SCHEMA_VERSION",
     "SCHEMES",
+    "UNLABELLED",
     "AdamW",
     "Adapt",
     "Augment",
@@ -43,6 +46,7 @@ __all__ = [
     "Gaussian",
     "IFAlign",
     "Labels",
+    "LinearProbeAdapt",
     "Loss",
     "Model",
     "NoAdapt",
@@ -112,6 +116,17 @@ class Recipe(Closed):
     evaluate_every_epochs: Annotated[int, Field(ge=0)] = 1
     """Epochs between scores of the test images, where they have labels; 0 scores at the end only. Scores are always
     computed in fp32, as by `comkd evaluate`; `selection: promptkd` needs a score after every epoch."""
+
+    @model_validator(mode="after")
+    def _learns_its_own_words(self) -> Recipe:
+        adapt = self.teacher.adapt
+        if self.teacher.format != "promptsrc" and not isinstance(adapt, PromptSrcAdapt):
+            return self
+        of_teacher = getattr(adapt, "data", None)
+        for place, data in (("data", self.data), ("teacher.adapt.data", of_teacher)):
+            if data is not None and data.words is not None:
+                raise ValueError(f"promptsrc learns the words of its prompts: leave `{place}.{data.words}` out")
+        return self
 
     @model_validator(mode="after")
     def _selects(self) -> Recipe:

@@ -29,6 +29,10 @@ class Projector(Closed):
 class Student(Model):
     """The small model that is trained. Only its image tower is built."""
 
+    weights: str | None = None
+    """An open_clip tag, such as openai, or a local file; or the student.pt of a finished run of the same architecture
+    and `train`, from which the new run starts: every tensor of the same name and shape is loaded, and a notice names
+    the rest. Default: random weights."""
     train: Literal["prompts", "full"] = "prompts"
     """`prompts` trains vision prompts in a frozen backbone; `full` trains every weight."""
     prompts: Prompts | None = None

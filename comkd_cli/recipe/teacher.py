@@ -11,6 +11,8 @@ from comkd_cli.recipe.data import Data
 from comkd_cli.recipe.fields import Closed, Count, Positive, Weight
 from comkd_cli.recipe.optim import AdamW, Sgd
 
+STRENGTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+
 
 class NoAdapt(Closed):
     """Keep the teacher as its weights are: zero-shot."""
@@ -71,8 +73,22 @@ class PromptSrcAdapt(Sgd):
     """Classes whose prompts are encoded at once; memory grows with this, not with the number of classes [C]."""
 
 
+class LinearProbeAdapt(Closed):
+    """Fit the class vectors of the frozen teacher to the labelled images, from its zero-shot vectors [C]."""
+
+    method: Literal["linear_probe"] = "linear_probe"
+    """`linear_probe`"""
+    strengths: Annotated[tuple[Positive, ...], Field(min_length=1, strict=False)] = STRENGTHS
+    """Candidates for the weight of the squared distance to the zero-shot vectors; the best on the validation images is
+    used, and of several equally good ones the largest [C]."""
+    validation_percent: Annotated[float, Field(gt=0, lt=100)] = 20.0
+    """Share of each class's labelled images that choose the strength: at least one, and never all [C]."""
+    seed: Annotated[int, Field(ge=0)] = 1
+    """Of the draw of the validation images; students of several seeds share one teacher."""
+
+
 Adapt = Annotated[
-    NoAdapt | FullAdapt | PromptSrcAdapt,
+    NoAdapt | FullAdapt | PromptSrcAdapt | LinearProbeAdapt,
     Field(discriminator="method"),
     BeforeValidator(lambda value: {"method": value} if isinstance(value, str) else value),
 ]
@@ -82,8 +98,8 @@ class Teacher(Model):
     """The large CLIP that the student is distilled from."""
 
     adapt: Adapt = NoAdapt()
-    """Stage 1: `none` keeps the zero-shot teacher, `promptsrc` learns prompts from a few labelled images,
-    `full` trains every weight on all of them."""
+    """Stage 1: `none` keeps the zero-shot teacher, `linear_probe` fits its class vectors to the labelled images,
+    `promptsrc` learns prompts from a few of them, `full` trains every weight on all of them."""
     format: Literal["clip", "promptsrc"] = "clip"
     """Of the file in `weights`: `clip` is read by open_clip; `promptsrc` is a checkpoint with prompts, as PromptSRC and
     PromptKD publish their teachers. It is read without running code from it."""
@@ -103,8 +119,9 @@ class Teacher(Model):
 
     @model_validator(mode="after")
     def _is_trained(self) -> Teacher:
-        if not self.has_weights and self.adapt.method == "promptsrc":
-            raise ValueError("has random weights, and promptsrc trains only prompts: give `weights`")
+        if not self.has_weights and self.adapt.method in ("promptsrc", "linear_probe"):
+            trained = "prompts" if self.adapt.method == "promptsrc" else "class vectors"
+            raise ValueError(f"has random weights, and {self.adapt.method} trains only {trained}: give `weights`")
         if not self.has_weights and self.adapt.method == "none":
             raise ValueError("has random weights: give `weights`, or train it with `adapt: full`")
         if self.config is not None and "text_cfg" not in self.config:

@@ -28,6 +28,14 @@ def batch_moments(values: Tensor, axes: Sequence[int] = (0,)) -> tuple[Tensor, T
     return mean, variance
 
 
+def batch_totals(counts: Tensor) -> Tensor:
+    """The sums of some counts, int64 (n,), over the processes that share a batch. Each of them must call it."""
+    if ranks.world_size() > 1:
+        counts = counts.clone()
+        distributed.all_reduce(counts)
+    return counts
+
+
 def share_batch_norms(module: nn.Module, device: torch.device) -> None:
     """Make every BatchNorm of a module, in place, take its statistics from the whole batch of all processes.
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from comkd_cli.data.prompts import Prompts
 from comkd_cli.edge.images import Preprocessing
 from comkd_cli.errors import CheckpointError
 from comkd_cli.events import Report, ignore_event
@@ -20,7 +21,7 @@ from comkd_cli.models.checkpoints import SavedTeacher, load_teacher
 from comkd_cli.models.weights import check_finite, differences_in_error, first_line
 from comkd_cli.recipe.model import Model, Teacher
 from comkd_cli.teachers.class_vectors import encode_prompts
-from comkd_cli.teachers.prompted import Prompted, released_prompted, saved_prompted
+from comkd_cli.teachers.prompted import Prompted, frozen_clip, released_prompted, saved_prompted
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,22 @@ class TeacherSource(Protocol):
 
 
 def build_teacher(
-    settings: Teacher, class_names: Sequence[str], template: str, device: torch.device, report: Report = ignore_event
+    settings: Teacher,
+    class_names: Sequence[str],
+    prompts: Prompts | str,
+    device: torch.device,
+    report: Report = ignore_event,
 ) -> ReadyTeacher:
     """A teacher with its weights as they are, not adapted to any data.
 
-    A CLIP gets the class vectors of `template`. A released checkpoint has its own prompts, which replace the template's
-    words. Raises ModelError or CheckpointError.
+    prompts: a CLIP gets their class vectors, as `encode_prompts` gives them. A released checkpoint has its own prompts,
+    which replace them. Raises ModelError or CheckpointError.
     """
     sha256 = teacher_sha256(settings)
     if settings.format == "promptsrc":
         ready = teacher_of_prompted(released_prompted(settings, report), class_names, device, report=report)
     else:
-        ready = teacher_of_clip(build_clip(settings, report=report), class_names, template, device, report)
+        ready = teacher_of_clip(build_clip(settings, report=report), class_names, prompts, device, report)
     return replace(ready, sha256=sha256)
 
 
@@ -69,8 +74,8 @@ def load_saved_teacher(
     """The teacher of a teacher.pt, with the class vectors of these names.
 
     key: its expected `TeacherRecord.key`. Raises CheckpointError where it has another key, or where it was trained in
-    full on other classes, whose vectors it cannot compute; ModelError where the backbone of its prompts could not be
-    loaded.
+    full or probed on other classes, whose vectors it cannot compute; ModelError where the CLIP that it was adapted on
+    could not be loaded.
     """
     saved = load_teacher(path)
     if key is not None and saved.record.key != key:
@@ -85,15 +90,23 @@ def load_saved_teacher(
             path=path,
             found=f"{len(saved.record.class_names)} classes",
         )
-    return ReadyTeacher(_load_full(saved, path), saved.record.preprocessing, path, sha256)
+    load = _load_probed if saved.is_frozen_clip else _load_full
+    return ReadyTeacher(load(saved, path), saved.record.preprocessing, path, sha256)
 
 
 def teacher_of_clip(
-    clip: Clip, class_names: Sequence[str], template: str, device: torch.device, report: Report = ignore_event
+    clip: Clip,
+    class_names: Sequence[str],
+    prompts: Prompts | str,
+    device: torch.device,
+    report: Report = ignore_event,
 ) -> ReadyTeacher:
-    """A CLIP as a frozen teacher, with the class vectors of these names. Raises ModelError."""
+    """A CLIP as a frozen teacher, with the class vectors of these names. prompts: as `build_teacher`.
+
+    Raises ModelError.
+    """
     clip.model.to(device)
-    vectors = encode_prompts(clip, class_names, template, device, report)
+    vectors = encode_prompts(clip, class_names, prompts, device, report)
     return _ready(clip, clip.model.visual, vectors, clip.model.logit_scale.detach().exp())  # type: ignore[arg-type,operator]
 
 
@@ -136,6 +149,12 @@ def _load_full(saved: SavedTeacher, path: Path) -> method.Teacher:
             remedy=f"delete {path.parent} to retrain it",
         ) from error
     return method.Teacher(tower.module, saved.class_vectors, saved.logit_scale)
+
+
+def _load_probed(saved: SavedTeacher, path: Path) -> method.Teacher:
+    """A teacher whose CLIP is frozen, with its fitted class vectors."""
+    clip = frozen_clip(saved.record, path)
+    return method.Teacher(clip.model.visual, saved.class_vectors, saved.logit_scale)  # type: ignore[arg-type]
 
 
 def teacher_sha256(settings: Teacher, checkpoint: Path | None = None) -> dict[str, str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from comkd_cli.data.prompts import Prompts
 from comkd_cli.errors import CheckpointError
 from comkd_cli.events import Notice, Report, ignore_event
 from comkd_cli.method.prompt_src import class_prompt
@@ -19,7 +20,7 @@ from comkd_cli.models import downloads
 from comkd_cli.models.backbones import Clip, build_clip, load_clip_state
 from comkd_cli.models.checkpoints import StudentRecord, load_teacher
 from comkd_cli.recipe.model import Model
-from comkd_cli.teachers.class_vectors import tokenize_prompts
+from comkd_cli.teachers.class_vectors import encode_prompts, report_truncation, tokenize_prompts
 from comkd_cli.teachers.loading import ReadyTeacher, build_teacher, load_saved_teacher, teacher_sha256
 from comkd_cli.teachers.prompted import Prompted, released_prompted, saved_prompted
 
@@ -44,9 +45,10 @@ def teacher_of_student(
     with downloads.forbidden(unless=allow_download):
         if record.teacher is not None:
             path = teacher_file(record, student_file)
-            ready = load_saved_teacher(path, record.class_names, device, report=report)
+            ready = load_saved_teacher(path, record.trained_classes, device, report=report)
+            ready = _with_added_classes(ready, record, student_file, device)
         else:
-            ready = build_teacher(record.recipe.teacher, record.class_names, record.template, device, report)
+            ready = build_teacher(record.recipe.teacher, record.class_names, record.prompts, device, report)
     _check_same_teacher(ready.teacher, student, _teacher_name(record, student_file))
     if record.teacher_sha256 is None and ready.sha256:
         report(
@@ -58,18 +60,39 @@ def teacher_of_student(
     return ready
 
 
+def _with_added_classes(
+    ready: ReadyTeacher, record: StudentRecord, student_file: Path, device: torch.device
+) -> ReadyTeacher:
+    """The teacher with the vectors of the classes that were added to its student, from its text encoder."""
+    if not record.classes_added:
+        return ready
+    added = _class_encoder(record, student_file, ignore_event).vectors(record.classes_added).to(device)
+    own = ready.teacher
+    vectors = torch.cat([own.class_vectors.to(device), added])
+    return replace(ready, teacher=Teacher(own.image_tower, vectors, own.logit_scale))
+
+
 @dataclass(frozen=True)
 class ClassEncoder:
     """The text half of a teacher, which makes class vectors of class names."""
 
     clip: Clip
     """Its text encoder holds the learned prompts of a prompted teacher."""
-    prompt: str
-    """`{}` stands for the name; learned prompts replace the words before it."""
+    prompts: Prompts
+    """Learned prompts replace the words before the name."""
 
     def tokens(self, class_names: Sequence[str], report: Report = ignore_event) -> Tensor:
-        """Token ids (classes, context) of the class prompts."""
-        return tokenize_prompts(self.clip, class_names, self.prompt, report)
+        """Token ids (classes, context) of the first prompt of each class."""
+        return tokenize_prompts(self.clip, class_names, self.prompts, report)
+
+    def tokens_of_all(self, class_names: Sequence[str], report: Report = ignore_event) -> list[Tensor]:
+        """Token ids of all prompts of each class, (prompts, context) for a class."""
+        report_truncation(self.clip, class_names, self.prompts, report)
+        return [self.clip.tokenize(list(self.prompts.of(name))) for name in class_names]
+
+    def vectors(self, class_names: Sequence[str], report: Report = ignore_event) -> Tensor:
+        """Class vectors (classes, dim) of all prompts, L2-normalised, on the CPU."""
+        return encode_prompts(self.clip, class_names, self.prompts, torch.device("cpu"), report)
 
 
 def class_encoder(
@@ -89,18 +112,32 @@ def _class_encoder(record: StudentRecord, student_file: Path, report: Report) ->
     if record.teacher is None:
         if settings.format == "promptsrc":
             return _prompted_encoder(released_prompted(settings, report))
-        return ClassEncoder(build_clip(settings, report=report), record.template)
+        return ClassEncoder(build_clip(settings, report=report), record.prompts)
     path = teacher_file(record, student_file)
     saved = load_teacher(path)
     if saved.prompts is not None:
         return _prompted_encoder(saved_prompted(saved, path))
+    if saved.is_frozen_clip:
+        raise CheckpointError(
+            "its class vectors were fitted to labelled images, and no text encoder gives those of other classes",
+            path=path,
+            field="teacher.adapt",
+            found="linear_probe",
+        )
     clip = build_clip(Model(**saved.record.model), load_weights=False)
     load_clip_state(clip, saved.state_dict, path)
-    return ClassEncoder(clip, saved.record.template)
+    return ClassEncoder(clip, _prompts_of_full(record))
 
 
 def _prompted_encoder(prompted: Prompted) -> ClassEncoder:
-    return ClassEncoder(prompted.clip, class_prompt("{}", prompted.module.text.count))
+    return ClassEncoder(prompted.clip, Prompts((class_prompt("{}", prompted.module.text.count),)))
+
+
+def _prompts_of_full(record: StudentRecord) -> Prompts:
+    """The prompts of a teacher that was trained in full: the first of each class, and all of a class added later."""
+    prompts, added = record.prompts, set(record.classes_added)
+    described = prompts.descriptions.items()
+    return Prompts(prompts.templates[:1], {name: texts if name in added else texts[:1] for name, texts in described})
 
 
 def teacher_file(record: StudentRecord, student_file: Path) -> Path:

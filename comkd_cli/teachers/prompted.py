@@ -14,7 +14,7 @@ from comkd_cli.errors import CheckpointError, ModelError
 from comkd_cli.events import Notice, Report, ignore_event
 from comkd_cli.method.prompt_src import INITIAL_CONTEXT, PromptedClip, class_prompt
 from comkd_cli.models.backbones import Clip, build_clip, load_clip_state, state_sha256
-from comkd_cli.models.checkpoints import SavedTeacher
+from comkd_cli.models.checkpoints import SavedTeacher, TeacherRecord
 from comkd_cli.recipe.model import Model, Teacher
 from comkd_cli.teachers.class_vectors import CLASSES_AT_ONCE, tokenize_prompts
 from comkd_cli.teachers.promptsrc_checkpoint import START_EMBEDDING, WORD_EMBEDDINGS, ReleasedTeacher, read_released
@@ -42,19 +42,25 @@ def prompted_clip(clip: Clip, vision_depth: int, text_depth: int, tokens: int, s
     return Prompted(module, clip)
 
 
-def saved_prompted(saved: SavedTeacher, path: Path) -> Prompted:
-    """The prompted CLIP of a teacher.pt. Raises CheckpointError where its backbone has other weights; ModelError."""
-    record, tokens = saved.record, saved.prompts
-    assert tokens is not None  # the caller checked it
+def frozen_clip(record: TeacherRecord, path: Path) -> Clip:
+    """The CLIP that a teacher.pt was adapted on. Raises CheckpointError where it has other weights; ModelError."""
     clip = build_clip(Model(**record.model))
     if (found := state_sha256(clip.model)) != record.backbone_sha256:
         raise CheckpointError(
-            f"its prompts were learned on other weights than those of "
-            f"{record.origin.weights or record.origin.architecture} (sha256 of the tensors {record.backbone_sha256})",
+            f"was adapted on other weights than those of {record.origin.weights or record.origin.architecture} (sha256 "
+            f"of the tensors {record.backbone_sha256})",
             path=path,
             found=found,
             remedy="restore the weights that it was trained with",
         )
+    return clip
+
+
+def saved_prompted(saved: SavedTeacher, path: Path) -> Prompted:
+    """The prompted CLIP of a teacher.pt. Raises CheckpointError where its backbone has other weights; ModelError."""
+    tokens = saved.prompts
+    assert tokens is not None  # the caller checked it
+    clip = frozen_clip(saved.record, path)
     prompted = prompted_clip(clip, tokens["vision"].shape[0], tokens["text"].shape[0], tokens["text"].shape[1])
     _set_prompts(prompted.module, tokens, path)
     return prompted

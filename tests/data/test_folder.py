@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from comkd_cli.data.class_names import clean_class_names
-from comkd_cli.data.folder import find_images, folder_source, images_below
+from comkd_cli.data.folder import folder_source, images_below
+from comkd_cli.data.image_files import find_images
+from comkd_cli.data.label_file import LabelFile, read_label_file
 from comkd_cli.edge.images import UnreadableImage
 from comkd_cli.errors import DataError
 from comkd_cli.events import Event, Notice
@@ -29,7 +31,7 @@ def test_images_of_every_kind_are_found_at_any_depth_and_nothing_else(tmp_path: 
         write_image(tmp_path / name)
     for name in ("j.jfif", "k.JPE"):
         write_image(tmp_path / name, format="JPEG")
-    for name in ("notes.txt", "model.pt", "png", "f.png.part", "deep/g.heic"):
+    for name in ("notes.txt", "model.pt", "png", "f.png.part", "deep/g.psd"):
         (tmp_path / name).write_text("no picture")
     (tmp_path / "folder.png").mkdir()
     found = names(tmp_path)
@@ -307,9 +309,9 @@ def texts(told: list[Event]) -> list[str]:
 def test_files_of_other_types_are_counted_by_suffix_wherever_they_lie(pets: Path) -> None:
     for name in (
         "readme.md",
-        "train/a.HEIC",
-        "train/cat/b.heic",
-        "train/cat/young/c.heic",
+        "train/a.PSD",
+        "train/cat/b.psd",
+        "train/cat/young/c.psd",
         "test/dog/noext",
         "x/y.txt",
     ):
@@ -318,7 +320,7 @@ def test_files_of_other_types_are_counted_by_suffix_wherever_they_lie(pets: Path
     told: list[Event] = []
     source = folder_source(pets, None, TEMPLATE, told.append)
     assert len(source.train) == 3
-    assert texts(told) == [f"{pets}: 6 files of other types are skipped: 3 .heic, 1 .md, 1 .txt, 1 without a suffix"]
+    assert texts(told) == [f"{pets}: 6 files of other types are skipped: 3 .psd, 1 .md, 1 .txt, 1 without a suffix"]
 
 
 @pytest.mark.parametrize("junk", ["__MACOSX", "@eaDir", ".ipynb_checkpoints", "__pycache__", "$RECYCLE.BIN"])
@@ -457,3 +459,65 @@ def test_a_folder_name_that_cannot_be_a_class_is_named(pets: Path, write_image: 
     with pytest.raises(DataError) as caught:
         folder_source(pets, None, TEMPLATE)
     assert (caught.value.path, caught.value.found) == (pets / "train", repr("a\nfox"))
+
+
+# --- labels for a part of the images -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["unlabelled", "Unlabeled"])
+def test_train_may_hold_images_without_labels_beside_its_classes(
+    pets: Path, write_image: WriteImage, name: str
+) -> None:
+    write_image(pets / "train" / name / "deep/6.png")
+    source = folder_source(pets, None, TEMPLATE)
+    assert source.class_names == ("cat", "dog")
+    assert labelled(source.train.keys, source.train.labels) == {
+        "cat/2.png": 0,
+        "cat/young/3.png": 0,
+        "dog/1.png": 1,
+        f"{name}/deep/6.png": -1,
+    }
+    assert source.train.labelled.keys == ("cat/2.png", "cat/young/3.png", "dog/1.png")
+    assert source.train.labelled.labels == (0, 0, 1)
+    assert folder_source(pets, ["cat", "dog", name], TEMPLATE).train.labels == (0, 0, 1, 2)
+
+
+def test_unlabelled_images_outside_train_are_still_in_no_split(pets: Path, write_image: WriteImage) -> None:
+    write_image(pets / "unlabelled/6.png")
+    with pytest.raises(DataError) as caught:
+        folder_source(pets, None, TEMPLATE)
+    assert caught.value.found == "unlabelled/6.png"
+    assert "train/unlabelled/" in str(caught.value.remedy)
+
+
+def label_file(folder: Path, *rows: str) -> LabelFile:
+    path = folder / "labels.csv"
+    path.write_text("\n".join(["path,class", *rows]))
+    return read_label_file(path)
+
+
+def test_a_label_file_labels_part_of_an_unlabelled_folder(tmp_path: Path, write_image: WriteImage) -> None:
+    for name in ("a.png", "cat/b.png", "cat/c.png"):
+        write_image(tmp_path / name)
+    labels = label_file(tmp_path, "cat/b.png,dog", "a.png,cat")
+    told: list[Event] = []
+    source = folder_source(tmp_path, None, TEMPLATE, told.append, labels)
+    assert told == []
+    assert source.class_names == ("cat", "dog")
+    assert labelled(source.train.keys, source.train.labels) == {"a.png": 0, "cat/b.png": 1, "cat/c.png": -1}
+    assert folder_source(tmp_path, ["dog", "cow", "cat"], TEMPLATE, labels=labels).train.labels == (2, 0, -1)
+
+
+def test_a_label_file_replaces_the_folders_of_train_and_not_those_of_test(pets: Path) -> None:
+    told: list[Event] = []
+    labels = label_file(pets, "train/cat/2.png,cat", "test/dog/4.png,dog")
+    source = folder_source(pets, None, TEMPLATE, told.append, labels)
+    assert labelled(source.train.keys, source.train.labels) == {"cat/2.png": 0, "cat/young/3.png": -1, "dog/1.png": -1}
+    assert source.test is not None
+    assert labelled(source.test.keys, source.test.labels) == {"cat/5.png": 0, "dog/4.png": 1}
+    assert any("1 lines name images of test/" in text for text in texts(told))
+    with pytest.raises(DataError) as caught:
+        folder_source(pets, None, TEMPLATE, labels=label_file(pets, "train/cat/2.png,fox"))
+    assert (caught.value.field, caught.value.found, caught.value.allowed) == ("line 2", "fox", "cat, dog")
+    with pytest.raises(DataError, match="labels no training image"):
+        folder_source(pets, None, TEMPLATE, labels=label_file(pets, "test/cat/5.png,cat"))

@@ -264,7 +264,7 @@ def test_members_that_are_no_images_are_counted_once_for_all(tmp_path: Path, mon
             ("a.jpg", picture),
             ("a.txt", b"a caption"),
             ("a.json", b"{}"),
-            ("b.heic", picture),
+            ("b.psd", picture),
             ("b.txt", b"a caption"),
             ("2024.05.01.jpg", picture),
             ("2024.05.01.txt", b"a caption"),
@@ -276,7 +276,7 @@ def test_members_that_are_no_images_are_counted_once_for_all(tmp_path: Path, mon
         write_members(
             tmp_path / "x-1.tar",
             ("d.gif", picture),
-            ("e.HEIC", picture),
+            ("e.PSD", picture),
             ("__MACOSX/d.jpg", picture),
             ("s/.hidden/d.jpg", picture),
             ("Thumbs.db", b"x"),
@@ -288,13 +288,13 @@ def test_members_that_are_no_images_are_counted_once_for_all(tmp_path: Path, mon
         tar.addfile(link)
     index = open_index(paths, tmp_path / "home", silent)
     assert [index.key(i) for i in range(len(index))] == ["a", "c", "d"]
-    expected = SkippedFiles({".heic": 2, ".txt": 1, "": 1, ".jpg (no regular file)": 1}, 2, "2024.05.01.jpg", 1)
+    expected = SkippedFiles({".psd": 2, ".txt": 1, "": 1, ".jpg (no regular file)": 1}, 2, "2024.05.01.jpg", 1)
     assert index.skipped == expected
     monkeypatch.setattr(shard_indexing, "read_members", None)  # told again from what the index remembers
     again = open_index(paths, tmp_path / "home", silent)
     assert again.skipped == expected
     assert again.skipped.texts() == [
-        "in samples without an image, 5 members of other types are skipped: 2 .heic, 1 .jpg (no regular file), 1 .txt, "
+        "in samples without an image, 5 members of other types are skipped: 2 .psd, 1 .jpg (no regular file), 1 .txt, "
         "1 without a suffix",
         "2 images such as 2024.05.01.jpg are skipped: a key ends at the first dot of a name, so they are fields of a "
         "sample; rename them to use them as images",
@@ -312,5 +312,5 @@ def test_other_readable_types_make_another_index(
     three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = open_index(three, tmp_path / "home", silent)
-    monkeypatch.setattr(shard_indexing, "SUFFIXES", shard_indexing.SUFFIXES | {".heic"})
+    monkeypatch.setattr(shard_indexing, "SUFFIXES", shard_indexing.SUFFIXES | {".psd"})
     assert open_index(three, tmp_path / "home", silent).folder != first.folder

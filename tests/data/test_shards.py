@@ -142,14 +142,14 @@ def test_a_source_of_shards_is_unlabelled_and_has_the_classes_given(three: list[
     assert (source.name, source.class_names, source.prompts[1]) == ("train", ("cat", "dog"), "a dog")
     assert (len(source.train), source.train.labels, source.test, source.val) == (10, None, None, None)
     assert len(source.train.digest) == 64
-    odd = write_members(tmp_path / "set/odd.tar", ("a.png", encoded(0)), ("b.heic", b"x"))
+    odd = write_members(tmp_path / "set/odd.tar", ("a.png", encoded(0)), ("b.psd", b"x"))
     told: list[Event] = []
     names = ("red_panda", "dog\n")
     assert replace(store, report=told.append).source(str(odd), names, "a {}").prompts == [
         "a red panda",
         "a dog",
     ]
-    assert Notice("odd: in samples without an image, 1 member of another type is skipped: 1 .heic") in told
+    assert Notice("odd: in samples without an image, 1 member of another type is skipped: 1 .psd") in told
     with pytest.raises(DataError, match="repeats class names"):
         store.source("set/train-{0..2}.tar", ("cat", "cat"), "a {}")
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
+from comkd_cli.data.prompts import Prompts
 from comkd_cli.data.source import ImageSet, Source
 
 
@@ -30,6 +31,14 @@ def test_a_subset_keeps_keys_and_labels_together_in_the_requested_order() -> Non
 
 def test_prompts_name_each_class_in_order() -> None:
     assert SOURCE.prompts == ["a photo of a cat.", "a photo of a dog."]
+    several = replace(SOURCE, ensemble=Prompts(("a {}.", "the {}."), {"dog": ("a hound", "a puppy")}))
+    assert several.prompts == ["a cat.", "a hound"]
+
+
+def test_only_prompts_that_a_recipe_sets_are_parts_of_the_identity() -> None:
+    assert set(SOURCE.identity()) == {"class_names", "template", "training_images", "training_labels"}
+    several = replace(SOURCE, ensemble=Prompts((SOURCE.template, "a {}."), {"dog": ("a hound",)})).identity()
+    assert (several["templates"], several["descriptions"]) == ([SOURCE.template, "a {}."], {"dog": ["a hound"]})
 
 
 @pytest.mark.parametrize(
@@ -38,6 +47,8 @@ def test_prompts_name_each_class_in_order() -> None:
         replace(SOURCE, class_names=("dog", "cat")),
         replace(SOURCE, class_names=("cat", "cow")),
         replace(SOURCE, template="a {}."),
+        replace(SOURCE, ensemble=Prompts((SOURCE.template, "a {}."))),
+        replace(SOURCE, ensemble=Prompts((SOURCE.template,), {"cat": ("a feline",)})),
         replace(SOURCE, train=replace(IMAGES, keys=("3", "1", "4"))),
         replace(SOURCE, train=replace(IMAGES, labels=(0, 1, 1))),
         replace(SOURCE, train=replace(IMAGES, labels=None)),

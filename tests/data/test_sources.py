@@ -51,6 +51,26 @@ def test_an_absolute_folder_and_one_from_home_are_taken_as_they_are(
         assert (source.train.keys, source.name) == (("a.png",), "pictures")
 
 
+def test_a_label_file_is_looked_for_in_the_folder_last_and_the_labelled_images_are_counted(
+    here: Path, root: Path, write_image: WriteImage
+) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        write_image(root / "pets" / name)
+    data = Data(folder="pets", labels="labels.csv")
+    with pytest.raises(DataError) as caught:
+        open_source(data, root)
+    assert caught.value.field == "data.labels"
+    expected = {root / "pets": (-1, 0, 1), root: (0, 1, -1), here: (1, -1, 0)}
+    for folder, labels in expected.items():
+        before = "pets/" if folder == root else ""  # paths count from the file's folder or from the images'
+        rows = [f"{before}{name}.png,{'xy'[label]}" for name, label in zip("abc", labels, strict=True) if label >= 0]
+        (folder / "labels.csv").write_text("\n".join(["path,class", *rows]))
+        told: list[Event] = []
+        source = open_source(data, root, report=told.append)
+        assert (source.train.labels, source.class_names) == (labels, ("x", "y"))
+        assert Notice("pets: 2 of 3 training images have labels") in told
+
+
 def test_classes_come_from_the_list_the_file_or_the_folders(here: Path, root: Path, write_image: WriteImage) -> None:
     for name in ("train/dog/1.png", "train/cat/2.png"):
         write_image(root / "pets" / name)
@@ -66,6 +86,30 @@ def test_the_template_of_a_folder_is_clips_own_unless_given(root: Path, write_im
     assert open_source(Data(folder=pets, classes=("cat", "dog")), root).prompts[0] == "a photo of a cat."
     own = Data(folder=pets, classes=("cat", "dog"), template="one {}")
     assert open_source(own, root).prompts == ["one cat", "one dog"]
+
+
+def test_several_templates_and_descriptions_are_prompts_of_the_classes(
+    here: Path, root: Path, write_image: WriteImage
+) -> None:
+    write_image(root / "pets/1.png")
+    (root / "prompts.yaml").write_text("red_panda: a small red bear\n")
+    data = {"folder": "pets", "classes": ("cat", "red_panda")}
+    source = open_source(Data(**data, templates=("one {}", "two {}"), prompts="prompts.yaml"), root)
+    assert source.template == "one {}"
+    assert [source.wording.of(name) for name in source.class_names] == [("one cat", "two cat"), ("a small red bear",)]
+    (here / "prompts.yaml").write_text("cat: nearer than the data root\n")
+    source = open_source(Data(**data, prompts="prompts.yaml"), root)
+    assert source.prompts == ["nearer than the data root", "a photo of a red panda."]
+    ensemble = open_source(Data(**data, templates="openai"), root)
+    assert ensemble.identity()["templates"][:2] == ["a bad photo of a {}.", "a photo of many {}."]
+    with pytest.raises(DataError) as caught:
+        open_source(Data(**data, prompts="nowhere.yaml"), root)
+    assert caught.value.field == "data.prompts"
+
+
+def test_a_single_template_in_a_list_is_the_same_source_as_the_template(root: Path) -> None:
+    single = open_source(Data(dataset="digits", template="the {}"), root)
+    assert open_source(Data(dataset="digits", templates=("the {}",)), root).identity() == single.identity()
 
 
 def test_a_path_that_is_nowhere_is_told_with_its_field_and_every_place_looked_at(here: Path, root: Path) -> None:

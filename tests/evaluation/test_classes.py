@@ -7,12 +7,36 @@ import pytest
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.errors import DataError
 from comkd_cli.evaluation.classes import check_classes
+from comkd_cli.events import Event, Notice
 from comkd_cli.models.checkpoints import StudentRecord
 
 
 def check(known: tuple[str, ...], found: tuple[str, ...]) -> None:
-    record = cast(StudentRecord, SimpleNamespace(class_names=known))
+    record = cast(StudentRecord, SimpleNamespace(class_names=known, classes_added=(), trained_classes=known))
     check_classes(record, Source("pets", found, "{}", cast(ImageSet, None), None))
+
+
+def check_added(trained: tuple[str, ...], added: tuple[str, ...], found: tuple[str, ...]) -> list[Event]:
+    fields = {"class_names": trained + added, "classes_added": added, "trained_classes": trained}
+    events: list[Event] = []
+    source = Source("pets", found, "{}", cast(ImageSet, None), None)
+    check_classes(cast(StudentRecord, SimpleNamespace(**fields)), source, events.append)
+    return events
+
+
+def test_data_may_lack_all_classes_that_were_added_and_a_notice_names_them() -> None:
+    assert check_added(("cat", "dog"), ("fox", "owl"), ("cat", "dog", "fox", "owl")) == []
+    (notice,) = check_added(("cat", "dog"), ("fox", "owl"), ("cat", "dog"))
+    assert isinstance(notice, Notice)
+    assert "fox, owl" in notice.text
+
+
+@pytest.mark.parametrize(
+    "found", [("cat", "dog", "fox"), ("cat", "dog", "owl", "fox"), ("dog", "cat"), ("cat", "fox", "owl")]
+)
+def test_data_with_other_classes_than_an_extended_students_is_refused(found: tuple[str, ...]) -> None:
+    with pytest.raises(DataError):
+        check_added(("cat", "dog"), ("fox", "owl"), found)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ def test_unreadable_training_images_beyond_the_limit_are_refused() -> None:
         role="student",
         seed=1,
         parameters=1,
+        module=torch.nn.Identity(),
         encoder=Encoder(
             "", Preprocessing(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), lambda images: images.flatten(1)[:, :64]
         ),

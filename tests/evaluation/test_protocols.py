@@ -31,6 +31,7 @@ def evaluation(readable: list[int], labels: tuple[int, ...] | None = LABELS) -> 
         role="student",
         seed=7,
         parameters=1,
+        module=torch.nn.Identity(),
         encoder=Encoder("sha", Preprocessing(4, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), lambda images: images),
         class_vectors=torch.eye(4),
         logit_scale=1.0,

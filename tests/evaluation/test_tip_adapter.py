@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from comkd_cli.evaluation.tip_adapter import Labelled, tip_adapter
+from comkd_cli.evaluation.tip_adapter import tip_adapter
+from comkd_cli.method.linear_probe import Labelled
 
 NOTHING = Labelled(torch.empty(0, 5), torch.empty(0, dtype=torch.int64))
 

@@ -1,4 +1,6 @@
 import json
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +9,16 @@ import torch
 
 from comkd_cli.data.source import Source
 from comkd_cli.data.sources import open_source
-from comkd_cli.errors import CheckpointError, DataError
+from comkd_cli.errors import CheckpointError, DataError, ModelError
 from comkd_cli.events import Event, Notice, Stage
+from comkd_cli.files import sha256_of_file
 from comkd_cli.flows import adapt, distill
+from comkd_cli.flows.adapt.adaptation import FullAdaptation
 from comkd_cli.models.backbones import build_clip
 from comkd_cli.models.checkpoints import load_student
 from comkd_cli.models.costs import multiply_adds
 from comkd_cli.recipe import Recipe, parse_recipe, read_yaml
+from comkd_cli.recipe.model import Model
 from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
@@ -118,6 +123,70 @@ def test_a_finished_run_is_known_and_another_recipe_in_its_place_refused(done: d
         distill.finished(changed)
     assert caught.value.path == done.student_file
     assert "--fresh" in str(caught.value.remedy)
+
+
+def test_more_epochs_than_a_finished_run_has_can_start_from_its_student(done: distill.Run, tmp_path: Path) -> None:
+    """By the commands of the refusal, as a shell reads them."""
+    runs = tmp_path / "the runs"
+    shutil.copytree(done.runs, runs)
+    longer = {**tiny.OPTIM, "epochs": 3}
+    with pytest.raises(CheckpointError) as caught:
+        distill.finished(make_run(runs, optim=longer), command="comkd distill it --seed 1")
+    lines = [shlex.split(line) for line in str(caught.value.remedy).splitlines() if line.startswith("  ")]
+    move, warm, fresh = lines
+    assert fresh == ["comkd", "distill", "it", "--seed", "1", "--fresh"]
+    assert warm[:6] == ["comkd", "distill", "it", "--seed", "1", "--set"]
+    Path(move[1]).rename(move[2])
+    field, _, weights = warm[6].partition("=")
+    assert field == "student.weights"
+    # So low a rate leaves the weights as they started.
+    hardly = {**longer, "learning_rate": 1e-12}
+    again = make_run(runs, optim=hardly, student={"train": "full", "config": tiny.TOWER, "weights": weights})
+    events: list[Event] = []
+    student, record = load_student(do(again, events))
+    assert any(isinstance(event, Notice) and "tensors start from" in event.text for event in events)
+    assert any(isinstance(event, Stage) and event.title.startswith("Teacher: reused from") for event in events)
+    assert distill.finished(again)
+    old, _ = load_student(Path(weights))
+    for ours, theirs in zip(student.parameters(), old.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-6)
+    assert record.class_names == again.source.class_names
+    assert again.identity.parts["student"]["weights_sha256"] == sha256_of_file(Path(weights))
+    itself = make_run(runs, student={"train": "full", "config": tiny.TOWER, "weights": str(again.student_file)})
+    with pytest.raises(ModelError) as refused:
+        do(itself, fresh=True)
+    assert refused.value.field == "student.weights"
+
+
+def test_a_student_of_several_prompts_has_the_mean_vectors_and_they_count_in_its_identity(
+    tmp_path: Path, weights: Path
+) -> None:
+    teacher = {"config": tiny.CLIP, "weights": str(weights)}
+    optim = {**tiny.OPTIM, "epochs": 1}
+    data = {"dataset": "digits", "templates": ["the {}", "number {}."]}
+    run = make_run(tmp_path, teacher=teacher, optim=optim, data=data)
+    student, record = load_student(do(run))
+    clip = build_clip(Model(config=tiny.CLIP, weights=str(weights)))
+    with torch.no_grad():
+        features = clip.model.encode_text(clip.tokenize(["the 7", "number 7."]))  # type: ignore[operator]
+    mean = torch.nn.functional.normalize(features, dim=-1).mean(0)
+    torch.testing.assert_close(student.class_vectors[7], mean / mean.norm())
+    assert record.prompts.of("7") == ("the 7", "number 7.")
+    for other in ({"template": "the {}"}, {"templates": ["the {}", "digit {}"]}):
+        changed = make_run(tmp_path, teacher=teacher, optim=optim, data={"dataset": "digits", **other})
+        with pytest.raises(CheckpointError) as caught:
+            distill.finished(changed)
+        assert "data.templates: the {}, number {}. in the finished run" in str(caught.value.found)
+
+
+def test_a_teacher_trained_in_full_learns_the_first_prompt_alone_and_says_so(done: distill.Run) -> None:
+    template = done.source.template
+    several = make_run(done.runs, data={"dataset": "digits", "templates": [template, "the {}"]})
+    teacher = stage(several.recipe, several.source, done.runs)
+    assert teacher.file == stage(done.recipe, done.source, done.runs).file  # shared with a run of that prompt alone
+    events: list[Event] = []
+    FullAdaptation(teacher, several.recipe.teacher.adapt, torch.device("cpu"), events.append)  # type: ignore[arg-type]
+    assert any(isinstance(event, Notice) and "learns the first prompt" in event.text for event in events)
 
 
 def test_fresh_replaces_the_finished_student(tmp_path: Path) -> None:

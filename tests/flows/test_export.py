@@ -23,15 +23,22 @@ from comkd_cli.bundles.latency import Contender, Timing
 from comkd_cli.bundles.parity import measure_parity
 from comkd_cli.bundles.runner import run_graph
 from comkd_cli.data.digits import digits_source
+from comkd_cli.data.prompts import Prompts
 from comkd_cli.edge.classifier import Classifier
 from comkd_cli.edge.images import prepare
 from comkd_cli.edge.manifest import BundleProblem
 from comkd_cli.errors import BundleError, ComkdError, DataError, ExportError, Interrupted, WriteError
 from comkd_cli.flows import export as export_flow
+from comkd_cli.flows.classes import AddOptions, add_classes
 from comkd_cli.flows.export import ExportOptions, export
 from comkd_cli.flows.predict import predict
+from comkd_cli.method.student import Student
 from comkd_cli.method.teacher import encode_classes
-from comkd_cli.models.checkpoints import load_student
+from comkd_cli.models.backbones import build_clip, build_image_tower
+from comkd_cli.models.checkpoints import StudentRecord, load_student, save_student
+from comkd_cli.recipe import parse_recipe
+from comkd_cli.recipe.model import Model
+from comkd_cli.teachers.loading import build_teacher
 from comkd_cli.teachers.of_student import class_encoder
 from tests import tiny, warm
 
@@ -205,6 +212,63 @@ def test_a_class_that_is_added_on_the_device_has_pytorchs_logits(whole: Path, ti
     assert np.allclose(classifier.logits(images), expected.numpy(), atol=1e-3)
     with pytest.raises(BundleProblem, match="the class exists already: 'red fox'"):
         classifier.add_classes(["red fox"])
+
+
+def test_a_bundle_of_several_prompts_adds_classes_by_all_templates(weights: Path, tmp_path: Path) -> None:
+    """Of a student whose own classes have templates and descriptions, and one of them was added to it."""
+    recipe = parse_recipe(tiny.recipe(teacher={"config": tiny.CLIP, "weights": str(weights)}))
+    prompts = Prompts(("the {}", "a {}."), {"3": ("three", "number three", "a three")})
+    names = digits_source().class_names
+    ready = build_teacher(recipe.teacher, names, prompts, torch.device("cpu"))
+    tower = build_image_tower(recipe.student, seed=2)
+    vectors, scale = ready.teacher.class_vectors, ready.teacher.logit_scale
+    student = Student(tower.module, tower.width, vectors, scale, recipe.student, recipe.loss.edu_attention)
+    record = StudentRecord(
+        recipe=recipe,
+        recipe_name="tiny",
+        source="digits",
+        class_names=names,
+        template=prompts.templates[0],
+        preprocessing=tower.preprocessing,
+        backbone=tower.origin,
+        backbone_sha256=None,
+        teacher=None,
+        identity="1",
+        metrics={"test_top1_percent": 100.0, "test_images": 360.0},
+        teacher_sha256=dict(ready.sha256),
+        templates=prompts.templates,
+        descriptions=dict(prompts.descriptions),
+    )
+    save_student(tmp_path / "student.pt", student, record)
+    extended, _ = add_classes(tmp_path / "student.pt", ["fox"], AddOptions(), quietly)
+    export(extended, tmp_path / "bundle", Path("data"), quietly, options=ExportOptions(text=True))
+    manifest = json.loads((tmp_path / "bundle/manifest.json").read_text())
+    assert (manifest["text"]["prompt"], manifest["text"]["templates"]) == ("the {}", ["the {}", "a {}."])
+    assert (manifest["classes_added"], manifest["test_top1_changed"]) == (["fox"], None)
+    assert "was not trained on these classes, which were added by name: fox" in (
+        tmp_path / "bundle/README.md"
+    ).read_text().replace("\n", " ")
+    classifier = Classifier(tmp_path / "bundle")
+    assert classifier.class_names == [*names, "fox"]
+    classifier.add_classes(["owl", "bee"])
+    clip = build_clip(Model(config=tiny.CLIP, weights=str(weights)))
+    images = np.stack([prepare(digits_source().train.open(i), record.preprocessing) for i in range(3)])
+    with torch.no_grad():
+        features = student.eval()(torch.from_numpy(images)).features
+        means = [
+            encode_classes(clip.model, clip.tokenize([f"the {n}", f"a {n}."])).mean(0) for n in ("fox", "owl", "bee")
+        ]
+        added = torch.nn.functional.normalize(torch.stack(means), dim=-1)
+        expected = scale * features @ torch.cat([vectors, added]).T
+    np.testing.assert_allclose(classifier.logits(images), expected.numpy(), atol=1e-3)
+    with pytest.raises(BundleProblem):
+        classifier.add_classes([f"{'very ' * 20}long name"])
+    del manifest["text"]["templates"]  # as an older version wrote it
+    (tmp_path / "bundle/manifest.json").write_text(json.dumps(manifest))
+    older = Classifier(tmp_path / "bundle")
+    older.add_classes(["owl"])
+    single = scale * features @ encode_classes(clip.model, clip.tokenize(["the owl"])).detach()[0]
+    np.testing.assert_allclose(older.logits(images)[:, -1], single.numpy(), atol=1e-3)
 
 
 def test_predict_py_is_one_file_with_its_tokenizer(whole: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from comkd_cli.data import order
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.sources import open_source
 from comkd_cli.errors import DataError, Interrupted
+from comkd_cli.evaluation import scoring
 from comkd_cli.events import Event, Notice, Progress
 from comkd_cli.flows import adapt, distill, evaluate
 from comkd_cli.recipe import parse_recipe
@@ -175,7 +176,7 @@ def test_a_student_of_shards_is_scored_by_agreement_on_some_of_them(
 ) -> None:
     pair = make(tmp_path, weights, {"shards": pattern})
     do(pair)
-    monkeypatch.setattr(evaluate, "MOST_FOR_AGREEMENT", 30)
+    monkeypatch.setattr(scoring, "MOST_FOR_AGREEMENT", 30)
     told: list[Event] = []
     bench = evaluate.Bench(torch.device("cpu"), tmp_path, told.append)
     records = evaluate.evaluate(str(pair[0].student_file), tmp_path, bench).records

@@ -24,7 +24,7 @@ from comkd_cli.method.student import Student
 from comkd_cli.method.teacher import TeacherOutput
 from comkd_cli.models.backbones import build_image_tower
 from comkd_cli.recipe.identity import Identity
-from comkd_cli.recipe.model import EduAttention, IFAlign, Loss, Model, Refinement, Sgd
+from comkd_cli.recipe.model import EduAttention, IFAlign, Labels, Loss, Model, Refinement, Sgd
 from comkd_cli.recipe.model import Student as Settings
 from comkd_cli.runtime.ranks import is_main, rank
 from comkd_cli.training.accelerator import make_accelerator
@@ -33,6 +33,8 @@ from comkd_cli.training.task import Objective, StepResult, Task
 from tests import tiny
 
 IMAGES, CLASSES, DIM = 16, 5, 16
+# A third of the images have a label; of an unequal share's single image, the last, it is unknown.
+LABELS = [index % CLASSES if index % 3 == 1 else -1 for index in range(IMAGES)]
 # Small towers of each kind: patch tokens alone, PyTorch's own batch norms, timm's with an activation inside.
 TOWERS = {
     "vit": tiny.TOWER,
@@ -64,14 +66,16 @@ def student(config: dict) -> Student:  # type: ignore[type-arg]
 
 
 def plain_loss(made: Student, images: torch.Tensor, features: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """The objective written out: 100 KL / (batch x classes) + 0.1 (L1 of means + L1 of variances)."""
+    """The objective written out: 100 KL / (batch x classes) + 0.1 (L1 of means + L1 of variances) + 2 cross-entropy."""
     output = made(images)
     wanted, given = functional.softmax(logits, dim=1), functional.log_softmax(output.logits, dim=1)
     divergence = (wanted * (wanted.log() - given)).sum() / (len(images) * CLASSES)
     unit = output.projected / output.projected.norm(dim=1, keepdim=True)
     means = (unit.mean(0) - features.mean(0)).abs().sum()
     variances = ((unit - unit.mean(0)).square().mean(0) - (features - features.mean(0)).square().mean(0)).abs().sum()
-    return 100 * divergence + 0.1 * (means + variances)
+    known = [index for index, label in enumerate(LABELS) if label >= 0]
+    likely = functional.softmax(output.logits, dim=1)[known, [LABELS[index] for index in known]]
+    return 100 * divergence + 0.1 * (means + variances) - 2 * likely.log().mean()
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,14 @@ class Given(Objective):
 
     def loss(self, model: nn.Module, batch: Batch, probe: bool) -> StepResult:
         teacher = TeacherOutput(self.features[batch.indices], self.logits[batch.indices])
-        settings = Loss(refinement=Refinement(weight=100.0), if_align=IFAlign(weight=0.1), edu_attention=None)
-        return StepResult(torch.stack(list(loss_terms(model(batch.inputs[0]), teacher, settings).values())).sum())
+        settings = Loss(
+            refinement=Refinement(weight=100.0),
+            if_align=IFAlign(weight=0.1),
+            edu_attention=None,
+            labels=Labels(weight=2.0),
+        )
+        terms = loss_terms(model(batch.inputs[0]), teacher, settings, batch.labels)
+        return StepResult(torch.stack(list(terms.values())).sum())
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ class OneStep:
     batch_size = image_count = IMAGES
 
     def epoch(self, _epoch: int, _first_step: int) -> Iterator[tuple[Batch]]:
-        yield (Batch((self.images[self.mine],), None, torch.arange(IMAGES)[self.mine]),)
+        yield (Batch((self.images[self.mine],), torch.tensor(LABELS)[self.mine], torch.arange(IMAGES)[self.mine]),)
 
 
 def differences(name: str, share: tuple[int, ...], accelerator: Accelerator) -> dict[str, float]:

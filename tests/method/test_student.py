@@ -57,6 +57,21 @@ def test_the_image_features_depend_on_the_label_set_only_with_candidates(memory:
     assert torch.equal(trained(batch).features, trained(batch, class_vectors(seed=2)).features) is not moves
 
 
+@pytest.mark.parametrize(("memory", "grows"), [("training", False), ("candidates", True)])
+def test_an_added_class_has_logits_and_is_in_the_memory_only_with_candidates(memory: str, grows: bool) -> None:
+    attention = recipe.EduAttention(memory=memory, gate_start=0.5)  # type: ignore[arg-type]
+    trained, extended = student(attention=attention).eval(), student(attention=attention).eval()
+    added, batch = class_vectors(seed=2)[:2], images()
+    extended.add_classes(added)
+    every = torch.cat([class_vectors(), added])
+    assert torch.equal(extended.class_vectors, every)
+    before, after = trained(batch), extended(batch)
+    assert torch.equal(after.features, before.features) is not grows
+    expected = trained(batch, every) if grows else before
+    torch.testing.assert_close(after.features, expected.features)
+    torch.testing.assert_close(after.logits, 20 * expected.features @ every.T)
+
+
 def test_on_the_classes_of_the_run_both_memories_train_the_same_student() -> None:
     batch, trained = images(), []
     for memory in ("training", "candidates"):

@@ -22,7 +22,7 @@ from tests.flows.test_suite import fill
 from tests.hub import READ_THE_ADDRESS
 
 NAMES = sorted(bundled_recipes())
-PAPER = [name for name in NAMES if name not in ("digits", "cifar10")]
+PAPER = [name for name in NAMES if name not in ("digits", "labels_only", "cifar10")]
 
 
 def test_all_are_valid_for_every_data_set_that_they_name() -> None:
@@ -78,6 +78,14 @@ def test_an_ablation_differs_from_the_papers_recipe_in_what_it_is_named_for(name
     assert differences(paper, other) - {"about"} == differing
 
 
+def test_labels_only_is_the_student_and_teacher_of_digits_with_another_loss() -> None:
+    digits, alone = (load_recipe(which) for which in ("digits", "labels_only"))
+    changed = differences(digits.model_dump(mode="json"), alone.model_dump(mode="json")) - {"about"}
+    assert {path.split(".")[0] for path in changed} == {"loss"}
+    assert not alone.loss.needs_teacher
+    assert alone.loss.edu_attention is None
+
+
 def test_the_papers_settings() -> None:
     recipe = load_recipe("vitl_to_vitb")
     adapted = recipe.teacher.adapt
@@ -122,7 +130,7 @@ def test_a_dry_run_tells_of_each_kind_of_images_that_are_not_there(tmp_path: Pat
     assert cross.returncode == 0, cross.stderr
     told = " ".join(cross.stdout.split())
     assert "12 training images" in told
-    assert "imagenet is not there" in told
+    assert "imagenet was not found" in told
 
 
 @pytest.fixture(scope="module")

@@ -126,3 +126,23 @@ def test_identities_leave_the_parts_as_they_were(minimal_recipe: dict[str, Any])
 def test_many_differences_are_counted() -> None:
     assert described(["a", "b"]) == "a; b"
     assert described([str(number) for number in range(7)]) == "0; 1; 2; 3; 4; and 2 more"
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "line"),
+    [
+        ({}, {"templates": ["a {}", "the {}"]}, "data.templates: not set in it, a {}, the {} now"),
+        ({"templates": ["a {}", "the {}"]}, {}, "data.templates: a {}, the {} in it, not set now"),
+        ({}, {"descriptions": {"cat": ["a feline"]}}, "data.descriptions: not set in it, set now"),
+        (
+            {"descriptions": {"cat": ["a feline"]}},
+            {"descriptions": {"cat": ["a cat"]}},
+            "data.descriptions.cat: a feline in it, a cat now",
+        ),
+    ],
+)
+def test_prompts_that_only_one_of_two_runs_sets_are_a_difference(
+    minimal_recipe: dict[str, Any], then: dict[str, Any], now: dict[str, Any], line: str
+) -> None:
+    earlier = identity(minimal_recipe, data={"template": "a {}", **then})
+    assert identity(minimal_recipe, data={"template": "a {}", **now}).differences(earlier.parts, "it") == [line]

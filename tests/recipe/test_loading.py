@@ -186,6 +186,21 @@ CONFIG = "config: {embed_dim: 1, vision_cfg: {}, text_cfg: {}}"
         ),
         ("data: {dataset: digits, template: 'the {}'}\n", "data: {folder: y}", {"data": {"folder": "y"}}),
         (
+            "data: {dataset: digits, templates: openai, prompts: p.yaml}\n",
+            "data: {template: 'the {}'}",
+            {"data": {"dataset": "digits", "prompts": "p.yaml", "template": "the {}"}},
+        ),
+        (
+            "data: {dataset: digits, template: 'the {}'}\n",
+            "data: {templates: openai}",
+            {"data": {"dataset": "digits", "templates": "openai"}},
+        ),
+        (
+            "data: {dataset: digits, templates: openai, prompts: p.yaml}\n",
+            "data: {folder: y}",
+            {"data": {"folder": "y"}},
+        ),
+        (
             "teacher: {arch: A, weights: w}\n",
             "teacher: {arch: B, weights: v}",
             {"teacher": {"arch": "B", "weights": "v"}},

@@ -148,8 +148,14 @@ def test_the_ends_of_a_range_and_whole_numbers_for_fractions_are_accepted(
         ({"folder": "x", "shards": "x.tar", "classes": ["a", "b"]}, "exactly one of `dataset`, `folder` and `shards`"),
         ({"shards": "x.tar"}, "`shards` have no labels: give `classes`"),
         ({"dataset": "digits", "classes": ["a", "b"]}, "`classes` needs `folder`"),
+        ({"shards": "x.tar", "classes": ["a", "b"], "labels": "labels.csv"}, "`labels` needs `folder`"),
         ({"folder": "x", "template": "a photo"}, "must contain {} once"),
         ({"folder": "x", "template": "{} or {}"}, "must contain {} once"),
+        ({"folder": "x", "templates": ["a {}", "a photo"]}, "`templates` must contain {} once"),
+        ({"folder": "x", "templates": ["a {}", "a {}"]}, "repeats a template"),
+        ({"folder": "x", "templates": []}, "is empty"),
+        ({"folder": "x", "templates": "a {}"}, "a list or `openai`"),
+        ({"folder": "x", "templates": ["a {}"], "template": "the {}"}, "exclude each other"),
     ],
 )
 def test_data_names_one_source_and_a_template_with_one_place(fields: dict[str, Any], message: str) -> None:
@@ -239,6 +245,22 @@ def test_a_batch_of_one_is_refused_since_it_has_no_statistics(minimal_recipe: di
     for optim in ({"name": "sgd", "batch_size": 1}, {"name": "adamw", "batch_size": 1}):
         with pytest.raises(ValidationError, match="greater than or equal to 2"):
             Recipe.model_validate({**minimal_recipe, "optim": optim})
+
+
+@pytest.mark.parametrize("words", [{"templates": ["a {}"]}, {"templates": "openai"}, {"prompts": "prompts.yaml"}])
+def test_a_teacher_that_learns_its_words_takes_no_others(minimal_recipe: dict[str, Any], words: dict[str, Any]) -> None:
+    teacher = minimal_recipe["teacher"]
+    learned = [{**teacher, "adapt": "promptsrc"}, {**teacher, "weights": "file.pt", "format": "promptsrc"}]
+    digits = {"dataset": "digits", **words}
+    of_teacher = {**teacher, "adapt": {"method": "promptsrc", "data": digits}}
+    (name,) = words
+    for fields, place in (
+        *[({"teacher": each, "data": digits}, f"`data.{name}`") for each in learned],
+        ({"teacher": of_teacher}, f"`teacher.adapt.data.{name}`"),
+    ):
+        with pytest.raises(ValidationError, match=place):
+            Recipe.model_validate({**minimal_recipe, **fields})
+    Recipe.model_validate({**minimal_recipe, "data": digits})
 
 
 @pytest.mark.parametrize("missing", ["data", "teacher", "student"])

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from comkd_cli.data.prompts import Prompts
 from comkd_cli.errors import DataError
 from comkd_cli.events import Event, Notice
 from comkd_cli.models.backbones import PROMPTSRC_TEMPLATES, Clip, build_clip, tokens_cut
@@ -97,14 +98,14 @@ def test_only_the_first_of_many_are_named(clip: Clip) -> None:
 
 def test_truncated_prompts_of_an_ensemble_are_counted_over_its_templates(clip: Clip, roomy: Clip) -> None:
     events: list[Event] = []
-    report_truncation(clip, ("cat", "old cat"), PROMPTSRC_TEMPLATES, events.append)
+    report_truncation(clip, ("cat", "old cat"), Prompts(PROMPTSRC_TEMPLATES), events.append)
     prompts = [template.replace("{}", name) for name in ("cat", "old cat") for template in PROMPTSRC_TEMPLATES]
     count = sum(tokens > 0 for tokens in tokens_cut(clip, prompts))
     assert count
     assert f"{count} of 120 prompts of " in notices(events)[0]
-    encode_ensemble(roomy, ("cat", "old cat"), PROMPTSRC_TEMPLATES, CPU, events.append)
+    encode_ensemble(roomy, ("cat", "old cat"), Prompts(PROMPTSRC_TEMPLATES), CPU, events.append)
     assert len(events) == 1
-    encode_ensemble(clip, ("cat", "old cat"), PROMPTSRC_TEMPLATES, CPU, events.append)
+    encode_ensemble(clip, ("cat", "old cat"), Prompts(PROMPTSRC_TEMPLATES), CPU, events.append)
     assert notices(events)[0] == notices(events)[1]
 
 
@@ -114,3 +115,39 @@ def test_classes_that_differ_only_beyond_the_context_are_refused(clip: Clip) -> 
     assert caught.value.field == "data.template"
     assert "grey grey cat" in str(caught.value.found)
     assert "grey grey dog" in str(caught.value.found)
+
+
+def by_hand(clip: Clip, prompts: list[str]) -> torch.Tensor:
+    """The unit vector of the sum of the unit vectors of the prompts."""
+    features = clip.model.encode_text(clip.tokenize(prompts))  # type: ignore[operator]
+    total = sum(feature / feature.norm() for feature in features)
+    return total / total.norm()
+
+
+@torch.no_grad()
+def test_a_class_vector_is_the_normalised_mean_of_the_normalised_prompt_vectors(roomy: Clip) -> None:
+    prompts = Prompts(("a {}.", "a drawing of the {}"), {"dog": ("a hound", "a puppy", "man's best friend")})
+    vectors = encode_prompts(roomy, ("cat", "dog"), prompts, CPU)
+    torch.testing.assert_close(vectors[0], by_hand(roomy, ["a cat.", "a drawing of the cat"]))
+    torch.testing.assert_close(vectors[1], by_hand(roomy, ["a hound", "a puppy", "man's best friend"]))
+
+
+def test_one_prompt_for_each_class_is_encoded_as_a_single_template_is(roomy: Clip) -> None:
+    expected = encode_prompts(roomy, ("cat", "dog"), "a {}.", CPU)
+    assert torch.equal(encode_prompts(roomy, ("cat", "dog"), Prompts(("a {}.",), {"dog": ("a dog.",)}), CPU), expected)
+
+
+def test_truncated_descriptions_are_named(clip: Clip) -> None:
+    events: list[Event] = []
+    prompts = Prompts(("a {}.",), {"dog": ("a large dog that barks at every other animal", "a dog")})
+    encode_prompts(clip, ("cat", "dog"), prompts, CPU, events.append)
+    (text,) = notices(events)
+    assert "1 of 3 prompts of 1 of 2 classes are truncated ('dog')" in text
+    assert "the name itself" not in text
+
+
+def test_classes_of_an_ensemble_with_the_same_tokens_are_refused(clip: Clip) -> None:
+    same = Prompts(("a {}.", "the {}."), {"dog": ("the cat.", "a cat.")})
+    with pytest.raises(DataError):
+        encode_prompts(clip, ("cat", "dog"), same, CPU)
+    encode_prompts(clip, ("cat", "dog"), Prompts(same.templates, {"dog": ("the cat.", "a dog.")}), CPU)

@@ -136,14 +136,14 @@ class Distiller:
         from comkd_cli.errors import Interrupted
 
         try:
-            prepared = self._prepare(recipe, resume.fresh)
+            prepared = self._prepare(recipe, resume)
             return None if prepared is None else self._train(*prepared, resume)
         except KeyboardInterrupt:
             if not resume.fresh:
                 raise  # the same command resumes the run
             raise Interrupted(f"interrupted. To resume:\n  {resume.resume_teacher}") from None
 
-    def _prepare(self, recipe: Recipe, fresh: bool) -> tuple[Run, Stage1] | None:
+    def _prepare(self, recipe: Recipe, resume: StoppedRun) -> tuple[Run, Stage1] | None:
         """The run and its teacher; None where its student is already finished."""
         from comkd_cli.cli.terminal import messages, reporting
         from comkd_cli.data.sources import open_source
@@ -160,7 +160,7 @@ class Distiller:
             with collectives.without_timeout():  # reading the contents of many images takes long
                 run = distill.Run(recipe, self._name, source, self._runs, stage.contents, stage.key)
                 run.identity.digest  # noqa: B018 - reads the contents, which are kept from then on
-            finished = not self._precompute and not fresh and distill.finished(run, report)
+            finished = not self._precompute and not resume.fresh and distill.finished(run, report, resume.alone)
         if finished:
             messages().print(f"already finished: {run.student_file} (--fresh repeats it)", markup=False)
             return None

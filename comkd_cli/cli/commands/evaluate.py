@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from comkd_cli.cli.options import allow_download_option, data_root_option, json_option, numbers, runs_option
+from comkd_cli.cli.options import (
+    allow_download_option,
+    data_root_option,
+    json_option,
+    numbers,
+    runs_option,
+    typed_command,
+)
 from comkd_cli.runtime import ranks
 
 if TYPE_CHECKING:
+    from comkd_cli.flows.evaluate import Bench
     from comkd_cli.recipe.model import Data
+    from comkd_cli.report.details import Making
     from comkd_cli.results.records import Missing, Results
     from comkd_cli.results.result_files import ResultFiles
 
@@ -78,6 +88,7 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     MODEL is a student.pt, or ARCH:WEIGHTS for any open_clip model (then choose the images with --dataset, --all or
     --folder). Left out, the newest finished students of each dataset under RUNS are scored. Each image passes
     through a model once: features are kept in RUNS/features, and every protocol is derived from them.
+    Students get a report.html beside results.json.
 
     The records are added to results.json; of the same score the latest counts. A model or dataset that cannot be
     scored is named, the others are scored, and the exit code is 1. A dataset of --all that is missing is named and
@@ -90,6 +101,7 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
 
     with starting():
         from comkd_cli.flows import evaluate
+        from comkd_cli.report.details import Making
         from comkd_cli.runtime import collectives
         from comkd_cli.runtime.devices import best_device
 
@@ -111,7 +123,7 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
         )
         collectives.in_turn(partial(check_writable, home, "give another folder for the results with --out"))
         files = ResultFiles(home, report)
-        results = evaluate.evaluate(model, runs, bench, files.add if ranks.is_main() else _ignore)
+        results = _evaluate(model, bench, files, Making(typed_command(), runs, data_root))
     collectives.destroy()
     if ranks.is_main():
         _finish(results, files, whole_suite, as_json)
@@ -143,8 +155,24 @@ def _select(
     return Selection(names)
 
 
-def _ignore(_results: Results) -> None:
-    """Of several processes the main one writes."""
+def _evaluate(model: str | None, bench: Bench, files: ResultFiles, making: Making) -> Results:
+    """Score, and write the report of the students beside the results; the scores stand where that fails."""
+    from comkd_cli.errors import WriteError
+    from comkd_cli.events import Notice, Stage
+    from comkd_cli.flows.evaluate import evaluate
+    from comkd_cli.flows.report import NAME, RunCollector
+
+    collector = RunCollector(bench.report)
+    listening = replace(bench, report=collector.report, on_scored=collector.observe)
+    results = evaluate(model, making.runs, listening, collector.closing(files.add))
+    if collector.runs:
+        path = files.folder / NAME
+        bench.report(Stage(f"Report: {path}"))
+        try:
+            collector.write(path, making)
+        except WriteError as error:
+            bench.report(Notice(str(error)))
+    return results
 
 
 def _finish(results: Results, files: ResultFiles, whole_suite: bool, as_json: bool) -> None:

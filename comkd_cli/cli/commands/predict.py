@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from comkd_cli.cli.options import json_option
 
+if TYPE_CHECKING:
+    from comkd_cli.flows.predict import Table
+
 
 @click.command()
 @click.argument("bundle", type=click.Path(file_okay=False, path_type=Path))
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option(
+    "--csv",
+    "csv_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Classify every image below one folder, given as IMAGE, into this CSV file; a rerun resumes it.",
+)
+@click.option("--fresh", is_flag=True, help="Replace the CSV file instead of resuming it.")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes to print per image.")
 @click.option("--precision", help="fp32, fp16 or int8. Default: the first that BUNDLE has.")
 @click.option(
@@ -23,19 +35,31 @@ from comkd_cli.cli.options import json_option
 )
 @json_option
 def command(
-    bundle: Path,
-    images: tuple[str, ...],
-    top: int,
-    precision: str | None,
-    add_classes: tuple[str, ...],
-    as_json: bool,
+    bundle: Path, images: tuple[str, ...], csv_file: Path | None, fresh: bool, as_json: bool, **settings: Any
 ) -> None:
-    """Print the most probable classes of each IMAGE, by the exported BUNDLE. Needs no torch."""
+    """Print the most probable classes of each IMAGE, by the exported BUNDLE. Needs no torch.
+
+    IMAGE is an image file, or - for standard input. With --csv it is a folder. The columns of the CSV file are the path
+    below the folder, class and probability, the further classes, and the error of an image that cannot be read.
+    """
+    from comkd_cli.flows.predict import Table
+
+    if fresh and csv_file is None:
+        raise click.UsageError("--fresh belongs to --csv")
+    if csv_file is None:
+        _print_predictions(bundle, images, as_json, settings)
+        return
+    if as_json or len(images) != 1:
+        raise click.UsageError("--csv takes one folder of images, and no --json")
+    _write_table(bundle, Table(Path(images[0]), csv_file, fresh), settings)
+
+
+def _print_predictions(bundle: Path, images: tuple[str, ...], as_json: bool, settings: dict[str, Any]) -> None:
     from comkd_cli.cli.terminal import output, print_json
     from comkd_cli.errors import DataError
     from comkd_cli.flows.predict import predict
 
-    records = predict(bundle, images, top, precision, add_classes)
+    records = predict(bundle, images, **settings)
     if as_json:
         print_json({"predictions": records})
     else:
@@ -48,3 +72,18 @@ def command(
                     console.print(line, markup=False, soft_wrap=True)
     if unreadable := [record["error"] for record in records if "error" in record]:
         raise DataError("some images could not be read:\n  " + "\n  ".join(unreadable))
+
+
+def _write_table(bundle: Path, table: Table, settings: dict[str, Any]) -> None:
+    from comkd_cli.cli.terminal import output, reporting
+    from comkd_cli.edge.folder_csv import summary_text
+    from comkd_cli.errors import DataError
+    from comkd_cli.flows.predict import predict_folder
+
+    with reporting() as report:
+        summary = predict_folder(bundle, table, report=report, **settings)
+    output().print(f"{table.path}: {summary_text(summary)}", markup=False, soft_wrap=True)
+    if summary.unreadable == summary.images:
+        raise DataError(
+            "none of the images could be read", path=table.folder, remedy="see the column error of the table"
+        )

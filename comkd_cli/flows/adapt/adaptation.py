@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from comkd_cli.data.loaders import Batch, worker_count
+from comkd_cli.data.prompts import Prompts
 from comkd_cli.data.source import Source
 from comkd_cli.data.transforms import stable_seed
 from comkd_cli.evaluation.subjects import live_teacher
 from comkd_cli.evaluation.zero_shot import Scorer
-from comkd_cli.events import Report
+from comkd_cli.events import Notice, Report
 from comkd_cli.flows.adapt.stage import Stage1, check_labels, model_fields
 from comkd_cli.method.prompt_src import PromptedClip, epoch_weights, frozen_class_vectors, prompt_src_terms
 from comkd_cli.method.teacher import PromptClassifier
@@ -93,7 +94,7 @@ class Adaptation(Objective):
 
 
 class FullAdaptation(Adaptation):
-    """`adapt: full`: cross-entropy over the class prompts trains every weight of the CLIP."""
+    """`adapt: full`: cross-entropy over the first prompt of each class trains every weight of the CLIP."""
 
     def __init__(self, stage: Stage1, adapt: FullAdapt, device: torch.device, report: Report) -> None:
         recipe, source = stage.recipe, stage.adaptation_source
@@ -102,7 +103,10 @@ class FullAdaptation(Adaptation):
         clip = collectives.on_every_rank(lambda: build_clip(recipe.teacher, seed, report=report))
         if recipe.checkpointing:
             recompute_activations(clip.model.visual)  # type: ignore[arg-type]
-        tokens = tokenize_prompts(clip, source.class_names, source.template, report)
+        self._prompts = source.wording.first()
+        if not source.wording.are_single(source.class_names):
+            report(Notice("adapt: full learns the first prompt of each class, and no other prompt is used"))
+        tokens = tokenize_prompts(clip, source.class_names, self._prompts, report)
         self.model: PromptClassifier = PromptClassifier(clip.model, tokens).to(device)
         super().__init__(stage, source, clip, device, report)
         self.label_smoothing = adapt.label_smoothing
@@ -126,8 +130,8 @@ class FullAdaptation(Adaptation):
         return self.model.logit_scale.detach()
 
     def class_vectors(self) -> Tensor:
-        """Of the class prompts."""
-        return encode_prompts(self.clip, self.source.class_names, self.source.template, self.device)
+        """Of the first prompt of each class."""
+        return encode_prompts(self.clip, self.source.class_names, self._prompts, self.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole CLIP."""
@@ -145,7 +149,7 @@ class PromptAdaptation(Adaptation):
             recompute_activations(clip.model.visual)  # type: ignore[arg-type]
         clip.model.to(device)
         self.backbone_sha256 = state_sha256(clip.model)
-        report_truncation(clip, source.class_names, PROMPTSRC_TEMPLATES, report)
+        report_truncation(clip, source.class_names, Prompts(PROMPTSRC_TEMPLATES), report)
         templates = [
             clip.tokenize([template.replace("{}", name) for name in source.class_names]).to(device)
             for template in PROMPTSRC_TEMPLATES

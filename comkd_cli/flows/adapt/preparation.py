@@ -10,10 +10,11 @@ from comkd_cli.data.loaders import Crops, Steps, TrainingLoader, worker_count
 from comkd_cli.data.transforms import stable_seed
 from comkd_cli.events import Notice, Report, Stage
 from comkd_cli.flows.adapt.adaptation import Adaptation, FullAdaptation, PromptAdaptation
-from comkd_cli.flows.adapt.stage import Stage1, check_labels
-from comkd_cli.models.checkpoints import save_teacher
+from comkd_cli.flows.adapt.probe import ProbeAdaptation
+from comkd_cli.flows.adapt.stage import Stage1, check_labels, check_probe
+from comkd_cli.models.checkpoints import SavedTeacher, save_teacher
 from comkd_cli.recipe.identity import Identity
-from comkd_cli.recipe.model import FullAdapt, NoAdapt, PromptSrcAdapt, Teacher
+from comkd_cli.recipe.model import FullAdapt, LinearProbeAdapt, NoAdapt, PromptSrcAdapt, Teacher
 from comkd_cli.runtime import collectives, ranks
 from comkd_cli.teachers.loading import ReadyTeacher, build_teacher, load_saved_teacher
 from comkd_cli.training.checkpoint import delete_checkpoint
@@ -41,10 +42,12 @@ class TeacherPreparation:
         if isinstance(settings.adapt, NoAdapt):
             name = settings.arch or "inline model"
             self.report(Stage(f"Teacher: {name}, {_prompts_of(settings)}"))
-            template = stage.source.template
-            return collectives.on_every_rank(lambda: build_teacher(settings, names, template, device, self.report))
+            prompts = stage.source.wording
+            return collectives.on_every_rank(lambda: build_teacher(settings, names, prompts, device, self.report))
         if collectives.broadcast(stage.file.is_file()):
             self.report(Stage(f"Teacher: reused from {stage.file}"))
+        elif isinstance(settings.adapt, LinearProbeAdapt):
+            self._save(ProbeAdaptation(stage, settings.adapt, device, self.report).fit())
         else:
             self._train(self._adaptation(settings.adapt), settings.adapt)
         return collectives.on_every_rank(lambda: load_saved_teacher(stage.file, names, device, stage.key, self.report))
@@ -87,7 +90,10 @@ class TeacherPreparation:
             uses_all_parameters=adaptation.uses_all_parameters,
         )
         history = Trainer(task, self.accelerator, self.report).fit()
-        saved = adaptation.saved_teacher(history[-1])
+        self._save(adaptation.saved_teacher(history[-1]))
+
+    def _save(self, saved: SavedTeacher) -> None:
+        stage = self.stage
         with collectives.without_timeout():  # disks can be slow
             if ranks.is_main():
                 save_teacher(stage.file, saved)
@@ -104,6 +110,11 @@ def describe_stage(stage: Stage1) -> str:
     if stage.file.is_file():
         return f"{adapt.method}: reused from {stage.file}"
     check_labels(stage.adaptation_source, adapt.method)
+    if isinstance(adapt, LinearProbeAdapt):
+        images, name = stage.adaptation_source.train, stage.adaptation_source.name
+        check_probe(images.labels or (), name)
+        strengths = len(adapt.strengths)
+        return f"{adapt.method}: {strengths} strengths, on {len(images):,} labelled images of {name}"
     source = stage.adaptation_source if isinstance(adapt, FullAdapt) else stage.prompt_source(adapt)
     steps = len(source.train) // min(adapt.batch_size, len(source.train))
     return f"{adapt.method}: {adapt.epochs} epochs of {steps:,} steps on {source.name}"

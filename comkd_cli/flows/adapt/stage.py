@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +17,7 @@ from comkd_cli.events import Report, ignore_event
 from comkd_cli.files import sha256_of_data
 from comkd_cli.models.backbones import weights_sha256
 from comkd_cli.recipe import Recipe
-from comkd_cli.recipe.model import FullAdapt, Model, NoAdapt, PromptSrcAdapt, Teacher
+from comkd_cli.recipe.model import Adapt, FullAdapt, LinearProbeAdapt, Model, NoAdapt, PromptSrcAdapt, Teacher
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Stage1:
     source: Source
     """The student's data; the teacher classifies among its classes."""
     adaptation_source: Source
-    """The data that the teacher is adapted to: the student's, unless `teacher.adapt.data` is set."""
+    """The data that the teacher is adapted to: the student's, unless `teacher.adapt.data` is set. Of partly labelled
+    training images, it has those with a label."""
     runs: Path
 
     @property
@@ -81,10 +84,7 @@ class Stage1:
         images = source.identity()
         return {
             **weights,
-            # Learned prompts replace the words of the template.
-            "prompts" if isinstance(adapt, FullAdapt) else "class_names": (
-                source.prompts if isinstance(adapt, FullAdapt) else images["class_names"]
-            ),
+            **_words(source, adapt),
             "images": images["training_images"],
             "labels": images["training_labels"],
         }
@@ -99,7 +99,7 @@ class Stage1:
             "adapt": adapt.model_dump(mode="json", exclude={"data", "classes_at_once"}),
             **self.contents,
         }
-        if self.adapts:
+        if isinstance(adapt, FullAdapt | PromptSrcAdapt):  # a probe sees centre crops in fp32
             parts |= {"augment": self.recipe.augment.model_dump(mode="json"), "precision": self.recipe.precision}
         return parts
 
@@ -119,12 +119,23 @@ class Stage1:
         return self.folder / "teacher.pt"
 
 
+def _words(source: Source, adapt: Adapt) -> dict[str, Any]:
+    """What of the source's names and prompts decides the teacher, by name."""
+    if isinstance(adapt, PromptSrcAdapt):  # learned prompts replace the words of the template
+        return {"class_names": list(source.class_names)}
+    if isinstance(adapt, LinearProbeAdapt):  # it starts from the vectors of all prompts
+        return {"prompts": [list(source.wording.of(name)) for name in source.class_names]}
+    return {"prompts": source.prompts}
+
+
 def stage_1(recipe: Recipe, source: Source, data_root: Path, runs: Path, report: Report = ignore_event) -> Stage1:
     """Stage 1 of a recipe. Raises DataError where the data of `teacher.adapt.data` could not be read."""
-    adapt = recipe.teacher.adapt
+    adapt, adaptation_source = recipe.teacher.adapt, source
     if isinstance(adapt, PromptSrcAdapt) and adapt.data is not None:
-        return Stage1(recipe, source, open_source(adapt.data, data_root, runs, report), runs)
-    return Stage1(recipe, source, source, runs)
+        adaptation_source = open_source(adapt.data, data_root, runs, report)
+    if adaptation_source.train.labels is not None:
+        adaptation_source = replace(adaptation_source, train=adaptation_source.train.labelled)
+    return Stage1(recipe, source, adaptation_source, runs)
 
 
 def check_labels(source: Source, method: str) -> None:
@@ -135,7 +146,21 @@ def check_labels(source: Source, method: str) -> None:
             path=source.name,
             field="teacher.adapt",
             found=method,
-            remedy="sort them into a sub-folder of train/ for each class, or use a pretrained teacher with adapt: none",
+            remedy="sort them into a sub-folder of train/ for each class, name some in a file (`data.labels`), or use "
+            "a pretrained teacher with adapt: none",
+        )
+
+
+def check_probe(labels: Sequence[int], dataset: str) -> None:
+    """Raise DataError unless at least 2 classes have at least 2 labelled images: one to fit, one to validate on."""
+    classes = sum(count >= 2 for count in Counter(labels).values())
+    if classes < 2:
+        raise DataError(
+            "a linear probe needs at least 2 labelled images of each of 2 classes",
+            path=dataset,
+            field="teacher.adapt",
+            found=f"{classes} such classes",
+            remedy="label more images, or use adapt: none",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from comkd_cli.data.loaders import check_shares
 from comkd_cli.data.source import Source
-from comkd_cli.errors import CheckpointError, DataError
+from comkd_cli.errors import CheckpointError, DataError, ModelError
 from comkd_cli.events import Notice, Report, ignore_event
 from comkd_cli.files import sha256_of_data
 from comkd_cli.method.objective import labels_missing
@@ -89,13 +90,27 @@ class Run:
                 remedy="use selection: last",
             )
 
+    def check_start(self) -> None:
+        """Raise ModelError where the student would start from the file that the run itself writes."""
+        weights = self.recipe.student.weights
+        if weights is not None and Path(weights).expanduser().resolve() == self.student_file.resolve():
+            raise ModelError(
+                "is the file that this run writes",
+                path=self.student_file,
+                field="student.weights",
+                remedy="move the folder of the earlier run first, and name the file there",
+            )
+
     def check_steps(self) -> None:
         """Raise TrainingError where a step has fewer images than processes and parts of a batch to share them."""
         check_shares(self.batch_size, self.recipe.optim.accumulation_steps)
 
 
-def finished(run: Run, report: Report = ignore_event) -> bool:
-    """Whether the run's student exists. Raises CheckpointError, naming what differs, where it is another run's."""
+def finished(run: Run, report: Report = ignore_event, command: str = "comkd distill RECIPE") -> bool:
+    """Whether the run's student exists. Raises CheckpointError, naming what differs, where it is another run's.
+
+    command: the command line of this run alone, without --fresh, for the remedy.
+    """
     if not collectives.broadcast(run.student_file.exists()):
         return False
     record = load_student_record(run.student_file)
@@ -104,7 +119,7 @@ def finished(run: Run, report: Report = ignore_event) -> bool:
             "was made with other settings or images",
             path=run.student_file,
             found=described(differences),
-            remedy="replace it with --fresh, or keep both with another --runs folder",
+            remedy=_remedy(run, record, differences, command),
         )
     if record.identity_parts is None:
         report(
@@ -114,6 +129,23 @@ def finished(run: Run, report: Report = ignore_event) -> bool:
             )
         )
     return True
+
+
+def _remedy(run: Run, record: StudentRecord, differences: list[str], command: str) -> str:
+    """What to do about a finished run that differs; more epochs can start from its weights."""
+    epochs = record.recipe.optim.epochs
+    if epochs >= run.recipe.optim.epochs or any(line.startswith("student.") for line in differences):
+        return "replace it with --fresh, or keep both with another --runs folder"
+    # Not `seedK`, or it would count as another seed of the recipe.
+    kept = run.folder.with_name(f"epochs{epochs}-{run.folder.name}")
+    setting = shlex.quote(f"student.weights={kept / run.student_file.name}")
+    return (
+        "a finished run cannot be extended. To train a new run from its weights:\n"
+        f"  mv {shlex.quote(str(run.folder))} {shlex.quote(str(kept))}\n"
+        f"  {command} --set {setting}\n"
+        "To repeat it with all epochs:\n"
+        f"  {command} --fresh"
+    )
 
 
 def _parts_of_old(record: StudentRecord) -> dict[str, Any]:

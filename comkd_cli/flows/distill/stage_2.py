@@ -31,7 +31,9 @@ from comkd_cli.method.student import Student
 from comkd_cli.models.backbones import ImageTower, build_image_tower, recompute_activations, state_sha256
 from comkd_cli.models.checkpoints import StudentRecord, save_student
 from comkd_cli.models.costs import parameters
+from comkd_cli.models.warm_start import WarmStart
 from comkd_cli.recipe import Recipe, to_yaml
+from comkd_cli.results.curve import IDLE_GATE
 from comkd_cli.results.result_files import forget_model
 from comkd_cli.runtime import collectives, ranks
 from comkd_cli.teachers.cached import CachedTeacher
@@ -40,8 +42,6 @@ from comkd_cli.training.checkpoint import delete_checkpoint, has_checkpoint
 from comkd_cli.training.gradient_shares import gradient_shares
 from comkd_cli.training.loop import Trainer
 from comkd_cli.training.task import Objective, StepResult, Task
-
-IDLE_GATE = 0.01  # below this EduAttention adds less than a hundredth of a unit vector to a feature
 
 
 @dataclass(frozen=True)
@@ -115,20 +115,22 @@ def distill(
     """
     recipe = run.recipe
     _check(run, resume=not fresh)
-    tower = _build_backbone(recipe, report)
+    start = collectives.on_every_rank(lambda: WarmStart.of(recipe.student))
+    tower = _build_backbone(recipe, start, report)
     ready = teacher.prepare()
     if fresh:
         _discard(run)
     ready.teacher.to(accelerator.device)
     backbone_sha256 = state_sha256(tower.module) if recipe.student.train == "prompts" else None
     student = build_student(recipe, tower, ready.teacher.class_vectors, ready.teacher.logit_scale)
+    if start is not None:
+        start.load_into(student, report)
     student.to(accelerator.device)
     if recipe.compile:
         # The towers alone: the rest is small, and gradients are measured between it and the tower.
         student.backbone.compile()
         ready.teacher.image_tower.compile()
-    labels = "with their labels" if recipe.loss.labels else "without labels"
-    report(Stage(f"Student: {parameters(student):,} parameters, {len(run.source.train)} images {labels}"))
+    report(Stage(f"Student: {parameters(student):,} parameters, {_images_text(run)}"))
     if ranks.is_main():
         write_text(run.folder / "recipe.yaml", to_yaml(recipe))
 
@@ -169,11 +171,18 @@ def _check(run: Run, resume: bool) -> None:
     if resume:
         has_checkpoint(run.folder, run.identity)  # raises where it is another run's
     run.check_steps()
+    run.check_start()
 
 
-def _build_backbone(recipe: Recipe, report: Report) -> ImageTower:
+def _build_backbone(recipe: Recipe, start: WarmStart | None, report: Report) -> ImageTower:
     seed = stable_seed("backbone", recipe.seed)
-    tower = collectives.on_every_rank(lambda: build_image_tower(recipe.student, seed, report=report))
+
+    def build() -> ImageTower:
+        if start is not None:
+            return start.build_tower(recipe.student, seed, report)
+        return build_image_tower(recipe.student, seed, report=report)
+
+    tower = collectives.on_every_rank(build)
     if recipe.checkpointing:
         recompute_activations(tower.module)
     return tower
@@ -215,6 +224,14 @@ def _task(run: Run, objective: Distillation, teacher_preprocessing: Preprocessin
     )
 
 
+def _images_text(run: Run) -> str:
+    """The training images, and how many of their labels are used."""
+    images, labelled = len(run.source.train), run.source.train.labelled_count
+    if run.recipe.loss.labels is None:
+        return f"{images} images without labels"
+    return f"{images} images with their labels" if labelled == images else f"{images} images, {labelled} with a label"
+
+
 def _uncompiled(recipe: Recipe) -> AbstractContextManager[object]:
     """A context in which compiled towers run uncompiled."""
     return torch.compiler.set_stance("force_eager") if recipe.compile else nullcontext()
@@ -243,6 +260,8 @@ def _record(
         source=run.source.name,
         class_names=run.source.class_names,
         template=run.source.template,
+        templates=run.source.wording.templates,
+        descriptions=dict(run.source.wording.descriptions),
         preprocessing=tower.preprocessing,
         backbone=tower.origin,
         backbone_sha256=backbone_sha256,
@@ -256,6 +275,6 @@ def _record(
 
 def _delete_results(folder: Path) -> None:
     """Delete the scores and the bundle of an earlier student."""
-    for name in ("results.json", "results.csv", "results.md", "results.tex"):
+    for name in ("results.json", "results.csv", "results.md", "results.tex", "report.html"):
         (folder / name).unlink(missing_ok=True)
     remove_folder(folder / "bundle")
