@@ -31,6 +31,7 @@ PRELOADED = [
     "tests.tiny",
     "tests.exported",
     "comkd_cli.cli.commands.distill",
+    "comkd_cli.flows.adapt",
     "comkd_cli.flows.distill",
     "comkd_cli.flows.evaluate",
     "comkd_cli.flows.export",

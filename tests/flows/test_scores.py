@@ -205,13 +205,22 @@ def stop_after_steps(patch: pytest.MonkeyPatch, steps: int) -> None:
     patch.setattr("comkd_cli.training.loop.stop_requests", requests)
 
 
+SELECTED = {"optim": RESTLESS, "selection": "promptkd", "precision": "bf16"}
+
+
+@pytest.fixture(scope="module")
+def whole(digits: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> distill.Run:
+    """A run with selection that was not stopped."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return train(tmp_path_factory.mktemp("whole"), data=digits, **SELECTED)
+
+
 @pytest.mark.parametrize("stop_at", [9, 14, 30])
 def test_a_selection_that_was_stopped_ends_as_one_that_was_not(
-    tmp_path: Path, digits: dict[str, Any], monkeypatch: pytest.MonkeyPatch, stop_at: int
+    whole: distill.Run, tmp_path: Path, digits: dict[str, Any], monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
-    changes = {"data": digits, "optim": RESTLESS, "selection": "promptkd", "precision": "bf16"}
-    whole = train(tmp_path / "whole", **changes)
-    shutil.copytree(tmp_path / "whole/teachers", tmp_path / "stopped/teachers")
+    changes = {"data": digits, **SELECTED}
+    shutil.copytree(whole.runs / "teachers", tmp_path / "stopped/teachers")
     with monkeypatch.context() as patch:
         stop_after_steps(patch, stop_at)
         with pytest.raises(Interrupted):

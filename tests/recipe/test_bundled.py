@@ -187,6 +187,7 @@ def reduced_run(name: str, runs: Path, root: Path, small: dict[str, Any]) -> dis
     return run
 
 
+@pytest.mark.usefixtures("few_digits")
 @pytest.mark.parametrize("name", NAMES)
 def test_two_steps_at_reduced_size(name: str, tmp_path: Path, root: Path, small: dict[str, Any]) -> None:
     run = reduced_run(name, tmp_path, root, small)
