@@ -155,7 +155,12 @@ def distill(
     _report_idle_gate(recipe, student, report)
     if recipe.evaluate_every_epochs:
         report(Notice(judge(history).sentence))
-    record = _record(run, tower, ready, backbone_sha256, task.kept_figures(history))
+    _save(run, student, _record(run, tower, ready, backbone_sha256, task.kept_figures(history)), report)
+    return run.student_file
+
+
+def _save(run: Run, student: Student, record: StudentRecord, report: Report) -> None:
+    """Write student.pt, and delete what was made of an older one and the checkpoint."""
     with collectives.without_timeout():  # disks can be slow
         if ranks.is_main():
             _delete_results(run.folder)
@@ -163,7 +168,6 @@ def distill(
             forget_model(run.runs, str(run.student_file), report)
     delete_checkpoint(run.folder)
     collectives.barrier()
-    return run.student_file
 
 
 def _as_subject(ready: ReadyTeacher) -> Subject:
