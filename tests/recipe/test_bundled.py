@@ -127,7 +127,7 @@ def test_a_dry_run_tells_of_each_kind_of_images_that_are_not_there(
     assert cross.returncode == 0, cross.stderr
     told = " ".join(cross.stdout.split())
     assert "12 training images" in told
-    assert "imagenet is not there" in told
+    assert "imagenet was not found" in told
 
 
 @pytest.fixture(scope="module")
