@@ -89,7 +89,7 @@ def _divided(source: Source, holdout: Holdout, digests: Sequence[bytes]) -> Sour
 
 
 def _scorable(held: ImageSet) -> ImageSet:
-    """Of held-out images with labels in part, those with one if they are enough for a score, or else all without labels.
+    """Of held-out images with labels in part, those with one if they suffice for a score, or else all without labels.
 
     So that a score is one of all images that it is said to be of. From all, the agreement is measured.
     """
