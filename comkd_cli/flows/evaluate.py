@@ -24,12 +24,13 @@ from comkd_cli.evaluation.subjects import Subject, student_subject, teacher_subj
 from comkd_cli.events import Notice, Report, once
 from comkd_cli.files import sha256_of_data, sha256_of_file
 from comkd_cli.method.student import Student
+from comkd_cli.models.architectures import named_model
 from comkd_cli.models.backbones import IMAGENET_TEMPLATES, Clip, build_clip, weights_sha256
 from comkd_cli.models.checkpoints import StudentRecord, load_student, load_student_record
 from comkd_cli.recipe import Recipe
 from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.recipe.identity import Identity, described, recipe_settings
-from comkd_cli.recipe.model import SCHEMES, Data, Model, Teacher
+from comkd_cli.recipe.model import Data, Model, Teacher
 from comkd_cli.results.records import Missing, Results, merged
 from comkd_cli.results.tables import ONE_ANSWER_PERCENT
 from comkd_cli.runtime import collectives, ranks
@@ -295,7 +296,7 @@ def _score_baseline(argument: str, bench: Bench) -> Results:
     """A plain CLIP, given as ARCH:WEIGHTS, on the test images of the bench's data."""
     if bench.data is None:
         raise MisuseError(f"{argument}: needs a dataset to be scored on", remedy="add --dataset, --folder or --all")
-    model = _parse_argument(argument)
+    model = named_model(argument)
     source = bench.open_source(bench.data)
     scorer = bench.scorer(source, bench.data)
     if argument not in bench.clips:
@@ -323,18 +324,6 @@ def _without_unfit_protocols(record: StudentRecord, bench: Bench) -> Bench:
         )
     elsewhere = ("cross-dataset", "domain-generalization")
     return replace(bench, protocols=tuple(name for name in bench.protocols if name not in elsewhere))
-
-
-def _parse_argument(argument: str) -> Model:
-    if argument.startswith(SCHEMES):
-        return Model(arch=argument)
-    arch, colon, weights = argument.partition(":")
-    if not colon or not weights:
-        raise ModelError(
-            f"{argument}: is neither a student.pt nor ARCH:WEIGHTS",
-            remedy="give one, such as ViT-B-32:laion2b_s34b_b79k",
-        )
-    return Model(arch=arch, weights=weights)
 
 
 def _weights_digest(model: Model) -> str:

@@ -16,7 +16,7 @@ from comkd_cli.errors import ModelError
 from comkd_cli.files import sha256_of_data, sha256_of_file
 from comkd_cli.models import downloads
 from comkd_cli.models.config_files import config_files_sha256
-from comkd_cli.recipe.model import Model
+from comkd_cli.recipe.model import SCHEMES, Model
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 LOCAL_DIR, HUB = "local-dir:", "hf-hub:"
@@ -82,6 +82,19 @@ def weights_file(model: Model) -> Path:
         found=model.weights,
         allowed=tags or "a file, since the architecture has no tags",
     )
+
+
+def named_model(argument: str) -> Model:
+    """The model of ARCH:WEIGHTS, or of a name that brings its weights, such as hf-hub:REPOSITORY. Raises ModelError."""
+    if argument.startswith(SCHEMES):
+        return Model(arch=argument)
+    arch, colon, weights = argument.partition(":")
+    if not colon or not weights:
+        raise ModelError(
+            f"{argument}: is neither a student.pt nor ARCH:WEIGHTS",
+            remedy="give one, such as ViT-B-32:laion2b_s34b_b79k",
+        )
+    return Model(arch=arch, weights=weights)
 
 
 def weights_sha256(model: Model) -> str | None:

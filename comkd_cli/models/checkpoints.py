@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,20 @@ from comkd_cli.data.holdout import Holdout
 from comkd_cli.data.prompts import Prompts
 from comkd_cli.edge.images import Preprocessing, checked_preprocessing
 from comkd_cli.errors import CheckpointError, ComkdError
-from comkd_cli.files import atomic_write, is_newer_format
+from comkd_cli.files import is_newer_format
 from comkd_cli.method.student import Student
 from comkd_cli.models import downloads
 from comkd_cli.models.backbones import Origin, build_image_tower, state_sha256
-from comkd_cli.models.weights import check_finite, differences_in_error, is_torchscript
+from comkd_cli.models.plain_data import (
+    check_plain,
+    check_tensors,
+    checked_texts,
+    load_plain,
+    mapping_or_none,
+    reason_of,
+    save_plain,
+)
+from comkd_cli.models.weights import differences_in_error, is_torchscript
 from comkd_cli.recipe import Recipe, parse_recipe
 
 STUDENT_FORMAT = "comkd-student/1"
@@ -203,7 +211,7 @@ def is_student(path: Path) -> bool:
 
 
 def _read_student(path: Path) -> tuple[StudentRecord, dict[str, Any]]:
-    data = _load(path, STUDENT_FORMAT, "a student")
+    data = load_plain(path, STUDENT_FORMAT, "a student")
     try:
         record = StudentRecord(
             recipe=parse_recipe(_with_holdout(data["recipe"]), name=f"{path}: recipe"),
@@ -217,21 +225,21 @@ def _read_student(path: Path) -> tuple[StudentRecord, dict[str, Any]]:
             teacher=data["teacher"],
             identity=data["identity"],
             metrics=data["metrics"],
-            identity_parts=_mapping_or_none(data.get("identity_parts"), "identity_parts"),
+            identity_parts=mapping_or_none(data.get("identity_parts"), "identity_parts"),
             teacher_sha256=data.get("teacher_sha256"),
-            templates=_texts(data.get("templates", ())),
-            descriptions={str(name): _texts(texts) for name, texts in data.get("descriptions", {}).items()},
-            classes_added=_texts(data.get("classes_added", ())),
-            holdout=_holdout_or_none(_mapping_or_none(data.get("holdout"), "holdout")),
+            templates=checked_texts(data.get("templates", ())),
+            descriptions={str(name): checked_texts(texts) for name, texts in data.get("descriptions", {}).items()},
+            classes_added=checked_texts(data.get("classes_added", ())),
+            holdout=_holdout_or_none(mapping_or_none(data.get("holdout"), "holdout")),
         )
         if record.classes_added != record.class_names[len(record.trained_classes) :]:
             raise ValueError("classes_added should be the last of class_names")
-        _check_plain(data, ("recipe_name", "source", "template", "identity"), ("teacher", "backbone_sha256"))
+        check_plain(data, ("recipe_name", "source", "template", "identity"), ("teacher", "backbone_sha256"))
         if not all(isinstance(part, str) for item in (record.teacher_sha256 or {}).items() for part in item):
             raise ValueError("teacher_sha256 should map names to digests")
-        _check_tensors(path, data, record.class_names)
+        check_tensors(path, data, record.class_names)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"is a damaged student checkpoint: {_reason(error)}", path=path) from error
+        raise CheckpointError(f"is a damaged student checkpoint: {reason_of(error)}", path=path) from error
     return record, data
 
 
@@ -240,61 +248,14 @@ def _with_holdout(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, "data": {"holdout_percent": 0.0, **recipe["data"]}}
 
 
-def _mapping_or_none(value: Any, name: str) -> dict[str, Any] | None:
-    if value is not None and not isinstance(value, dict):
-        raise TypeError(f"{name} should be a mapping, not {value!r}")
-    return value
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
-        raise TypeError(f"should be a list of texts, not {value!r}")
-    return tuple(value)
-
-
 def _holdout_or_none(fields: dict[str, Any] | None) -> Holdout | None:
     if fields is None:
         return None
     holdout = Holdout(**fields)
-    exceptions = _mapping_or_none(holdout.exceptions, "holdout.exceptions") or {}
+    exceptions = mapping_or_none(holdout.exceptions, "holdout.exceptions") or {}
     if not isinstance(holdout.percent, int | float) or not all(isinstance(held, bool) for held in exceptions.values()):
         raise ValueError("holdout should be a share and exceptions")
     return holdout
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, KeyError):
-        return f"it lacks {error.args[0]}"
-    return str(error) if isinstance(error, ValueError) else repr(error)
-
-
-def _check_plain(data: Mapping[str, Any], texts: Sequence[str], texts_or_none: Sequence[str]) -> None:
-    """Raise ValueError where a field that every checkpoint has is of another type than comkd writes."""
-    for name in texts:
-        if not isinstance(data[name], str):
-            raise ValueError(f"{name} should be text, not {data[name]!r}")
-    for name in texts_or_none:
-        if not isinstance(data.get(name), str | None):
-            raise ValueError(f"{name} should be text or None, not {data[name]!r}")
-    names, metrics = data["class_names"], data["metrics"]
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ValueError("class_names should be a list of texts")
-    if not isinstance(metrics, dict) or not all(isinstance(value, int | float) for value in metrics.values()):
-        raise ValueError("metrics should be numbers by name")
-
-
-def _check_tensors(path: Path, data: Mapping[str, Any], class_names: Sequence[str]) -> None:
-    """Raise CheckpointError for tensors with NaN, or of other shapes or types than comkd writes."""
-    vectors, scale = data["class_vectors"], data["logit_scale"]
-    if not isinstance(vectors, Tensor) or vectors.ndim != 2 or len(vectors) != len(class_names):
-        found = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
-        problem = f"is damaged: its class vectors should be ({len(class_names)} classes, width)"
-        raise CheckpointError(problem, path=path, field="class_vectors", found=found)
-    if not isinstance(scale, Tensor) or scale.numel() != 1:
-        raise CheckpointError("is damaged: its logit scale should be one number", path=path, field="logit_scale")
-    if not (vectors.is_floating_point() and scale.is_floating_point()):
-        raise CheckpointError("is damaged: its class vectors and its logit scale should be real numbers", path=path)
-    check_finite({**data["state_dict"], "class_vectors": vectors, "logit_scale": scale}, path, CheckpointError)
 
 
 def save_teacher(path: Path, saved: SavedTeacher) -> None:
@@ -314,7 +275,7 @@ def save_teacher(path: Path, saved: SavedTeacher) -> None:
 
 def load_teacher(path: Path) -> SavedTeacher:
     """Read teacher.pt. Raises CheckpointError for a file that is not an adapted teacher."""
-    data = _load(path, TEACHER_FORMAT, "a teacher")
+    data = load_plain(path, TEACHER_FORMAT, "a teacher")
     try:
         record = TeacherRecord(
             key=data["key"],
@@ -327,46 +288,8 @@ def load_teacher(path: Path) -> SavedTeacher:
             backbone_sha256=data.get("backbone_sha256"),
             made_of=data.get("made_of"),
         )
-        _check_plain(data, ("key", "template"), ("backbone_sha256",))
-        _check_tensors(path, data, record.class_names)
+        check_plain(data, ("key", "template"), ("backbone_sha256",))
+        check_tensors(path, data, record.class_names)
         return SavedTeacher(record, data["class_vectors"], data["logit_scale"], data["state_dict"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"is a damaged teacher checkpoint: {_reason(error)}", path=path) from error
-
-
-def save_plain(path: Path, data: dict[str, Any]) -> None:
-    """Write plain data and tensors atomically, to be read with weights_only=True. Raises ComkdError."""
-    with atomic_write(path) as unfinished:
-        try:
-            torch.save(data, unfinished)
-        except RuntimeError as error:  # torch's writer hides the error of the system
-            problem = f"could not be written ({str(error).splitlines()[0]})"
-            raise ComkdError(problem, path=path, remedy="is the disk full?") from error
-
-
-def _load(path: Path, expected: str, kind: str) -> dict[str, Any]:
-    """The content of a checkpoint of the format `expected`; kind names it in errors. Raises CheckpointError."""
-    if path.is_dir():
-        raise CheckpointError("is a folder", path=path, remedy="give the student.pt in it")
-    if not path.is_file():
-        raise CheckpointError("no such file", path=path)
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise CheckpointError("could not be read: permission denied", path=path) from error
-    except Exception as error:  # torch, zipfile and pickle raise many kinds
-        raise CheckpointError(
-            f"is not {kind} that comkd saved: it is not a checkpoint of plain data", path=path
-        ) from error
-    found = data.get("format", "no format") if isinstance(data, dict) else type(data).__name__
-    if isinstance(data, dict) and is_newer_format(data.get("format"), expected):
-        raise CheckpointError(
-            "has the format of a newer comkd",
-            path=path,
-            found=found,
-            allowed=[expected],
-            remedy="upgrade comkd (pip install --upgrade comkd)",
-        )
-    if not isinstance(data, dict) or found != expected:
-        raise CheckpointError(f"is not {kind} that comkd saved", path=path, found=found, allowed=[expected])
-    return data
+        raise CheckpointError(f"is a damaged teacher checkpoint: {reason_of(error)}", path=path) from error

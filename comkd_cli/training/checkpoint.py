@@ -15,7 +15,7 @@ from comkd_cli.data.transforms import stable_seed
 from comkd_cli.errors import CheckpointError
 from comkd_cli.files import is_newer_format, remove_folder
 from comkd_cli.method.student import learned_state
-from comkd_cli.models.checkpoints import save_plain
+from comkd_cli.models.plain_data import save_plain
 from comkd_cli.recipe.identity import Identity, described
 from comkd_cli.runtime import collectives, ranks
 from comkd_cli.training.position import Position

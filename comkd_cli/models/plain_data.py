@@ -1,0 +1,102 @@
+"""Files of plain data and tensors: written atomically, loaded with weights_only=True, and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comkd_cli.errors import CheckpointError, ComkdError
+from comkd_cli.files import atomic_write, is_newer_format
+from comkd_cli.models.weights import check_finite
+
+
+def mapping_or_none(value: Any, name: str) -> dict[str, Any] | None:
+    """The value, a mapping or None. Raises TypeError."""
+    if value is not None and not isinstance(value, dict):
+        raise TypeError(f"{name} should be a mapping, not {value!r}")
+    return value
+
+
+def checked_texts(value: Any) -> tuple[str, ...]:
+    """The value, a list of texts. Raises TypeError."""
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise TypeError(f"should be a list of texts, not {value!r}")
+    return tuple(value)
+
+
+def reason_of(error: Exception) -> str:
+    """What an error that was met while a checkpoint was read says of it."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error.args[0]}"
+    return str(error) if isinstance(error, ValueError) else repr(error)
+
+
+def check_plain(data: Mapping[str, Any], texts: Sequence[str], texts_or_none: Sequence[str]) -> None:
+    """Raise ValueError where a field that every checkpoint has is of another type than comkd writes."""
+    for name in texts:
+        if not isinstance(data[name], str):
+            raise ValueError(f"{name} should be text, not {data[name]!r}")
+    for name in texts_or_none:
+        if not isinstance(data.get(name), str | None):
+            raise ValueError(f"{name} should be text or None, not {data[name]!r}")
+    names, metrics = data["class_names"], data["metrics"]
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError("class_names should be a list of texts")
+    if not isinstance(metrics, dict) or not all(isinstance(value, int | float) for value in metrics.values()):
+        raise ValueError("metrics should be numbers by name")
+
+
+def check_tensors(path: Path, data: Mapping[str, Any], class_names: Sequence[str]) -> None:
+    """Raise CheckpointError for tensors with NaN, or of other shapes or types than comkd writes."""
+    vectors, scale = data["class_vectors"], data["logit_scale"]
+    if not isinstance(vectors, Tensor) or vectors.ndim != 2 or len(vectors) != len(class_names):
+        found = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
+        problem = f"is damaged: its class vectors should be ({len(class_names)} classes, width)"
+        raise CheckpointError(problem, path=path, field="class_vectors", found=found)
+    if not isinstance(scale, Tensor) or scale.numel() != 1:
+        raise CheckpointError("is damaged: its logit scale should be one number", path=path, field="logit_scale")
+    if not (vectors.is_floating_point() and scale.is_floating_point()):
+        raise CheckpointError("is damaged: its class vectors and its logit scale should be real numbers", path=path)
+    check_finite({**data["state_dict"], "class_vectors": vectors, "logit_scale": scale}, path, CheckpointError)
+
+
+def save_plain(path: Path, data: dict[str, Any]) -> None:
+    """Write plain data and tensors atomically, to be read with weights_only=True. Raises ComkdError."""
+    with atomic_write(path) as unfinished:
+        try:
+            torch.save(data, unfinished)
+        except RuntimeError as error:  # torch's writer hides the error of the system
+            problem = f"could not be written ({str(error).splitlines()[0]})"
+            raise ComkdError(problem, path=path, remedy="is the disk full?") from error
+
+
+def load_plain(path: Path, expected: str, kind: str) -> dict[str, Any]:
+    """The content of a checkpoint of the format `expected`; kind names it in errors. Raises CheckpointError."""
+    if path.is_dir():
+        raise CheckpointError("is a folder", path=path, remedy="give the student.pt in it")
+    if not path.is_file():
+        raise CheckpointError("no such file", path=path)
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise CheckpointError("could not be read: permission denied", path=path) from error
+    except Exception as error:  # torch, zipfile and pickle raise many kinds
+        raise CheckpointError(
+            f"is not {kind} that comkd saved: it is not a checkpoint of plain data", path=path
+        ) from error
+    found = data.get("format", "no format") if isinstance(data, dict) else type(data).__name__
+    if isinstance(data, dict) and is_newer_format(data.get("format"), expected):
+        raise CheckpointError(
+            "has the format of a newer comkd",
+            path=path,
+            found=found,
+            allowed=[expected],
+            remedy="upgrade comkd (pip install --upgrade comkd)",
+        )
+    if not isinstance(data, dict) or found != expected:
+        raise CheckpointError(f"is not {kind} that comkd saved", path=path, found=found, allowed=[expected])
+    return data
