@@ -60,11 +60,13 @@ settings.load_profile("comkd")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def sigint_enabled() -> Iterator[None]:
-    """Tests send SIGINT to themselves and to child processes; a shell starts background jobs with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def signals_enabled() -> Iterator[None]:
+    """Tests send signals to themselves and to child processes; a shell starts background jobs with SIGINT ignored, and
+    nohup its command with SIGHUP ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGHUP, before[1])
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comkd_cli.recipe.model import UNLABELLED
+
 ONE_CLASS_PERCENT = 90.0  # of the answers: the student of such a teacher learns to give one answer
 EXPLAINED_POINTS = 10.0  # that the share of the answers may exceed the share of the labels
 LEAST_EXPECTED = 5.0  # images of a class in the sample: 0 answers are then unlikely to be chance
@@ -53,15 +55,19 @@ class Inspection:
     confidence_percent: float
     """The mean of the largest probability."""
     accuracy_percent: float | None
-    """None without labels."""
+    """Of the labelled images; None without labels."""
     top_answer: str
     top_answer_percent: float
+    labelled: int = 0
+    """Of the images, those with a label."""
     findings: tuple[Finding, ...] = ()
 
     @property
     def line(self) -> str:
         """The summary in one line."""
         accuracy = "" if self.accuracy_percent is None else f", accuracy {self.accuracy_percent:.1f} %"
+        if 0 < self.labelled < self.images:
+            accuracy += f" on the {self.labelled:,} labelled ones"
         return (
             f"the teacher on {self.images:,} training images: mean confidence {self.confidence_percent:.1f} %"
             f"{accuracy}, most frequent answer {self.top_answer!r} ({self.top_answer_percent:.1f} %)"
@@ -88,8 +94,9 @@ def inspect(
 ) -> Inspection:
     """The answers of a teacher to images, and the findings on them.
 
-    features: (images, dim) and class_vectors: (classes, dim), L2-normalised, on the CPU. labels: of the images, where
-    they have some. Raises ValueError without images.
+    features: (images, dim) and class_vectors: (classes, dim), L2-normalised, on the CPU. labels: of the images, or None;
+    UNLABELLED for an image without one. The accuracy is that of the labelled images; shares of labels count only where
+    every image has one, since a few labels need not be spread as the images are. Raises ValueError without images.
     """
     if not len(features):
         raise ValueError("a teacher is inspected on at least one image")
@@ -98,8 +105,9 @@ def inspect(
     confidence, answers = probabilities.max(dim=1)
     shares = 100 * torch.bincount(answers, minlength=count) / len(answers)
     top = int(shares.argmax())
-    known = None if labels is None else torch.tensor(labels)
-    label_shares = None if known is None else 100 * torch.bincount(known, minlength=count) / len(known)
+    known = torch.tensor(labels if labels is not None else [UNLABELLED] * len(answers))
+    labelled = known != UNLABELLED
+    label_shares = 100 * torch.bincount(known, minlength=count) / len(known) if labelled.all() else None
     one_class = _one_class(shares, label_shares, class_names)
     findings = [
         *one_class,
@@ -113,7 +121,8 @@ def inspect(
         classes=count,
         share_percent=tuple(shares.tolist()),
         confidence_percent=100 * float(confidence.mean()),
-        accuracy_percent=None if known is None else 100 * float((answers == known).float().mean()),
+        accuracy_percent=100 * float((answers == known)[labelled].float().mean()) if labelled.any() else None,
+        labelled=int(labelled.sum()),
         top_answer=class_names[top],
         top_answer_percent=float(shares[top]),
         findings=tuple(findings),

@@ -46,7 +46,7 @@ def test_the_summary_and_the_next_commands_follow_the_recipe(pets: Path) -> None
     ]
     plan = invoke("distill", "my recipe.yaml", "--dry-run")
     assert plan.exit_code == 0, plan.output
-    assert "18 training images" in plan.stdout
+    assert "15 training images, 3 held-out images" in plan.stdout
     again = invoke("init", pets, "--no-download", "--out", "my recipe.yaml")
     assert again.exit_code == 1
     assert again.stderr.startswith("error: my recipe.yaml: exists already")

@@ -460,7 +460,8 @@ def test_images_for_the_check_can_come_from_a_folder(tiny_student: Path, tmp_pat
     ).manifest
     assert manifest["precisions"]["fp32"]["parity"]["images"] == 9
     assert manifest["precisions"]["fp32"]["parity"]["top1_percent"] is None
-    assert manifest["images"]["gate"] == {"images": 9, "different": 9, "origin": "given", "labels": False}
+    gate = {"images": 9, "different": 9, "origin": "given", "labels": False, "held_out": False}
+    assert manifest["images"]["gate"] == gate
     card = (tmp_path / "bundle/README.md").read_text()
     assert "compared with PyTorch on 9 images given with --images. No top-1 is given, because" in card
     # 9 / (9 + 1.96 ** 2)

@@ -50,6 +50,15 @@ def test_one_class_for_nearly_everything_is_found_unless_the_labels_explain_it()
     assert kinds(explained) == []
 
 
+def test_a_few_labels_give_an_accuracy_and_explain_nothing() -> None:
+    labels = [0] * 10 + [-1] * 28 + [1, 0]
+    found = inspect(answering(38, 1, 1, 0), VECTORS, 100.0, NAMES, labels)
+    assert (found.images, found.labelled, found.accuracy_percent) == (40, 12, pytest.approx(100 * 11 / 12))
+    assert "accuracy 91.7 % on the 12 labelled ones" in found.line
+    assert finding_of(found, "one_class").figures == {"share_percent": 95.0}
+    assert Inspection.from_plain(json.loads(json.dumps(found.as_plain()))) == found
+
+
 def test_two_classes_may_be_as_uneven_as_they_are() -> None:
     assert kinds(inspect(answering(39, 1, 0, 0), VECTORS[:2], 100.0, NAMES[:2], None)) == []
 
