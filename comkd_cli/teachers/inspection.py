@@ -96,8 +96,8 @@ def inspect(
 
     features: (images, dim) and class_vectors: (classes, dim), L2-normalised, on the CPU. labels: of the images;
     UNLABELLED for an image without one, None where no image has one. The accuracy is that of the labelled images.
-    Shares of labels are used only if every image has one, since a few labels need not be spread as the images are. Raises
-    ValueError without images.
+    Shares of labels are used only if every image has one, since a few labels need not be spread as the images are.
+    Raises ValueError without images.
     """
     if not len(features):
         raise ValueError("a teacher is inspected on at least one image")
