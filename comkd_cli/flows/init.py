@@ -205,7 +205,7 @@ class _Settings:
         settings.append(Setting("template", DEFAULT_TEMPLATE, reason))
         if self.inspection.source.test is None:
             reason = (
-                "There are no test images: this share, in percent, is not trained on, and scores are measured on it."
+                "There are no test images: this share, in percent, is held out of the training to measure scores on."
             )
             settings.append(Setting("holdout_percent", Data.model_fields["holdout_percent"].default, reason))
         return settings
@@ -292,10 +292,9 @@ class _Settings:
 
     def _scores(self) -> list[Setting]:
         test = self._source.test
-        if test is None or test.labels is None or not len(test):
-            return []
         every = max(1, self.schedule.epochs // SCORES)
-        return [Setting("evaluate_every_epochs", every, f"Scores the {len(test):,} test images about {SCORES} times.")]
+        images = "held-out images" if test is None or not len(test) else f"{len(test):,} test images"
+        return [Setting("evaluate_every_epochs", every, f"Scores the {images} about {SCORES} times.")]
 
 
 def _folder_reason(inspection: Inspection) -> str:
@@ -305,14 +304,14 @@ def _folder_reason(inspection: Inspection) -> str:
     if source.test is not None and len(source.test):
         parts.append(f"{len(source.test):,} test images, {'labelled' if source.test.labels else 'unlabelled'}")
     else:
-        parts.append("no test images, so the student is not scored while it trains")
+        parts.append("no test images, so a share of these is held out (below)")
     text = "; ".join(parts) + "."
     if duplicates.across_splits:
-        text += (
-            f" {len(duplicates.across_splits):,} test images are also in train/: their score is optimistically biased."
-        )
+        text += f" {len(duplicates.across_splits):,} test images are also in train/: scores are optimistically biased."
     if duplicates.across_classes:
-        text += f" {len(duplicates.across_classes):,} copies of an image have another label than the first one."
+        copies = len(duplicates.across_classes)
+        have = "copy of another image has" if copies == 1 else "copies of other images have"
+        text += f" {copies:,} {have} another label."
     if inspection.sample.long_shapes:
         text += (
             f" {inspection.sample.long_shapes:,} of {inspection.sample.images:,} sampled images are at least "

@@ -250,7 +250,7 @@ def _images_text(run: Run) -> str:
     """The training images, and how many of their labels are used."""
     images, labelled = len(run.source.train), run.source.train.labelled_count
     if run.recipe.loss.labels is None:
-        return f"{images} images without labels"
+        return f"{images} images, their labels unused" if labelled else f"{images} images without labels"
     return f"{images} images with their labels" if labelled == images else f"{images} images, {labelled} with a label"
 
 
