@@ -142,7 +142,7 @@ def _new_vectors(
     if not cosine >= SAME_VECTORS_COSINE:
         raise CheckpointError(
             "its class vectors are not those of its teacher's text encoder, so that a new one would not fit",
-            found=f"least cosine {cosine:.4f}",
+            found=f"smallest cosine {cosine:.4f}",
             allowed=f"at least {SAME_VECTORS_COSINE}",
             remedy="distil a student with all classes",
         )

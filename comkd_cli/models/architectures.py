@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -167,14 +164,3 @@ def download_refusal(error: Exception, source: str | None) -> str | None:
     if source is None or not (missing or downloads.was_refused(error)):
         return None
     return f"{source} is not in the cache of this machine, and comkd downloads nothing that a student.pt names"
-
-
-@contextmanager
-def quiet_open_clip() -> Iterator[None]:
-    """Suppress open_clip's log, which warns on the root logger about random weights; here they are intended."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)

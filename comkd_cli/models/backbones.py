@@ -32,7 +32,6 @@ from comkd_cli.models.architectures import (
     download_source,
     known_architectures,
     pretrained_tag,
-    quiet_open_clip,
     read_config,
     weights_file,
     weights_sha256,
@@ -43,6 +42,7 @@ from comkd_cli.models.templates import IMAGENET_TEMPLATES, PROMPTSRC_TEMPLATES
 from comkd_cli.models.tokenizers import bpe_merges, context_length, load_tokenizer, tokens_cut
 from comkd_cli.models.weights import check_finite, differences_in_error, first_line
 from comkd_cli.recipe.model import SCHEMES, Model
+from comkd_cli.runtime.quiet import logging_disabled
 
 __all__ = [
     "IMAGENET_TEMPLATES",
@@ -181,7 +181,7 @@ def _from_name(model: Model, load_weights: bool) -> Any:
         weights_file(model)  # fails before anything large is built
     load_weights = load_weights and not of_file
     try:
-        with quiet_open_clip():
+        with logging_disabled():  # open_clip warns of random weights, which are intended here
             if arch.startswith(SCHEMES) and not load_weights:
                 return _from_its_config(arch)
             return open_clip.create_model(
@@ -227,7 +227,7 @@ def _from_config(config: dict[str, Any], load_weights: bool) -> Any:
     vision = config["vision_cfg"]
     from_timm = load_weights and isinstance(vision, dict) and bool(vision.get("timm_model_pretrained"))
     try:
-        with quiet_open_clip():
+        with logging_disabled():
             return _create(config, {}, from_timm)
     except Exception as error:  # open_clip checks a config by using it
         refusal = download_refusal(error, download_source(Model(config=config)))

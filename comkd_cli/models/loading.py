@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from comkd_cli.errors import ModelError
 from comkd_cli.events import Notice, Report
 from comkd_cli.models.activations import check_activation_of_file
-from comkd_cli.models.architectures import architecture_name, quiet_open_clip
+from comkd_cli.models.architectures import architecture_name
 from comkd_cli.models.clip import Clip
 from comkd_cli.models.weights import (
     READ_BY_OPEN_CLIP_ALONE,
@@ -27,6 +27,7 @@ from comkd_cli.models.weights import (
     tensors_of,
 )
 from comkd_cli.recipe.model import Model
+from comkd_cli.runtime.quiet import logging_disabled
 
 WORD_EMBEDDINGS = "token_embedding.weight"
 
@@ -36,7 +37,7 @@ def load_clip_file(built: Any, path: Path, model: Model, report: Report) -> None
     held: dict[str, Any] = {} if path.suffix in READ_BY_OPEN_CLIP_ALONE else read_weights(path)
     shapes = _shapes(built)
     try:
-        with quiet_open_clip():
+        with logging_disabled():
             open_clip.load_checkpoint(built, str(path), strict=True, weights_only=True)
     except Exception as error:  # torch, pickle and safetensors each raise their own
         raise _mismatch_error(path, held, shapes, architecture_name(model), error) from error

@@ -16,12 +16,12 @@ from comkd_cli.models.architectures import (
     check_folder,
     download_refusal,
     download_source,
-    quiet_open_clip,
     read_config,
 )
 from comkd_cli.models.clip import Clip
 from comkd_cli.models.weights import first_line
 from comkd_cli.recipe.model import SCHEMES, Model
+from comkd_cli.runtime.quiet import logging_disabled
 
 ALLOWED_SETTINGS = {"clean", "strip_sep_token", "language"}
 
@@ -30,7 +30,7 @@ def load_tokenizer(model: Model) -> Callable[[Sequence[str]], Tensor]:
     """The tokenizer of a model, from texts to token ids (texts, context). Raises ModelError."""
     check_folder(model)
     try:
-        with quiet_open_clip():
+        with logging_disabled():
             return _load(model)
     except Exception as error:  # open_clip, the Hub's client and transformers raise their own
         refusal = download_refusal(error, _download_source(model))

@@ -181,7 +181,7 @@ def _check_same_teacher(teacher: Teacher, student: Student, name: str) -> None:
     if theirs.shape != own.shape:
         difference = f"its class vectors are {tuple(theirs.shape)}, and the student's {tuple(own.shape)}"
     elif (cosine := float(nn.functional.cosine_similarity(theirs, own).min())) < SAME_VECTORS_COSINE:
-        difference = f"its class vectors differ from the student's, with a least cosine similarity of {cosine:.4f}"
+        difference = f"its class vectors differ from the student's, with a smallest cosine of {cosine:.4f}"
     elif not torch.allclose(teacher.logit_scale.cpu(), student.logit_scale.cpu(), rtol=1e-3):
         difference = (
             f"its logit scale is {float(teacher.logit_scale):.4g}, and the student's {float(student.logit_scale):.4g}"

@@ -165,7 +165,7 @@ def test_class_vectors_of_a_head_that_was_fitted_are_refused(zero_shot: Any) -> 
     path = zero_shot(vectors=functional.normalize(torch.randn(3, 16), dim=-1))
     with pytest.raises(CheckpointError) as caught:
         add_classes(path, ["fox"], AddOptions(), quietly)
-    assert str(caught.value.found).startswith("least cosine")
+    assert str(caught.value.found).startswith("smallest cosine")
 
 
 def test_a_student_without_its_teacher_is_refused(zero_shot: Any, weights: Path, tmp_path: Path) -> None:

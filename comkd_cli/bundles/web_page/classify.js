@@ -20,7 +20,7 @@ const element = (id) => document.getElementById(id);
 async function fetched(name, tick = () => {}) {
   let response;
   try {
-    // Asked for anew: a graph that the browser kept from an earlier export does not fit a new manifest.
+    // Not from the cache: a graph that the browser kept from an earlier export does not fit a new manifest.
     response = await fetch(`./${name.split("/").map(encodeURIComponent).join("/")}`, { cache: "no-cache" });
   } catch {
     throw new Problem(`${name}: could not be fetched; is the server still running?`);

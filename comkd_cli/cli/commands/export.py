@@ -171,7 +171,7 @@ def _print_bundle(target: Path, manifest: dict[str, Any]) -> None:
 def _print_parity(manifest: dict[str, Any]) -> None:
     from comkd_cli.cli.terminal import Column, print_table
 
-    heads = ("of fp32's size", "least cosine", "same answers", "95 % interval", "top-1")
+    heads = ("of fp32's size", "smallest cosine", "top-1 agreement", "95 % interval", "top-1")
     sizes = {p: manifest["files"][e["classifier"]]["bytes"] for p, e in manifest["precisions"].items()}
     rows = []
     for precision, entry in manifest["precisions"].items():
