@@ -123,7 +123,7 @@ def _encoder(student_file: Path, record: StudentRecord, allow_download: bool, re
         raise CheckpointError(
             f"classes are added with the text encoder of its teacher: {error}",
             path=student_file,
-            remedy="keep the runs folder as it was, or try --allow-download",
+            remedy=None if error.remedy else "keep the runs folder as it was, or try --allow-download",
         ) from error
 
 

@@ -123,6 +123,7 @@ def _class_encoder(record: StudentRecord, student_file: Path, report: Report) ->
             path=path,
             field="teacher.adapt",
             found="linear_probe",
+            remedy="add the classes to the recipe and to the labels, and distil again",
         )
     clip = build_clip(Model(**saved.record.model), load_weights=False)
     load_clip_state(clip, saved.state_dict, path)
