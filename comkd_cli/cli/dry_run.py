@@ -81,14 +81,14 @@ class DryRun:
         return {**rows, "writes": str(plan.folder), "state": plan.state}
 
     def _teacher_check(self, run: Run, stage: Stage1, report: Report) -> str:
-        """The teacher's answers on some training images, and a notice for each finding; or why it was not looked at."""
+        """The teacher's answers on some training images, and a notice for each finding; or why it was not checked."""
         from comkd_cli.events import Notice
         from comkd_cli.flows import distill
 
         saved = stage.file if stage.adapts else None
         found = distill.preview_teacher(run, saved, self._device, report)
         if isinstance(found, str):
-            return f"not looked at: {found}"
+            return f"not checked: {found}"
         for finding in found.findings:
             report(Notice(finding.line))
         return found.line

@@ -82,7 +82,7 @@ class Inspection:
     suffixes: Counter[str]
     total_bytes: int
     missing: tuple[str, ...]
-    """`path: reason` of files that are empty or cannot be opened at all; every file was looked at."""
+    """`path: reason` of files that are empty or cannot be opened at all; every file was checked."""
     sample: Sample
     duplicates: Duplicates
     untrained_classes: tuple[str, ...]

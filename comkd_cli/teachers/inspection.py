@@ -1,4 +1,4 @@
-"""A look at a teacher's answers before a student learns them: what would make a distillation pointless.
+"""Checks a teacher's answers before a student is trained on them: what would make a distillation pointless.
 
 A pure function of features, class vectors and the temperature. Each finding has its figures and a remedy.
 """

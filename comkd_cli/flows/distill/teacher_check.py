@@ -1,4 +1,4 @@
-"""A look at the teacher before the student trains: on a sample of the training images, with what it finds."""
+"""Checks the teacher before the student trains, on a sample of the training images, with what it finds."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def inspect_teacher(run: Run, ready: ReadyTeacher, device: torch.device, report:
 
 
 def preview_teacher(run: Run, saved: Path | None, device_type: str, report: Report) -> Inspection | str:
-    """The inspection of a teacher whose files are all on this machine; otherwise why it was not looked at.
+    """The inspection of a teacher whose files are all on this machine; otherwise why it was not checked.
 
     Nothing is downloaded, trained or written. saved: teacher.pt of an adapted teacher, None for one that is used as its
     weights are. device_type: such as `cuda`.
