@@ -16,7 +16,7 @@ from comkd_cli.data.transforms import stable_seed
 from comkd_cli.evaluation.subjects import live_teacher
 from comkd_cli.evaluation.zero_shot import Scorer
 from comkd_cli.events import Notice, Report
-from comkd_cli.flows.adapt.stage import Stage1, check_labels, model_fields
+from comkd_cli.flows.adapt.stage import Stage1, check_labels, teacher_record
 from comkd_cli.method.prompt_src import PromptedClip, epoch_weights, frozen_class_vectors, prompt_src_terms
 from comkd_cli.method.teacher import PromptClassifier
 from comkd_cli.models.backbones import (
@@ -27,7 +27,7 @@ from comkd_cli.models.backbones import (
     state_sha256,
     uses_all_parameters,
 )
-from comkd_cli.models.checkpoints import SavedTeacher, TeacherRecord
+from comkd_cli.models.checkpoints import SavedTeacher
 from comkd_cli.recipe.model import FullAdapt, PromptSrcAdapt
 from comkd_cli.runtime import collectives
 from comkd_cli.teachers.class_vectors import encode_prompts, report_truncation, tokenize_prompts
@@ -79,17 +79,7 @@ class Adaptation(Objective):
     def saved_teacher(self, metrics: dict[str, float]) -> SavedTeacher:
         """The trained teacher, as teacher.pt holds it. metrics: of the last epoch."""
         self.model.eval()
-        record = TeacherRecord(
-            key=self.stage.key,
-            model=model_fields(self.stage.settings),
-            class_names=self.source.class_names,
-            template=self.source.template,
-            preprocessing=self.clip.preprocessing,
-            origin=self.clip.origin,
-            metrics=metrics,
-            backbone_sha256=self.backbone_sha256,
-            made_of=self.stage.made_of,
-        )
+        record = teacher_record(self.stage, self.source, self.clip, metrics, self.backbone_sha256)
         return SavedTeacher(record, self.class_vectors(), self.logit_scale, self.state_dict())
 
 

@@ -14,10 +14,10 @@ from comkd_cli.evaluation.subjects import live_teacher
 from comkd_cli.evaluation.zero_shot import Scorer
 from comkd_cli.events import Notice, Report, Stage
 from comkd_cli.files import write_text
-from comkd_cli.flows.adapt.stage import Stage1, check_labels, check_probe, model_fields
+from comkd_cli.flows.adapt.stage import Stage1, check_labels, check_probe, teacher_record
 from comkd_cli.method.linear_probe import Classifier, Labelled, Probe, fit_probe
 from comkd_cli.models.backbones import build_clip, state_sha256
-from comkd_cli.models.checkpoints import SavedTeacher, TeacherRecord
+from comkd_cli.models.checkpoints import SavedTeacher
 from comkd_cli.recipe.model import LinearProbeAdapt
 from comkd_cli.runtime import collectives, ranks
 from comkd_cli.teachers.class_vectors import encode_prompts
@@ -53,17 +53,7 @@ class ProbeAdaptation:
         metrics = self._metrics(probe, len(images.labels))
         if ranks.is_main():
             write_text(self.stage.folder / "metrics.jsonl", json.dumps(metrics) + "\n")
-        record = TeacherRecord(
-            key=self.stage.key,
-            model=model_fields(self.stage.settings),
-            class_names=self.source.class_names,
-            template=self.source.template,
-            preprocessing=self.clip.preprocessing,
-            origin=self.clip.origin,
-            metrics=metrics,
-            backbone_sha256=state_sha256(self.clip.model),
-            made_of=self.stage.made_of,
-        )
+        record = teacher_record(self.stage, self.source, self.clip, metrics, state_sha256(self.clip.model))
         return SavedTeacher(record, probe.classifier.vectors, probe.classifier.scale, {})
 
     def _images(self) -> Labelled:

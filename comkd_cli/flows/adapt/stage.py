@@ -16,7 +16,8 @@ from comkd_cli.data.splits import draw_shots, halves
 from comkd_cli.errors import DataError
 from comkd_cli.events import Notice, Report, ignore_event
 from comkd_cli.files import sha256_of_data
-from comkd_cli.models.backbones import weights_sha256
+from comkd_cli.models.backbones import Clip, weights_sha256
+from comkd_cli.models.checkpoints import TeacherRecord
 from comkd_cli.recipe import Recipe
 from comkd_cli.recipe.model import Adapt, Data, FullAdapt, LinearProbeAdapt, Model, NoAdapt, PromptSrcAdapt, Teacher
 
@@ -180,6 +181,23 @@ def check_probe(labels: Sequence[int], dataset: str) -> None:
             found=f"{classes} such classes",
             remedy="label more images, or use adapt: none",
         )
+
+
+def teacher_record(
+    stage: Stage1, source: Source, clip: Clip, metrics: dict[str, float], backbone_sha256: str | None
+) -> TeacherRecord:
+    """What teacher.pt says of a teacher. source: whose classes it was adapted to; clip: what it started from."""
+    return TeacherRecord(
+        key=stage.key,
+        model=model_fields(stage.settings),
+        class_names=source.class_names,
+        template=source.template,
+        preprocessing=clip.preprocessing,
+        origin=clip.origin,
+        metrics=metrics,
+        backbone_sha256=backbone_sha256,
+        made_of=stage.made_of,
+    )
 
 
 def model_fields(model: Model) -> dict[str, object]:
