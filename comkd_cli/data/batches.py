@@ -10,6 +10,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from comkd_cli.data.mixing import draw_mixture
 from comkd_cli.data.source import ImageSet
 from comkd_cli.data.transforms import scoring_input, stable_seed, training_inputs
 from comkd_cli.edge.images import Preprocessing, UnreadableImage
@@ -96,14 +97,30 @@ class TrainingItems(Dataset[Item]):
 
     def __getitem__(self, crop: CropIndex) -> Item:
         index, view, for_first = crop
-        seed = stable_seed("crop", self._crops.seed, self._images.keys[index], view)
         preprocessings = self._preprocessings if for_first else self._preprocessings[1:]
 
         def prepare(image: Image) -> tuple[Tensor | None, ...]:
-            inputs = training_inputs(image, preprocessings, self._crops.augment, seed)
+            inputs = self._inputs(image, index, view, preprocessings)
             return tuple(inputs) if for_first else (None, *inputs)
 
         return replace(_item(self._images, index, prepare), view=view)
+
+    def _inputs(self, image: Image, index: int, view: int, preprocessings: Sequence[Preprocessing]) -> list[Tensor]:
+        """The crop of an image in a view, mixed with another image's where the recipe mixes."""
+        inputs = training_inputs(image, preprocessings, self._crops.augment, self._seed("crop", index, view))
+        settings = self._crops.augment.mix
+        mixture = None if settings is None else draw_mixture(settings, self._seed("mix", index, view), len(self))
+        if mixture is None:
+            return inputs
+        try:
+            other = self._images.open(mixture.partner)
+        except UnreadableImage:  # reported where its own turn comes; this image is still of use
+            return inputs
+        seed = self._seed("crop", mixture.partner, view)
+        return mixture.of(inputs, training_inputs(other, preprocessings, self._crops.augment, seed))
+
+    def _seed(self, purpose: str, index: int, view: int) -> int:
+        return stable_seed(purpose, self._crops.seed, self._images.keys[index], view)
 
 
 class ScoringItems(Dataset[Item]):

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import InterpolationMode, RandAugment, RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 from comkd_cli.edge.images import Preprocessing, normalise, prepare
 from comkd_cli.recipe.model import Augment
+from comkd_cli.recipe.model import RandAugment as RandAugmentSettings
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of a random crop before it is resized; torchvision's and PromptKD's
 
@@ -43,6 +44,8 @@ def training_inputs(
         torch.default_generator.manual_seed(seed)
         region = RandomResizedCrop.get_params(image, [augment.min_scale, 1.0], list(ASPECT_RATIOS))
         mirrored = augment.flip and bool(torch.rand(()) < 0.5)
+        if augment.rand_augment is not None:
+            image, region = _changed(image, region, augment.rand_augment)
     inputs: dict[Preprocessing, Tensor] = {}
     for preprocessing in preprocessings:
         if preprocessing not in inputs:
@@ -51,3 +54,15 @@ def training_inputs(
             crop = tv.hflip(crop) if mirrored else crop
             inputs[preprocessing] = torch.from_numpy(normalise(crop, preprocessing))
     return [inputs[preprocessing] for preprocessing in preprocessings]
+
+
+def _changed(
+    image: Image.Image, region: tuple[int, int, int, int], settings: RandAugmentSettings
+) -> tuple[Image.Image, tuple[int, int, int, int]]:
+    """The region of an image after RandAugment, and the region that is all of it; draws from torch's generator.
+
+    It is changed before it is resized: models of different input sizes then see one change.
+    """
+    top, left, height, width = region
+    change = RandAugment(settings.operations, settings.magnitude, interpolation=InterpolationMode.BILINEAR)
+    return change(tv.crop(image, top, left, height, width)), (0, 0, height, width)

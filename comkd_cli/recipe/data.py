@@ -108,6 +108,27 @@ class Data(Closed):
         return next((name for name, value in given.items() if value is not None), None)
 
 
+class RandAugment(Closed):
+    """Random changes of colour, contrast and geometry, torchvision's RandAugment (arXiv 1909.13719)."""
+
+    operations: Annotated[int, Field(ge=1, le=10)] = 2
+    """Changes of each crop, drawn from 14 kinds."""
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """Of each change; 30 is the largest."""
+
+
+class Mix(Closed):
+    """Mix some crops with a crop of another training image, which the seed chooses."""
+
+    kind: Literal["mixup", "cutmix"]
+    """`mixup`: the weighted mean of two crops (arXiv 1710.09412). `cutmix`: a rectangle of one in the other (arXiv
+    1905.04899)."""
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """The share of the second crop is drawn from Beta(alpha, alpha)."""
+    probability: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """The share of crops that are mixed [C]."""
+
+
 class Augment(Closed):
     """Random resized crops and flips; teacher and student always see the same crop."""
 
@@ -115,3 +136,15 @@ class Augment(Closed):
     """The smallest share of an image's area that a crop keeps; the largest is all of it [K]."""
     flip: bool = True
     """Mirror half of the crops. Switch it off where left and right matter, as in text or digits [K]."""
+    rand_augment: RandAugment | None = None
+    """Stronger augmentation of the student's training: each crop is changed before it is resized. Teacher and student
+    see the same change, and stage 1 does not use it."""
+    mix: Mix | None = None
+    """Mixed crops in the student's training; the teacher sees the mixed crop. Which image is mixed in, and how, depends
+    on the seed, the image and the view, so that the teacher cache works. Each mixed crop decodes two images. Excludes
+    `loss.labels`; stage 1 does not use it."""
+
+    @property
+    def crops(self) -> Augment:
+        """The crops and flips alone, as stage 1 uses them."""
+        return Augment(min_scale=self.min_scale, flip=self.flip)

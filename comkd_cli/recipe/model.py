@@ -11,7 +11,16 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from comkd_cli.recipe.architecture import SCHEMES, Model
-from comkd_cli.recipe.data import DATASETS, DEFAULT_TEMPLATE, OPENAI_TEMPLATES, UNLABELLED, Augment, Data
+from comkd_cli.recipe.data import (
+    DATASETS,
+    DEFAULT_TEMPLATE,
+    OPENAI_TEMPLATES,
+    UNLABELLED,
+    Augment,
+    Data,
+    Mix,
+    RandAugment,
+)
 from comkd_cli.recipe.fields import Closed
 from comkd_cli.recipe.loss import EduAttention, FeatureCosine, FeatureMse, IFAlign, Labels, Loss, Refinement
 from comkd_cli.recipe.optim import AdamW, Optim, Sgd
@@ -48,12 +57,14 @@ __all__ = [
     "Labels",
     "LinearProbeAdapt",
     "Loss",
+    "Mix",
     "Model",
     "NoAdapt",
     "Optim",
     "Projector",
     "PromptSrcAdapt",
     "Prompts",
+    "RandAugment",
     "Recipe",
     "Refinement",
     "Sgd",
@@ -93,6 +104,9 @@ class Recipe(Closed):
     """The terms of the student's loss."""
     optim: Optim = Sgd()
     """How the student is trained."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Score and save an exponential moving average of the student's weights and norm statistics, with this decay per
+    step. In the first steps the decay is (1 + step) / (10 + step) where that is less. null: the last weights [C]."""
     teacher_cache: TeacherCacheSettings | None = None
     """Run the teacher once for each crop and keep its features; null runs it at every step."""
     selection: Literal["last", "promptkd"] = "last"
@@ -126,6 +140,18 @@ class Recipe(Closed):
         for place, data in (("data", self.data), ("teacher.adapt.data", of_teacher)):
             if data is not None and data.words is not None:
                 raise ValueError(f"promptsrc learns the words of its prompts: leave `{place}.{data.words}` out")
+        return self
+
+    @model_validator(mode="after")
+    def _mixes_unlabelled(self) -> Recipe:
+        if self.augment.mix is not None and self.loss.labels is not None:
+            raise ValueError("a mixed crop has no single label: leave out `augment.mix` or `loss.labels`")
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_one_result(self) -> Recipe:
+        if self.ema_decay is not None and self.selection != "last":
+            raise ValueError("`ema_decay` keeps the average of all steps: leave it out with `selection: promptkd`")
         return self
 
     @model_validator(mode="after")

@@ -142,6 +142,8 @@ class Trainer:
             position.add({"loss": result.loss, **result.figures}, share)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.task.ema_decay is not None:
+            position.update_ema(self.task.model, self.task.ema_decay, position.epoch * steps + position.step)
         position.counted_steps += 1
 
     def _finish_epoch(self, images_per_second: float) -> None:
@@ -156,11 +158,12 @@ class Trainer:
         last = epoch == task.optim.epochs
         if task.average is not None:
             position.add_to_average(task.model, task.average[position.epoch])
-            if last:  # so that the weights that are kept are those that are scored
-                task.model.load_state_dict(position.kept, strict=False)
         due = task.evaluate_every_epochs and epoch % task.evaluate_every_epochs == 0
         if last or due or task.select_by is not None:
-            figures |= task.objective.evaluate()
+            # Scored are the weights that would be kept if this were the last epoch.
+            averaged = task.ema_decay is not None or (task.average is not None and last)
+            with position.kept_in(task.model) if averaged else nullcontext():
+                figures |= task.objective.evaluate()
         if task.select_by is not None:
             position.keep_if_best(task.model, figures[task.select_by])
         line = {

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from comkd_cli.method.student import learned_state
 from comkd_cli.runtime import collectives, ranks
@@ -31,7 +34,8 @@ class Position:
     best_score: float = -math.inf
     """Of the best epoch so far, where an epoch is selected."""
     kept: dict[str, Tensor] = field(default_factory=dict)
-    """The weights of the best epoch so far, or the weighted sum of the epochs'; empty where the last epoch is kept."""
+    """The weights of the best epoch so far, the weighted sum of the epochs', or the moving average of the steps'; empty
+    where the last weights are kept."""
 
     def add(self, figures: dict[str, Tensor], share: float) -> None:
         """Add a part of a step to the sums, on the device: reading a figure would make the device wait for Python.
@@ -62,6 +66,32 @@ class Position:
             part = value.detach() * weight if value.is_floating_point() else value.detach().clone()
             before = self.kept.get(name)
             self.kept[name] = part if before is None or not value.is_floating_point() else before + part
+
+    def update_ema(self, model: nn.Module, decay: float, step: int) -> None:
+        """Move the kept tensors towards the model's after a step; integers, such as counters, are replaced.
+
+        decay: after the first steps; step: of the run, from 0. In step t the decay is min(decay, (1 + t) / (10 + t)),
+        as in TensorFlow's and timm's averages, so that the random first weights do not stay in the average.
+        """
+        state = {name: value.detach() for name, value in learned_state(model).items()}
+        if not self.kept:
+            self.kept = {name: value.clone() for name, value in state.items()}
+            return
+        floats = [name for name, value in state.items() if value.is_floating_point()]
+        average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))  # type: ignore[no-untyped-call]
+        average([self.kept[name] for name in floats], [state[name] for name in floats], None)
+        for name in state.keys() - set(floats):
+            self.kept[name] = state[name].clone()
+
+    @contextmanager
+    def kept_in(self, model: nn.Module) -> Iterator[None]:
+        """A context in which the model has the kept tensors."""
+        own = {name: value.detach().clone() for name, value in learned_state(model).items()}
+        model.load_state_dict(self.kept, strict=False)
+        try:
+            yield
+        finally:
+            model.load_state_dict(own, strict=False)
 
     def keep_if_best(self, model: nn.Module, score: float) -> None:
         """Keep a copy of the model's learned tensors if the score is the highest so far."""

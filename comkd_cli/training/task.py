@@ -79,6 +79,8 @@ class Task:
     epoch with the highest value are kept (of several, the first); None keeps the last epoch's."""
     average: Sequence[float] | None = None
     """A weight for each epoch, summing to 1: the weighted average of the epochs' weights is kept."""
+    ema_decay: float | None = None
+    """Of an exponential moving average of the weights over the steps, which is kept instead of the last weights."""
     uses_all_parameters: bool = False
     """Whether each step gives every trainable parameter a gradient; data-parallel training then need not search for
     those without."""

@@ -13,7 +13,7 @@ from torchvision import transforms
 
 from comkd_cli.data.transforms import scoring_input, stable_seed, training_inputs
 from comkd_cli.edge.images import Preprocessing
-from comkd_cli.recipe.model import Augment
+from comkd_cli.recipe.model import Augment, RandAugment
 
 SIDE = 240
 PLAIN = Preprocessing(size=48, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -143,3 +143,29 @@ def test_stable_seeds_are_what_torch_takes(parts: list[int | str]) -> None:
 
 def test_names_that_are_not_utf8_have_seeds_of_their_own() -> None:
     assert stable_seed(os.fsdecode(b"\xe9")) != stable_seed(os.fsdecode(b"\xe8"))
+
+
+def test_rand_augment_is_torchvisions_on_the_cropped_region_and_leaves_the_crop_where_it_is(
+    noise: Callable[..., Image.Image],
+) -> None:
+    settings, picture = RandAugment(operations=2, magnitude=20), noise(40, 40)
+    whole = {"min_scale": 1.0, "flip": False}
+    for seed in range(8):
+        (plain,) = training_inputs(picture, [replace(PLAIN, size=40)], Augment(**whole), seed)
+        (found,) = training_inputs(picture, [replace(PLAIN, size=40)], Augment(**whole, rand_augment=settings), seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            transforms.RandomResizedCrop.get_params(picture, [1.0, 1.0], [3 / 4, 4 / 3])
+            changed = transforms.RandAugment(2, 20, interpolation=transforms.InterpolationMode.BILINEAR)(picture)
+        assert torch.equal(found, transforms.functional.to_tensor(changed))
+        assert torch.equal(plain, transforms.functional.to_tensor(picture))
+
+
+def test_models_of_different_input_sizes_see_one_change(noise: Callable[..., Image.Image]) -> None:
+    augment = Augment(rand_augment=RandAugment(magnitude=30))
+    differ = 0
+    for seed in range(8):
+        large, small = both(seed, augment)
+        assert torch.nn.functional.interpolate(large[None], size=30, mode="area").sub(small).abs().mean() < 0.1
+        differ += not torch.allclose(large, both(seed, Augment())[0], atol=0.05)
+    assert differ >= 6

@@ -58,6 +58,28 @@ def test_with_a_view_an_epoch_in_fp32_a_run_is_the_one_without_a_cache(
     assert same(plain, warm)
 
 
+def test_mixed_and_changed_crops_are_cached_as_others_are(tmp_path: Path, weights: Path, seen: list[int]) -> None:
+    augment = {"mix": {"kind": "cutmix"}, "rand_augment": {"magnitude": 20}}
+    plain = do(make(tmp_path, weights, "plain", None, augment=augment, ema_decay=0.9))
+    cold = do(make(tmp_path, weights, "cold", FULL, augment=augment, ema_decay=0.9))
+    computed = sum(seen)
+    warm = do(make(tmp_path, weights, "warm", FULL, augment=augment, ema_decay=0.9))
+    assert sum(seen) == computed
+    assert same(plain, cold)
+    assert same(plain, warm)
+    assert not same(plain, do(make(tmp_path, weights, "unmixed", None, ema_decay=0.9)))
+
+
+def test_students_with_and_without_mixed_crops_share_a_teacher(tmp_path: Path) -> None:
+    def key(**augment: Any) -> str:
+        teacher = {"config": tiny.CLIP, "adapt": {"method": "full", "epochs": 1, "batch_size": 32}}
+        recipe = parse_recipe(tiny.recipe(teacher=teacher, augment=augment))
+        return adapt.stage_1(recipe, open_source(recipe.data, Path("data")), Path("data"), tmp_path).key
+
+    assert key(mix={"kind": "mixup"}, rand_augment={}) == key()
+    assert key(min_scale=0.3) != key()
+
+
 def test_other_students_and_seeds_read_what_one_has_filled(tmp_path: Path, weights: Path, seen: list[int]) -> None:
     do(make(tmp_path, weights, "first", FULL))
     computed = sum(seen)

@@ -100,6 +100,14 @@ def test_every_fault_is_told_at_once_with_its_path() -> None:
     [
         ({"seed": "three"}, "seed: should be a valid integer, not 'three'"),
         ({"augment": {"flip": "no"}}, "augment.flip: should be a valid boolean, not 'no'"),
+        (
+            {"augment": {"mix": {"kind": "mixup"}}, "loss": {"labels": {}}},
+            "a mixed crop has no single label: leave out `augment.mix` or `loss.labels`",
+        ),
+        (
+            {"ema_decay": 0.99, "selection": "promptkd"},
+            "`ema_decay` keeps the average of all steps: leave it out with `selection: promptkd`",
+        ),
         ({"augment": {"min_scale": 0}}, "augment.min_scale: should be greater than 0, not 0"),
         ({"precision": "fp8"}, "precision: should be one of 'fp32', 'bf16', 'fp16', not 'fp8'"),
         ({"optim": {"name": "adam"}}, "optim: should be one of 'sgd', 'adamw', not 'adam'"),

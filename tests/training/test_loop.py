@@ -94,6 +94,58 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bits(
         assert {**first, "images_per_second": 0} == {**second, "images_per_second": 0}
 
 
+class Recorded(CrossEntropy):
+    """Keeps the weights of every step and of every evaluation."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.steps, self.scored = model, [], []  # type: ignore[var-annotated]
+
+    def loss(self, model: nn.Module, batch: Batch, probe: bool) -> StepResult:
+        self.steps.append(self._state())  # before this step: after the one before it
+        return super().loss(model, batch, probe)
+
+    def evaluate(self) -> dict[str, float]:
+        self.scored.append(self._state())
+        return {}
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in self.model.state_dict().items()}
+
+
+def test_the_moving_average_of_all_steps_is_scored_and_kept(tmp_path: Path) -> None:
+    model = Net()
+    recorded = Recorded(model)
+    made = task(tmp_path, model=model, objective=recorded, ema_decay=0.6, evaluate_every_epochs=1)
+    train(made)
+    # 3 epochs of 3 steps; the loss sees the weights before each step, so the last step's are not among them.
+    after, name = [state["layers.0.weight"] for state in recorded.steps[1:]], "layers.0.weight"
+    average = after[0]
+    for step, weights in enumerate(after[1:], start=1):
+        decay = min(0.6, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * weights
+        if step in (2, 5):  # the last step of the first and of the second epoch
+            assert torch.allclose(recorded.scored[step // 3][name], average, atol=1e-6)
+    assert not torch.allclose(recorded.scored[1][name], after[5])
+    kept = model.state_dict()
+    assert all(torch.equal(kept[key], recorded.scored[2][key]) for key in kept)  # what is scored last is what is kept
+    assert int(kept["layers.1.num_batches_tracked"]) == 9
+    assert torch.equal(recorded.steps[3]["layers.0.weight"], after[2])  # scoring the average does not move the training
+
+
+def test_a_stopped_run_with_a_moving_average_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = (task(tmp_path / name, ema_decay=0.9) for name in ("whole", "stopped"))
+    train(whole)
+    with monkeypatch.context() as patch:
+        stop_after_steps(patch, 4)
+        with pytest.raises(Interrupted):
+            train(stopped)
+    resumed = task(tmp_path / "stopped", ema_decay=0.9)
+    train(resumed)
+    assert same(whole.model, resumed.model)
+
+
 def stop_after_steps(patch: pytest.MonkeyPatch, steps: int) -> None:
     from contextlib import contextmanager
 

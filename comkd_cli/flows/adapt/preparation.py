@@ -74,7 +74,7 @@ class TeacherPreparation:
             loader=TrainingLoader(
                 adaptation.source.train,
                 [adaptation.clip.preprocessing],
-                Crops(recipe.augment, adapt.seed),
+                Crops(recipe.augment.crops, adapt.seed),
                 Steps(adapt.batch_size, adapt.seed, adapt.accumulation_steps),
                 worker_count(recipe.data),
             ),

@@ -102,7 +102,8 @@ class Stage1:
             **self.contents,
         }
         if isinstance(adapt, FullAdapt | PromptSrcAdapt):  # a probe sees centre crops in fp32
-            parts |= {"augment": self.recipe.augment.model_dump(mode="json"), "precision": self.recipe.precision}
+            crops = self.recipe.augment.crops.model_dump(mode="json", exclude_none=True)
+            parts |= {"augment": crops, "precision": self.recipe.precision}
         return parts
 
     @cached_property

@@ -242,6 +242,7 @@ def _task(run: Run, objective: Distillation, teacher_preprocessing: Preprocessin
         evaluate_every_epochs=recipe.evaluate_every_epochs,
         held_out=run.source.holdout is not None,
         select_by=SELECTION_SCORE if selection_classes(recipe) else None,
+        ema_decay=recipe.ema_decay,
         uses_all_parameters=objective.uses_all_parameters,
     )
 

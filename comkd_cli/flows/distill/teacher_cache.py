@@ -46,7 +46,8 @@ def open_cache(run: Run, ready: ReadyTeacher, report: Report) -> TeacherCache | 
         "teacher": run.teacher_key,
         "preprocessing": asdict(ready.preprocessing),
         "images": images.digest,
-        "augment": run.recipe.augment.model_dump(mode="json"),
+        # Without fields that are off, so that caches of versions without these fields are found.
+        "augment": run.recipe.augment.model_dump(mode="json", exclude_none=True),
         "precision": run.recipe.precision,
         "teacher_cache": settings.model_dump(mode="json"),
         # Training with the same settings need not give the same teacher.
