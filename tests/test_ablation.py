@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks.ablation import rows, running, tables
+from benchmarks.ablation import pairs, rows, running, tables
 from benchmarks.ablation.__main__ import main
 from benchmarks.ablation.figures import calibration_error_percent, interval
 from comkd_cli.data.digits import digits_source
@@ -23,10 +23,11 @@ from comkd_cli.flows.distill import outline
 from comkd_cli.models.checkpoints import load_student
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.teachers.loading import build_teacher
+from comkd_cli.teachers.of_student import teacher_of_student
 from tests import tiny, warm
 
 TINY = replace(
-    rows.CIFAR10,
+    pairs.CIFAR10,
     teacher_config=tiny.CLIP,
     teacher_adapt={"method": "full", "epochs": 2, "batch_size": 32},
     students={"small": tiny.TOWER},
@@ -36,7 +37,7 @@ TINY = replace(
     grid_images=60,
     grid_epochs=1,
 )
-EVERY_ROW = [row for make in rows.STUDIES.values() for row in make(rows.CIFAR10)]
+EVERY_ROW = [row for make in rows.STUDIES.values() for row in make(pairs.CIFAR10)]
 CHOSEN = {name: term.middle for name, term in rows.TERMS.items()}
 
 
@@ -58,7 +59,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("row", EVERY_ROW, ids=lambda row: row.name)
 def test_each_row_is_a_recipe_with_its_terms_alone(row: rows.Row) -> None:
-    recipe = parse_recipe(rows.recipe_of(row, rows.CIFAR10, CHOSEN, "data/all"))
+    recipe = parse_recipe(rows.recipe_of(row, pairs.CIFAR10, CHOSEN, "data/all"))
     terms = ("refinement", "if_align", "edu_attention", "feature_mse", "feature_cosine", "labels")
     wanted = {"edu_attention" if name == rows.CANDIDATES else name for name in row.terms}
     assert {name for name in terms if getattr(recipe.loss, name) is not None} == wanted
@@ -74,25 +75,55 @@ def test_rows_have_names_of_their_own_and_are_compared_with_rows_that_differ_in_
     for row in EVERY_ROW:
         base = by_name[row.base]
         assert base.terms == ("refinement",)
-        assert (base.images, base.half, base.epochs, base.student) == (row.images, row.half, row.epochs, row.student)
+        assert (base.images, base.half, base.student) == (row.images, row.half, row.student)
+        assert base.epochs == row.epochs or row.name in ("shorter_12_epochs", "longer_120_epochs")
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("refinement_tricks", "teacher_cache.views", 40),
+        ("views_1_tricks", "teacher_cache.views", 1),
+        ("cutmix_tricks", "augment.mix.kind", "cutmix"),
+        ("temperature_4_tricks", "loss.refinement.temperature", 4.0),
+        ("ema_tricks", "ema_decay", 0.99),
+        ("sgd_tricks", "optim.name", "sgd"),
+        ("longer_120_epochs", "optim.epochs", 120),
+    ],
+)
+def test_a_trick_changes_its_field_and_nothing_else_of_the_training(name: str, field: str, value: object) -> None:
+    (row,) = (row for row in EVERY_ROW if row.name == name)
+    recipe: Any = parse_recipe(rows.recipe_of(row, pairs.CIFAR10, CHOSEN, "data/all"))
+    for part in field.split("."):
+        recipe = getattr(recipe, part)
+    assert recipe == value
+
+
+@pytest.mark.parametrize("row", rows.objective_rows(pairs.TRANSFORMERS), ids=lambda row: row.name)
+def test_transformers_are_frozen_and_their_prompts_trained(row: rows.Row) -> None:
+    recipe = parse_recipe(rows.recipe_of(row, pairs.TRANSFORMERS, CHOSEN, "data/train-5000"))
+    assert (recipe.student.train, recipe.student.weights) == ("prompts", "vit_64.pt")
+    assert recipe.teacher.adapt.method == "promptsrc"
+    found = outline(recipe, 10)
+    assert found.student_trainable_parameters < 0.5 * found.student_image_tower_parameters
 
 
 def test_equal_steps_show_as_many_images_as_all_of_them_do() -> None:
-    wanted = rows.CIFAR10.epochs * rows.CIFAR10.image_counts[-1]
-    for row in rows.image_rows(rows.CIFAR10):
+    wanted = pairs.CIFAR10.epochs * pairs.CIFAR10.image_counts[-1]
+    for row in rows.image_rows(pairs.CIFAR10):
         assert row.images is not None
-        equal = row.images * row.epochs == wanted if "steps" in row.name else row.epochs == rows.CIFAR10.epochs
+        equal = row.images * row.epochs == wanted if "steps" in row.name else row.epochs == pairs.CIFAR10.epochs
         assert equal, row.name
 
 
 def test_the_student_has_at_most_an_eighth_of_its_teachers_image_tower() -> None:
     (most,) = (row for row in EVERY_ROW if row.name == "comkd")
-    found = outline(parse_recipe(rows.recipe_of(most, rows.CIFAR10, CHOSEN, "data/all")), 10)
+    found = outline(parse_recipe(rows.recipe_of(most, pairs.CIFAR10, CHOSEN, "data/all")), 10)
     assert 8 < found.teacher_image_tower_parameters / found.student_image_tower_parameters < 16
 
 
 def test_the_grid_has_the_same_factors_for_every_term() -> None:
-    for name, tried in rows.grid_rows(rows.CIFAR10).items():
+    for name, tried in rows.grid_rows(pairs.CIFAR10).items():
         weights = [row.weights[name] for row in tried]
         assert [weight / weights[1] for weight in weights] == pytest.approx([0.2, 1, 5])
 
@@ -153,7 +184,7 @@ def record(top1: float, **figures: Any) -> dict[str, Any]:
 
 
 def test_a_row_is_compared_with_its_base_seed_by_seed() -> None:
-    by_name = {row.name: row for row in rows.objective_rows(rows.CIFAR10)}
+    by_name = {row.name: row for row in rows.objective_rows(pairs.CIFAR10)}
     shares = [{"refinement": 0.9, "if_align": 0.1}, {"refinement": 0.7, "if_align": 0.3}]
     records = {
         ("refinement", 1): record(60.0),
@@ -179,7 +210,9 @@ def test_a_row_is_compared_with_its_base_seed_by_seed() -> None:
 
 
 def test_seeds_come_round_by_round_so_that_what_is_finished_is_balanced() -> None:
-    made = [replace(row, seeds=seeds) for row, seeds in zip(rows.objective_rows(rows.CIFAR10)[:2], (2, 1), strict=True)]
+    made = [
+        replace(row, seeds=seeds) for row, seeds in zip(rows.objective_rows(pairs.CIFAR10)[:2], (2, 1), strict=True)
+    ]
     assert [job.name for job in running.jobs_of(made, [1, 2, 3])] == [
         "refinement-seed1",
         "refinement_if_align-seed1",
@@ -270,12 +303,48 @@ def test_a_student_of_half_of_the_classes_answers_about_the_others_as_its_checkp
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("forked_runs")
+def test_the_frozen_clips_know_the_first_classes_and_the_teacher_of_a_row_is_the_adapted_one(
+    digits: Path, tmp_path: Path
+) -> None:
+    tower = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
+    clip = {**tiny.CLIP, "vision_cfg": tower}
+    settings = replace(
+        TINY,
+        teacher_config=clip,
+        students={"vit": clip},
+        optim={"name": "sgd", "batch_size": 16, "learning_rate": 0.02},
+        pretrained_classes=7,
+        prompts={"depth": 2},
+        stage_1={"method": "promptsrc", "shots": 2, "epochs": 1, "batch_size": 4, "vision_depth": 2, "text_depth": 1},
+        images=20,
+    )
+    study = running.Study(settings, tmp_path, digits)
+    record = study.run(running.Job(rows.objective_rows(settings)[0], 1), {})
+    assert sorted(path.name for path in (tmp_path / "data" / "pretraining" / "train").iterdir()) == list("0123456")
+    assert {path.name for path in tmp_path.glob("*.pt")} == {"teacher.pt", "vit.pt"}
+    (student_file,) = (tmp_path / "runs" / "refinement").glob("*/seed1/student.pt")
+    student, of_student = load_student(student_file)
+    frozen = torch.load(tmp_path / "vit.pt", weights_only=True)["visual.conv1.weight"]
+    assert torch.equal(student.backbone.state_dict()["conv1.weight"], frozen)
+    ready = teacher_of_student(student_file, student, of_student, torch.device("cpu"))
+    source = folder_source(tmp_path / "data" / "train-20", None, of_student.template)
+    assert source.test is not None
+    (batch,) = scoring_batches(source.test, ready.preprocessing, 40, 0)
+    assert batch.labels is not None
+    with torch.inference_mode():
+        right = ready.teacher(batch.inputs[0]).logits.argmax(dim=1) == batch.labels
+    assert record["figures"]["teacher_top1_percent"] == pytest.approx(100 * right.double().mean().item())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("short_grid", "forked_runs")
 def test_a_small_study_from_end_to_end(digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "study"
     arguments = ["--data", str(digits), "--out", str(out), "--seeds", "1"]
     first = [*arguments, "--rows", "refinement_if_align"]
-    assert main(first, TINY) == 0
+    assert main(first, {"convnets": TINY}) == 0
     document = json.loads((out / "ablation.json").read_text())
     grid = document["grid"]["validation_top1_percent"]["if_align"]
     assert list(grid) == ["0.002", "0.01"]
@@ -296,11 +365,11 @@ def test_a_small_study_from_end_to_end(digits: Path, tmp_path: Path, capfd: pyte
     # a second call runs nothing, and another study takes over what is finished if its teacher is the same
     capfd.readouterr()
     dates = [path.stat().st_mtime_ns for path in sorted((out / "records").iterdir())]
-    assert main([*first, "--adopt", str(out / "ablation.json")], TINY) == 0
+    assert main([*first, "--adopt", str(out / "ablation.json")], {"convnets": TINY}) == 0
     assert "took over 0 finished runs" in capfd.readouterr().out
     assert [path.stat().st_mtime_ns for path in sorted((out / "records").iterdir())] == dates
     document["runs"][0]["teacher_sha256"] = "another"
     other = tmp_path / "other.json"
     other.write_text(json.dumps(document))
-    assert main([*first, "--adopt", str(other)], TINY) == 1
+    assert main([*first, "--adopt", str(other)], {"convnets": TINY}) == 1
     assert "its figures cannot be compared" in capfd.readouterr().err

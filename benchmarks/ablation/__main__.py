@@ -2,12 +2,14 @@
 
     python -m benchmarks.ablation --data FOLDER --out FOLDER --dry-run
     python -m benchmarks.ablation --data FOLDER --out FOLDER [--study objectives] [--seeds 1 2 3] [--rows refinement]
+    python -m benchmarks.ablation --data FOLDER --out OTHER --pair transformers
 
-The studies are objectives, images, size and base_to_novel. FOLDER of --data holds train/ and test/ with a sub-folder
-for each class, such as CIFAR-10's. The teacher is trained once; each row is an ordinary `comkd distill` over a recipe
-in OUT/recipes, and any of them can be repeated in OUT by the command in the recipe's first line. Started again, the
-study resumes. Weights are chosen by a grid on training images that the student is not trained on. Writes
-OUT/ablation.json and OUT/ablation.md after every run.
+The studies are objectives, images, size, base_to_novel and tricks. --pair transformers is the paper's own regime: two
+CLIPs of transformers are trained on a part of the classes and frozen, and prompts alone are trained in both. FOLDER of
+--data holds train/ and test/ with a sub-folder for each class, such as CIFAR-10's. The teacher is trained once; each
+row is an ordinary `comkd distill` over a recipe in OUT/recipes, and any of them can be repeated in OUT by the command
+in the recipe's first line. Started again, the study resumes. Weights are chosen by a grid on training images that the
+student is not trained on. Writes OUT/ablation.json and OUT/ablation.md after every run.
 """
 
 from __future__ import annotations
@@ -19,17 +21,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation.rows import CIFAR10, STUDIES, Row, Settings, grid_rows
+from benchmarks.ablation.pairs import PAIRS, Settings
+from benchmarks.ablation.rows import STUDIES, Row, grid_rows, pretraining, weights_name
 from benchmarks.ablation.running import Job, Stopped, Study, circumstances, jobs_of
 from benchmarks.ablation.tables import grid_markdown, markdown, statistics_of
 from comkd_cli.errors import ComkdError
 from comkd_cli.files import write_text
 
 
-def main(arguments: Sequence[str] | None = None, settings: Settings = CIFAR10) -> int:
+def main(arguments: Sequence[str] | None = None, pairs: Mapping[str, Settings] = PAIRS) -> int:
     """Run what is missing; the exit code: 1 where a run failed, 130 where one was interrupted."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    settings = pairs[options.pair]
     study = Study(settings, options.out, options.data)
     rows = [row for name in options.study for row in STUDIES[name](settings)]
     if options.rows:
@@ -56,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="images, with train/ and test/")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the study; it continues there")
+    parser.add_argument("--pair", choices=list(PAIRS), default=next(iter(PAIRS)), help="each needs an --out of its own")
     parser.add_argument("--study", nargs="+", choices=list(STUDIES), default=["objectives"])
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows of the studies")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="each row has some of these")
@@ -103,9 +108,13 @@ def _write(study: Study, grid: Mapping[str, Mapping[str, float]], chosen: Mappin
         if (record := study.record(Job(row, 1))) is not None
     ]
     found = [statistics for row in everything if (statistics := statistics_of(row, finished)) is not None]
-    teacher = study.out / "teacher.json"
+    made = {path.stem: path.with_suffix(".json") for path in map(Path, pretraining(study.settings))}
     document: dict[str, Any] = {
-        "teacher": json.loads(teacher.read_text(encoding="utf-8")) if teacher.is_file() else None,
+        "pretrained": {
+            name: json.loads((study.out / path).read_text(encoding="utf-8"))
+            for name, path in made.items()
+            if (study.out / path).is_file()
+        },
         "grid": {"validation_top1_percent": grid, "chosen": chosen},
         "rows": found,
         "runs": [*searched, *finished.values()],
@@ -132,7 +141,7 @@ def _plan(study: Study, jobs: Sequence[Job], rate: float) -> str:
         total += minutes
         state = f"{minutes:.1f}" if minutes else "finished"
         lines.append(f"{job.name:60} {images:>8,} {job.row.epochs:>6}  {state}")
-    teacher = "" if (study.out / "teacher.pt").is_file() else ", and the teacher before them"
+    teacher = "" if (study.out / weights_name()).is_file() else ", and the teacher before them"
     lines.append(f"{len(grid) + len(jobs)} runs, {total / 60:.1f} hours at {rate:,.0f} images/s{teacher}")
     return "\n".join(lines)
 

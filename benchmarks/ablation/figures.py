@@ -20,7 +20,8 @@ from comkd_cli.evaluation.features import Encoder, FeatureStore
 from comkd_cli.evaluation.metrics import agreement_percent, top1_percent
 from comkd_cli.models.checkpoints import StudentRecord, load_student
 from comkd_cli.models.costs import multiply_adds, parameters
-from comkd_cli.teachers.loading import ReadyTeacher, build_teacher
+from comkd_cli.teachers.loading import ReadyTeacher, build_teacher, load_saved_teacher
+from comkd_cli.teachers.of_student import teacher_file
 
 BINS = 15
 CONFIDENCE = 0.95
@@ -43,7 +44,7 @@ class Scorer:
         source = folder_source(folder, record.class_names, record.template)
         assert source.test is not None  # rows are scored on labelled images
         logits = _logits(lambda batch: student(batch).logits, record.preprocessing, source.test, record)
-        teacher_logits = self._teacher_logits(folder, source, record)
+        teacher_logits = self._teacher_logits(student_file, folder, source, record)
         labels = np.asarray(source.test.labels)
         lines = [json.loads(line) for line in (student_file.parent / "metrics.jsonl").read_text().splitlines()]
         shares = [name for name in lines[-1] if name.endswith("_gradient_share")]
@@ -67,24 +68,26 @@ class Scorer:
         student, record = load_student(student_file)
         source = folder_source(folder, None, record.template)
         assert source.test is not None
-        vectors = self._teacher(source, record).teacher.class_vectors
+        vectors = self._teacher(student_file, source, record).teacher.class_vectors
         logits = _logits(lambda batch: student(batch, vectors).logits, record.preprocessing, source.test, record)
-        teacher_logits = self._teacher_logits(folder, source, record)
+        teacher_logits = self._teacher_logits(student_file, folder, source, record)
         labels = np.asarray(source.test.labels)
         return {
             "novel_top1_percent": top1_percent(logits.argmax(axis=1), labels),
             "teacher_novel_top1_percent": top1_percent(teacher_logits.argmax(axis=1), labels),
         }
 
-    def _teacher(self, source: Source, record: StudentRecord) -> ReadyTeacher:
+    def _teacher(self, student_file: Path, source: Source, record: StudentRecord) -> ReadyTeacher:
+        if record.teacher is not None:  # a stage 1 adapted it
+            return load_saved_teacher(teacher_file(record, student_file), source.class_names, CPU)
         settings = record.recipe.teacher.model_copy(update={"weights": str(self._weights)})
         return build_teacher(settings, source.class_names, record.prompts, CPU)
 
-    def _teacher_logits(self, folder: Path, source: Source, record: StudentRecord) -> np.ndarray:
+    def _teacher_logits(self, student_file: Path, folder: Path, source: Source, record: StudentRecord) -> np.ndarray:
         images = (folder / "test").resolve()
         if images not in self._logits_of:
             assert source.test is not None
-            ready = self._teacher(source, record)
+            ready = self._teacher(student_file, source, record)
             self._logits_of[images] = _logits(
                 lambda batch: ready.teacher(batch).logits, ready.preprocessing, source.test, record
             )

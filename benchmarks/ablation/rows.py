@@ -1,4 +1,4 @@
-"""The study as plain data: the pair, the objectives, the grid of weights, and the rows of each table."""
+"""The study as plain data: the objectives, the grid of weights, and the rows of each table."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Fields = Mapping[str, Any]
-"""Fields of a recipe, as plain data."""
+from benchmarks.ablation.pairs import Fields, Settings
 
 BASE = "refinement"
 """The row that the others are compared with: PromptKD's objective."""
@@ -72,85 +71,16 @@ class Row:
     """Of terms, instead of those that the grid chose."""
     base: str = BASE
     """The row that this one is compared with, seed by seed."""
+    changes: Fields = field(default_factory=dict)
+    """Recipe fields by their dotted names, for a row that differs in more than its objective."""
     half: bool = False
     """Train on the images of the first half of the classes only, and classify the others too."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The pair and the length of its training."""
-
-    classes: int
-    template: str
-    augment: Fields
-    teacher_config: Fields
-    teacher_adapt: Fields
-    students: Mapping[str, Fields]
-    """open_clip configs by name; the first is that of every table but the one of sizes."""
-    optim: Fields
-    """Of every student, less its epochs."""
-    epochs: int
-    seeds: int
-    fewer_seeds: int
-    """Of the tables other than that of objectives."""
-    image_counts: tuple[int, ...]
-    """Of the table of unlabelled images; the last is taken for all that there are."""
-    grid_images: int
-    grid_epochs: int
-    validation_share: float
-    """Of the training images of each class: held out where weights are chosen."""
-
-    @property
-    def student(self) -> str:
-        """The student of every table but the one of sizes."""
-        return next(iter(self.students))
-
-
-def _resnet(width: int) -> Fields:
-    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": width, "head_width": 32}
-    return {"embed_dim": 64, "vision_cfg": vision}
-
-
-CIFAR10 = Settings(
-    classes=10,
-    template="a photo of a {}.",
-    augment={"min_scale": 0.5},
-    teacher_config={
-        "embed_dim": 64,
-        "vision_cfg": {"image_size": 48, "layers": [2, 2, 1, 1], "width": 16, "head_width": 32},
-        "text_cfg": {"context_length": 16, "width": 64, "heads": 2, "layers": 2},
-    },
-    teacher_adapt={"method": "full", "epochs": 18, "batch_size": 128, "learning_rate": 3e-3},
-    students={
-        "efficientnet": {
-            "embed_dim": 64,
-            "vision_cfg": {
-                "image_size": 32,
-                "timm_model_name": "test_efficientnet",
-                "timm_pool": "avg",
-                "timm_proj": "none",
-            },
-        },
-        "resnet_12": _resnet(12),
-        "resnet_8": _resnet(8),
-        "resnet_4": _resnet(4),
-        "resnet_2": _resnet(2),
-    },
-    optim={"name": "adamw", "batch_size": 128, "learning_rate": 4e-3},
-    epochs=8,
-    seeds=5,
-    fewer_seeds=3,
-    image_counts=(1_000, 5_000, 10_000, 50_000),
-    grid_images=10_000,
-    grid_epochs=6,
-    validation_share=0.1,
-)
 
 
 def objective_rows(settings: Settings) -> list[Row]:
     """Every objective on all images."""
     return [
-        Row("objectives", name, terms, settings.student, settings.epochs, settings.seeds)
+        Row("objectives", name, terms, settings.student, settings.epochs, settings.seeds, settings.images)
         for name, terms in OBJECTIVES.items()
     ]
 
@@ -201,6 +131,43 @@ def base_to_novel_rows(settings: Settings) -> list[Row]:
     ]
 
 
+# One at a time, beside refinement alone: recipe fields by their dotted names.
+TRICKS: dict[str, dict[str, Any]] = {
+    "views_1": {"teacher_cache.views": 1},
+    "views_8": {"teacher_cache.views": 8},
+    "mixup": {"augment.mix": {"kind": "mixup"}},
+    "cutmix": {"augment.mix": {"kind": "cutmix"}},
+    "rand_augment": {"augment.rand_augment": {}},
+    "smaller_crops": {"augment.min_scale": 0.2},
+    "temperature_2": {"loss.refinement.temperature": 2.0},
+    "temperature_4": {"loss.refinement.temperature": 4.0},
+    "ema": {"ema_decay": 0.99},
+    "sgd": {"optim.name": "sgd", "optim.learning_rate": 0.08},
+}
+LENGTHS = {"shorter": 0.3, "longer": 3.0}
+"""Of the training, as multiples of the others' epochs."""
+
+
+def trick_rows(settings: Settings) -> list[Row]:
+    """What is known to help a student, one change at a time, on few images; and labels alone on the same images."""
+    base = f"{BASE}_tricks"
+
+    def row(name: str, changes: Fields, epochs: int = settings.trick_epochs, terms: str = BASE) -> Row:
+        fields = {"teacher_cache.views": epochs, **changes}
+        images, seeds = settings.trick_images, settings.fewer_seeds
+        return Row(
+            "tricks", name, OBJECTIVES[terms], settings.student, epochs, seeds, images, base=base, changes=fields
+        )
+
+    lengths = {name: round(settings.trick_epochs * times) for name, times in LENGTHS.items()}
+    return [
+        row(base, {}),
+        *(row(f"{name}_tricks", changes) for name, changes in TRICKS.items()),
+        *(row(f"{name}_{epochs}_epochs", {}, epochs) for name, epochs in lengths.items()),
+        row("labels_tricks", {}, terms="labels"),
+    ]
+
+
 def grid_rows(settings: Settings) -> dict[str, list[Row]]:
     """By term, the short runs that choose its weight, from the least weight on."""
     return {
@@ -226,6 +193,7 @@ STUDIES = {
     "images": image_rows,
     "size": size_rows,
     "base_to_novel": base_to_novel_rows,
+    "tricks": trick_rows,
 }
 
 
@@ -251,26 +219,52 @@ def loss_of(row: Row, settings: Settings, chosen: Mapping[str, float]) -> dict[s
 
 def recipe_of(row: Row, settings: Settings, chosen: Mapping[str, float], folder: str) -> dict[str, Any]:
     """The row's recipe as plain data, to be run in the study's folder. folder: its images, seen from there."""
-    return {
+    recipe: dict[str, Any] = {
         "about": f"{row.study}: {row.name}",
         "data": {"folder": folder, "template": settings.template},
         "augment": dict(settings.augment),
-        "teacher": {"config": dict(settings.teacher_config), "weights": "teacher.pt"},
+        "teacher": {"config": dict(settings.teacher_config), "weights": weights_name()},
         "student": {"train": "full", "config": dict(settings.students[row.student])},
         "loss": loss_of(row, settings, chosen),
         "optim": {**settings.optim, "epochs": row.epochs},
         "teacher_cache": {"views": min(row.epochs, settings.epochs)},
         "evaluate_every_epochs": 0,
     }
+    if settings.pretrained_classes is not None:
+        recipe["student"] |= {
+            "train": "prompts",
+            "weights": weights_name(row.student),
+            "prompts": dict(settings.prompts or {}),
+        }
+    if settings.stage_1 is not None:
+        recipe["teacher"]["adapt"] = dict(settings.stage_1)
+    for name, value in row.changes.items():
+        *sections, field_name = name.split(".")
+        place = recipe
+        for section in sections:
+            place = place[section]
+        place[field_name] = value
+    return recipe
 
 
-def teacher_recipe(settings: Settings, folder: str) -> dict[str, Any]:
-    """The recipe that trains the teacher, on all labelled training images."""
+def weights_name(student: str | None = None) -> str:
+    """The file of a CLIP's weights in the study's folder: the teacher's, or those that a student starts from."""
+    return "teacher.pt" if student is None else f"{student}.pt"
+
+
+def pretraining(settings: Settings) -> dict[str, Fields]:
+    """The CLIPs that are trained before everything else: their open_clip configs by the files of their weights."""
+    frozen = {} if settings.pretrained_classes is None else settings.students
+    return {weights_name(): settings.teacher_config, **{weights_name(name): of for name, of in frozen.items()}}
+
+
+def pretraining_recipe(config: Fields, settings: Settings, folder: str) -> dict[str, Any]:
+    """The recipe that trains a CLIP on all labelled training images of a folder."""
     return {
-        "about": "the study's teacher",
+        "about": "weights for the study",
         "data": {"folder": folder, "template": settings.template},
         "augment": dict(settings.augment),
-        "teacher": {"config": dict(settings.teacher_config), "adapt": dict(settings.teacher_adapt)},
+        "teacher": {"config": dict(config), "adapt": dict(settings.teacher_adapt)},
         "student": {"train": "full", "config": dict(settings.students[settings.student])},
         "teacher_cache": {"views": 1},
     }

@@ -22,14 +22,14 @@ import torch
 from ruamel.yaml import YAML
 
 from benchmarks.ablation.figures import Scorer
-from benchmarks.ablation.rows import Row, Settings, grid_rows, recipe_of, teacher_recipe
+from benchmarks.ablation.pairs import Fields, Settings
+from benchmarks.ablation.rows import Row, grid_rows, pretraining, pretraining_recipe, recipe_of, weights_name
 from comkd_cli.data.folder import images_below
 from comkd_cli.errors import ComkdError
-from comkd_cli.files import sha256_of_file, write_text
+from comkd_cli.files import sha256_of_data, sha256_of_file, write_text
 from comkd_cli.models.checkpoints import load_teacher
 
 ROOT = Path(__file__).parents[2]
-TEACHER = "teacher.pt"  # the CLIP's weights, as rows name them
 INTERRUPTED = 130
 
 
@@ -80,12 +80,15 @@ class Study:
         return self._linked("all" if row.images is None else f"train-{row.images}", row.images)
 
     def _halve(self) -> None:
+        middle = (self.settings.classes + 1) // 2
+        self._link_classes("base", slice(middle))
+        self._link_classes("novel", slice(middle, None))
+
+    def _link_classes(self, folder: str, which: slice) -> None:
         names = sorted(path.name for path in (self.data / "train").iterdir() if path.is_dir())
-        middle = (len(names) + 1) // 2
-        for half, classes in (("base", names[:middle]), ("novel", names[middle:])):
-            for split in ("train", "test"):
-                for name in classes:
-                    _link(self.data / split / name, self.out / "data" / half / split / name)
+        for split in ("train", "test"):
+            for name in names[which]:
+                _link(self.data / split / name, self.out / "data" / folder / split / name)
 
     def _linked(self, name: str, count: int | None, held_out: bool = False) -> str:
         folder = self.out / "data" / name
@@ -137,16 +140,28 @@ class Study:
         return command, time.monotonic() - started
 
     def teach(self) -> str:
-        """Train the teacher unless it exists, and return the digest of its weights."""
-        weights = self.out / TEACHER
+        """Train the teacher, and the students' frozen CLIPs, unless they exist; the digest of all their weights."""
+        digests = [
+            sha256_of_file(self._pretrained(name, config)) for name, config in pretraining(self.settings).items()
+        ]
+        return digests[0] if len(digests) == 1 else sha256_of_data(digests)
+
+    def _pretrained(self, name: str, config: Fields) -> Path:
+        weights = self.out / name
         if not weights.is_file():
-            recipe = teacher_recipe(self.settings, self._linked("all", None))
-            command, seconds = self.distill("teacher", recipe, "--precompute")
-            (saved,) = (self.out / "runs" / "teachers").glob("*/teacher.pt")
+            recipe = pretraining_recipe(config, self.settings, self._pretraining_folder())
+            command, seconds = self.distill(weights.stem, recipe, "--precompute")
+            saved = max((self.out / "runs" / "teachers").glob("*/teacher.pt"), key=lambda path: path.stat().st_mtime_ns)
             record = {"command": command, "recipe": recipe, "wall_seconds": seconds, **circumstances()}
-            write_text(self.out / "teacher.json", json.dumps(record, indent=2) + "\n")
+            write_text(weights.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
             torch.save(load_teacher(saved).state_dict, weights)
-        return sha256_of_file(weights)
+        return weights
+
+    def _pretraining_folder(self) -> str:
+        if self.settings.pretrained_classes is None:
+            return self._linked("all", None)
+        self._link_classes("pretraining", slice(self.settings.pretrained_classes))
+        return "data/pretraining"
 
     def choose(self) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
         """Each term's grid, as validation top-1 in percent by weight, and the weight that it chose.
@@ -172,7 +187,7 @@ class Study:
         command, seconds = self.distill(job.row.name, recipe, *options)
         runs = self.out / "runs" / job.row.name / (self.out / folder).resolve().name / f"seed{job.seed}"
         if self._scorer is None:
-            self._scorer = Scorer(self.out / TEACHER)
+            self._scorer = Scorer(self.out / weights_name())
         record: dict[str, Any] = {
             "study": job.row.study,
             "row": job.row.name,
@@ -209,7 +224,7 @@ class Study:
         teacher, taken = self.teach(), 0
         for record in document["runs"]:
             if record["teacher_sha256"] != teacher:
-                problem = f"its teacher is not {self.out / TEACHER}, so its figures cannot be compared"
+                problem = f"its teacher is not {self.out / weights_name()}, so its figures cannot be compared"
                 raise ComkdError(problem, path=record["row"])
             path = self.out / "records" / f"{record['row']}-seed{record['seed']}.json"
             if not path.is_file():
@@ -240,6 +255,7 @@ def as_yaml(fields: Mapping[str, Any]) -> str:
     stream = io.StringIO()
     writer = YAML(typ="safe", pure=True)
     writer.default_flow_style = False
+    writer.representer.ignore_aliases = lambda _data: True  # configs that are used twice are written twice
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     writer.dump(dict(fields), stream)
     return stream.getvalue()
