@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -198,10 +199,11 @@ class Study:
             "wall_seconds": seconds,
             "training_seconds": training_seconds(runs / "metrics.jsonl", images_of(self.out / folder / "train")),
             **circumstances(),
-            "figures": self._scorer.figures(runs / "student.pt", self.out / folder),
         }
-        if job.row.half:
-            record["figures"] |= self._scorer.novel_figures(runs / "student.pt", self.out / "data" / "novel")
+        with _inside(self.out):  # which the weights of a frozen student are relative to
+            record["figures"] = self._scorer.figures(runs / "student.pt", self.out / folder)
+            if job.row.half:
+                record["figures"] |= self._scorer.novel_figures(runs / "student.pt", self.out / "data" / "novel")
         write_text(self.record_file(job), json.dumps(record, indent=2) + "\n")
         return record
 
@@ -282,6 +284,16 @@ def _machine() -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+@contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def _link(target: Path, link: Path) -> None:
