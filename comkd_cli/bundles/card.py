@@ -110,6 +110,7 @@ def _use(manifest: Mapping[str, Any]) -> str:
         lines.append(f"    python predict.py IMAGE... --precision {list(manifest['precisions'])[-1]}")
     if manifest["text"]:
         lines.append('    python predict.py IMAGE... --add-class "red fox"')
+    lines += ["    python predict.py --self-test", "    python predict.py --benchmark"]
     return "\n".join(lines)
 
 
@@ -125,6 +126,9 @@ def _files(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
             "L2-normalised |",
         ]
     rows += [f"| {name} | {description} |" for name, description in FILES.items() if name in sizes]
+    rows.append(
+        "| reference/ | eight images, CC0, with their tensors and logits, for `python predict.py --self-test` |"
+    )
     rows.append("| manifest.json | pre-processing, logit scale, parity, latency, sha256 and size of every file |")
     return "\n".join(["## Files", "", "| file | content |", "|---|---|", *rows])
 

@@ -20,6 +20,30 @@ class Gate:
     """Largest |difference| of a single feature."""
 
 
+@dataclass(frozen=True)
+class SpeedGate:
+    """How fast a precision must be on the machine that exports it; None is no limit."""
+
+    max_latency_ms: float | None = None
+    """Milliseconds of one image at one thread, by the median."""
+    min_speedup: float | None = None
+    """Milliseconds of eager PyTorch in fp32 over those of the graph, both of one image at one thread."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether there is a limit."""
+        return self.max_latency_ms is not None or self.min_speedup is not None
+
+    def failures(self, milliseconds: float, speed_up: float) -> list[str]:
+        """Each figure that misses its limit, with that limit; empty if the gate is passed."""
+        missed = []
+        if self.max_latency_ms is not None and not milliseconds <= self.max_latency_ms:
+            missed.append(f"{milliseconds:.2f} ms for one image at one thread (limit {self.max_latency_ms:g} ms)")
+        if self.min_speedup is not None and not speed_up >= self.min_speedup:
+            missed.append(f"{speed_up:.2f} times as fast as PyTorch at one thread (limit {self.min_speedup:g})")
+        return missed
+
+
 GATES = {
     "fp32": Gate(cosine_min=0.99999, agreement_min_percent=100.0, top1_loss_max_points=0.1, difference_max=1e-4),
     "fp16": Gate(cosine_min=0.9995, agreement_min_percent=99.5, top1_loss_max_points=0.2),

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from comkd_cli.bundles.runner import last_line
+from comkd_cli.edge.machine import peak_bytes, usable_cores
 from comkd_cli.errors import ExportError
-from comkd_cli.runtime.ranks import usable_cores
 
 PYTORCH = "pytorch"
 ROUNDS = 3
@@ -190,17 +190,6 @@ def _timed(run: Callable[[], object], most_seconds: float) -> list[float]:
     return seconds
 
 
-def _peak_bytes() -> int:
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux's getrusage includes the parent's memory at the fork
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def main(argument: str) -> None:
     """The side of the child process."""
     job = _Job(**json.loads(argument))
@@ -223,7 +212,7 @@ def main(argument: str) -> None:
         with np.load(job.inputs) as arrays:
             inputs = {first: image, **{name: arrays[name] for name in arrays.files}}
         seconds = _timed(lambda: session.run(None, inputs), job.most_seconds)
-    print(json.dumps({"seconds": seconds, "peak_bytes": _peak_bytes()}))
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
     python predict.py IMAGE... [--top 5] [--precision int8] [--add-class "red fox"] [--json]
     python predict.py FOLDER --csv predictions.csv
     python predict.py - < image.jpg
+    python predict.py --self-test        # does this machine compute what the exporting one did?
+    python predict.py --benchmark        # how fast is it here?
 
 or, from Python, `Classifier(bundle_folder).predict("image.jpg")`.
 """
@@ -10,9 +12,7 @@ or, from Python, `Classifier(bundle_folder).predict("image.jpg")`.
 from __future__ import annotations
 
 import argparse
-import codecs
 import io
-import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -25,6 +25,7 @@ from PIL import Image
 
 from comkd_cli.edge.class_names import clean_class_name
 from comkd_cli.edge.clip_tokenizer import Tokenizer
+from comkd_cli.edge.figures import add_figure_options, figures_command, json_text, misused_figures
 from comkd_cli.edge.folder_csv import CsvJob, bundle_settings, folder_csv_command
 from comkd_cli.edge.images import ImageSource, UnreadableImage, load_prepared
 from comkd_cli.edge.manifest import EXPORT_AGAIN, BundleProblem, read_manifest, read_preprocessing, verified_bytes
@@ -235,20 +236,6 @@ def predict_all(classifier: Classifier, images: Iterable[str], top: int) -> list
     return records
 
 
-def json_text(document: object, encoding: str | None) -> str:
-    """A JSON document for a stream with this encoding: UTF-8 text where the stream is UTF-8, else ASCII with escapes.
-
-    JSON is UTF-8 by its standard (RFC 8259, section 8.1). File names that are not valid Unicode are escaped, too.
-    """
-    text = json.dumps(document, ensure_ascii=False, indent=2)
-    try:
-        text.encode("utf-8")
-        is_utf8 = codecs.lookup(encoding or "ascii").name == "utf-8"
-    except (UnicodeEncodeError, LookupError):
-        is_utf8 = False
-    return text if is_utf8 else json.dumps(document, indent=2)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of predict.py; returns its exit status."""
     for stream in (sys.stdout, sys.stderr):  # the name of a file may have characters that they cannot encode
@@ -256,6 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     options = _parse(arguments)
     try:
+        if options.self_test or options.benchmark:
+            return figures_command(options, Classifier)
         classifier = Classifier(options.bundle, precision=options.precision)
         if options.add_class:
             classifier.add_classes(options.add_class)
@@ -265,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 classifier, CsvJob(Path(options.images[0]), options.csv, options.top, made_by, options.fresh)
             )
         records = predict_all(classifier, options.images, options.top)
-    except BundleProblem as error:
+    except (BundleProblem, UnreadableImage) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     _print_records(records, options.json)
@@ -286,7 +275,7 @@ def _print_records(records: Sequence[dict[str, Any]], as_json: bool) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="predict.py", description="Classify images.")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, - for standard input; with --csv a folder")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="a file, - for standard input; with --csv a folder")
     parser.add_argument(
         "--bundle", type=Path, default=Path(__file__).parent, help="the bundle; default: the folder of this file"
     )
@@ -298,6 +287,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--csv", type=Path, metavar="FILE", help="write the classes of a folder's images to this file; a rerun resumes"
     )
     parser.add_argument("--fresh", action="store_true", help="replace the CSV file instead of resuming it")
+    add_figure_options(parser)
     options = parser.parse_args(arguments)
     if options.top < 1:
         parser.error("--top must be at least 1")
@@ -305,6 +295,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--csv takes one folder of images, and no --json")
     if options.fresh and not options.csv:
         parser.error("--fresh belongs to --csv")
+    others = bool(options.csv or options.add_class)
+    if problem := misused_figures(options.self_test, options.benchmark, len(options.images), others):
+        parser.error(problem)
     return options
 
 

@@ -19,12 +19,13 @@ from comkd_cli.bundles.bundle import (
     complete_bundle,
     graph_name,
 )
-from comkd_cli.bundles.gates import GATES, Gate, in_order
+from comkd_cli.bundles.gates import GATES, Gate, SpeedGate, in_order
 from comkd_cli.bundles.graphs import CLASS_VECTORS, OPSET, add_classifier, check_graph, export_image_encoder
-from comkd_cli.bundles.latency import Contender, Measured, measure_latency
+from comkd_cli.bundles.latency import PYTORCH, Contender, Measured, measure_latency
 from comkd_cli.bundles.parity import Parity, Reference, measure_parity
 from comkd_cli.bundles.parts import Part, Parts, Pool, read_parts
 from comkd_cli.bundles.precisions import OPTIMIZATION, Quantisation, QuantisationImages, Quantiser, to_fp16
+from comkd_cli.bundles.reference import ReferenceWriter
 from comkd_cli.bundles.text import add_text_encoder, text_teacher
 from comkd_cli.bundles.web import add_web_page
 from comkd_cli.data.folder import images_below
@@ -59,6 +60,8 @@ class ExportOptions:
     """Measure latency and memory."""
     opset: int = OPSET
     gates: Mapping[str, Gate] = field(default_factory=lambda: GATES)
+    speed: SpeedGate = SpeedGate()
+    """Limits of speed, which imply `benchmark`."""
     check_images: int = CHECK_IMAGES
     """Largest number of real images for the gates."""
     pictures: Path | None = None
@@ -168,6 +171,7 @@ class _Exporter:
         self._source, self._folder, self._parts = source, folder, parts
         self._options, self._report = options, report
         self._reference = source.reference(parts.gate, report)
+        self._references = ReferenceWriter(source.record.preprocessing, source.head.logit_scale, source.extra)
         self._parities: dict[str, Parity] = {}
         self._quantisation: list[Quantisation] = []
         self.failed: dict[str, str] = {}
@@ -187,21 +191,19 @@ class _Exporter:
                 self._parities[precision] = self._check(precision)
             except ExportError as error:
                 check_stop()  # Ctrl-C also stops the process that runs the graph
-                self.failed[precision] = str(error)
-                self._report(Notice(f"{precision} is left out: {error}"))
-                self._remove(precision, keep_encoder=precision == "fp32")
-        if not self._parities:
-            reasons = "; ".join(f"{precision}: {reason}" for precision, reason in self.failed.items())
-            raise ExportError(f"the exported graphs failed the parity check, so no bundle was written: {reasons}")
+                self._leave_out(precision, error)
+        self._check_some("the exported graphs failed the parity check")
 
     def complete(self, text: Text | None) -> dict[str, Any]:
-        """Measure latency, add all other files of the bundle, and return its manifest."""
-        latency = self._measure() if self._options.benchmark else []
+        """Measure latency, add all other files of the bundle, return its manifest. ExportError: no graph is fast."""
+        speed = self._options.speed
+        latency = self._fast_enough(self._measure()) if self._options.benchmark or speed.measures else []
         if "fp32" not in self._parities:
             self._remove("fp32", keep_encoder=False)
         if self._options.web:
             self._report(Stage("Adding the page for browsers"))
             add_web_page(self._folder, self._options.web_runtime)
+        self._references.write(self._folder, self._parities)
         student, record = self._source.student, self._source.record
         contents = Contents(
             record=record,
@@ -239,6 +241,7 @@ class _Exporter:
         if missed := parity.failures(self._options.gates[precision]):
             method = f"{self._quantisation[0].method}: " if precision == "int8" else ""
             raise ExportError(f"{method}{', '.join(missed)} on {parity.images} images")
+        self._references.add_precision(precision, classifier, OPTIMIZATION[precision])
         images = self._parts.gate.size.words(scored=True)
         self._report(Notice(f"{precision} passes its gate: {parity.figures()}, on {images}"))
         return parity
@@ -261,6 +264,28 @@ class _Exporter:
         for _, path in ranked[1:]:
             path.unlink()
 
+    def _fast_enough(self, latency: list[Measured]) -> list[Measured]:
+        """Leave out each precision that misses the gate of speed; the measurements of PyTorch and of the others."""
+        for measured in latency:
+            if measured.name == PYTORCH or measured.threads != 1:
+                continue
+            if missed := self._options.speed.failures(1e3 * measured.seconds, measured.speed_up):
+                del self._parities[measured.name]
+                self._leave_out(measured.name, ExportError(", ".join(missed)))
+        self._check_some("no exported graph is fast enough")
+        return [measured for measured in latency if measured.name in (PYTORCH, *self._parities)]
+
+    def _leave_out(self, precision: str, error: ExportError) -> None:
+        self.failed[precision] = str(error)
+        self._report(Notice(f"{precision} is left out: {error}"))
+        self._remove(precision, keep_encoder=precision == "fp32")
+
+    def _check_some(self, problem: str) -> None:
+        """Raises ExportError, with every reason, if no precision is left."""
+        if not self._parities:
+            reasons = "; ".join(f"{precision}: {reason}" for precision, reason in self.failed.items())
+            raise ExportError(f"{problem}, so no bundle was written: {reasons}")
+
     def _remove(self, precision: str, keep_encoder: bool) -> None:
         """keep_encoder: the other precisions are made from the fp32 encoder."""
         self._graph("classifier", precision).unlink(missing_ok=True)
@@ -273,12 +298,10 @@ class _Exporter:
             for precision in self._parities
         ]
         self._report(Stage("Measuring latency and memory against PyTorch"))
-
-        def on_step(done: int, total: int) -> None:
-            self._report(Progress("benchmark", done, total))
-
-        size = self._source.record.preprocessing.size
-        return measure_latency(self._source.file, contenders, size, self._source.extra, on_step)
+        file, size, extra = self._source.file, self._source.record.preprocessing.size, self._source.extra
+        return measure_latency(
+            file, contenders, size, extra, lambda done, total: self._report(Progress("benchmark", done, total))
+        )
 
 
 def _read_parts(record: StudentRecord, data_root: Path, options: ExportOptions, report: Report) -> Parts:

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from comkd_cli.edge.benchmark import Benchmark, BenchmarkJob, run_benchmark
 from comkd_cli.edge.classifier import Classifier, predict_all
 from comkd_cli.edge.folder_csv import CsvJob, CsvProblem, CsvSummary, bundle_settings, write_folder_csv
 from comkd_cli.edge.image_files import skipped_text
+from comkd_cli.edge.images import UnreadableImage
 from comkd_cli.edge.manifest import BundleProblem
+from comkd_cli.edge.self_test import SelfTest, run_self_test
 from comkd_cli.errors import BundleError, DataError
 from comkd_cli.events import Notice, Progress, Report, ignore_event
 
@@ -63,6 +66,26 @@ def predict_folder(
     if skipped := skipped_text(summary.skipped):
         report(Notice(f"{table.folder}: {skipped}"))
     return summary
+
+
+def self_test(bundle: Path, precision: str | None = None) -> SelfTest:
+    """Compare this machine's tensors and logits with a bundle's reference/.
+
+    precision: None checks each of the bundle. Raises BundleError, as for a bundle of an older version.
+    """
+    with _bundle_errors():
+        return run_self_test(bundle, precision, Classifier)
+
+
+def benchmark(job: BenchmarkJob, report: Report = ignore_event) -> Benchmark:
+    """Time a bundle on this machine. Raises BundleError, and DataError for an image that cannot be read."""
+    try:
+        with _bundle_errors():
+            return run_benchmark(
+                job, Classifier, lambda done, total: report(Progress("timing the bundle", done, total))
+            )
+    except UnreadableImage as error:
+        raise DataError(str(error)) from error
 
 
 def _classifier(bundle: Path, precision: str | None, add_classes: Sequence[str]) -> Classifier:

@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import TypeVar
 
+from comkd_cli.edge.machine import usable_cores as usable_cores
+
 T = TypeVar("T")
 
 
@@ -39,8 +41,3 @@ def on_several_machines() -> bool:
 def share(items: Sequence[T]) -> Sequence[T]:
     """This process's part of some work: every n-th, so that parts differ by one at most."""
     return items[rank() :: world_size()]
-
-
-def usable_cores() -> int:
-    """Cores of this machine that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

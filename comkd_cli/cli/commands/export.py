@@ -10,8 +10,14 @@ from typing import Any
 
 import click
 
-from comkd_cli.bundles.gates import GATES, PRECISIONS, Gate
+from comkd_cli.bundles.gates import GATES, PRECISIONS, Gate, SpeedGate
 from comkd_cli.cli.options import allow_download_option, data_root_option, json_option, runs_option
+
+
+def _positive(_context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not value > 0:  # NaN too
+        raise click.BadParameter(f"{value} is not above 0", param=parameter)
+    return value
 
 
 @click.command()
@@ -59,6 +65,20 @@ from comkd_cli.cli.options import allow_download_option, data_root_option, json_
     help="Change a limit that graphs of a precision must meet, such as int8.cosine_min=0.97; may be repeated.",
 )
 @click.option(
+    "--max-latency-ms",
+    type=float,
+    callback=_positive,
+    metavar="MS",
+    help="Leave out a precision that takes longer for one image at one thread, as --benchmark measures it here.",
+)
+@click.option(
+    "--min-speedup",
+    type=float,
+    callback=_positive,
+    metavar="X",
+    help="Leave out a precision that is not X times as fast as eager PyTorch, for one image at one thread.",
+)
+@click.option(
     "--opset", type=click.IntRange(min=18), default=20, show_default=True, help="Version of the ONNX operators."
 )
 @click.option("--license", "license_", default="unknown", show_default=True, help="Licence that the model card names.")
@@ -78,6 +98,8 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     images: Path | None,
     check_images: int,
     gates: tuple[str, ...],
+    max_latency_ms: float | None,
+    min_speedup: float | None,
     opset: int,
     license_: str,
     runs: Path,
@@ -107,6 +129,7 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
         benchmark=benchmark,
         opset=opset,
         gates=_gates(gates),
+        speed=SpeedGate(max_latency_ms, min_speedup),
         check_images=check_images,
         pictures=images,
         runs=runs,
@@ -152,8 +175,11 @@ def _print_bundle(target: Path, manifest: dict[str, Any]) -> None:
     from comkd_cli.cli.terminal import Column, output, print_table
 
     console = output()
-    sizes = [(name, decimal(entry["bytes"])) for name, entry in manifest["files"].items()]
-    print_table([Column("file", "text"), Column("size")], sizes)
+    sizes: dict[str, int] = {}
+    for name, entry in manifest["files"].items():  # the files of a folder in one row
+        row = "".join(name.partition("/")[:2])
+        sizes[row] = sizes.get(row, 0) + entry["bytes"]
+    print_table([Column("file", "text"), Column("size")], [(name, decimal(size)) for name, size in sizes.items()])
     console.print()
     _print_parity(manifest)
     console.print(_image_sizes(manifest["images"]), style="dim", markup=False, soft_wrap=True)
@@ -163,7 +189,11 @@ def _print_bundle(target: Path, manifest: dict[str, Any]) -> None:
         if disturbed := disturbance(manifest["latency"]):
             console.print(disturbed, style="yellow", markup=False, soft_wrap=True)
     quoted = shlex.quote(str(target))
-    console.print(f"bundle: {target}\n  comkd predict {quoted} IMAGE...", markup=False, soft_wrap=True)
+    console.print(
+        f"bundle: {target}\n  comkd predict {quoted} IMAGE...\n  comkd predict {quoted} --self-test",
+        markup=False,
+        soft_wrap=True,
+    )
     if "index.html" in manifest["files"]:
         console.print(f"  python -m http.server --directory {quoted}", markup=False, soft_wrap=True)
 

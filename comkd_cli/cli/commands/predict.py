@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bundle", type=click.Path(file_okay=False, path_type=Path))
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.argument("images", nargs=-1, metavar="[IMAGE]...")
 @click.option(
     "--csv",
     "csv_file",
@@ -33,6 +33,19 @@ if TYPE_CHECKING:
     multiple=True,
     help="Add this class to those of BUNDLE; may be repeated.",
 )
+@click.option(
+    "--self-test",
+    is_flag=True,
+    help="Compare this machine's tensors and logits with those of BUNDLE's reference/; exit code 1 where they differ.",
+)
+@click.option(
+    "--benchmark",
+    is_flag=True,
+    help="Time BUNDLE on this machine: pre-processing of IMAGE, or of one it makes, and each precision.",
+)
+@click.option(
+    "--seconds", type=click.FloatRange(min=0), default=2.0, show_default=True, help="Of each row of --benchmark."
+)
 @json_option
 def command(
     bundle: Path, images: tuple[str, ...], csv_file: Path | None, fresh: bool, as_json: bool, **settings: Any
@@ -42,8 +55,19 @@ def command(
     IMAGE is an image file, or - for standard input. With --csv it is a folder. The columns of the CSV file are the path
     below the folder, class and probability, the further classes, and the error of an image that cannot be read.
     """
+    from comkd_cli.edge.figures import misused_figures
     from comkd_cli.flows.predict import Table
 
+    self_test, benchmark, seconds = (settings.pop(name) for name in ("self_test", "benchmark", "seconds"))
+    classifies = csv_file is not None or bool(settings["add_classes"])
+    if problem := misused_figures(self_test, benchmark, len(images), classifies):
+        raise click.UsageError(problem)
+    if self_test:
+        _print_self_test(bundle, settings["precision"], as_json)
+        return
+    if benchmark:
+        _print_benchmark(bundle, settings["precision"], images, seconds, as_json)
+        return
     if fresh and csv_file is None:
         raise click.UsageError("--fresh belongs to --csv")
     if csv_file is None:
@@ -52,6 +76,35 @@ def command(
     if as_json or len(images) != 1:
         raise click.UsageError("--csv takes one folder of images, and no --json")
     _write_table(bundle, Table(Path(images[0]), csv_file, fresh), settings)
+
+
+def _print_self_test(bundle: Path, precision: str | None, as_json: bool) -> None:
+    from comkd_cli.cli.terminal import output, print_json
+    from comkd_cli.errors import BundleError
+    from comkd_cli.flows.predict import self_test
+
+    tested = self_test(bundle, precision)
+    if as_json:
+        print_json(tested.document())
+    else:
+        output().print(tested.text(), markup=False, soft_wrap=True)
+    if tested.differing:
+        raise BundleError("differs from its reference on this machine", path=bundle, found=", ".join(tested.differing))
+
+
+def _print_benchmark(
+    bundle: Path, precision: str | None, images: tuple[str, ...], seconds: float, as_json: bool
+) -> None:
+    from comkd_cli.cli.terminal import output, print_json, reporting
+    from comkd_cli.edge.benchmark import BenchmarkJob
+    from comkd_cli.flows.predict import benchmark
+
+    with reporting(quiet=as_json) as report:
+        measured = benchmark(BenchmarkJob(bundle, precision, images[0] if images else None, seconds), report)
+    if as_json:
+        print_json(measured.document())
+    else:
+        output().print(measured.text(), markup=False, soft_wrap=True)
 
 
 def _print_predictions(bundle: Path, images: tuple[str, ...], as_json: bool, settings: dict[str, Any]) -> None:
