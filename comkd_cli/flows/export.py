@@ -60,7 +60,7 @@ class ExportOptions:
     """Measure latency and memory."""
     opset: int = OPSET
     gates: Mapping[str, Gate] = field(default_factory=lambda: GATES)
-    speed: SpeedGate = SpeedGate()
+    speed: SpeedGate = field(default_factory=SpeedGate)
     """Limits of speed, which imply `benchmark`."""
     check_images: int = CHECK_IMAGES
     """Largest number of real images for the gates."""
