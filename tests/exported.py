@@ -1,22 +1,27 @@
-"""Torch's exporter takes seconds: a module that was exported before is copied."""
+"""Torch's exporter takes seconds, and onnxruntime a process: what was exported or run before is copied."""
 
 import hashlib
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+
+from comkd_cli.bundles import reference
 
 
 def export_once(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Let torch.onnx.export keep its files in a folder, and take them from it for the same module, inputs and settings.
 
-    The exporter itself is tested in tests/bundles/test_graphs.py.
+    The same for the logits of a bundle's reference images. The exporter itself is tested in tests/bundles/test_graphs.py,
+    the logits in test_reference.py.
     """
-    export = torch.onnx.export
+    export, run_graph = torch.onnx.export, reference.run_graph
 
     def cached(module: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path, **settings: Any) -> None:
         digest = hashlib.sha256(repr((module, [tensor.shape for tensor in inputs], settings)).encode())
@@ -29,4 +34,17 @@ def export_once(patch: pytest.MonkeyPatch, folder: Path) -> None:
             (folder / f"{os.getpid()}.onnx").replace(kept)
         shutil.copy(kept, path)
 
+    def run_once(graph: Path, batches: Mapping[str, np.ndarray], extra: Any, optimization: str) -> dict[str, np.ndarray]:
+        digest = hashlib.sha256(graph.read_bytes() + optimization.encode())
+        for name, array in (*batches.items(), *extra.items()):
+            digest.update(name.encode() + array.tobytes())
+        kept = folder / f"{digest.hexdigest()}.npz"
+        if not kept.exists():
+            outputs = run_graph(graph, batches, extra, optimization)
+            np.savez(folder / f"{os.getpid()}.npz", **outputs)  # type: ignore[arg-type]
+            (folder / f"{os.getpid()}.npz").replace(kept)
+        with np.load(kept) as outputs:
+            return {name: outputs[name] for name in outputs.files}
+
     patch.setattr(torch.onnx, "export", cached)
+    patch.setattr(reference, "run_graph", run_once)
