@@ -195,3 +195,17 @@ def write_bundle() -> Callable[..., Path]:
 def colour_bundle(tmp_path: Path, write_bundle: Callable[..., Path]) -> Path:
     """A bundle that classifies red, green and blue images; see write_bundle."""
     return write_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture(scope="session")
+def referenced_once(tmp_path_factory: pytest.TempPathFactory, write_bundle: Callable[..., Path]) -> Path:
+    """The bundle of colours with its reference/; not to be changed."""
+    from tests.referenced import add_reference
+
+    return add_reference(write_bundle(tmp_path_factory.mktemp("referenced") / "bundle"))
+
+
+@pytest.fixture
+def referenced(referenced_once: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle of colours with its reference/."""
+    return shutil.copytree(referenced_once, tmp_path / "bundle")

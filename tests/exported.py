@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from comkd_cli.bundles import reference
-
 
 def export_once(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Let torch.onnx.export keep its files in a folder, and take them from it for the same module, inputs and settings.
 
-    The same for the logits of a bundle's reference images. The exporter itself is tested in tests/bundles/test_graphs.py,
-    the logits in test_reference.py.
+    The same for the logits of a bundle's reference images. The exporter itself is tested in
+    tests/bundles/test_graphs.py, the logits in test_reference.py.
     """
+    from comkd_cli.bundles import reference
+
     export, run_graph = torch.onnx.export, reference.run_graph
 
     def cached(module: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path, **settings: Any) -> None:
@@ -34,7 +34,9 @@ def export_once(patch: pytest.MonkeyPatch, folder: Path) -> None:
             (folder / f"{os.getpid()}.onnx").replace(kept)
         shutil.copy(kept, path)
 
-    def run_once(graph: Path, batches: Mapping[str, np.ndarray], extra: Any, optimization: str) -> dict[str, np.ndarray]:
+    def run_once(
+        graph: Path, batches: Mapping[str, np.ndarray], extra: Any, optimization: str
+    ) -> dict[str, np.ndarray]:
         digest = hashlib.sha256(graph.read_bytes() + optimization.encode())
         for name, array in (*batches.items(), *extra.items()):
             digest.update(name.encode() + array.tobytes())

@@ -64,5 +64,6 @@ def test_ci_installs_every_tool_that_tests_need() -> None:
     root = Path(__file__).parents[1]
     script = (root / ".ci/run").read_text()
     assert "COMKD_REQUIRE_TOOLS=1 make test" in script
-    for tool in ("chromium", "npm", "g++"):
-        assert f"{tool}={tool}" in script
+    for tool, package in (("chromium", "chromium"), ("node", "nodejs"), ("npm", "npm"), ("g++", "g++")):
+        assert f"{tool}={package}" in script
+    assert "\nfetch_headers\n" in script

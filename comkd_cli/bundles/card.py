@@ -126,9 +126,7 @@ def _files(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
             "L2-normalised |",
         ]
     rows += [f"| {name} | {description} |" for name, description in FILES.items() if name in sizes]
-    rows.append(
-        "| reference/ | eight images (CC0) with their tensors and logits, for `predict.py --self-test` |"
-    )
+    rows.append("| reference/ | eight images (CC0) with their tensors and logits, for `predict.py --self-test` |")
     rows.append("| manifest.json | pre-processing, logit scale, parity, latency, sha256 and size of every file |")
     return "\n".join(["## Files", "", "| file | content |", "|---|---|", *rows])
 

@@ -7,14 +7,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
 from comkd_cli.cli import commands
 from comkd_cli.cli.app import CommandFolder, main
+from comkd_cli.edge import benchmark
+from comkd_cli.edge.benchmark import GraphRow, Times
+from comkd_cli.edge.classifier import Classifier
 from comkd_cli.recipe import bundled_recipes, load_recipe, parse_recipe, read_yaml
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -253,6 +258,9 @@ def open_once_read(pipe: Path, reader: subprocess.Popen[str]) -> int:
         "distill digits --seed one",
         "distill digits --runs {file}",
         "predict bundle",
+        "predict bundle one.png --self-test",
+        "predict bundle --self-test --benchmark",
+        "predict bundle --benchmark --add-class fox",
         "predict bundle one.png --top 0",
         "predict {file} one.png",
         "evaluate --folder nowhere",
@@ -263,6 +271,8 @@ def open_once_read(pipe: Path, reader: subprocess.Popen[str]) -> int:
         "export",
         "export {folder}",
         "export student.pt --images nowhere",
+        "export student.pt --max-latency-ms 0",
+        "export student.pt --min-speedup nan",
         "recipes nonsense",
         "recipes show",
         "recipes check",
@@ -359,6 +369,43 @@ def test_predict_prints_a_class_as_it_is_named(
     bundle = write_bundle(tmp_path / "odd", names)
     shown = invoke("predict", bundle, pictures / "red.png").stdout
     assert {line.split(maxsplit=1)[1] for line in shown.splitlines()[1:]} == set(names)
+
+
+def test_predict_self_test_prints_a_line_for_each_check(referenced_once: Path) -> None:
+    shown = invoke("predict", referenced_once, "--self-test")
+    assert shown.exit_code == 0
+    assert [line.split()[0] for line in shown.stdout.splitlines()] == ["tensors", "fp32", "int8"]
+    document = json.loads(invoke("predict", referenced_once, "--self-test", "--json", "--precision", "int8").stdout)
+    assert (document["passed"], [check["name"] for check in document["checks"]]) == (True, ["tensors", "int8"])
+
+
+def test_predict_self_test_fails_where_this_machine_differs(
+    referenced_once: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Classifier, "logits", lambda self, images: np.zeros((1, 3), np.float32))
+    shown = invoke("predict", referenced_once, "--self-test")
+    assert shown.exit_code == 1
+    assert "differs from its reference on this machine: odd, portrait, rotated, grey" in shown.stderr
+
+
+def test_predict_self_test_of_an_older_bundle_is_one_error(colour_bundle: Path) -> None:
+    shown = invoke("predict", colour_bundle, "--self-test")
+    assert (shown.exit_code, shown.stdout, shown.stderr.count("\n")) == (1, "", 1)
+
+
+def test_predict_benchmark_prints_the_rows(referenced_once: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stand_in(cell: Any, _open: object) -> GraphRow:
+        return GraphRow(cell.precision, cell.threads, cell.batch, Times(2.0, 3.0, 10), None)
+
+    monkeypatch.setattr(benchmark, "_measured", stand_in)
+    monkeypatch.setattr(benchmark, "usable_cores", lambda: 2)
+    options = ("--benchmark", "--seconds", "0", "--precision", "int8")
+    lines = invoke("predict", referenced_once, *options).stdout.splitlines()
+    assert [line.split()[0] for line in lines[3:]] == ["int8"] * 4
+    document = json.loads(invoke("predict", referenced_once, *options, "--json").stdout)
+    assert [(row["threads"], row["batch"]) for row in document["rows"]] == [(1, 1), (1, 8), (2, 1), (2, 8)]
+    absent = invoke("predict", referenced_once, "absent.png", *options)
+    assert (absent.exit_code, "absent.png: No such file" in absent.stderr) == (1, True)
 
 
 def test_predict_on_a_damaged_bundle_names_the_file(colour_bundle: Path, pictures: Path) -> None:

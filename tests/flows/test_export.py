@@ -18,9 +18,10 @@ from ruamel.yaml import YAML
 
 from comkd_cli.bundles import latency, precisions, text
 from comkd_cli.bundles.bundle import Head, check_head
-from comkd_cli.bundles.gates import GATES, Gate
-from comkd_cli.bundles.latency import Contender, Timing
+from comkd_cli.bundles.gates import GATES, Gate, SpeedGate
+from comkd_cli.bundles.latency import Contender, Measured, Timing
 from comkd_cli.bundles.parity import measure_parity
+from comkd_cli.bundles.reference import ReferenceWriter
 from comkd_cli.bundles.runner import run_graph
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.prompts import Prompts
@@ -31,7 +32,7 @@ from comkd_cli.errors import BundleError, ComkdError, DataError, ExportError, In
 from comkd_cli.flows import export as export_flow
 from comkd_cli.flows.classes import AddOptions, add_classes
 from comkd_cli.flows.export import ExportOptions, export
-from comkd_cli.flows.predict import predict
+from comkd_cli.flows.predict import predict, self_test
 from comkd_cli.method.student import Student
 from comkd_cli.method.teacher import encode_classes
 from comkd_cli.models.backbones import build_clip, build_image_tower
@@ -64,8 +65,10 @@ def test_a_bundle_holds_every_file_and_its_sha256(bundle: Path) -> None:
         "image_encoder.onnx",
         "predict.py",
     }
-    assert set(manifest["files"]) == names
-    assert {path.name for path in bundle.iterdir()} == names | {"manifest.json"}
+    reference = {f"reference/{path.name}" for path in (bundle / "reference").iterdir()}
+    assert set(manifest["files"]) == names | reference
+    assert len(reference) == 8 + 8 + 1 + 1  # images, tensors, logits of fp32, JSON
+    assert {path.name for path in bundle.iterdir()} == names | {"manifest.json", "reference"}
     for name, entry in manifest["files"].items():
         content = (bundle / name).read_bytes()
         assert (hashlib.sha256(content).hexdigest(), len(content)) == (entry["sha256"], entry["bytes"])
@@ -447,6 +450,98 @@ def test_latency_and_memory_are_compared_with_pytorch(
     assert fp32["memory_share"] < 0.7  # no torch in that process
 
 
+# --- checks on another machine -------------------------------------------------------------------------
+
+
+def test_the_machine_that_exported_a_bundle_differs_by_nothing_in_any_precision(whole: Path) -> None:
+    tested = self_test(whole)
+    assert [check.name for check in tested.checks] == ["tensors", *ALL]
+    assert [check.largest for check in tested.checks] == pytest.approx([0, 0, 0, 0], abs=1e-4)
+    assert tested.differing == []
+
+
+def test_the_reference_logits_are_the_students_within_the_gate(bundle: Path, tiny_student: Path) -> None:
+    student, _ = load_student(tiny_student)
+    document = json.loads((bundle / "reference/reference.json").read_text())
+    images = np.concatenate([np.load(bundle / "reference" / image["tensor"]) for image in document["images"]])
+    with torch.no_grad():
+        expected = student(torch.from_numpy(images)).logits.numpy()
+    np.testing.assert_allclose(np.float32(document["logits"]["fp32"]["values"]), expected, atol=1e-3)
+
+
+def test_a_graph_that_cannot_run_the_reference_images_is_left_out(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crashing(self: ReferenceWriter, precision: str, *arguments: Any) -> None:
+        if precision == "fp16":
+            raise ExportError("its logits for a reference image are not finite", path="classifier.fp16.onnx")
+        add_precision(self, precision, *arguments)
+
+    add_precision = ReferenceWriter.add_precision
+    monkeypatch.setattr(ReferenceWriter, "add_precision", crashing)
+    options = ExportOptions(precisions=("fp32", "fp16"))
+    exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=options)
+    assert exported.failed == {"fp16": "classifier.fp16.onnx: its logits for a reference image are not finite"}
+    assert {path.name for path in (tmp_path / "bundle").rglob("*fp16*")} == set()
+
+
+# --- gates of speed, on given measurements -------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 takes 10 ms at one thread, twice as fast as PyTorch, and fp16 4 ms; at two threads each takes half."""
+
+    def stand_in(_student: Path, graphs: list[Contender], *_: object) -> list[Measured]:
+        one = {"pytorch": 0.020, "fp32": 0.010, "fp16": 0.004}
+        return [
+            Measured(name, threads, one[name] / threads, one["pytorch"] / one[name], 10**8, 1.0)
+            for threads in (1, 2)
+            for name in ("pytorch", *(graph.name for graph in graphs))
+        ]
+
+    monkeypatch.setattr(export_flow, "measure_latency", stand_in)
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize(
+    ("speed", "reason"),
+    [
+        (SpeedGate(max_latency_ms=9), "10.00 ms for one image at one thread (limit 9 ms)"),
+        (SpeedGate(min_speedup=2.5), "2.00 times as fast as PyTorch at one thread (limit 2.5)"),
+    ],
+)
+def test_a_precision_that_is_too_slow_is_left_out_with_its_figures(
+    tiny_student: Path, tmp_path: Path, speed: SpeedGate, reason: str
+) -> None:
+    options = ExportOptions(precisions=("fp32", "fp16"), speed=speed)
+    exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=options)
+    assert exported.failed == {"fp32": reason}
+    assert list(exported.manifest["precisions"]) == ["fp16"]
+    assert {entry["name"] for entry in exported.manifest["latency"]} == {"pytorch", "fp16"}
+    names = {path.name for path in (tmp_path / "bundle").rglob("*.onnx")}
+    assert names == {"image_encoder.fp16.onnx", "classifier.fp16.onnx"}
+    assert not (tmp_path / "bundle/reference/logits.fp32.npy").exists()
+    assert f"fp32 is not in the bundle: {reason}" in (tmp_path / "bundle/README.md").read_text()
+    assert self_test(tmp_path / "bundle").differing == []
+
+
+@pytest.mark.usefixtures("measured")
+def test_precisions_that_are_fast_enough_stay_with_their_measurements(tiny_student: Path, tmp_path: Path) -> None:
+    options = ExportOptions(precisions=("fp32", "fp16"), speed=SpeedGate(max_latency_ms=10, min_speedup=2))
+    exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=options)
+    assert exported.failed == {}
+    assert len(exported.manifest["latency"]) == 6
+
+
+@pytest.mark.usefixtures("measured")
+def test_if_every_precision_is_too_slow_there_is_no_bundle(tiny_student: Path, tmp_path: Path) -> None:
+    options = ExportOptions(speed=SpeedGate(max_latency_ms=1))
+    with pytest.raises(ExportError, match=r"no exported graph is fast enough.*fp32: 10\.00 ms .*limit 1 ms"):
+        export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=options)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_images_for_the_check_can_come_from_a_folder(tiny_student: Path, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -735,12 +830,12 @@ def test_a_full_disk_keeps_the_old_bundle(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(export_flow, step, full)
-    before = {path.name: path.read_bytes() for path in bundle.iterdir()}
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
     with pytest.raises(WriteError, match=rf"^{bundle}: could not be written: No space left on device; free space"):
         export(
             tiny_student, bundle, Path("data"), quietly, force=True, options=ExportOptions(precisions=("fp32", "fp16"))
         )
-    assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
+    assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before
     assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
 
 
