@@ -6,7 +6,6 @@ Needs numpy and Pillow, and a classifier; it becomes a part of every bundle's pr
 from __future__ import annotations
 
 import io
-import math
 import multiprocessing
 import signal
 import time
@@ -61,7 +60,7 @@ class Times:
         ranked = sorted(1e3 * value for value in seconds)
         middle = len(ranked) // 2
         median = ranked[middle] if len(ranked) % 2 else (ranked[middle - 1] + ranked[middle]) / 2
-        return cls(median, ranked[math.ceil(0.95 * len(ranked)) - 1], len(ranked))
+        return cls(median, ranked[(95 * len(ranked) + 99) // 100 - 1], len(ranked))
 
 
 @dataclass(frozen=True)
