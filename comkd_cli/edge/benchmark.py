@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import signal
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -58,9 +59,7 @@ class Times:
     def of(cls, seconds: Sequence[float]) -> Times:
         """seconds: of each run, at least one."""
         ranked = sorted(1e3 * value for value in seconds)
-        middle = len(ranked) // 2
-        median = ranked[middle] if len(ranked) % 2 else (ranked[middle - 1] + ranked[middle]) / 2
-        return cls(median, ranked[(95 * len(ranked) + 99) // 100 - 1], len(ranked))
+        return cls(statistics.median(ranked), ranked[(95 * len(ranked) + 99) // 100 - 1], len(ranked))
 
 
 @dataclass(frozen=True)

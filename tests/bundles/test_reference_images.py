@@ -1,8 +1,9 @@
 """The reference images show what they are for: each mistake of a reader is beyond the limit on one of them."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from comkd_cli.bundles.reference import JPEG_LEVELS, LOSSLESS_LEVELS
 from comkd_cli.bundles.reference_images import reference_images
 from comkd_cli.edge.images import Preprocessing, open_image, resize_and_crop
 
-SIZES = (16, 32, 224, 336)
+SIZES = (16, 224)
 MODES = {
     "odd": "RGB",
     "portrait": "RGB",
@@ -60,14 +61,21 @@ def test_the_images_are_the_same_each_time() -> None:
     assert [image.content for image in reference_images()] == [image.content for image in first]
 
 
-def levels(resize: Callable[[Image.Image, int], np.ndarray], size: int) -> dict[str, int]:
+@cache
+def prepared(size: int) -> dict[str, tuple[Image.Image, np.ndarray]]:
+    """Each image in RGB, and as comkd resizes it, int (size, size, 3), by its name."""
+    preprocessing = Preprocessing(size, (0, 0, 0), (1, 1, 1))
+    opened = {image.name: open_image(image.content) for image in reference_images()}
+    return {name: (rgb, np.asarray(resize_and_crop(rgb, preprocessing)).astype(int)) for name, rgb in opened.items()}
+
+
+def levels(resize: Callable[[Image.Image, int], np.ndarray], size: int, names: Sequence[str]) -> dict[str, int]:
     """The largest difference of a resizer from comkd's, in levels, by the name of the image."""
-    found = {}
-    for image in reference_images():
-        rgb = open_image(image.content)
-        expected = np.asarray(resize_and_crop(rgb, Preprocessing(size, (0, 0, 0), (1, 1, 1)))).astype(int)
-        found[image.name] = int(np.abs(resize(rgb, size) - expected).max())
-    return found
+    return {
+        name: int(np.abs(resize(rgb, size) - expected).max())
+        for name, (rgb, expected) in prepared(size).items()
+        if name in names
+    }
 
 
 def by_torchvision(image: Image.Image, size: int, antialias: bool = True, filter_: str = "BICUBIC") -> np.ndarray:
@@ -83,7 +91,7 @@ LIMITS = {image.name: LOSSLESS_LEVELS if image.lossless else JPEG_LEVELS for ima
 
 @pytest.mark.parametrize("size", SIZES)
 def test_another_correct_resizer_is_within_the_limits(size: int) -> None:
-    found = levels(by_torchvision, size)
+    found = levels(by_torchvision, size, list(LIMITS))
     assert all(difference <= LIMITS[name] for name, difference in found.items()), found
 
 
@@ -100,19 +108,18 @@ MISTAKES: dict[str, Callable[[Image.Image, int], np.ndarray]] = {
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_wrong_resizer_is_beyond_the_limit_of_an_image(mistake: str, size: int) -> None:
-    found = levels(MISTAKES[mistake], size)
+    found = levels(MISTAKES[mistake], size, ("odd", "photo"))
     assert any(difference > LIMITS[name] for name, difference in found.items()), found
 
 
 def test_a_decoder_without_exif_alpha_or_high_bytes_is_beyond_the_limit() -> None:
-    """What Pillow's own conversion to RGB gives, or the low bytes."""
+    """What Pillow itself gives for the pixels: colours without alpha, the low bytes, and no rotation."""
     by_name = {image.name: image.content for image in reference_images()}
-    for name in ("palette", "deep"):
-        with opened(by_name[name]) as file:
-            if name == "deep":
-                wrong = np.repeat((np.asarray(file) & 0xFF)[:, :, None], 3, axis=2)
-            else:
-                wrong = np.asarray(file.convert("RGB"))
+    with opened(by_name["palette"]) as file:
+        colours = np.asarray(file.convert("RGBA"))[:, :, :3]
+    with opened(by_name["deep"]) as file:
+        low_bytes = np.repeat((np.asarray(file) & 0xFF)[:, :, None], 3, axis=2)
+    for name, wrong in (("palette", colours), ("deep", low_bytes)):
         assert np.abs(wrong.astype(int) - np.asarray(open_image(by_name[name]))).max() > LIMITS[name]
     with opened(by_name["rotated"]) as file:
         assert file.convert("RGB").size != open_image(by_name["rotated"]).size
