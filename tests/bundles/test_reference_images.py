@@ -65,8 +65,8 @@ def test_the_images_are_the_same_each_time() -> None:
 def prepared(size: int) -> dict[str, tuple[Image.Image, np.ndarray]]:
     """Each image in RGB, and as comkd resizes it, int (size, size, 3), by its name."""
     preprocessing = Preprocessing(size, (0, 0, 0), (1, 1, 1))
-    opened = {image.name: open_image(image.content) for image in reference_images()}
-    return {name: (rgb, np.asarray(resize_and_crop(rgb, preprocessing)).astype(int)) for name, rgb in opened.items()}
+    colours = {image.name: open_image(image.content) for image in reference_images()}
+    return {name: (rgb, np.asarray(resize_and_crop(rgb, preprocessing)).astype(int)) for name, rgb in colours.items()}
 
 
 def levels(resize: Callable[[Image.Image, int], np.ndarray], size: int, names: Sequence[str]) -> dict[str, int]:
@@ -86,13 +86,15 @@ def by_torchvision(image: Image.Image, size: int, antialias: bool = True, filter
     return functional.center_crop(resized, [size]).round().clamp(0, 255).permute(1, 2, 0).numpy()
 
 
-LIMITS = {image.name: LOSSLESS_LEVELS if image.lossless else JPEG_LEVELS for image in reference_images()}
+def limits() -> dict[str, float]:
+    """In levels, by the name of the image."""
+    return {image.name: LOSSLESS_LEVELS if image.lossless else JPEG_LEVELS for image in reference_images()}
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_another_correct_resizer_is_within_the_limits(size: int) -> None:
-    found = levels(by_torchvision, size, list(LIMITS))
-    assert all(difference <= LIMITS[name] for name, difference in found.items()), found
+    found = levels(by_torchvision, size, list(limits()))
+    assert all(difference <= limits()[name] for name, difference in found.items()), found
 
 
 MISTAKES: dict[str, Callable[[Image.Image, int], np.ndarray]] = {
@@ -109,7 +111,7 @@ MISTAKES: dict[str, Callable[[Image.Image, int], np.ndarray]] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_wrong_resizer_is_beyond_the_limit_of_an_image(mistake: str, size: int) -> None:
     found = levels(MISTAKES[mistake], size, ("odd", "photo"))
-    assert any(difference > LIMITS[name] for name, difference in found.items()), found
+    assert any(difference > limits()[name] for name, difference in found.items()), found
 
 
 def test_a_decoder_without_exif_alpha_or_high_bytes_is_beyond_the_limit() -> None:
@@ -120,6 +122,6 @@ def test_a_decoder_without_exif_alpha_or_high_bytes_is_beyond_the_limit() -> Non
     with opened(by_name["deep"]) as file:
         low_bytes = np.repeat((np.asarray(file) & 0xFF)[:, :, None], 3, axis=2)
     for name, wrong in (("palette", colours), ("deep", low_bytes)):
-        assert np.abs(wrong.astype(int) - np.asarray(open_image(by_name[name]))).max() > LIMITS[name]
+        assert np.abs(wrong.astype(int) - np.asarray(open_image(by_name[name]))).max() > limits()[name]
     with opened(by_name["rotated"]) as file:
         assert file.convert("RGB").size != open_image(by_name["rotated"]).size
