@@ -53,7 +53,7 @@ def test_the_tensors_are_the_normalised_images_and_json_describes_them(
         side = min(pixels.shape[:2])
         top, left = ((length - side) // 2 for length in pixels.shape[:2])
         expected = (pixels[top : top + side, left : left + side].mean(axis=(0, 1)) - mean) / std
-        assert tensor[0].mean(axis=(1, 2)) == pytest.approx(expected, abs=0.05)
+        assert tensor[0].mean(axis=(1, 2)) == pytest.approx(expected, abs=0.1)
 
 
 def test_the_logits_are_those_of_the_graph(referenced_once: Path, document: dict[str, Any]) -> None:
