@@ -479,7 +479,7 @@ def test_a_graph_that_cannot_run_the_reference_images_is_left_out(
 
     add_precision = ReferenceWriter.add_precision
     monkeypatch.setattr(ReferenceWriter, "add_precision", crashing)
-    options = ExportOptions(precisions=("fp32", "fp16"))
+    options = ExportOptions(precisions=("fp32", "fp16"), gates=WIDE)
     exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=options)
     assert exported.failed == {"fp16": "classifier.fp16.onnx: its logits for a reference image are not finite"}
     assert {path.name for path in (tmp_path / "bundle").rglob("*fp16*")} == set()
@@ -514,7 +514,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_precision_that_is_too_slow_is_left_out_with_its_figures(
     tiny_student: Path, tmp_path: Path, speed: SpeedGate, reason: str
 ) -> None:
-    options = ExportOptions(precisions=("fp32", "fp16"), speed=speed)
+    options = ExportOptions(precisions=("fp32", "fp16"), gates=WIDE, speed=speed)
     exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=options)
     assert exported.failed == {"fp32": reason}
     assert list(exported.manifest["precisions"]) == ["fp16"]
@@ -528,7 +528,8 @@ def test_a_precision_that_is_too_slow_is_left_out_with_its_figures(
 
 @pytest.mark.usefixtures("measured")
 def test_precisions_that_are_fast_enough_stay_with_their_measurements(tiny_student: Path, tmp_path: Path) -> None:
-    options = ExportOptions(precisions=("fp32", "fp16"), speed=SpeedGate(max_latency_ms=10, min_speedup=2))
+    speed = SpeedGate(max_latency_ms=10, min_speedup=2)
+    options = ExportOptions(precisions=("fp32", "fp16"), gates=WIDE, speed=speed)
     exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=options)
     assert exported.failed == {}
     assert len(exported.manifest["latency"]) == 6
