@@ -154,10 +154,10 @@ def test_an_existing_bundle_is_kept_without_force(bundle: Path, tiny_student: Pa
         export(tiny_student, bundle, Path("data"), quietly)
     assert (caught.value.path, caught.value.problem) == (bundle, "already exists")
     assert (bundle / "manifest.json").stat().st_ino == written
-    before = {path.name: path.read_bytes() for path in bundle.iterdir()}
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
     export(tiny_student, bundle, Path("data"), quietly, force=True)
     assert (bundle / "manifest.json").stat().st_ino != written
-    assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
+    assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before
 
 
 def failing(*precisions: str):  # type: ignore[no-untyped-def]

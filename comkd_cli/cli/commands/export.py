@@ -133,7 +133,6 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     --gate: cosine_min, agreement_min_percent, top1_loss_max_points, difference_max.
     """
     from comkd_cli.cli.terminal import print_json, reporting, starting
-    from comkd_cli.errors import ExportError
 
     target = out or student.parent / "bundle"
     with starting():
@@ -161,9 +160,16 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
         print_json(exported.manifest)
     else:
         _print_bundle(target, exported.manifest)
-    if exported.failed:
-        reasons = "\n".join(f"  {precision}: {why}" for precision, why in exported.failed.items())
-        raise ExportError(f"without {', '.join(exported.failed)}, which failed:\n{reasons}", path=target)
+    _raise_failed(target, exported.failed)
+
+
+def _raise_failed(target: Path, failed: dict[str, str]) -> None:
+    """Raise ExportError, with the reasons, where a requested precision is not in the bundle."""
+    from comkd_cli.errors import ExportError
+
+    if failed:
+        reasons = "\n".join(f"  {precision}: {why}" for precision, why in failed.items())
+        raise ExportError(f"without {', '.join(failed)}, which failed:\n{reasons}", path=target)
 
 
 def _gates(settings: tuple[str, ...]) -> dict[str, Gate]:
