@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from comkd_cli.bundles.card import model_card
+from comkd_cli.bundles.confidence import FittedConfidence
 from comkd_cli.bundles.latency import Measured
 from comkd_cli.bundles.parity import Parity
 from comkd_cli.bundles.parts import Parts
@@ -75,6 +76,11 @@ class Contents:
     """By precision: why it is not in the bundle."""
     quantisation: Sequence[Quantisation]
     """The quantisation methods that were compared, the chosen one first."""
+    confidence: FittedConfidence
+    student_top1: tuple[float, int] | None
+    """The student's top-1 in PyTorch on the labelled test images of all parts, in percent, and their number."""
+    student_sha256: str
+    """Of student.pt."""
     text: Text | None = None
     latency: Sequence[Measured] = ()
 
@@ -117,21 +123,20 @@ def class_list(names: Sequence[str]) -> str:
 def changed_score(contents: Contents) -> str | None:
     """A sentence if the student's score on its test images has changed since it was trained; otherwise None.
 
-    Scores are compared if the gate has as many test images as were scored: then both are of all test images.
+    Scores are compared if as many test images were read as were scored: then both are of all test images.
     """
     if contents.record.classes_added:  # more possible answers than when it was scored
         return None
     scored, images = (contents.record.metrics.get(name) for name in ("test_top1_percent", "test_images"))
-    gate = contents.parts.gate.size
-    parity = next(iter(contents.parities.values()), None)
-    if scored is None or parity is None or parity.student_top1_percent is None or images != gate.images:
+    if scored is None or contents.student_top1 is None or contents.student_top1[1] != images:
         return None
+    top1, count = contents.student_top1
     # One image may change its class, because other batch sizes round differently.
-    if abs(scored - parity.student_top1_percent) < 150 / gate.images:
+    if abs(scored - top1) < 150 / count:
         return None
     return (
-        f"The student's top-1 on its {gate.images} test images was {scored:.2f} % when it was trained and is "
-        f"{parity.student_top1_percent:.2f} % now: the test images or their labels have changed since."
+        f"The student's top-1 on its {count} test images was {scored:.2f} % when it was trained and is "
+        f"{top1:.2f} % now: the test images or their labels have changed since."
     )
 
 
@@ -168,9 +173,12 @@ def _manifest(contents: Contents) -> dict[str, Any]:
         "student": _model_name(record.recipe.student),
         "classes": len(record.class_names),
         "classes_added": list(record.classes_added),
+        "student_sha256": contents.student_sha256,
         "template": record.template,
         "preprocessing": asdict(record.preprocessing),
         "logit_scale": contents.head.logit_scale,
+        "calibration": dict(contents.confidence.calibration),
+        "threshold": dict(contents.confidence.threshold),
         "feature_dim": contents.head.class_vectors.shape[1],
         "memory": "candidates" if contents.candidates else "training",
         "opset": contents.opset,
@@ -184,7 +192,7 @@ def _manifest(contents: Contents) -> dict[str, Any]:
         # As recorded in training, if it had held-out test images with labels; the gates' images do not count here.
         **{name: record.metrics.get(name) for name in ("test_top1_percent", "test_images", "test_unreadable")},
         "test_images_held_out": record.holdout is not None,
-        "test_images_were_learned_from": _learns_from_test_images(record),
+        "test_images_were_learned_from": learns_from_test_images(record),
         "test_top1_changed": changed_score(contents),
         "selection": record.recipe.selection,
         "license": contents.license,
@@ -193,7 +201,10 @@ def _manifest(contents: Contents) -> dict[str, Any]:
 
 def _precision(precision: str, contents: Contents) -> dict[str, Any]:
     entry: dict[str, Any] = {graph: graph_name(graph, precision) for graph in ("image_encoder", "classifier")}
-    entry |= {"optimization": OPTIMIZATION[precision], "parity": contents.parities[precision].document()}
+    parity = contents.parities[precision]
+    entry |= {"optimization": OPTIMIZATION[precision], "parity": parity.document()}
+    if parity.logits is not None:
+        entry["confidence"] = contents.confidence.figures(parity.logits)
     if precision == "int8":
         entry["quantisation"] = [asdict(method) for method in contents.quantisation]
     return entry
@@ -202,10 +213,11 @@ def _precision(precision: str, contents: Contents) -> dict[str, Any]:
 def _images(parts: Parts) -> dict[str, Any]:
     """The number of images in each part, and their origin."""
     sizes = {name: asdict(getattr(parts, name).size) for name in ("gate", "choose", "calibrate")}
-    return sizes | {"unreadable": parts.unreadable}
+    fit = None if parts.fit is None else asdict(parts.fit.size)
+    return sizes | {"fit": fit, "unreadable": parts.unreadable}
 
 
-def _learns_from_test_images(record: StudentRecord) -> bool:
+def learns_from_test_images(record: StudentRecord) -> bool:
     """Whether the student was trained on its test images, without their labels, as on ImageNet's variants."""
     dataset = CATALOG.get(record.recipe.data.dataset or "")
     return dataset is not None and dataset.layout == "imagenet-variant"

@@ -8,6 +8,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from comkd_cli.bundles.confidence_text import confidence_lines
 from comkd_cli.bundles.latency import disturbance
 from comkd_cli.bundles.parts import PartSize
 from comkd_cli.data.class_names import some
@@ -35,6 +36,7 @@ def model_card(manifest: Mapping[str, Any], record: StudentRecord, sizes: Mappin
         _use(manifest),
         _files(manifest, sizes),
         _numbers(manifest, sizes),
+        "\n\n".join(["## Confidence", *confidence_lines(manifest)]),
         _limits(manifest, record),
         _citation(),
     ]
@@ -110,6 +112,8 @@ def _use(manifest: Mapping[str, Any]) -> str:
         lines.append(f"    python predict.py IMAGE... --precision {list(manifest['precisions'])[-1]}")
     if manifest["text"]:
         lines.append('    python predict.py IMAGE... --add-class "red fox"')
+    if manifest["threshold"]["value"] is not None:
+        lines.append("    python predict.py IMAGE... --no-threshold")
     lines += ["    python predict.py --self-test", "    python predict.py --benchmark"]
     return "\n".join(lines)
 
@@ -127,7 +131,9 @@ def _files(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
         ]
     rows += [f"| {name} | {description} |" for name, description in FILES.items() if name in sizes]
     rows.append("| reference/ | eight images (CC0) with their tensors and logits, for `predict.py --self-test` |")
-    rows.append("| manifest.json | pre-processing, logit scale, parity, latency, sha256 and size of every file |")
+    rows.append(
+        "| manifest.json | pre-processing, temperature, threshold, parity, latency, sha256 and size of every file |"
+    )
     return "\n".join(["## Files", "", "| file | content |", "|---|---|", *rows])
 
 
@@ -213,10 +219,11 @@ def _compared(manifest: Mapping[str, Any]) -> str:
 def _limits(manifest: Mapping[str, Any], record: StudentRecord) -> str:
     names = ", ".join(record.class_names[:MOST_CLASSES])
     more = f" and {len(record.class_names) - MOST_CLASSES} more" if len(record.class_names) > MOST_CLASSES else ""
+    everything = manifest["threshold"]["value"] is None
     lines = [
         "## Limits",
         "",
-        f"It assigns one of its classes to any image: {names}{more}.",
+        f"{'It assigns one of its classes to any image' if everything else 'Its classes'}: {names}{more}.",
         f"It has the biases of the images of {manifest['data']} and of its teacher; measure its accuracy before you "
         "use it on other images.",
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ class Parity:
     """Of the graph: an image counts as wrong if it is wrong at any batch size."""
     different: int | None = None
     """Number of images without copies, on which the intervals are based; None: all."""
+    logits: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """float32 (images, classes), the graph's, of the last batch size that an image was run at."""
 
     @property
     def top1_agreement_interval_percent(self) -> tuple[float, float]:
@@ -76,7 +78,9 @@ class Parity:
 
     def document(self) -> dict[str, Any]:
         """All figures as plain data, for the manifest."""
-        return asdict(self) | {
+        figures = asdict(replace(self, logits=None))
+        del figures["logits"]
+        return figures | {
             "top1_agreement_interval_percent": self.top1_agreement_interval_percent,
             "top1_interval_percent": self.top1_interval_percent,
         }
@@ -143,6 +147,7 @@ def measure_parity(
     difference, cosine, cosines = 0.0, 1.0, []
     differing = np.zeros(len(images), dtype=bool)
     wrong = np.zeros(len(images), dtype=bool)
+    logits = np.empty_like(reference.logits)
     expected = reference.logits.argmax(axis=1)
     labels = reference.labels
     for name, part in batches.items():
@@ -152,6 +157,7 @@ def measure_parity(
         cosine = min(cosine, float(similarity.min())) if np.isfinite(similarity).all() else -1.0
         cosines.append(similarity)
         _check_logits(classifier, classified[name], encoded[name], reference.head)
+        logits[part] = classified[name]
         finite = np.isfinite(classified[name]).all(axis=1)
         predicted = np.where(finite, classified[name].argmax(axis=1), NO_CLASS)
         differing[part] |= predicted != expected[part]
@@ -167,6 +173,7 @@ def measure_parity(
         student_top1_percent=None if labels is None else top1_percent(expected, labels),
         top1_percent=None if labels is None else top1_percent(wrong, np.zeros_like(wrong)),
         different=reference.different,
+        logits=logits,
     )
 
 

@@ -1,5 +1,7 @@
 """The real images of an export, in disjoint parts: to calibrate int8, to choose its method, and for the gate.
 
+fit_part.py takes one more part from the gate's.
+
 A figure from images that were also used to make or to choose the graph would be optimistically biased. Images are
 compared by their prepared pixels: copies of a file, also in another lossless format, are one image.
 """
@@ -27,11 +29,12 @@ LEAST_TO_CALIBRATE, LEAST_TO_CHOOSE, LEAST_FOR_GATE = 16, 8, 8
 MOST_NAMED = 10
 SPARE = 100
 
-Origin = Literal["test", "training", "given"]
+Origin = Literal["test", "training", "given", "negative"]
 ORIGINS: dict[Origin, str] = {
     "test": "test images",
     "training": "training images",
     "given": "images given with --images",
+    "negative": "images given with --negatives",
 }
 
 
@@ -88,6 +91,8 @@ class Part:
     """Number of images without copies."""
     held_out: bool = False
     """As `Pool.held_out`."""
+    pictures: ImageSet | None = None
+    """The same images, to prepare them for another model."""
 
     @property
     def size(self) -> PartSize:
@@ -106,6 +111,10 @@ class Parts:
     """Number of images that could not be read."""
     too_few: str | None
     """Why there are too few images for int8; None if there are enough or int8 is not exported."""
+    fit: Part | None = None
+    """To fit the temperature and the threshold; None where there are too few unseen images. See fit_part.py."""
+    no_fit: str | None = None
+    """Why there is no such part."""
 
 
 @dataclass
@@ -207,6 +216,7 @@ class _PartReader:
             labels=None if labels is None else np.asarray([labels[read.positions[i]] for i in selected]),
             different=len({read.digests[i] for i in selected}),
             held_out=pool.held_out,
+            pictures=pool.images.subset([read.positions[i] for i in selected]),
         )
 
     def _read_gate(self, pool: Pool) -> _Readings:

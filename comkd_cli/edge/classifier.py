@@ -1,6 +1,6 @@
 """Classify images with an exported bundle. Needs numpy, Pillow and onnxruntime; no torch.
 
-    python predict.py IMAGE... [--top 5] [--precision int8] [--add-class "red fox"] [--json]
+    python predict.py IMAGE... [--top 5] [--precision int8] [--add-class "red fox"] [--no-threshold] [--json]
     python predict.py FOLDER --csv predictions.csv
     python predict.py - < image.jpg
     python predict.py --self-test        # does this machine compute what the exporting one did?
@@ -15,7 +15,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,15 @@ from comkd_cli.edge.figures import add_figure_options, figures_command, json_tex
 from comkd_cli.edge.folder_csv import CsvJob, bundle_settings, folder_csv_command
 from comkd_cli.edge.images import ImageSource, UnreadableImage, load_prepared
 from comkd_cli.edge.manifest import EXPORT_AGAIN, BundleProblem, read_manifest, read_preprocessing, verified_bytes
+from comkd_cli.edge.threshold import NONE_OF_THESE, read_confidence
 
 STANDARD_INPUT = "-"  # in the place of an image's path; a file of that name is ./-
+ADDED_NOTE = "the threshold was fitted without the added classes"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A class and its probability, the softmax over all classes of the classifier."""
+    """A class and its probability: the softmax over all classes of the classifier, at the bundle's temperature."""
 
     class_name: str
     probability: float
@@ -63,17 +65,22 @@ class Classifier:
 
     bundle: the folder that holds manifest.json. Each file is checked against the manifest's sha256 before it is used.
     precision: `fp32`, `fp16` or `int8`; None takes the first of the bundle. threads: onnxruntime's threads within an
-    operator; None uses every core. Raises BundleProblem.
+    operator; None uses every core. threshold: False accepts every answer. Raises BundleProblem.
     """
 
     def __init__(
-        self, bundle: str | os.PathLike[str], threads: int | None = None, precision: str | None = None
+        self,
+        bundle: str | os.PathLike[str],
+        threads: int | None = None,
+        precision: str | None = None,
+        threshold: bool = True,
     ) -> None:
         self._folder = Path(bundle)
         self._manifest_path = self._folder / "manifest.json"
         self._manifest = read_manifest(self._folder)
         self._threads = threads
         self.preprocessing = read_preprocessing(self._folder, self._manifest)
+        self.confidence = read_confidence(self._folder, self._manifest, threshold)
         self.class_names = self._read_class_names()
         self._graphs = self._select_graphs(precision)
         self._scale = self._manifest.get("logit_scale")
@@ -102,7 +109,8 @@ class Classifier:
     def add_classes(self, names: Sequence[str]) -> None:
         """Add classes that the student was not trained on.
 
-        Needs a bundle with its text encoder (`comkd export --text`). Raises BundleProblem.
+        Needs a bundle with its text encoder (`comkd export --text`). The thresholds stay as they are, and answers of
+        the new classes have the common one. Raises BundleProblem.
         """
         text = self._manifest.get("text")
         if not text:
@@ -163,11 +171,13 @@ class Classifier:
         image: a path, an open binary file, its content as bytes, or a Pillow image. As with a file, the EXIF
         orientation of a Pillow image is applied, unless `PIL.ImageOps.exif_transpose` did that and removed the tag.
         """
-        (logits,) = self.logits(load_prepared(image, self.preprocessing)[None]).astype(np.float64)
-        exponentials = np.exp(logits - logits.max())
-        probabilities = exponentials / exponentials.sum()
+        (probabilities,) = self.confidence.probabilities(self.logits(load_prepared(image, self.preprocessing)[None]))
         order = np.argsort(-probabilities, kind="stable")[:top]
         return [Prediction(self.class_names[i], float(probabilities[i])) for i in order]
+
+    def is_none_of_these(self, predictions: Sequence[Prediction]) -> bool | None:
+        """Whether an image shows none of the classes, by what `predict` returned; None without a threshold."""
+        return self.confidence.is_none(predictions[0].class_name, predictions[0].probability)
 
     def _select_graphs(self, precision: str | None) -> dict[str, Any]:
         """The manifest's entry of a precision, which names its graphs."""
@@ -222,7 +232,7 @@ def _clean(name: str) -> str:
 def predict_all(classifier: Classifier, images: Iterable[str], top: int) -> list[dict[str, Any]]:
     """One plain record per image: its classes and probabilities, or the error if it could not be read.
 
-    images: paths; `-` is standard input.
+    images: paths; `-` is standard input. `none_of_these` of a record is None where no threshold decides it.
     """
     records: list[dict[str, Any]] = []
     for image in images:
@@ -232,8 +242,15 @@ def predict_all(classifier: Classifier, images: Iterable[str], top: int) -> list
             records.append({"image": image, "error": str(error)})
             continue
         classes = [{"class": p.class_name, "probability": p.probability} for p in predictions]
-        records.append({"image": image, "classes": classes})
+        none = classifier.is_none_of_these(predictions)
+        records.append({"image": image, "classes": classes, "none_of_these": none})
     return records
+
+
+def none_text(record: Mapping[str, Any]) -> str:
+    """The line of a record whose most probable class does not reach its threshold."""
+    first = record["classes"][0]
+    return f"{NONE_OF_THESE}: the most probable class has {first['probability']:.2%}, below its threshold"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -245,11 +262,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.self_test or options.benchmark:
             return figures_command(options, Classifier)
-        classifier = Classifier(options.bundle, precision=options.precision)
+        classifier = Classifier(options.bundle, precision=options.precision, threshold=not options.no_threshold)
         if options.add_class:
             classifier.add_classes(options.add_class)
+            if classifier.confidence.threshold is not None and not options.no_threshold:
+                print(f"note: {ADDED_NOTE}", file=sys.stderr)
         if options.csv:
-            made_by = bundle_settings(options.bundle, options.precision, options.add_class)
+            made_by = bundle_settings(options.bundle, options.precision, options.add_class, not options.no_threshold)
             return folder_csv_command(
                 classifier, CsvJob(Path(options.images[0]), options.csv, options.top, made_by, options.fresh)
             )
@@ -269,6 +288,8 @@ def _print_records(records: Sequence[dict[str, Any]], as_json: bool) -> None:
             print(f"error: {record['error']}", file=sys.stderr)
         elif not as_json:
             print(record["image"])
+            if record["none_of_these"]:
+                print(f"  {none_text(record)}")
             for entry in record["classes"]:
                 print(f"  {entry['probability']:7.2%}  {entry['class']}")
 
@@ -282,6 +303,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--top", type=int, default=5, help="number of classes to print for an image")
     parser.add_argument("--precision", help="fp32, fp16 or int8; default: the first of the bundle")
     parser.add_argument("--add-class", action="append", default=[], metavar="NAME", help="add a class; may be repeated")
+    parser.add_argument("--no-threshold", action="store_true", help=f"never answer {NONE_OF_THESE!r}")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument(
         "--csv", type=Path, metavar="FILE", help="write the classes of a folder's images to this file; a rerun resumes"

@@ -29,6 +29,7 @@ import numpy as np
 from comkd_cli.edge.image_files import skipped_text, walk_images
 from comkd_cli.edge.images import Preprocessing, UnreadableImage, load_prepared
 from comkd_cli.edge.manifest import read_manifest
+from comkd_cli.edge.threshold import Confidence, read_confidence
 
 STATE_FORMAT = "comkd-predictions/1"
 BATCH_SIZE = 32
@@ -36,6 +37,7 @@ MOST_THREADS = 8
 READ_SIZE = 1 << 20
 TERMINAL_SECONDS, LOG_SECONDS = 0.2, 60.0  # between two lines of progress
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+NONE_CELLS = {True: "true", False: "false", None: ""}
 
 
 class CsvProblem(Exception):
@@ -56,6 +58,7 @@ class ImageClassifier(Protocol):
 
     class_names: list[str]
     preprocessing: Preprocessing
+    confidence: Confidence
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Logits (batch, classes) of prepared images, float32 (batch, 3, size, size)."""
@@ -88,13 +91,20 @@ class CsvSummary:
     """Files that are no images, by suffix."""
 
 
-def bundle_settings(bundle: Path, precision: str | None, add_classes: Sequence[str]) -> dict[str, Any]:
-    """What decides a bundle's answers. Its manifest has the sha256 of every file. Raises BundleProblem."""
+def bundle_settings(
+    bundle: Path, precision: str | None, add_classes: Sequence[str], threshold: bool = True
+) -> dict[str, Any]:
+    """What decides a bundle's answers. Its manifest has the sha256 of every file. Raises BundleProblem.
+
+    Tables of bundles without a threshold do not name it, as those of older versions.
+    """
     manifest = read_manifest(bundle)
+    has_threshold = read_confidence(bundle, manifest).threshold is not None
     return {
         "bundle": hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest(),
         "precision": precision or next(iter(manifest["precisions"])),
         "added classes": list(add_classes),
+        **({"threshold": threshold} if has_threshold else {}),
     }
 
 
@@ -103,9 +113,10 @@ def write_folder_csv(
 ) -> CsvSummary:
     """Write a row for each image below a folder: its path below it, classes and probabilities, or the error.
 
-    Images that cannot be read have their reason in the last column. report: receives the number of images done and in
-    all. Raises CsvProblem for a folder without images and for a table that is not of the same images and settings, and
-    OSError where the system refuses to read the folder or to write.
+    Images that cannot be read have their reason in the last column. A bundle with a threshold has the column
+    `none_of_these` before it: true, false, or empty where the threshold is not applied. report: receives the number of
+    images done and in all. Raises CsvProblem for a folder without images and for a table that is not of the same images
+    and settings, and OSError where the system refuses to read the folder or to write.
     """
     summary = CsvSummary(0, 0, 0)
     paths = _listed(job.folder, summary.skipped)
@@ -113,7 +124,7 @@ def write_folder_csv(
     top = min(job.top, len(classifier.class_names))
     names = [path.relative_to(job.folder).as_posix() for path in paths]
     made_of = {**job.made_by, "classes of an image": job.top, "images": _digest_of_names(names)}
-    with _opened_table(job, made_of, _header(top)) as table:
+    with _opened_table(job, made_of, _header(top, classifier.confidence)) as table:
         summary.resumed = table.rows
         report(table.rows, len(paths))
         with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
@@ -124,12 +135,6 @@ def write_folder_csv(
                 report(table.rows, len(paths))
         summary.unreadable = table.unreadable
     return summary
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities float64 (batch, classes) of logits (batch, classes)."""
-    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
 
 
 def _listed(folder: Path, skipped: Counter[str]) -> list[Path]:
@@ -159,9 +164,14 @@ def _load(path: Path, preprocessing: Preprocessing) -> np.ndarray | str:
         return " ".join(str(error).removeprefix(f"{path}: ").split())
 
 
-def _header(top: int) -> list[str]:
+def _header(top: int, confidence: Confidence) -> list[str]:
     more = [name for i in range(2, top + 1) for name in (f"class_{i}", f"probability_{i}")]
-    return ["path", "class", "probability", *more, "error"]
+    return ["path", "class", "probability", *more, *_none_cell(confidence, "none_of_these"), "error"]
+
+
+def _none_cell(confidence: Confidence, cell: str) -> list[str]:
+    """The cell of the column `none_of_these`; nothing without such a column."""
+    return [] if confidence.threshold is None else [cell]
 
 
 def _rows(
@@ -169,16 +179,18 @@ def _rows(
 ) -> list[list[str]]:
     """The rows of a batch. loaded: for each name the input or an error."""
     inputs = [item for item in loaded if not isinstance(item, str)]
-    answers = iter(softmax(classifier.logits(np.stack(inputs))) if inputs else ())
+    confidence = classifier.confidence
+    answers = iter(confidence.probabilities(classifier.logits(np.stack(inputs))) if inputs else ())
     rows = []
     for name, item in zip(names, loaded, strict=True):
         if isinstance(item, str):
-            rows.append([name, *[""] * (2 * top), item])
+            rows.append([name, *[""] * (2 * top), *_none_cell(confidence, ""), item])
             continue
         probabilities = next(answers)
         order = np.argsort(-probabilities, kind="stable")[:top]
         cells = [cell for i in order for cell in (classifier.class_names[i], f"{probabilities[i]:.6f}")]
-        rows.append([name, *cells, ""])
+        none = confidence.is_none(classifier.class_names[order[0]], probabilities[order[0]])
+        rows.append([name, *cells, *_none_cell(confidence, NONE_CELLS[none]), ""])
     return rows
 
 

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from comkd_cli.bundles.bundle import (
+    TEXT_ENCODER,
     Contents,
-    Head,
     Text,
     changed_score,
-    check_head,
     complete_bundle,
     graph_name,
+    learns_from_test_images,
 )
+from comkd_cli.bundles.confidence import Answered, ConfidenceFitter, FittedConfidence, StudentsTeacher, top1_of
+from comkd_cli.bundles.fit_part import MOST_TO_FIT, read_negatives, with_fit_part
 from comkd_cli.bundles.gates import GATES, Gate, SpeedGate, in_order
-from comkd_cli.bundles.graphs import CLASS_VECTORS, OPSET, add_classifier, check_graph, export_image_encoder
+from comkd_cli.bundles.graphs import OPSET, add_classifier, check_graph, export_image_encoder
 from comkd_cli.bundles.latency import PYTORCH, Contender, Measured, measure_latency
-from comkd_cli.bundles.parity import Parity, Reference, measure_parity
+from comkd_cli.bundles.metadata import Origin, write_metadata
+from comkd_cli.bundles.parity import Parity, measure_parity
 from comkd_cli.bundles.parts import Part, Parts, Pool, read_parts
 from comkd_cli.bundles.precisions import OPTIMIZATION, Quantisation, QuantisationImages, Quantiser, to_fp16
 from comkd_cli.bundles.reference import ReferenceWriter
+from comkd_cli.bundles.student import StudentToExport
 from comkd_cli.bundles.text import add_text_encoder, text_teacher
 from comkd_cli.bundles.web import add_web_page
 from comkd_cli.data.folder import images_below
@@ -35,13 +36,11 @@ from comkd_cli.errors import DataError, ExportError, Interrupted
 from comkd_cli.evaluation.classes import check_classes
 from comkd_cli.events import Notice, Progress, Report, Stage
 from comkd_cli.files import atomic_folder
-from comkd_cli.method.student import Student
-from comkd_cli.models.checkpoints import StudentRecord, load_student
+from comkd_cli.models.checkpoints import StudentRecord
 from comkd_cli.models.costs import multiply_adds, parameters
 from comkd_cli.runtime.signals import Stopped, stopping_at_once
 
 CHECK_IMAGES = 512
-STUDENT_BATCH = 32
 INTERRUPTED = 130  # 128 + SIGINT
 
 
@@ -71,6 +70,10 @@ class ExportOptions:
     allow_download: bool = False
     """Fetch what student.pt names and is not on this machine."""
     license: str = "unknown"
+    accept_percent: float = 95.0
+    """Of unseen images, those whose answer the threshold accepts."""
+    negatives: Path | None = None
+    """A folder of images of none of the classes, on which the threshold is measured."""
 
 
 @dataclass(frozen=True)
@@ -99,15 +102,18 @@ def export(
     try:
         with stopping_at_once() as check_stop:
             _check_target(out, force)
-            source = _Source.load(student_file, options)
+            source = StudentToExport.load(student_file, options.allow_download)
             teacher = (
                 text_teacher(student_file, source.record, options.allow_download, report) if options.text else None
             )
             with atomic_folder(out) as folder:  # before the work below, which a read-only folder would waste
                 report(Stage("Reading real images"))
-                exporter = _Exporter(
-                    source, folder, _read_parts(source.record, data_root, options, report), options, report
-                )
+                parts = _read_parts(source.record, data_root, options, report)
+                negatives = None
+                if options.negatives is not None:
+                    negatives = read_negatives(options.negatives, parts, source.record.preprocessing, report)
+                exporter = _Exporter(source, folder, parts, options, report)
+                exporter.fit_confidence(negatives)
                 exporter.add_precisions(check_stop)
                 text = None
                 if teacher is not None:
@@ -122,60 +128,42 @@ def export(
     return Exported(manifest, dict(exporter.failed))
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The student to export."""
-
-    file: Path
-    student: Student
-    record: StudentRecord
-    head: Head
-
-    @classmethod
-    def load(cls, file: Path, options: ExportOptions) -> _Source:
-        """Raises CheckpointError, ModelError, and ExportError if it cannot be exported."""
-        student, record = load_student(file, options.allow_download)
-        head = Head(student.class_vectors.numpy(), float(student.logit_scale))
-        check_head(file, record.class_names, head)
-        return cls(file, student, record, head)
-
-    @property
-    def extra(self) -> dict[str, np.ndarray]:
-        """The graphs' inputs besides the image."""
-        return {CLASS_VECTORS: self.head.class_vectors} if self.student.uses_candidates else {}
-
-    def reference(self, part: Part, report: Report) -> Reference:
-        """The student's output for images. Raises ExportError if it is not finite."""
-        images = part.images
-        report(Stage(f"Running the student in PyTorch on {part.size.words()}"))
-        outputs = []
-        with torch.inference_mode():
-            for start in range(0, len(images), STUDENT_BATCH):
-                outputs.append(self.student(torch.from_numpy(images[start : start + STUDENT_BATCH])))
-                report(Progress("student", min(start + STUDENT_BATCH, len(images)), len(images)))
-        features = torch.cat([output.features for output in outputs]).numpy()
-        logits = torch.cat([output.logits for output in outputs]).numpy()
-        if count := int((~np.isfinite(features).all(axis=1) | ~np.isfinite(logits).all(axis=1)).sum()):
-            raise ExportError(
-                f"its output for {count} of {len(images)} images is not finite",
-                path=self.file,
-                remedy="train the student again with a lower optim.learning_rate",
-            )
-        return Reference(images, features, logits, part.labels, part.different, self.head.matrix)
-
-
 class _Exporter:
     """Writes the graphs of a student into a folder, checks them against their gates, and completes the bundle."""
 
-    def __init__(self, source: _Source, folder: Path, parts: Parts, options: ExportOptions, report: Report) -> None:
+    def __init__(
+        self, source: StudentToExport, folder: Path, parts: Parts, options: ExportOptions, report: Report
+    ) -> None:
         self._source, self._folder, self._parts = source, folder, parts
         self._options, self._report = options, report
         self._reference = source.reference(parts.gate, report)
         self._references = ReferenceWriter(source.record.preprocessing, source.head.logit_scale, source.extra)
         self._parities: dict[str, Parity] = {}
         self._quantisation: list[Quantisation] = []
+        self._confidence: FittedConfidence
+        self._origin: Origin
+        self._student_top1: tuple[float, int] | None = None
         self.failed: dict[str, str] = {}
         """By precision: why it is not in the bundle."""
+
+    def fit_confidence(self, negatives: Part | None) -> None:
+        """Fit the temperature and the threshold, and measure the threshold on images of none of the classes."""
+        source, parts = self._source, self._parts
+        gate, unseen = Answered(parts.gate, self._reference.logits), None
+        if parts.fit is not None:
+            unseen = Answered(parts.fit, source.reference(parts.fit, self._report).logits)
+        teacher = StudentsTeacher(
+            source.file, source.student, source.record, self._options.allow_download, self._report
+        )
+        fitter = ConfidenceFitter(source.lines, self._options.accept_percent, teacher, self._report)
+        fitted = fitter.fit(gate, unseen, parts.no_fit)
+        if negatives is not None and fitted.confidence.threshold is None:
+            self._report(Notice("--negatives measures nothing, because no threshold is fitted"))
+        elif negatives is not None:
+            fitted = fitted.with_negatives(source.reference(negatives, self._report).logits)
+        self._confidence = fitted
+        self._student_top1 = top1_of([gate] if unseen is None else [gate, unseen])
+        self._origin = source.origin(fitted.confidence.temperature, fitted.threshold)
 
     def add_precisions(self, check_stop: Callable[[], None]) -> None:
         """Write and check the graphs of every precision. Raises ExportError if none passes its gate."""
@@ -203,6 +191,8 @@ class _Exporter:
         if self._options.web:
             self._report(Stage("Adding the page for browsers"))
             add_web_page(self._folder, self._options.web_runtime)
+        if text is not None:
+            write_metadata(self._folder / TEXT_ENCODER, self._origin.of_text_encoder(text.context_length))
         self._references.write(self._folder, self._parities)
         student, record = self._source.student, self._source.record
         contents = Contents(
@@ -217,6 +207,9 @@ class _Exporter:
             parities=self._parities,
             failed=self.failed,
             quantisation=self._quantisation,
+            confidence=self._confidence,
+            student_top1=self._student_top1,
+            student_sha256=self._source.sha256,
             text=text,
             latency=latency,
         )
@@ -234,7 +227,8 @@ class _Exporter:
             to_fp16(self._graph("image_encoder", "fp32"), encoder)
         head = self._source.head
         add_classifier(encoder, classifier, head.class_vectors, head.logit_scale)
-        for path in (encoder, classifier):
+        for path, kind in ((encoder, "image_encoder"), (classifier, "classifier")):
+            write_metadata(path, self._origin.of_image_graph(kind, precision))
             check_graph(path, standard_only=precision != "int8")
         self._report(Stage(f"Checking {precision} in onnxruntime on {len(self._reference.images)} images"))
         parity = measure_parity(encoder, classifier, self._reference, self._source.extra, OPTIMIZATION[precision])
@@ -307,7 +301,11 @@ class _Exporter:
 def _read_parts(record: StudentRecord, data_root: Path, options: ExportOptions, report: Report) -> Parts:
     """The images of the gates and those that int8 is made with."""
     gate, others = _pools(record, data_root, options, report)
-    return read_parts(gate, others, record.preprocessing, options.check_images, "int8" in options.precisions, report)
+    int8, most = "int8" in options.precisions, options.check_images
+    if gate.origin == "training" or learns_from_test_images(record):
+        parts = read_parts(gate, others, record.preprocessing, most, int8, report)
+        return replace(parts, no_fit="there are no images that the student was not trained on")
+    return with_fit_part(read_parts(gate, others, record.preprocessing, most + MOST_TO_FIT, int8, report), most)
 
 
 def _pools(record: StudentRecord, data_root: Path, options: ExportOptions, report: Report) -> tuple[Pool, Pool]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from comkd_cli.edge.benchmark import Benchmark, BenchmarkJob, run_benchmark
-from comkd_cli.edge.classifier import Classifier, predict_all
+from comkd_cli.edge.classifier import ADDED_NOTE, Classifier, predict_all
 from comkd_cli.edge.folder_csv import CsvJob, CsvProblem, CsvSummary, bundle_settings, write_folder_csv
 from comkd_cli.edge.image_files import skipped_text
 from comkd_cli.edge.images import UnreadableImage
@@ -27,18 +27,25 @@ class Table:
     path: Path
     fresh: bool = False
     """Replace what an earlier run wrote, instead of resuming it."""
+    threshold: bool = True
+    """Apply the bundle's threshold, if it has one, in the column `none_of_these`."""
 
 
 def predict(
-    bundle: Path, images: Sequence[str], top: int, precision: str | None = None, add_classes: Sequence[str] = ()
+    bundle: Path,
+    images: Sequence[str],
+    top: int,
+    precision: str | None = None,
+    add_classes: Sequence[str] = (),
+    threshold: bool = True,
 ) -> list[dict[str, Any]]:
     """A plain record for each image: its `top` most probable classes, or the error if it could not be read.
 
     images: paths; `-` is standard input. precision: None takes the first of the bundle. add_classes: names of classes
-    beside the bundle's own. Raises BundleError.
+    beside the bundle's own. threshold: apply the bundle's. Raises BundleError.
     """
     with _bundle_errors():
-        return predict_all(_classifier(bundle, precision, add_classes), images, top)
+        return predict_all(_classifier(bundle, precision, add_classes, threshold), images, top)
 
 
 def predict_folder(
@@ -56,13 +63,16 @@ def predict_folder(
     """
     try:
         with _bundle_errors():
-            classifier = _classifier(bundle, precision, add_classes)
-            job = CsvJob(table.folder, table.path, top, bundle_settings(bundle, precision, add_classes), table.fresh)
+            classifier = _classifier(bundle, precision, add_classes, table.threshold)
+            made_by = bundle_settings(bundle, precision, add_classes, table.threshold)
+            job = CsvJob(table.folder, table.path, top, made_by, table.fresh)
             summary = write_folder_csv(
                 classifier, job, lambda done, total: report(Progress("classifying images", done, total))
             )
     except CsvProblem as error:
         raise DataError(error.problem, path=error.path, found=error.found, remedy=error.remedy) from error
+    if add_classes and classifier.confidence.threshold is not None and table.threshold:
+        report(Notice(ADDED_NOTE))
     if skipped := skipped_text(summary.skipped):
         report(Notice(f"{table.folder}: {skipped}"))
     return summary
@@ -88,8 +98,8 @@ def benchmark(job: BenchmarkJob, report: Report = ignore_event) -> Benchmark:
         raise DataError(str(error)) from error
 
 
-def _classifier(bundle: Path, precision: str | None, add_classes: Sequence[str]) -> Classifier:
-    classifier = Classifier(bundle, precision=precision)
+def _classifier(bundle: Path, precision: str | None, add_classes: Sequence[str], threshold: bool) -> Classifier:
+    classifier = Classifier(bundle, precision=precision, threshold=threshold)
     if add_classes:
         classifier.add_classes(add_classes)
     return classifier

@@ -200,14 +200,23 @@ def load_student_state(path: Path) -> tuple[StudentRecord, dict[str, Tensor]]:
 
 def is_student(path: Path) -> bool:
     """Whether a file is a student.pt, of this or a newer version; False for a file that could not be read."""
+    found = saved_format(path)
+    return found == STUDENT_FORMAT or is_newer_format(found, STUDENT_FORMAT)
+
+
+def saved_format(path: Path) -> str | None:
+    """The format that a file of plain data names, such as `comkd-student/1`; None for any other file.
+
+    Nothing in the file is executed, and its tensors are not read.
+    """
     if not zipfile.is_zipfile(path) or is_torchscript(path):  # the first also where there is no such file
-        return False
+        return None
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # torch and pickle raise many kinds for other files
-        return False
+        return None
     found = data.get("format") if isinstance(data, dict) else None
-    return found == STUDENT_FORMAT or is_newer_format(found, STUDENT_FORMAT)
+    return found if isinstance(found, str) else None
 
 
 def _read_student(path: Path) -> tuple[StudentRecord, dict[str, Any]]:

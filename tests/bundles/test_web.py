@@ -517,6 +517,31 @@ def test_the_page_tells_colours_apart_and_knows_a_manifests_defaults(colour_bund
 
 @slow
 @NEEDS_BROWSER
+def test_the_page_answers_none_of_these_as_the_predictor(colour_bundle: Path, browser: Chromium) -> None:
+    add_web_page(colour_bundle)
+    path = colour_bundle / "manifest.json"
+    threshold = {"score": "max_probability", "value": 0.9, "classes": {"green": 0.0}}
+    fields = {"calibration": {"temperature": 3.0}, "threshold": threshold}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    for name, colour in {"red": (250, 10, 20), "grey": (128, 105, 78), "green": (100, 120, 80)}.items():
+        Image.new("RGB", (20, 12), colour).save(colour_bundle / f"{name}.png")
+    classifier = Classifier(colour_bundle)
+    found = []
+    with served(colour_bundle) as address:
+        for name in ("red", "grey", "green"):
+            with browser.open(named(address, f"{name}.png")) as tab:
+                record = record_of(tab)
+                assert tab.run("document.getElementById('none').hidden") is not record["none_of_these"]
+            expected = classifier.predict(colour_bundle / f"{name}.png")
+            agree(record, expected)
+            assert record["none_of_these"] is classifier.is_none_of_these(expected)
+            found.append(record["none_of_these"])
+        assert answer(browser, named(address, "grey.png", threshold="off"))["none_of_these"] is None
+    assert set(found) == {True, False}
+
+
+@slow
+@NEEDS_BROWSER
 def test_another_precision_can_be_selected(bundle: Path, browser: Chromium) -> None:
     with served(bundle) as address:
         record = answer(browser, named(address, "photo.jpg", precision="fp16"))
@@ -691,6 +716,10 @@ def test_a_changed_file_is_named(damaged: Path, browser: Chromium, name: str) ->
         (
             {"preprocessing": {"size": 8, "interpolation": "lanczos"}},
             "manifest.json: preprocessing: interpolation should be bicubic or bilinear, not 'lanczos'",
+        ),
+        (
+            {"threshold": {"score": "energy", "value": 0.5}},
+            "manifest.json: threshold.score: is not max_probability",
         ),
     ],
 )

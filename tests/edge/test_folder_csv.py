@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from comkd_cli.bundles.standalone import standalone_predictor
 from comkd_cli.edge import classifier as command
 from comkd_cli.edge import folder_csv
 from comkd_cli.edge.classifier import Classifier
-from comkd_cli.edge.folder_csv import CsvJob, CsvProblem, CsvSummary, bundle_settings, softmax, write_folder_csv
+from comkd_cli.edge.folder_csv import CsvJob, CsvProblem, CsvSummary, bundle_settings, write_folder_csv
 
 WriteBundle = Callable[..., Path]
 COLOURS = ("red", "green", "blue")
@@ -96,18 +97,56 @@ def test_a_file_name_that_is_not_utf8_leaves_the_table_utf8(colour_bundle: Path,
     assert (row["path"], row["class"]) == ("caf\\udce9.png", "red")
 
 
-def test_probabilities_are_the_softmax_of_scipy() -> None:
-    special = pytest.importorskip("scipy.special")
-    logits = np.random.default_rng(0).normal(0, 200, (5, 7)).astype(np.float32)
-    np.testing.assert_allclose(softmax(logits), special.softmax(logits.astype(np.float64), axis=1), atol=1e-15)
-
-
 def test_a_pipe_among_the_images_is_an_error_and_never_waited_for(
     colour_bundle: Path, photos: Path, tmp_path: Path
 ) -> None:
     os.mkfifo(photos / "pipe.png")
     assert run(colour_bundle, photos, tmp_path / "out.csv").unreadable == 3
     assert rows(tmp_path / "out.csv")[-1]["error"] == "is not a regular file"
+
+
+def limited(bundle: Path, **fields: Any) -> Path:
+    """The bundle with a temperature of 2 and a threshold."""
+    path = bundle / "manifest.json"
+    threshold = {"score": "max_probability", "value": 0.9, "classes": {"green": 0.0}, **fields}
+    manifest = {**json.loads(path.read_text()), "calibration": {"temperature": 2.0}, "threshold": threshold}
+    path.write_text(json.dumps(manifest))
+    return bundle
+
+
+def test_a_bundle_with_a_threshold_has_a_column_for_it(colour_bundle: Path, photos: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (9, 8), (128, 120, 118)).save(photos / "grey.png")  # of no colour
+    limited(colour_bundle)
+    run(colour_bundle, photos, tmp_path / "out.csv")
+    found = rows(tmp_path / "out.csv")
+    assert list(found[0])[-3:] == ["probability_2", "none_of_these", "error"]
+    for row in found:
+        below = "" if row["error"] else str(row["class"] != "green" and float(row["probability"]) < 0.9).lower()
+        assert row["none_of_these"] == below
+    assert {"true", "false", ""} == {row["none_of_these"] for row in found}
+
+
+def test_without_the_threshold_the_column_is_empty_and_the_table_is_another(
+    colour_bundle: Path, photos: Path, tmp_path: Path
+) -> None:
+    limited(colour_bundle)
+    run(colour_bundle, photos, tmp_path / "out.csv")
+    job = CsvJob(photos, tmp_path / "out.csv", 2, bundle_settings(colour_bundle, None, (), threshold=False))
+    with pytest.raises(CsvProblem) as caught:
+        write_folder_csv(Classifier(colour_bundle, threshold=False), job)
+    assert caught.value.found == "threshold"
+    write_folder_csv(Classifier(colour_bundle, threshold=False), replace(job, fresh=True))
+    assert {row["none_of_these"] for row in rows(tmp_path / "out.csv")} == {""}
+
+
+def test_a_table_of_a_bundle_without_a_threshold_has_the_columns_and_the_state_of_older_versions(
+    colour_bundle: Path, photos: Path, tmp_path: Path
+) -> None:
+    run(colour_bundle, photos, tmp_path / "out.csv")
+    header = (tmp_path / "out.csv").read_text(encoding="utf-8").splitlines()[0]
+    assert header == "path,class,probability,class_2,probability_2,error"
+    made_of = json.loads((tmp_path / "out.csv.state.json").read_text())["made_of"]
+    assert set(made_of) == {"bundle", "precision", "added classes", "classes of an image", "images"}
 
 
 class _Stop(Exception):

@@ -7,20 +7,25 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from ruamel.yaml import YAML
 
 from comkd_cli.bundles import latency, precisions, text
 from comkd_cli.bundles.bundle import Head, check_head
+from comkd_cli.bundles.fit_part import with_fit_part
 from comkd_cli.bundles.gates import GATES, Gate, SpeedGate
 from comkd_cli.bundles.latency import Contender, Measured, Timing
+from comkd_cli.bundles.metadata import metadata_of
 from comkd_cli.bundles.parity import measure_parity
+from comkd_cli.bundles.parts import Parts
 from comkd_cli.bundles.reference import ReferenceWriter
 from comkd_cli.bundles.runner import run_graph
 from comkd_cli.data.digits import digits_source
@@ -49,9 +54,22 @@ def quietly(event: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle_parts() -> list[Parts]:
+    """The images of `bundle`, once that is exported."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_student: Path, bundle_parts: list[Parts], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out") / "Bündel für Geräte"
-    export(tiny_student, out, Path("data"), quietly)
+
+    def divided(*arguments: Any) -> Parts:
+        bundle_parts.append(with_fit_part(*arguments))
+        return bundle_parts[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_flow, "with_fit_part", divided)
+        export(tiny_student, out, Path("data"), quietly)
     return out
 
 
@@ -73,7 +91,7 @@ def test_a_bundle_holds_every_file_and_its_sha256(bundle: Path) -> None:
         content = (bundle / name).read_bytes()
         assert (hashlib.sha256(content).hexdigest(), len(content)) == (entry["sha256"], entry["bytes"])
     parity = manifest["precisions"]["fp32"]["parity"]
-    assert parity["images"] == 360
+    assert parity["images"] == 180
     assert parity["feature_cosine_min"] >= 0.99999
     assert parity["top1_percent"] == parity["student_top1_percent"]
     assert (manifest["opset"], manifest["memory"], manifest["text"], manifest["failed"]) == (20, "training", None, {})
@@ -98,9 +116,10 @@ def test_the_bundle_classifies_images_as_the_student_does(bundle: Path, tiny_stu
         paths.append(str(tmp_path / f"{index}.png"))
         digits_source().train.open(index).save(paths[-1])
     answers = predict(bundle, paths, top=10)
+    temperature = json.loads((bundle / "manifest.json").read_text())["calibration"]["temperature"]
     images = np.stack([prepare(digits_source().train.open(index), record.preprocessing) for index in range(5)])
     with torch.no_grad():
-        expected = student(torch.from_numpy(images)).logits.softmax(1)
+        expected = (student(torch.from_numpy(images)).logits / temperature).softmax(1)
     for answer, row in zip(answers, expected, strict=True):
         given = {entry["class"]: entry["probability"] for entry in answer["classes"]}
         assert [given[str(digit)] for digit in range(10)] == pytest.approx(row.tolist(), abs=1e-5)
@@ -135,8 +154,10 @@ def test_an_existing_bundle_is_kept_without_force(bundle: Path, tiny_student: Pa
         export(tiny_student, bundle, Path("data"), quietly)
     assert (caught.value.path, caught.value.problem) == (bundle, "already exists")
     assert (bundle / "manifest.json").stat().st_ino == written
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
     export(tiny_student, bundle, Path("data"), quietly, force=True)
     assert (bundle / "manifest.json").stat().st_ino != written
+    assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before
 
 
 def failing(*precisions: str):  # type: ignore[no-untyped-def]
@@ -188,6 +209,38 @@ def test_every_precision_has_its_graphs_and_figures(whole: Path) -> None:
         found = Classifier(whole, precision=precision).logits(images)
         assert not np.array_equal(found, exact)
         assert np.corrcoef(found.ravel(), exact.ravel())[0, 1] > least
+
+
+def test_every_graph_says_what_it_is(whole: Path, tiny_student: Path) -> None:
+    manifest = json.loads((whole / "manifest.json").read_text())
+    digest = hashlib.sha256(tiny_student.read_bytes()).hexdigest()
+    assert manifest["student_sha256"] == digest
+    for path in whole.glob("*.onnx"):
+        found = metadata_of(onnx.load(path))
+        assert (found["format"], found["student_sha256"]) == ("comkd-graph/1", digest)
+        name, *precision = path.stem.split(".")
+        assert found["kind"] == name
+        if name == "text_encoder":
+            assert found["context_length"] == manifest["text"]["context_length"]
+            continue
+        assert found["precision"] == (precision[0] if precision else "fp32")
+        assert found["classes"] == (whole / "classes.txt").read_text().splitlines()
+        assert {name: found[name] for name in ("preprocessing", "logit_scale")} == {
+            name: manifest[name] for name in ("preprocessing", "logit_scale")
+        }
+        assert found["temperature"] == manifest["calibration"]["temperature"]
+        assert found["threshold"]["value"] == manifest["threshold"]["value"]
+
+
+def test_every_precision_has_the_confidence_of_its_own_answers(whole: Path) -> None:
+    manifest = json.loads((whole / "manifest.json").read_text())
+    errors = [entry["confidence"]["calibration_error_percent"] for entry in manifest["precisions"].values()]
+    # fp32 rounds other than PyTorch, which the manifest's own figure is of.
+    assert errors[0] == pytest.approx(manifest["calibration"]["error_after_percent"], abs=0.01)
+    assert len(set(errors)) == len(errors) == 3
+    for entry in manifest["precisions"].values():
+        low, high = entry["confidence"]["accepted_interval_percent"]
+        assert low <= entry["confidence"]["accepted_percent"] <= high
 
 
 def test_the_first_precision_is_the_default(whole: Path) -> None:
@@ -636,7 +689,7 @@ def test_int8_is_calibrated_and_chosen_on_training_images_and_tested_on_test_ima
         "training",
     ]
     card = (tmp_path / "bundle/README.md").read_text()
-    assert "compared with PyTorch on 360 test images." in card
+    assert "compared with PyTorch on 180 test images." in card
     assert "int8 was calibrated on 144 training images, and its method was chosen on 48 others" in card
     parity = manifest["precisions"]["int8"]["parity"]
     assert parity["top1_interval_percent"][0] < parity["top1_percent"] < parity["top1_interval_percent"][1]
@@ -656,6 +709,59 @@ def test_a_folder_with_copies_gives_three_disjoint_parts(
     assert_three_disjoint_parts(seen, manifest["images"])
     assert sum(manifest["images"][name]["images"] for name in ("gate", "calibrate", "choose")) == 50
     assert manifest["precisions"]["int8"]["parity"]["top1_percent"] is None
+
+
+def test_temperature_and_threshold_are_fitted_on_images_that_the_gate_does_not_use(
+    bundle: Path, bundle_parts: list[Parts], tiny_student: Path
+) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    fit, gate = bundle_parts[0].fit, bundle_parts[0].gate
+    assert fit is not None
+    assert not digests(fit.images) & digests(gate.images)
+    assert len(digests(fit.images) | digests(gate.images)) == len(digits_source().test or ()) == 360
+    assert (manifest["images"]["fit"]["images"], manifest["images"]["gate"]["images"]) == (180, 180)
+    student, _ = load_student(tiny_student)
+    with torch.no_grad():
+        logits = student(torch.from_numpy(fit.images)).logits.double()
+    labels = torch.from_numpy(np.asarray(fit.labels))
+    temperature = manifest["calibration"]["temperature"]
+    losses = [
+        torch.nn.functional.cross_entropy(logits / (temperature * factor), labels) for factor in (0.99, 1.0, 1.01)
+    ]
+    assert losses[1] < min(losses[0], losses[2])
+    assert (manifest["calibration"]["fitted_to"], manifest["calibration"]["images"]) == ("labels", 180)
+    scores = (logits / temperature).softmax(dim=1).max(dim=1).values.numpy()
+    value = manifest["threshold"]["value"]
+    assert (scores >= value).mean() >= 0.95 > (scores >= value + 0.001).mean() - 0.02
+    classifier = Classifier(bundle)
+    for index in range(20):
+        first = classifier.predict(digits_source().train.open(index))[:1]
+        own = manifest["threshold"]["classes"].get(first[0].class_name, value)
+        assert classifier.is_none_of_these(first) is (first[0].probability < own)
+
+
+@pytest.mark.slow
+def test_unlabelled_images_are_fitted_to_the_teacher_and_negatives_are_scored(
+    tiny_student: Path, tmp_path: Path, write_image: Callable[..., Path]
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    for index in range(120):
+        digits_source().train.open(index).save(tmp_path / "pictures" / f"{index}.png")
+    for seed in range(40):
+        write_image(tmp_path / "noise" / f"{seed}.png", seed)
+    options = ExportOptions(pictures=tmp_path / "pictures", negatives=tmp_path / "noise", accept_percent=90)
+    manifest = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=options).manifest
+    assert [manifest["calibration"][name] for name in ("fitted_to", "images", "error_of")] == ["teacher", 60, "teacher"]
+    threshold = manifest["threshold"]
+    assert (threshold["images"], threshold["accept_percent"], threshold["negatives"]["images"]) == (60, 90, 40)
+    classifier = Classifier(tmp_path / "bundle")
+    answers = [classifier.predict(path, top=1) for path in sorted((tmp_path / "noise").iterdir())]
+    accepted = sum(not classifier.is_none_of_these(answer) for answer in answers)
+    assert threshold["negatives"]["false_acceptance_percent"] == pytest.approx(100 * accepted / 40)
+    assert 0 <= threshold["negatives"]["auroc"] <= 1
+    card = (tmp_path / "bundle/README.md").read_text()
+    assert "teacher's answers to 60 images given with --images" in card
+    assert "Of 40 images of none of the classes" in card
 
 
 @pytest.fixture
@@ -695,6 +801,9 @@ def test_without_test_images_no_accuracy_is_given(
     assert len(rows) == 2
     assert all(row.endswith("| no held-out labelled images |") for row in rows)
     assert any("digits has no test images" in str(event) for event in events)
+    assert manifest["calibration"]["temperature"] == 1
+    assert manifest["threshold"]["value"] is None
+    assert "no images that the student was not trained on" in manifest["threshold"]["reason"]
     assert "not held out" in str(events[-1])
 
 

@@ -2,6 +2,7 @@
 "use strict";
 
 const FORMAT = "comkd-bundle/1";
+const SCORE = "max_probability";
 const TOP = 5;
 const RUNTIME = ["ort/ort.wasm.bundle.min.mjs", "ort/ort-wasm-simd-threaded.wasm"];
 const KINDS = "PNG, JPEG, WebP, GIF and BMP files";
@@ -64,7 +65,18 @@ async function readManifest() {
   if (!Object.hasOwn(KERNELS, interpolation)) {
     throw new Problem(`manifest.json: preprocessing: interpolation should be bicubic or bilinear, not '${interpolation}'`);
   }
+  manifest.confidence = confidenceOf(manifest);
   return manifest;
+}
+
+/** The temperature and the threshold of a manifest; those of older bundles are 1 and none. ?threshold=off leaves it out. */
+function confidenceOf({ calibration, threshold }) {
+  const temperature = calibration?.temperature ?? 1;
+  if (!(temperature > 0)) throw new Problem("manifest.json: calibration.temperature: is not valid");
+  const applied = new URLSearchParams(location.search).get("threshold") !== "off";
+  const value = threshold?.value ?? null;
+  if (value !== null && threshold.score !== SCORE) throw new Problem(`manifest.json: threshold.score: is not ${SCORE}`);
+  return { temperature, threshold: applied ? value : null, byClass: threshold?.classes ?? {} };
 }
 
 /** The graphs of the precision that the address asks for (index.html?precision=int8), or of the first. */
@@ -142,9 +154,10 @@ async function loadModel() {
     const numbers = numbersOf(vectors);
     inputs.class_vectors = new ort.Tensor("float32", numbers, [names.length, numbers.length / names.length]);
   }
-  const { preprocessing } = manifest;
+  const { preprocessing, confidence } = manifest;
   return {
     preprocessing,
+    confidence,
     names,
     async logits(input) {
       const image = new ort.Tensor("float32", input, [1, 3, preprocessing.size, preprocessing.size]);
@@ -160,15 +173,21 @@ function linesOf(text) {
   return lines.at(-1) === "" ? lines.slice(0, -1) : lines;
 }
 
-/** The likeliest classes with their probabilities, likeliest first. */
-function likeliest(logits, names) {
+/** The likeliest classes with their probabilities, softmax(logits / temperature), likeliest first. */
+function likeliest(logits, names, temperature) {
   const most = logits.reduce((a, b) => Math.max(a, b));
-  const weights = Array.from(logits, (logit) => Math.exp(logit - most));
+  const weights = Array.from(logits, (logit) => Math.exp((logit - most) / temperature));
   const sum = weights.reduce((a, b) => a + b);
   return weights
     .map((weight, index) => ({ class: names[index], probability: weight / sum }))
     .sort((a, b) => b.probability - a.probability)
     .slice(0, TOP);
+}
+
+/** Whether a picture shows none of the classes, by its likeliest one; null where no threshold decides it. */
+function isNone({ class: name, probability }, { threshold, byClass }) {
+  if (threshold === null) return null;
+  return probability < (Object.hasOwn(byClass, name) ? byClass[name] : threshold);
 }
 
 // --- what is shown --------------------------------------------------------------------------------------
@@ -204,6 +223,7 @@ function showManifest(manifest, precision) {
     "Top-1 on test images": typeof score === "number" ? `${score.toFixed(2)} %` : null,
     Input: `${preprocessing.size} x ${preprocessing.size} pixels`,
     Precision: precision,
+    "None of these below": manifest.confidence.threshold === null ? null : `${(100 * manifest.confidence.threshold).toFixed(1)} %`,
     "Files checked": checked,
     "Made by": maker
   };
@@ -232,10 +252,15 @@ function fillStage(filled) {
   element("stage").classList.toggle("filled", filled);
 }
 
-function showClasses(image, classes) {
+function showClasses(image, classes, none) {
   const percent = (share) => (share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(1)} %`);
   const spoken = Object.assign(document.createElement("span"), { className: "unseen" });
   spoken.textContent = ` shows ${classes[0].class}, ${percent(classes[0].probability)}`;
+  if (none) {
+    spoken.textContent = `: the likeliest is ${classes[0].class}, ${percent(classes[0].probability)}`;
+    element("none").textContent = `None of these: the likeliest has ${percent(classes[0].probability)}, below its threshold`;
+  }
+  element("none").hidden = !none;
   element("status").replaceChildren(image, spoken);
   element("classes").replaceChildren(
     ...classes.map(({ class: name, probability }) => {
@@ -257,6 +282,7 @@ function showClasses(image, classes) {
 function showProblem(error) {
   element("progress").hidden = true;
   element("classes").hidden = true;
+  element("none").hidden = true;
   showStatus("");
   element("problem").textContent = error.message;
   element("problem").hidden = false;
@@ -276,7 +302,7 @@ let running = Promise.resolve(); // onnxruntime takes one picture at a time
 
 /** The record of a picture: its classes, or a Problem. */
 async function classify(file) {
-  const { preprocessing, names, logits } = await model;
+  const { preprocessing, confidence, names, logits } = await model;
   element("progress").hidden = true;
   showStatus("Looking …");
   await new Promise((painted) => setTimeout(painted, 30)); // what follows keeps the page from being drawn
@@ -287,7 +313,8 @@ async function classify(file) {
     throw new Problem(`${file.name}: could not be read as an image; browsers read ${KINDS}`);
   }
   try {
-    return { image: file.name, classes: likeliest(await logits(prepare(bitmap, preprocessing)), names) };
+    const classes = likeliest(await logits(prepare(bitmap, preprocessing)), names, confidence.temperature);
+    return { image: file.name, classes, none_of_these: isNone(classes[0], confidence) };
   } finally {
     bitmap.close();
   }
@@ -299,13 +326,14 @@ async function take(file) {
   publish(null);
   element("problem").hidden = true;
   element("classes").hidden = true;
+  element("none").hidden = true;
   showPicture(file);
   const answer = running.then(() => (number === latest ? classify(file) : null));
   running = answer.catch(() => {});
   try {
     const record = await answer;
     if (number !== latest) return;
-    showClasses(file.name, record.classes);
+    showClasses(file.name, record.classes, record.none_of_these);
     publish(record);
   } catch (error) {
     if (number === latest) fail(error, file.name);

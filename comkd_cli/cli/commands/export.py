@@ -79,6 +79,20 @@ def _positive(_context: click.Context, parameter: click.Parameter, value: float 
     help="Leave out a precision that is not X times as fast as eager PyTorch, for one image at one thread.",
 )
 @click.option(
+    "--accept",
+    "accept_percent",
+    type=click.FloatRange(0, 100, min_open=True, max_open=True),
+    default=95.0,
+    show_default=True,
+    metavar="PERCENT",
+    help="Set the threshold for 'none of these' so that this share of held-out images reaches it.",
+)
+@click.option(
+    "--negatives",
+    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    help="Folder of images of none of the classes, on which the threshold is measured; it does not change it.",
+)
+@click.option(
     "--opset", type=click.IntRange(min=18), default=20, show_default=True, help="Version of the ONNX operators."
 )
 @click.option("--license", "license_", default="unknown", show_default=True, help="Licence that the model card names.")
@@ -100,6 +114,8 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     gates: tuple[str, ...],
     max_latency_ms: float | None,
     min_speedup: float | None,
+    accept_percent: float,
+    negatives: Path | None,
     opset: int,
     license_: str,
     runs: Path,
@@ -112,11 +128,11 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
 
     The graphs must give the student's answers on real images, at batch sizes 1, 2 and 7 and for every class. A
     precision that misses its gate is left out of the bundle, its figures are printed, and the exit code is 1. int8 is
-    calibrated and chosen on other images than those of its gate. Limits of --gate: cosine_min,
-    agreement_min_percent, top1_loss_max_points, difference_max.
+    calibrated and chosen on other images than those of its gate. The temperature of the probabilities and the threshold
+    below which an image is none of the classes are fitted on other held-out images, if there are enough. Limits of
+    --gate: cosine_min, agreement_min_percent, top1_loss_max_points, difference_max.
     """
     from comkd_cli.cli.terminal import print_json, reporting, starting
-    from comkd_cli.errors import ExportError
 
     target = out or student.parent / "bundle"
     with starting():
@@ -135,6 +151,8 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
         runs=runs,
         allow_download=allow_download,
         license=license_,
+        accept_percent=accept_percent,
+        negatives=negatives,
     )
     with reporting(quiet=as_json) as report:
         exported = export.export(student, target, data_root, report, force, options)
@@ -142,9 +160,16 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
         print_json(exported.manifest)
     else:
         _print_bundle(target, exported.manifest)
-    if exported.failed:
-        reasons = "\n".join(f"  {precision}: {why}" for precision, why in exported.failed.items())
-        raise ExportError(f"without {', '.join(exported.failed)}, which failed:\n{reasons}", path=target)
+    _raise_failed(target, exported.failed)
+
+
+def _raise_failed(target: Path, failed: dict[str, str]) -> None:
+    """Raise ExportError, with the reasons, where a requested precision is not in the bundle."""
+    from comkd_cli.errors import ExportError
+
+    if failed:
+        reasons = "\n".join(f"  {precision}: {why}" for precision, why in failed.items())
+        raise ExportError(f"without {', '.join(failed)}, which failed:\n{reasons}", path=target)
 
 
 def _gates(settings: tuple[str, ...]) -> dict[str, Gate]:
@@ -171,6 +196,7 @@ def _gates(settings: tuple[str, ...]) -> dict[str, Gate]:
 def _print_bundle(target: Path, manifest: dict[str, Any]) -> None:
     from rich.filesize import decimal
 
+    from comkd_cli.bundles.confidence_text import confidence_lines
     from comkd_cli.bundles.latency import disturbance
     from comkd_cli.cli.terminal import Column, output, print_table
 
@@ -183,6 +209,8 @@ def _print_bundle(target: Path, manifest: dict[str, Any]) -> None:
     console.print()
     _print_parity(manifest)
     console.print(_image_sizes(manifest["images"]), style="dim", markup=False, soft_wrap=True)
+    for line in confidence_lines(manifest):
+        console.print(line, style="dim", markup=False, soft_wrap=True)
     if manifest["latency"]:
         console.print()
         _print_latency(manifest)

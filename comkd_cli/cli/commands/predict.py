@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     multiple=True,
     help="Add this class to those of BUNDLE; may be repeated.",
 )
+@click.option("--no-threshold", is_flag=True, help="Never answer 'none of these', whatever the probability.")
 @click.option(
     "--self-test",
     is_flag=True,
@@ -53,7 +54,9 @@ def command(
     """Print the most probable classes of each IMAGE, by the exported BUNDLE. Needs no torch.
 
     IMAGE is an image file, or - for standard input. With --csv it is a folder. The columns of the CSV file are the path
-    below the folder, class and probability, the further classes, and the error of an image that cannot be read.
+    below the folder, class and probability, the further classes, none_of_these if BUNDLE has a threshold, and the
+    error of an image that cannot be read. An image is none of these if the probability of its most probable class is
+    below the threshold.
     """
     from comkd_cli.edge.figures import misused_figures
     from comkd_cli.flows.predict import Table
@@ -70,12 +73,14 @@ def command(
         return
     if fresh and csv_file is None:
         raise click.UsageError("--fresh belongs to --csv")
+    threshold = not settings.pop("no_threshold")
     if csv_file is None:
+        settings["threshold"] = threshold
         _print_predictions(bundle, images, as_json, settings)
         return
     if as_json or len(images) != 1:
         raise click.UsageError("--csv takes one folder of images, and no --json")
-    _write_table(bundle, Table(Path(images[0]), csv_file, fresh), settings)
+    _write_table(bundle, Table(Path(images[0]), csv_file, fresh, threshold), settings)
 
 
 def _print_self_test(bundle: Path, precision: str | None, as_json: bool) -> None:
@@ -109,10 +114,13 @@ def _print_benchmark(
 
 def _print_predictions(bundle: Path, images: tuple[str, ...], as_json: bool, settings: dict[str, Any]) -> None:
     from comkd_cli.cli.terminal import output, print_json
+    from comkd_cli.edge.classifier import ADDED_NOTE, none_text
     from comkd_cli.errors import DataError
     from comkd_cli.flows.predict import predict
 
     records = predict(bundle, images, **settings)
+    if settings["add_classes"] and any(record.get("none_of_these") is not None for record in records):
+        click.echo(f"note: {ADDED_NOTE}", err=True)
     if as_json:
         print_json({"predictions": records})
     else:
@@ -120,6 +128,8 @@ def _print_predictions(bundle: Path, images: tuple[str, ...], as_json: bool, set
         for record in records:
             if "classes" in record:
                 console.print(record["image"], style="bold", markup=False, soft_wrap=True)
+                if record["none_of_these"]:
+                    console.print(f"  {none_text(record)}", style="yellow", markup=False, soft_wrap=True)
                 for entry in record["classes"]:
                     line = f"  {entry['probability']:7.2%}  {entry['class']}"
                     console.print(line, markup=False, soft_wrap=True)

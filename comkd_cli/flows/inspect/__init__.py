@@ -1,0 +1,1 @@
+"""What a file is, as plain data: bundles and graphs without torch, checkpoints with it. Nothing in it is executed."""
