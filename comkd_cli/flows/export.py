@@ -19,14 +19,14 @@ from comkd_cli.bundles.bundle import (
     complete_bundle,
     graph_name,
 )
-from comkd_cli.bundles.gates import GATES, Gate, SpeedGate, in_order
+from comkd_cli.bundles.gates import GATES, TEXT, TEXT_GATE, Gate, SpeedGate, in_order
 from comkd_cli.bundles.graphs import CLASS_VECTORS, OPSET, add_classifier, check_graph, export_image_encoder
 from comkd_cli.bundles.latency import PYTORCH, Contender, Measured, measure_latency
 from comkd_cli.bundles.parity import Parity, Reference, measure_parity
 from comkd_cli.bundles.parts import Part, Parts, Pool, read_parts
 from comkd_cli.bundles.precisions import OPTIMIZATION, Quantisation, QuantisationImages, Quantiser, to_fp16
 from comkd_cli.bundles.reference import ReferenceWriter
-from comkd_cli.bundles.text import add_text_encoder, text_teacher
+from comkd_cli.bundles.text import TextExporter, TextOptions, TextTower, choose_tower
 from comkd_cli.bundles.web import add_web_page
 from comkd_cli.data.folder import images_below
 from comkd_cli.data.sources import reopen_source
@@ -46,12 +46,10 @@ INTERRUPTED = 130  # 128 + SIGINT
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(TextOptions):
     """What a bundle should contain, and how it is checked."""
 
     precisions: Sequence[str] = ("fp32",)
-    text: bool = False
-    """Include the teacher's text encoder, so that a device can add classes."""
     web: bool = False
     """Include a page that classifies in a browser."""
     web_runtime: Path | None = None
@@ -68,8 +66,6 @@ class ExportOptions:
     """A folder of real images for gates and int8; None takes those of the student's data."""
     runs: Path = Path("runs")
     """Folder of all runs, which holds the index of shards."""
-    allow_download: bool = False
-    """Fetch what student.pt names and is not on this machine."""
     license: str = "unknown"
 
 
@@ -100,21 +96,14 @@ def export(
         with stopping_at_once() as check_stop:
             _check_target(out, force)
             source = _Source.load(student_file, options)
-            teacher = (
-                text_teacher(student_file, source.record, options.allow_download, report) if options.text else None
-            )
+            tower = choose_tower(student_file, source.record, source.head, options, report)
             with atomic_folder(out) as folder:  # before the work below, which a read-only folder would waste
                 report(Stage("Reading real images"))
                 exporter = _Exporter(
                     source, folder, _read_parts(source.record, data_root, options, report), options, report
                 )
                 exporter.add_precisions(check_stop)
-                text = None
-                if teacher is not None:
-                    text = add_text_encoder(
-                        folder, teacher, source.record, source.head.class_vectors, options.opset, report
-                    )
-                manifest = exporter.complete(text)
+                manifest = exporter.complete(None if tower is None else exporter.add_text(tower))
                 check_stop()
     except KeyboardInterrupt as error:
         code = error.exit_code if isinstance(error, Stopped) else INTERRUPTED
@@ -175,7 +164,7 @@ class _Exporter:
         self._parities: dict[str, Parity] = {}
         self._quantisation: list[Quantisation] = []
         self.failed: dict[str, str] = {}
-        """By precision: why it is not in the bundle."""
+        """By precision, or `text PRECISION`: why it is not in the bundle."""
 
     def add_precisions(self, check_stop: Callable[[], None]) -> None:
         """Write and check the graphs of every precision. Raises ExportError if none passes its gate."""
@@ -193,6 +182,14 @@ class _Exporter:
                 check_stop()  # Ctrl-C also stops the process that runs the graph
                 self._leave_out(precision, error)
         self._check_some("the exported graphs failed the parity check")
+
+    def add_text(self, tower: TextTower) -> Text:
+        """Write and check the graphs of a text encoder. Raises ExportError if its fp32 graph fails."""
+        source, options, gate = self._source, self._options, self._options.gates.get(TEXT, TEXT_GATE)
+        vectors = source.head.class_vectors
+        exporter = TextExporter(tower, self._folder, source.record, vectors, self._report, options.opset, gate)
+        exporter.failed = self.failed
+        return exporter.add(options.text_precisions or options.precisions, self._reference.features)
 
     def complete(self, text: Text | None) -> dict[str, Any]:
         """Measure latency, add all other files of the bundle, return its manifest. ExportError: no graph is fast."""
