@@ -187,8 +187,9 @@ class _Exporter:
         """Write and check the graphs of a text encoder. Raises ExportError if its fp32 graph fails."""
         source, options, gate = self._source, self._options, self._options.gates.get(TEXT, TEXT_GATE)
         vectors = source.head.class_vectors
-        exporter = TextExporter(tower, self._folder, source.record, vectors, self._report, options.opset, gate)
-        exporter.failed = self.failed
+        exporter = TextExporter(
+            tower, self._folder, source.record, vectors, self._report, options.opset, gate, self.failed
+        )
         return exporter.add(options.text_precisions or options.precisions, self._reference.features)
 
     def complete(self, text: Text | None) -> dict[str, Any]:
