@@ -153,6 +153,22 @@ def new_text_student(shape: Shape, vocabulary: Sequence[int], dim: int, seed: in
         return TextStudent(shape, len(vocabulary), dim)
 
 
+@torch.no_grad()
+def copy_embedding(module: TextStudent, table: Tensor, vocabulary: Sequence[int]) -> None:
+    """Start each token at the teacher's vector of it, along the principal axes of the vocabulary's vectors.
+
+    A token of few names then has a meaning before it is trained. table: (tokens of CLIP, width). The coordinates are
+    scaled to a standard deviation of 1; those beyond the teacher's width are 0.
+    """
+    rows = table[list(vocabulary)].float()
+    rows = rows - rows.mean(dim=0)
+    _, axes = torch.linalg.eigh(rows.T @ rows)  # ascending
+    coordinates = rows @ axes.flip(1)[:, : module.embedding.embedding_dim]
+    weight = torch.zeros_like(module.embedding.weight)
+    weight[:, : coordinates.shape[1]] = coordinates / coordinates.std()
+    module.embedding.weight.copy_(weight)
+
+
 def save_text_student(path: Path, module: TextStudent, record: TextRecord) -> None:
     """Write text_student.pt atomically. Raises ComkdError."""
     plain = {name: value for name, value in asdict(record).items() if name not in ("shape", "vocabulary")}

@@ -16,6 +16,7 @@ from comkd_cli.models.text_student import (
     TextRecord,
     TextStudent,
     choose_shape,
+    copy_embedding,
     load_text_student,
     new_text_student,
     save_text_student,
@@ -88,6 +89,21 @@ def test_positions_are_sines_and_cosines() -> None:
     assert table[0].tolist() == [0, 0, 0, 1, 1, 1]
     assert table[3, 1].item() == pytest.approx(np.sin(3 / 10_000 ** (2 / 6)), abs=1e-6)
     assert table[3, 5].item() == pytest.approx(np.cos(3 / 10_000 ** (4 / 6)), abs=1e-6)
+
+
+def test_tokens_start_at_the_teachers_vectors() -> None:
+    """With as many dimensions as the teacher's, the distances between tokens are the teacher's but for one scale."""
+    torch.manual_seed(2)
+    vocabulary, table = (3, 5, 7, 11), torch.randn(20, 3)
+    module = TextStudent(Shape(16, 1, 8), 4, 12)
+    copy_embedding(module, table, vocabulary)
+    found, expected = torch.pdist(module.embedding.weight.detach()), torch.pdist(table[list(vocabulary)])
+    assert torch.allclose(found / found[0], expected / expected[0], atol=1e-4)
+    assert module.embedding.weight[:, 3:].abs().max() == 0
+    few = TextStudent(Shape(16, 1, 2), 4, 12)
+    copy_embedding(few, table, vocabulary)  # the two directions of the largest variance
+    wide = module.embedding.weight[:, :2] / module.embedding.weight[:, :2].std()
+    assert torch.allclose(few.embedding.weight.abs(), wide.abs(), atol=1e-4)
 
 
 def test_a_file_gives_the_same_features_and_tokens(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from comkd_cli.models.text_student import (
     TextRecord,
     TextStudent,
     choose_shape,
+    copy_embedding,
     new_text_student,
     save_text_student,
 )
@@ -129,6 +130,8 @@ class _Distillation:
         shape, tokens = self._shape(trained, vectors[0].shape[1])
         tokenizer = Tokenizer(self.teacher.merges, CONTEXT, tokens)
         module = new_text_student(shape, tokens, vectors[0].shape[1], self.options.seed)
+        if (table := self.teacher.token_embedding) is not None:
+            copy_embedding(module, table, tokens)
         objective = Imitation(module, tokenizer, (trained, held), vectors, self.accelerator.device)
         with torch.no_grad():  # the mean is most of every vector, and would take the first epochs to learn
             module.project.bias.copy_(objective.mean)

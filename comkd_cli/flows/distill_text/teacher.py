@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from comkd_cli.errors import CheckpointError
 from comkd_cli.events import Report
@@ -56,6 +57,13 @@ class TextTeacher:
     def class_vectors(self) -> np.ndarray:
         """float32 (classes, dim), of the classes that the student was trained on."""
         return self.student.class_vectors[: len(self.record.trained_classes)].cpu().numpy()
+
+    @property
+    def token_embedding(self) -> Tensor | None:
+        """The vectors of its tokens, (tokens, width), on the CPU; None if open_clip keeps them under another name."""
+        model: Any = self.encoder.clip.model
+        table = getattr(getattr(model, "text", model), "token_embedding", None)
+        return None if table is None else table.weight.detach().cpu()
 
     @property
     def key(self) -> str:
