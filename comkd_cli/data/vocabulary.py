@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def build_vocabulary(
     names: dict[str, str] = {}
     origins: Counter[str] = Counter()
     for origin, found in sources:
-        for name in map(clean_class_name, found):
+        for name in _usable(found):
             key = class_key(name)
             if key not in names:
                 names[key] = name
@@ -88,6 +89,13 @@ def wordnet_names() -> tuple[str, ...]:
     assert package.origin is not None  # it is a package with an __init__.py
     lines = Path(package.origin).with_name("data").joinpath(LEMMAS).read_text(encoding="utf-8").splitlines()
     return tuple(line.partition("\t")[2].partition(",")[0].strip() for line in lines if "\t" in line)
+
+
+def _usable(names: Iterable[str]) -> Iterator[str]:
+    """The names that prompts can have; older versions stored some that are refused now."""
+    for name in names:
+        with suppress(ValueError):
+            yield clean_class_name(name)
 
 
 def _suite_names(data_root: Path, report: Report) -> list[tuple[str, tuple[str, ...]]]:

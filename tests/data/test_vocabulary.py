@@ -22,7 +22,7 @@ def test_names_of_imagenet_and_wordnet_are_those_of_their_packages() -> None:
 def test_a_name_counts_once_for_its_first_origin(tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("Red_Fox\nowl\nbee\n", encoding="utf-8")
-    found = build_vocabulary(["red fox", "cat"], [names], None)
+    found = build_vocabulary(["red fox", "cat", "of an\nearlier version"], [names], None)
     assert found.names == ("red fox", "cat", "owl", "bee")
     assert found.origins == {"the run": 2, str(names): 2}
 
