@@ -98,6 +98,7 @@ def test_the_text_encoder_is_small_and_its_figures_are_of_names_that_it_never_sa
     assert figures["held_out_cosine_min"] == pytest.approx(min(cosines), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_bundle_adds_classes_with_it(made: DistilledText, tiny_student: Path, tmp_path: Path) -> None:
     gates = {**GATES, "text": Gate(0.9, 0.0, 100.0)}
     wanted = ExportOptions(text=True, text_student=made.path, text_precisions=("fp32", "int8"), gates=gates)
@@ -143,6 +144,7 @@ def test_an_encoder_of_another_teacher_is_refused(made: DistilledText, tiny_stud
         assert (caught.value.path, caught.value.remedy is None) == (tmp_path / "other.pt", False)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_weights(
     made: DistilledText, tiny_student: Path, options: DistillTextOptions, accelerator: Accelerator, tmp_path: Path
 ) -> None:

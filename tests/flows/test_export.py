@@ -313,6 +313,7 @@ def test_the_text_encoder_has_the_precision_of_the_other_graphs(whole: Path, tmp
     assert np.array_equal(classifier._class_vectors[-1], vectors["fp32"])
 
 
+@pytest.mark.slow
 def test_a_text_encoder_that_misses_its_gate_is_left_out_with_its_figures(tiny_student: Path, tmp_path: Path) -> None:
     gates = {**WIDE, "text": Gate(1.1, 0.0, 100.0)}
     options = ExportOptions(text=True, text_precisions=("fp16",), gates=gates)
@@ -324,6 +325,7 @@ def test_a_text_encoder_that_misses_its_gate_is_left_out_with_its_figures(tiny_s
     assert {path.name for path in (tmp_path / "bundle").glob("text_encoder*")} == {"text_encoder.onnx"}
 
 
+@pytest.mark.slow
 def test_without_fp32_a_bundle_has_the_smaller_text_encoder_alone(tiny_student: Path, tmp_path: Path) -> None:
     options = ExportOptions(text=True, text_precisions=("fp16",), gates=WIDE)
     manifest = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=options).manifest
