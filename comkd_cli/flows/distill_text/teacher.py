@@ -50,7 +50,7 @@ class TextTeacher:
                 allowed=f"at least {SAME_VECTORS_COSINE}",
             )
         merges = bpe_merges(encoder.clip)
-        encoder.clip.model.to(device)
+        encoder.move_to(device)
         return cls(student, record, encoder, merges, text_parameters(encoder.clip.model))
 
     @property
