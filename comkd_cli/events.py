@@ -37,6 +37,8 @@ class Epoch:
     figures: Mapping[str, float]
     held_out: bool = False
     """Whether the scores are on images that were held out of the training ones, not on a test split."""
+    unit: str = "images"
+    """Of `images_per_second`."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from comkd_cli.files import sha256_of_file, write_text
 from comkd_cli.models.checkpoints import StudentRecord
 from comkd_cli.recipe.catalog import CATALOG
 
-TEXT_ENCODER, MERGES = "text_encoder.onnx", "bpe_merges.txt"
+TEXT_ENCODER, MERGES, TEXT_VOCABULARY = "text_encoder.onnx", "bpe_merges.txt", "text_vocabulary.npy"
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,18 @@ class Text:
     """Largest |difference| of a class vector from PyTorch's, over the student's own classes."""
     templates: tuple[str, ...] = ()
     """All prompts of a new class, whose normalised features are averaged."""
+    precisions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The file of each precision, and its figures against fp32."""
+    parameters: int = 0
+    vocabulary: str | None = None
+    """The file of the tokens, if the vocabulary was pruned."""
+    distilled: Mapping[str, Any] | None = None
+    """The figures of an encoder that was distilled from the teacher's."""
+
+    @property
+    def file(self) -> str:
+        """The graph of the first precision."""
+        return str(next(iter(self.precisions.values()))["file"])
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ class Contents:
 
 
 def graph_name(graph: str, precision: str) -> str:
-    """The file of a graph, `image_encoder` or `classifier`, in a precision."""
+    """The file of a graph, such as `image_encoder` or `classifier`, in a precision."""
     return f"{graph}.onnx" if precision == "fp32" else f"{graph}.{precision}.onnx"
 
 
@@ -163,7 +175,7 @@ def _manifest(contents: Contents) -> dict[str, Any]:
     record = contents.record
     text = None
     if contents.text is not None:
-        text = {"file": TEXT_ENCODER, "merges": MERGES, **asdict(contents.text)}
+        text = {"file": contents.text.file, "merges": MERGES, **asdict(contents.text)}
     return {
         "format": BUNDLE_FORMAT,
         "made_by": f"comkd {version('comkd')}",

@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 from comkd_cli.bundles.confidence_text import confidence_lines
 from comkd_cli.bundles.latency import disturbance
 from comkd_cli.bundles.parts import PartSize
+from comkd_cli.bundles.text_card import text_section
 from comkd_cli.data.class_names import some
 from comkd_cli.evaluation.metrics import wilson_interval_percent
 from comkd_cli.models.checkpoints import StudentRecord
@@ -20,7 +21,10 @@ FILES = {
     "classes.txt": "class names in the order of the logits",
     "predict.py": "command line and `Classifier`, without torch",
     "text_encoder.onnx": "`tokens` (texts, context) int64 -> `text_features`: the class vectors of new classes",
+    "text_encoder.fp16.onnx": "fp16: the same",
+    "text_encoder.int8.onnx": "int8: the same",
     "bpe_merges.txt": "the merges of CLIP's tokenizer",
+    "text_vocabulary.npy": "int32, ascending: the tokens of CLIP that the text encoder has, which it counts from 1",
     "index.html": "classifies images in a browser; serve this folder with `python -m http.server`",
 }
 MOST_CLASSES = 20
@@ -150,7 +154,7 @@ def _numbers(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
         "|---|---:|---:|---:|---:|",
         *(_parity_row(precision, entry, sizes) for precision, entry in manifest["precisions"].items()),
     ]
-    return "\n".join([*lines, *_quantisation(manifest), *_latency(manifest)])
+    return "\n".join([*lines, *_quantisation(manifest), *text_section(manifest, sizes), *_latency(manifest)])
 
 
 def _parity_row(precision: str, entry: Mapping[str, Any], sizes: Mapping[str, int]) -> str:

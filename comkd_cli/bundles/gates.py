@@ -50,6 +50,9 @@ GATES = {
     "int8": Gate(cosine_min=0.98, agreement_min_percent=98.0, top1_loss_max_points=1.0),
 }
 PRECISIONS = tuple(GATES)
+TEXT = "text"
+TEXT_GATE = Gate(cosine_min=0.995, agreement_min_percent=99.5, top1_loss_max_points=float("inf"))
+"""Of a text encoder in fewer bits, against its fp32 graph: the vectors of names, and images classified with them."""
 
 
 def in_order(precisions: Sequence[str]) -> tuple[str, ...]:

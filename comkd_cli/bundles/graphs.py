@@ -48,7 +48,10 @@ class CandidatesEncoder(ImageEncoder):
 
 
 class TextEncoder(nn.Module):
-    """From token ids to L2-normalised text features: the class vectors of the prompts."""
+    """From token ids to L2-normalised text features: the class vectors of the prompts.
+
+    clip: an open_clip model, whose text encoder may be prompted.
+    """
 
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()
@@ -75,13 +78,13 @@ def export_image_encoder(student: Student, preprocessing: Preprocessing, path: P
         _export(ImageEncoder(student), inputs, FEATURES, path, opset)
 
 
-def export_text_encoder(clip: nn.Module, context_length: int, path: Path, opset: int = OPSET) -> None:
+def export_text_encoder(encoder: nn.Module, context_length: int, path: Path, opset: int = OPSET) -> None:
     """Write the graph from `tokens` int64 (texts, context) to `text_features` (texts, dim), for any number of texts.
 
-    clip: an open_clip model, whose text encoder may be prompted. Raises ExportError.
+    encoder: a TextEncoder, or another module with its input and output. Raises ExportError.
     """
     tokens = torch.zeros(EXAMPLE_BATCH, context_length, dtype=torch.int64)
-    _export(TextEncoder(clip), {TOKENS: (tokens, "texts")}, TEXT_FEATURES, path, opset)
+    _export(encoder, {TOKENS: (tokens, "texts")}, TEXT_FEATURES, path, opset)
 
 
 def add_classifier(encoder: Path, path: Path, class_vectors: np.ndarray, logit_scale: float) -> None:

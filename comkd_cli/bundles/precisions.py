@@ -87,8 +87,8 @@ class Quantiser:
             "static-channel-percentile": self._static("Percentile", per_channel=True),
             "static-channel-entropy": self._static("Entropy", per_channel=True),
             "static-tensor-percentile": self._static("Percentile", per_channel=False),
-            "dynamic-signed": lambda source, target: _dynamic(source, target, signed=True),
-            "dynamic-unsigned": lambda source, target: _dynamic(source, target, signed=False),
+            "dynamic-signed": lambda source, target: quantise_dynamic(source, target, signed=True),
+            "dynamic-unsigned": lambda source, target: quantise_dynamic(source, target, signed=False),
         }
 
     def quantise(self, source: Path) -> list[tuple[Quantisation, Path]]:
@@ -101,7 +101,7 @@ class Quantiser:
         """
         prepared = source.with_suffix(".prepared.onnx")
         try:
-            _prepare(source, prepared)
+            prepare_graph(source, prepared)
         except Exception as error:  # of onnxruntime's shape inference and optimiser, of many types
             reraise_system_error(error)
             prepared.unlink(missing_ok=True)
@@ -118,7 +118,7 @@ class Quantiser:
                 reraise_system_error(error)
                 problems.append(f"{method}: {first_line(error)}")
                 continue
-            save_graph(_compact(onnx.load(target)), target)
+            save_graph(compact_graph(onnx.load(target)), target)
             graphs[method] = target
         prepared.unlink()
         if not graphs:
@@ -197,7 +197,7 @@ def _cosines(features: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(found), found, -1.0)
 
 
-def _prepare(source: Path, target: Path) -> None:
+def prepare_graph(source: Path, target: Path) -> None:
     """Infer shapes and fold constants, which quantisation needs."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -233,7 +233,7 @@ def _static(source: Path, target: Path, reader: _Reader, how: str, per_channel: 
     )
 
 
-def _dynamic(source: Path, target: Path, signed: bool) -> None:
+def quantise_dynamic(source: Path, target: Path, signed: bool) -> None:
     """Compute the ranges of activations at run time.
 
     Convolutions stay float: dynamically quantised ones are slower than those.
@@ -251,7 +251,7 @@ def _dynamic(source: Path, target: Path, signed: bool) -> None:
     )
 
 
-def _compact(model: onnx.ModelProto) -> onnx.ModelProto:
+def compact_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same graph with short names, and one zero point for a convolution if its channels share it."""
     graph = model.graph
     kept = {entry.name for entry in (*graph.input, *graph.output)}

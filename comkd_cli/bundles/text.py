@@ -1,66 +1,280 @@
-"""The text encoder of a student's teacher, with which a device can add classes."""
+"""The text encoder of a bundle, with which a device can add classes: the teacher's, or one distilled from it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
-from comkd_cli.bundles.bundle import MERGES, TEXT_ENCODER, Text
-from comkd_cli.bundles.graphs import check_graph, export_text_encoder
+from comkd_cli.bundles.bundle import MERGES, TEXT_ENCODER, TEXT_VOCABULARY, Head, Text, graph_name
+from comkd_cli.bundles.gates import TEXT_GATE, Gate, in_order
+from comkd_cli.bundles.graphs import OPSET, TextEncoder, check_graph, export_text_encoder
 from comkd_cli.bundles.parity import BATCH_SIZES
+from comkd_cli.bundles.precisions import OPTIMIZATION
 from comkd_cli.bundles.runner import run_graph
+from comkd_cli.bundles.text_precisions import (
+    CHOOSE_NAMES,
+    GATE_NAMES,
+    REDUCED,
+    TextComparison,
+    TextFigures,
+    text_vectors,
+    write_text_graph,
+)
+from comkd_cli.data.class_names import class_key
+from comkd_cli.data.prompts import Prompts
 from comkd_cli.errors import CheckpointError, ExportError, ModelError
+from comkd_cli.evaluation.text_encoders import cosine_rows, least_agreement_percent
 from comkd_cli.events import Notice, Report, Stage
 from comkd_cli.files import write_text
-from comkd_cli.models.backbones import bpe_merges
+from comkd_cli.models.backbones import bpe_merges, context_length
 from comkd_cli.models.checkpoints import StudentRecord
-from comkd_cli.teachers.of_student import ClassEncoder, class_encoder
+from comkd_cli.models.costs import text_parameters
+from comkd_cli.models.text_student import load_text_student
+from comkd_cli.teachers.of_student import SAME_VECTORS_COSINE, class_encoder
 
 DIFFERENCE_MAX = 1e-4
 
 
-def text_teacher(student_file: Path, record: StudentRecord, allow_download: bool, report: Report) -> ClassEncoder:
+@dataclass(frozen=True)
+class TextTower:
+    """A text encoder that a bundle can have."""
+
+    name: str
+    """For messages."""
+    module: nn.Module
+    """From token ids int64 (texts, context) to L2-normalised features (texts, dim)."""
+    tokenize: Callable[[Sequence[str]], Tensor]
+    """From texts to token ids (texts, context)."""
+    context_length: int
+    merges: str
+    prompts: Prompts
+    """Of the classes that a device adds."""
+    parameters: int
+    vocabulary: Sequence[int] | None = None
+    """The tokens of CLIP that it has, if its vocabulary was pruned."""
+    distilled: Mapping[str, Any] | None = None
+    """How close it is to the teacher's text encoder, if it was distilled from that."""
+
+    def tokens_of_all(self, names: Sequence[str]) -> list[Tensor]:
+        """Token ids of all prompts of each class, (prompts, context) for a class."""
+        return [self.tokenize(list(self.prompts.of(name))) for name in names]
+
+    def first_tokens(self, names: Sequence[str]) -> np.ndarray:
+        """Token ids of the first prompt of each class, int64 (names, context)."""
+        return self.tokenize([self.prompts.of(name)[0] for name in names]).numpy()
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Which text encoder a bundle should contain."""
+
+    text: bool = False
+    """Include a text encoder, so that a device can add classes."""
+    text_student: Path | None = None
+    """A text_student.pt, whose text encoder is included; None takes the teacher's."""
+    text_precisions: Sequence[str] = ()
+    """Of the text encoder; empty for those of the other graphs."""
+    allow_download: bool = False
+    """Fetch what student.pt names and is not on this machine."""
+
+
+def choose_tower(
+    student_file: Path, record: StudentRecord, head: Head, options: TextOptions, report: Report
+) -> TextTower | None:
+    """The text encoder that the options ask for. Raises ExportError or CheckpointError."""
+    if not options.text:
+        return None
+    if options.text_student is not None:
+        return distilled_tower(options.text_student, record, head.class_vectors)
+    return teacher_tower(student_file, record, options.allow_download, report)
+
+
+def teacher_tower(student_file: Path, record: StudentRecord, allow_download: bool, report: Report) -> TextTower:
     """The text half of a student's teacher. Raises ExportError if it or CLIP's vocabulary is not available."""
     try:
         teacher = class_encoder(record, student_file, allow_download, report)
-        bpe_merges(teacher.clip)
-        return teacher
+        merges = bpe_merges(teacher.clip)
     except (CheckpointError, ModelError) as error:
         raise ExportError(
             f"--text needs the student's teacher: {error}",
             path=student_file,
             remedy="keep the runs folder as it was, or export without --text",
         ) from error
-
-
-def add_text_encoder(
-    folder: Path, teacher: ClassEncoder, record: StudentRecord, class_vectors: np.ndarray, opset: int, report: Report
-) -> Text:
-    """Write the text encoder's graph and its vocabulary, checked on the prompts of the student's own classes.
-
-    class_vectors: float32 (classes, dim), the expected features of those prompts. Raises ExportError.
-    """
-    report(Stage("Exporting the teacher's text encoder"))
-    tokens = teacher.tokens_of_all(record.class_names, report)
-    context = tokens[0].shape[1]
-    write_text(folder / MERGES, bpe_merges(teacher.clip))
-    export_text_encoder(teacher.clip.model, context, folder / TEXT_ENCODER, opset)
-    check_graph(folder / TEXT_ENCODER, standard_only=True)
-    difference = _difference(folder / TEXT_ENCODER, [part.numpy() for part in tokens], class_vectors)
-    if not difference <= DIFFERENCE_MAX:  # also if it is NaN
-        raise ExportError(
-            "its features are not the student's class vectors",
-            path=TEXT_ENCODER,
-            found=f"max |difference| {difference:.2e}",
-            allowed=f"{DIFFERENCE_MAX:.0e}",
-        )
-    report(
-        Notice(f"The text encoder passes: max |difference| {difference:.2e} over {sum(map(len, tokens))} class prompts")
+    teacher.tokens_of_all(record.class_names, report)  # reports the prompts that are truncated
+    clip = teacher.clip
+    return TextTower(
+        name="the teacher's text encoder",
+        module=TextEncoder(clip.model),
+        tokenize=clip.tokenize,
+        context_length=context_length(clip),
+        merges=merges,
+        prompts=teacher.prompts,
+        parameters=text_parameters(clip.model),
     )
-    templates = teacher.prompts.templates
-    return Text(templates[0], context, difference, templates)
+
+
+def distilled_tower(path: Path, record: StudentRecord, class_vectors: np.ndarray) -> TextTower:
+    """The text encoder of a text_student.pt. class_vectors: of the student, (classes, dim).
+
+    Raises CheckpointError, also if it was distilled from another teacher than the student.
+    """
+    module, content = load_text_student(path)
+    own = dict(zip(content.class_names, content.class_vectors.numpy(), strict=True))
+    if set(own) != set(record.trained_classes):
+        raise CheckpointError(
+            "was distilled from the teacher of other classes",
+            path=path,
+            remedy="run `comkd distill-text` for this student",
+        )
+    expected = class_vectors[: len(record.trained_classes)]
+    found = np.stack([own[name] for name in record.trained_classes])
+    if found.shape != expected.shape or not (cosine_rows(found, expected) >= SAME_VECTORS_COSINE).all():
+        raise CheckpointError(
+            "was distilled from another teacher than the student",
+            path=path,
+            remedy="run `comkd distill-text` for this student",
+        )
+    tokenizer = content.tokenizer()
+    return TextTower(
+        name="the distilled text encoder",
+        module=module,
+        tokenize=lambda texts: torch.from_numpy(tokenizer(list(texts))),
+        context_length=content.context_length,
+        merges=content.merges,
+        prompts=Prompts(content.templates, record.descriptions),
+        parameters=content.parameters,
+        vocabulary=content.vocabulary,
+        distilled={"teacher_parameters": content.teacher_parameters, **content.metrics},
+    )
+
+
+@dataclass
+class TextExporter:
+    """Writes a text encoder into a bundle's folder, in each precision that passes its gate."""
+
+    tower: TextTower
+    folder: Path
+    record: StudentRecord
+    class_vectors: np.ndarray
+    """float32 (classes, dim): of the student."""
+    report: Report
+    opset: int = OPSET
+    gate: Gate = TEXT_GATE
+    failed: dict[str, str] = field(default_factory=dict)
+    """By `text PRECISION`: why it is not in the bundle."""
+
+    def add(self, precisions: Sequence[str], features: np.ndarray) -> Text:
+        """Write the graphs and the tokenizer's data. Raises ExportError if the fp32 graph fails.
+
+        features: of the student on the gate's images, (images, dim). fp32 is left out if it is not among the precisions
+        and another one passes its gate.
+        """
+        tower = self.tower
+        self.report(Stage(f"Exporting {tower.name}"))
+        write_text(self.folder / MERGES, tower.merges)
+        if tower.vocabulary is not None:
+            np.save(self.folder / TEXT_VOCABULARY, np.asarray(tower.vocabulary, dtype=np.int32))
+        difference, vectors = self._add_fp32()
+        entries = {"fp32": self._entry("fp32")}
+        if reduced := [precision for precision in in_order(precisions) if precision in REDUCED]:
+            entries |= self._add_reduced(reduced, features)
+        if "fp32" not in precisions and len(entries) > 1:
+            (self.folder / entries.pop("fp32")["file"]).unlink()
+        templates = tower.prompts.templates
+        return Text(
+            prompt=templates[0],
+            context_length=tower.context_length,
+            difference_max=difference,
+            templates=templates,
+            precisions=entries,
+            parameters=tower.parameters,
+            vocabulary=None if tower.vocabulary is None else TEXT_VOCABULARY,
+            distilled=None if tower.distilled is None else {**tower.distilled, **self._against(vectors, features)},
+        )
+
+    def _add_fp32(self) -> tuple[float, np.ndarray]:
+        """Write the fp32 graph; returns its largest |difference| and PyTorch's class vectors. Raises ExportError."""
+        tower, graph = self.tower, self.folder / TEXT_ENCODER
+        tokens = tower.tokens_of_all(self.record.class_names)
+        export_text_encoder(tower.module, tower.context_length, graph, self.opset)
+        check_graph(graph, standard_only=True)
+        expected = self.class_vectors if tower.distilled is None else _vectors(tower.module, tokens)
+        difference = _difference(graph, [part.numpy() for part in tokens], expected)
+        if not difference <= DIFFERENCE_MAX:  # also if it is NaN
+            of_whom = "the student's class vectors" if tower.distilled is None else "those of PyTorch"
+            raise ExportError(
+                f"its features are not {of_whom}",
+                path=TEXT_ENCODER,
+                found=f"max |difference| {difference:.2e}",
+                allowed=f"{DIFFERENCE_MAX:.0e}",
+            )
+        prompts = sum(map(len, tokens))
+        self.report(Notice(f"The text encoder passes: max |difference| {difference:.2e} over {prompts} class prompts"))
+        return difference, expected
+
+    def _add_reduced(self, precisions: Sequence[str], features: np.ndarray) -> dict[str, dict[str, Any]]:
+        """Write the graphs in fewer bits; returns the entries of those that pass their gate."""
+        names, classes = self._gate_names()
+        tokens = self.tower.first_tokens(names)
+        exact = text_vectors(self.folder / TEXT_ENCODER, tokens, OPTIMIZATION["fp32"])
+        comparison = TextComparison(tokens, exact, classes, features)
+        entries = {}
+        for precision in precisions:
+            try:
+                entries[precision] = self._add(precision, comparison)
+            except ExportError as error:
+                self.failed[f"text {precision}"] = str(error)
+                self.report(Notice(f"The text encoder in {precision} is left out: {error}"))
+                (self.folder / graph_name("text_encoder", precision)).unlink(missing_ok=True)
+        return entries
+
+    def _add(self, precision: str, comparison: TextComparison) -> dict[str, Any]:
+        """Write the graph of a precision; returns its entry in the manifest. Raises ExportError if it fails."""
+        graph = self.folder / graph_name("text_encoder", precision)
+        method = write_text_graph(precision, self.folder / TEXT_ENCODER, graph, self.tower.first_tokens(CHOOSE_NAMES))
+        check_graph(graph, standard_only=precision != "int8")
+        figures = comparison.figures(text_vectors(graph, comparison.tokens, OPTIMIZATION[precision]))
+        if missed := figures.failures(self.gate):
+            raise ExportError(f"{f'{method}: ' if method else ''}{', '.join(missed)}")
+        self.report(
+            Notice(
+                f"The text encoder in {precision} passes its gate: smallest cosine {figures.cosine_min:.5f} of "
+                f"{figures.names} names, top-1 agreement {figures.agreement_percent:.2f} % on {figures.images} images"
+            )
+        )
+        return self._entry(precision, figures, method)
+
+    def _entry(self, precision: str, figures: TextFigures | None = None, method: str | None = None) -> dict[str, Any]:
+        entry = {"file": graph_name("text_encoder", precision), "optimization": OPTIMIZATION[precision]}
+        return {**entry, **({"method": method} if method else {}), **(asdict(figures) if figures else {})}
+
+    def _gate_names(self) -> tuple[list[str], int]:
+        """The names to compare, those of the run first, and how many those are."""
+        own = list(self.record.class_names)
+        taken = {class_key(name) for name in own}
+        return [*own, *(name for name in GATE_NAMES if class_key(name) not in taken)], len(own)
+
+    def _against(self, vectors: np.ndarray, features: np.ndarray) -> dict[str, float]:
+        """A distilled encoder's vectors of the run's classes against the teacher's."""
+        cosines = cosine_rows(vectors, self.class_vectors)
+        return {
+            "classes_cosine_mean": float(cosines.mean()),
+            "classes_cosine_min": float(cosines.min()),
+            "gate_agreement_percent": least_agreement_percent(features, self.class_vectors, vectors),
+        }
+
+
+@torch.inference_mode()
+def _vectors(module: nn.Module, tokens: Sequence[Tensor]) -> np.ndarray:
+    """PyTorch's class vectors: the normalised mean of the features of each class's prompts, (classes, dim)."""
+    means = torch.stack([module.eval()(part).mean(0) for part in tokens])
+    return nn.functional.normalize(means, dim=-1).numpy()
 
 
 def _difference(graph: Path, tokens: Sequence[np.ndarray], expected: np.ndarray) -> float:

@@ -33,14 +33,14 @@ class CommandFolder(click.Group):
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The names of the modules, alphabetically."""
-        return sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
+        """The names of the modules, alphabetically, with hyphens for underscores."""
+        return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(commands.__path__))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The `command` of the module of that name."""
         if cmd_name not in self.list_commands(ctx):
             return None
-        module = importlib.import_module(f"{commands.__name__}.{cmd_name}")
+        module = importlib.import_module(f"{commands.__name__}.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 

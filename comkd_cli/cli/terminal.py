@@ -274,7 +274,7 @@ class _Reporter:
             width = len(str(event.total))
             self._console.print(
                 f"  epoch {event.number:>{width}}/{event.total}  {figures_text(event.figures, event.held_out)}  "
-                f"[dim]{event.images_per_second:.0f} images/s[/dim]",
+                f"[dim]{event.images_per_second:.0f} {event.unit}/s[/dim]",
                 soft_wrap=not self._console.is_terminal,  # rich wraps between words, a terminal within them
             )
         elif isinstance(event, Notice):

@@ -43,7 +43,12 @@ def as_prompts(prompts: Prompts | str) -> Prompts:
 
 def openai_templates() -> tuple[str, ...]:
     """The 80 templates of openai/CLIP's ImageNet ensemble, as open_clip lists them."""
-    # The module of the list alone: open_clip itself loads torch, which the data of a recipe does not need.
+    return tuple(template("{}") for template in zero_shot_metadata().OPENAI_IMAGENET_TEMPLATES)
+
+
+def zero_shot_metadata() -> Any:
+    """open_clip's module of templates and of ImageNet's class names."""
+    # This module alone: open_clip itself loads torch, which the data of a recipe does not need.
     package = importlib.util.find_spec("open_clip")
     assert package is not None  # a dependency
     assert package.origin is not None  # it is a package with an __init__.py
@@ -53,7 +58,7 @@ def openai_templates() -> tuple[str, ...]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return tuple(template("{}") for template in module.OPENAI_IMAGENET_TEMPLATES)
+    return module
 
 
 def read_prompts(path: Path, class_names: Sequence[str]) -> dict[str, tuple[str, ...]]:

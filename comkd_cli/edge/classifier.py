@@ -82,7 +82,8 @@ class Classifier:
         self.preprocessing = read_preprocessing(self._folder, self._manifest)
         self.confidence = read_confidence(self._folder, self._manifest, threshold)
         self.class_names = self._read_class_names()
-        self._graphs = self._select_graphs(precision)
+        self._precision = precision or next(iter(self._manifest["precisions"]))
+        self._graphs = self._select_graphs()
         self._scale = self._manifest.get("logit_scale")
         self._optimization = str(self._graphs.get("optimization", "all"))
         self._class_vectors: np.ndarray | None = None
@@ -140,13 +141,15 @@ class Classifier:
         """The class vectors of new names, float32 (names, dim). text: the manifest's entry of the text encoder."""
         try:
             merges = verified_bytes(self._folder, self._manifest, text["merges"]).decode("utf-8")
-            tokenizer = Tokenizer(merges, int(text["context_length"]))
+            tokenizer = Tokenizer(merges, int(text["context_length"]), self._read_vocabulary(text))
             templates = text.get("templates") or [text["prompt"]]  # older bundles have one prompt
             written = [[part.replace("{}", name) for part in templates] for name in (*self.class_names, *names)]
             tokens = tokenizer([prompt for prompts in written for prompt in prompts])
             new = written[len(self.class_names) :]
             too_long = [name for name, prompts in zip(names, new, strict=True) if any(map(tokenizer.cut, prompts))]
-            graph = self._start(text["file"], "all")
+            graphs = text.get("precisions") or {}  # older bundles have one file
+            chosen = graphs.get(self._precision) or graphs.get("fp32") or next(iter(graphs.values()), text)
+            graph = self._start(chosen["file"], str(chosen.get("optimization", "all")))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleProblem(
                 f"is damaged: {error!r}", path=self._manifest_path, field="text", remedy=EXPORT_AGAIN
@@ -179,10 +182,9 @@ class Classifier:
         """Whether an image shows none of the classes, by what `predict` returned; None without a threshold."""
         return self.confidence.is_none(predictions[0].class_name, predictions[0].probability)
 
-    def _select_graphs(self, precision: str | None) -> dict[str, Any]:
-        """The manifest's entry of a precision, which names its graphs."""
-        precisions = self._manifest["precisions"]
-        selected = precision or next(iter(precisions))
+    def _select_graphs(self) -> dict[str, Any]:
+        """The manifest's entry of the precision, which names its graphs."""
+        precisions, selected = self._manifest["precisions"], self._precision
         if selected not in precisions:
             raise BundleProblem(
                 "not in the bundle",
@@ -211,8 +213,16 @@ class Classifier:
         return names
 
     def _read_class_vectors(self) -> np.ndarray:
-        content = verified_bytes(self._folder, self._manifest, "class_vectors.npy")
-        return np.asarray(np.load(io.BytesIO(content), allow_pickle=False), dtype=np.float32)
+        return np.asarray(self._read_array("class_vectors.npy"), dtype=np.float32)
+
+    def _read_vocabulary(self, text: dict[str, Any]) -> Sequence[int] | None:
+        """The tokens of a text encoder whose vocabulary was pruned. text: the manifest's entry of it."""
+        name = text.get("vocabulary")
+        return None if name is None else [int(token) for token in self._read_array(name)]
+
+    def _read_array(self, name: str) -> np.ndarray:
+        content = verified_bytes(self._folder, self._manifest, name)
+        return np.asarray(np.load(io.BytesIO(content), allow_pickle=False))
 
     def _start(self, name: str, optimization: str | None = None) -> Any:
         graph = verified_bytes(self._folder, self._manifest, name)

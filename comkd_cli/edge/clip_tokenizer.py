@@ -24,7 +24,9 @@ import numpy as np
 START_OF_TEXT, END_OF_TEXT = "<start_of_text>", "<end_of_text>"
 END_OF_WORD = "</w>"
 VOCABULARY_SIZE = 49_408
-MERGES = VOCABULARY_SIZE - 2 * 256 - 2  # every byte has a token within words and one that ends them
+BYTE_TOKENS = range(2 * 256)  # every byte has a token within words and one that ends them
+MERGES = VOCABULARY_SIZE - len(BYTE_TOKENS) - 2
+START, END = VOCABULARY_SIZE - 2, VOCABULARY_SIZE - 1  # the tokens of both
 CACHED_WORDS = 65_536
 
 # --- cleaning --------------------------------------------------------------------------------------------
@@ -167,11 +169,13 @@ class Tokenizer:
     """Tokenizes texts for CLIP's text encoders.
 
     merges: the merges of CLIP's vocabulary, a pair of symbols per line, in order. context_length: tokens of a text,
-    including start and end. Raises ValueError if the number of merges is not that of the vocabulary, or if
-    context_length is below 1.
+    including start and end. vocabulary: the tokens that a pruned encoder has, among them all of BYTE_TOKENS, START and
+    END. Its tokens count from 1 in the order of the vocabulary, and 0 is padding; a token that it lacks becomes the two
+    that it was merged from, and those in turn. None: CLIP's own tokens. Raises ValueError if the number of merges is
+    not that of CLIP's vocabulary, if context_length is below 1, or if the vocabulary lacks a token that it needs.
     """
 
-    def __init__(self, merges: str, context_length: int) -> None:
+    def __init__(self, merges: str, context_length: int, vocabulary: Sequence[int] | None = None) -> None:
         pairs = [line.split() for line in merges.splitlines()]
         if len(pairs) != MERGES or any(len(pair) != 2 for pair in pairs):
             raise ValueError(f"merges must be {MERGES} lines of two symbols each")
@@ -184,6 +188,12 @@ class Tokenizer:
         ending = [symbol + END_OF_WORD for symbol in within]
         symbols = [*within, *ending, *map("".join, pairs), START_OF_TEXT, END_OF_TEXT]
         self._ids = {symbol: token for token, symbol in enumerate(symbols)}
+        self._parts = [(self._ids[first], self._ids[second]) for first, second in pairs]
+        self._pruned: dict[int, int] | None = None
+        if vocabulary is not None:
+            self._pruned = {int(token): position for position, token in enumerate(vocabulary, start=1)}
+            if not {*BYTE_TOKENS, START, END} <= set(self._pruned):
+                raise ValueError("the vocabulary lacks the tokens of bytes, of the start or of the end")
         self._cached_word_ids = functools.lru_cache(CACHED_WORDS)(self._word_ids)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
@@ -195,19 +205,36 @@ class Tokenizer:
             texts = [texts]
         tokens = np.zeros((len(texts), self.context_length), dtype=np.int64)
         for row, text in zip(tokens, texts, strict=True):
-            ids = [self._ids[START_OF_TEXT], *self.encode(text), self._ids[END_OF_TEXT]]
+            ids = [*self.known(START), *self.encode(text), *self.known(END)]
             if len(ids) > self.context_length:
-                ids = [*ids[: self.context_length - 1], self._ids[END_OF_TEXT]]
+                ids = [*ids[: self.context_length - 1], *self.known(END)]
             row[: len(ids)] = ids
         return tokens
 
     def encode(self, text: str) -> list[int]:
         """All tokens of a text, without start and end."""
+        return [known for token in self.clip_tokens(text) for known in self.known(token)]
+
+    def clip_tokens(self, text: str) -> list[int]:
+        """CLIP's own tokens of a text, whatever the vocabulary, without start and end."""
         return [token for word in split_words(clean(text)) for token in self._cached_word_ids(word)]
 
     def cut(self, text: str) -> int:
         """The number of tokens by which a text exceeds the context; 0 if it fits."""
         return max(0, len(self.encode(text)) + 2 - self.context_length)
+
+    def split(self, token: int) -> tuple[int, ...]:
+        """The two tokens that one of CLIP's tokens was merged from; the token itself if it was not merged."""
+        return self._parts[token - len(BYTE_TOKENS)] if len(BYTE_TOKENS) <= token < START else (token,)
+
+    def known(self, token: int) -> tuple[int, ...]:
+        """The encoder's own tokens for one of CLIP's: itself, or those that it was merged from."""
+        if self._pruned is None:
+            return (token,)
+        if token in self._pruned:
+            return (self._pruned[token],)
+        first, second = self.split(token)
+        return (*self.known(first), *self.known(second))
 
     def _word_ids(self, word: str) -> tuple[int, ...]:
         return tuple(self._ids[symbol] for piece in split_pieces(word) for symbol in self._merged(piece))

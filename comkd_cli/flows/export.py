@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from comkd_cli.bundles.bundle import (
-    TEXT_ENCODER,
     Contents,
     Text,
     changed_score,
@@ -18,7 +17,7 @@ from comkd_cli.bundles.bundle import (
 )
 from comkd_cli.bundles.confidence import Answered, ConfidenceFitter, FittedConfidence, StudentsTeacher, top1_of
 from comkd_cli.bundles.fit_part import MOST_TO_FIT, read_negatives, with_fit_part
-from comkd_cli.bundles.gates import GATES, Gate, SpeedGate, in_order
+from comkd_cli.bundles.gates import GATES, TEXT, TEXT_GATE, Gate, SpeedGate, in_order
 from comkd_cli.bundles.graphs import OPSET, add_classifier, check_graph, export_image_encoder
 from comkd_cli.bundles.latency import PYTORCH, Contender, Measured, measure_latency
 from comkd_cli.bundles.metadata import Origin, write_metadata
@@ -27,7 +26,7 @@ from comkd_cli.bundles.parts import Part, Parts, Pool, read_parts
 from comkd_cli.bundles.precisions import OPTIMIZATION, Quantisation, QuantisationImages, Quantiser, to_fp16
 from comkd_cli.bundles.reference import ReferenceWriter
 from comkd_cli.bundles.student import StudentToExport
-from comkd_cli.bundles.text import add_text_encoder, text_teacher
+from comkd_cli.bundles.text import TextExporter, TextOptions, TextTower, choose_tower
 from comkd_cli.bundles.web import add_web_page
 from comkd_cli.data.folder import images_below
 from comkd_cli.data.sources import reopen_source
@@ -45,12 +44,10 @@ INTERRUPTED = 130  # 128 + SIGINT
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(TextOptions):
     """What a bundle should contain, and how it is checked."""
 
     precisions: Sequence[str] = ("fp32",)
-    text: bool = False
-    """Include the teacher's text encoder, so that a device can add classes."""
     web: bool = False
     """Include a page that classifies in a browser."""
     web_runtime: Path | None = None
@@ -67,8 +64,6 @@ class ExportOptions:
     """A folder of real images for gates and int8; None takes those of the student's data."""
     runs: Path = Path("runs")
     """Folder of all runs, which holds the index of shards."""
-    allow_download: bool = False
-    """Fetch what student.pt names and is not on this machine."""
     license: str = "unknown"
     accept_percent: float = 95.0
     """Of unseen images, those whose answer the threshold accepts."""
@@ -103,9 +98,7 @@ def export(
         with stopping_at_once() as check_stop:
             _check_target(out, force)
             source = StudentToExport.load(student_file, options.allow_download)
-            teacher = (
-                text_teacher(student_file, source.record, options.allow_download, report) if options.text else None
-            )
+            tower = choose_tower(student_file, source.record, source.head, options, report)
             with atomic_folder(out) as folder:  # before the work below, which a read-only folder would waste
                 report(Stage("Reading real images"))
                 parts = _read_parts(source.record, data_root, options, report)
@@ -115,12 +108,7 @@ def export(
                 exporter = _Exporter(source, folder, parts, options, report)
                 exporter.fit_confidence(negatives)
                 exporter.add_precisions(check_stop)
-                text = None
-                if teacher is not None:
-                    text = add_text_encoder(
-                        folder, teacher, source.record, source.head.class_vectors, options.opset, report
-                    )
-                manifest = exporter.complete(text)
+                manifest = exporter.complete(None if tower is None else exporter.add_text(tower))
                 check_stop()
     except KeyboardInterrupt as error:
         code = error.exit_code if isinstance(error, Stopped) else INTERRUPTED
@@ -144,7 +132,7 @@ class _Exporter:
         self._origin: Origin
         self._student_top1: tuple[float, int] | None = None
         self.failed: dict[str, str] = {}
-        """By precision: why it is not in the bundle."""
+        """By precision, or `text PRECISION`: why it is not in the bundle."""
 
     def fit_confidence(self, negatives: Part | None) -> None:
         """Fit the temperature and the threshold, and measure the threshold on images of none of the classes."""
@@ -182,6 +170,15 @@ class _Exporter:
                 self._leave_out(precision, error)
         self._check_some("the exported graphs failed the parity check")
 
+    def add_text(self, tower: TextTower) -> Text:
+        """Write and check the graphs of a text encoder. Raises ExportError if its fp32 graph fails."""
+        source, options, gate = self._source, self._options, self._options.gates.get(TEXT, TEXT_GATE)
+        vectors = source.head.class_vectors
+        exporter = TextExporter(
+            tower, self._folder, source.record, vectors, self._report, options.opset, gate, self.failed
+        )
+        return exporter.add(options.text_precisions or options.precisions, self._reference.features)
+
     def complete(self, text: Text | None) -> dict[str, Any]:
         """Measure latency, add all other files of the bundle, return its manifest. ExportError: no graph is fast."""
         speed = self._options.speed
@@ -192,7 +189,8 @@ class _Exporter:
             self._report(Stage("Adding the page for browsers"))
             add_web_page(self._folder, self._options.web_runtime)
         if text is not None:
-            write_metadata(self._folder / TEXT_ENCODER, self._origin.of_text_encoder(text.context_length))
+            for entry in text.precisions.values():
+                write_metadata(self._folder / entry["file"], self._origin.of_text_encoder(text.context_length))
         self._references.write(self._folder, self._parities)
         student, record = self._source.student, self._source.record
         contents = Contents(

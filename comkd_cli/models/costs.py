@@ -13,6 +13,12 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def text_parameters(clip: nn.Module) -> int:
+    """The number of parameters of an open_clip model without its image tower, its logit scale and its logit bias."""
+    image = ("visual.", "logit_scale", "logit_bias")
+    return sum(parameter.numel() for name, parameter in clip.named_parameters() if not name.startswith(image))
+
+
 def multiply_adds(module: nn.Module, size: int) -> int:
     """Multiply-adds of the matrix products, convolutions and attention for one image of `size` by `size` pixels.
 

@@ -80,6 +80,14 @@ class ClassEncoder:
     """Its text encoder holds the learned prompts of a prompted teacher."""
     prompts: Prompts
     """Learned prompts replace the words before the name."""
+    learned: nn.Module | None = None
+    """The learned prompts of a prompted teacher, which hooks of the CLIP read and which are no part of it."""
+
+    def move_to(self, device: torch.device) -> None:
+        """Move the CLIP and the learned prompts to a device."""
+        for module in (self.clip.model, self.learned):
+            if module is not None:
+                module.to(device)
 
     def tokens(self, class_names: Sequence[str], report: Report = ignore_event) -> Tensor:
         """Token ids (classes, context) of the first prompt of each class."""
@@ -131,7 +139,8 @@ def _class_encoder(record: StudentRecord, student_file: Path, report: Report) ->
 
 
 def _prompted_encoder(prompted: Prompted) -> ClassEncoder:
-    return ClassEncoder(prompted.clip, Prompts((class_prompt("{}", prompted.module.text.count),)))
+    template = class_prompt("{}", prompted.module.text.count)
+    return ClassEncoder(prompted.clip, Prompts((template,)), prompted.module.text)
 
 
 def _prompts_of_full(record: StudentRecord) -> Prompts:

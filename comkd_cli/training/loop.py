@@ -178,7 +178,7 @@ class Trainer:
         position.history.append(line)
         if ranks.is_main():
             write_text(task.folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in position.history))
-        self.report(Epoch(epoch, task.optim.epochs, images_per_second, figures, task.held_out))
+        self.report(Epoch(epoch, task.optim.epochs, images_per_second, figures, task.held_out, task.unit))
         position.next_epoch()
 
     def _check_loss(self, averages: dict[str, float]) -> None:
@@ -215,7 +215,7 @@ class Trainer:
         done = (position.epoch * steps + position.step) * task.loader.batch_size
         total = task.optim.epochs * steps * task.loader.batch_size
         label = f"{task.label} {position.epoch + 1}/{task.optim.epochs}"
-        self.report(Progress(label, done, total, position.averages()))
+        self.report(Progress(label, done, total, position.averages(), task.unit))
 
     def _note_unreadable(self, problems: Sequence[str]) -> None:
         task, position = self.task, self.position

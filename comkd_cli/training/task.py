@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
 
-from comkd_cli.data.loaders import Batch, TrainingLoader
+from comkd_cli.data.loaders import Batch
 from comkd_cli.recipe.identity import Identity
 from comkd_cli.recipe.model import AdamW, Sgd
 
@@ -50,13 +50,29 @@ class Objective(Protocol):
         return
 
 
+class Loader(Protocol):
+    """What is trained on, step by step: images, or other inputs that count as such."""
+
+    batch_size: int
+    image_count: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in an epoch."""
+        ...
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Batch, ...]]:
+        """The parts of each step of an epoch from a step on; both count from 0."""
+        ...
+
+
 @dataclass(frozen=True)
 class Task:
     """One model to train: on what, how, and where its checkpoint goes."""
 
     model: nn.Module
     objective: Objective
-    loader: TrainingLoader
+    loader: Loader
     optim: Sgd | AdamW
     folder: Path
     """Holds metrics.jsonl, and state/ until the task is finished."""
@@ -81,6 +97,8 @@ class Task:
     """A weight for each epoch, summing to 1: the weighted average of the epochs' weights is kept."""
     ema_decay: float | None = None
     """Of an exponential moving average of the weights over the steps, which is kept instead of the last weights."""
+    unit: str = "images"
+    """What the loader has, for messages."""
     uses_all_parameters: bool = False
     """Whether each step gives every trainable parameter a gradient; data-parallel training then need not search for
     those without."""

@@ -107,12 +107,12 @@ def test_features_that_are_not_finite_come_last(tmp_path: Path, monkeypatch: pyt
     assert methods[1].cosine_min == -1
 
 
-@pytest.mark.parametrize("step", ["_prepare", "_static"])
+@pytest.mark.parametrize("step", ["prepare_graph", "_static"])
 def test_a_full_disk_is_no_failure_of_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(precisions, "_prepare", lambda source, target: target.write_bytes(b""))
+    monkeypatch.setattr(precisions, "prepare_graph", lambda source, target: target.write_bytes(b""))
     monkeypatch.setattr(precisions, step, full)
     quantiser = Quantiser(QuantisationImages(IMAGES, IMAGES), HEAD, GATE, {})
     with pytest.raises(OSError, match="No space left"):

@@ -95,7 +95,8 @@ def test_every_argument_is_described_in_the_help(path: tuple[str, ...]) -> None:
 
 
 def test_the_folder_is_the_list_of_commands() -> None:
-    files = {path.stem for path in Path(commands.__file__).parent.glob("*.py")} - {"__init__"}
+    modules = {path.stem for path in Path(commands.__file__).parent.glob("*.py")} - {"__init__"}
+    files = {name.replace("_", "-") for name in modules}
     assert set(main.list_commands(click.Context(main))) == files
     assert {path[0] for path in COMMANDS if path} == files
     assert {"distill", "evaluate", "export", "predict", "recipes"} <= files

@@ -252,3 +252,53 @@ def test_nothing_but_numpy_and_the_standard_library_is_imported() -> None:
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.partition(".")[0] for name in imported} <= sys.stdlib_module_names | {"numpy"}
+
+
+# --- pruned vocabularies -------------------------------------------------------------------------------
+
+BYTES = range(512)
+
+
+def text_of(tokens: Sequence[int], vocabulary: Sequence[int]) -> str:
+    """What tokens of a pruned vocabulary spell, by open_clip's own table."""
+    return THEIRS.decode([vocabulary[token - 1] for token in tokens])
+
+
+@pytest.mark.parametrize("kept", [[], [320, 1125, 2368], list(range(512, START))], ids=["bytes", "some", "all"])
+@pytest.mark.parametrize("text", ["a photo of a red fox.", "Ü 日本 🦊", "it's 1970"])
+def test_a_pruned_vocabulary_spells_the_same_text(kept: list[int], text: str) -> None:
+    vocabulary = sorted({*BYTES, START, END, *kept})
+    (row,) = Tokenizer(merges_of(THEIRS), 77, vocabulary)([text])
+    used = row[row > 0]
+    assert text_of(used[1:-1], vocabulary) == THEIRS.decode(THEIRS.encode(text))
+    assert (vocabulary[used[0] - 1], vocabulary[used[-1] - 1]) == (START, END)
+    if len(kept) > 3:
+        assert [vocabulary[token - 1] for token in used[1:-1]] == THEIRS.encode(text)
+
+
+def test_a_token_that_is_missing_becomes_the_two_that_it_was_merged_from() -> None:
+    full = ours()
+    (fox,) = full.encode("fox")
+    first, second = full.split(fox)
+    assert THEIRS.decoder[first] + THEIRS.decoder[second] == THEIRS.decoder[fox] == "fox</w>"
+    vocabulary = sorted({*BYTES, START, END, first})
+    pruned = Tokenizer(merges_of(THEIRS), 77, vocabulary)
+    found = [vocabulary[token - 1] for token in pruned.encode("fox")]
+    assert found[0] == first
+    assert "".join(THEIRS.decoder[token] for token in found) == "fox</w>"
+    assert pruned.clip_tokens("fox") == [fox]
+    assert full.split(65) == (65,)
+    assert full.split(START) == (START,)
+
+
+def test_a_text_that_is_longer_in_a_pruned_vocabulary_is_cut_there() -> None:
+    pruned = Tokenizer(merges_of(THEIRS), 5, sorted({*BYTES, START, END}))
+    assert pruned.cut("owl") == 0
+    assert pruned.cut("owls") == 1
+    assert pruned(["owls"])[0].tolist() == [513, *pruned.encode("owls")[:3], 514]
+
+
+@pytest.mark.parametrize("absent", [0, 511, START, END])
+def test_a_vocabulary_without_a_token_that_every_text_needs_is_refused(absent: int) -> None:
+    with pytest.raises(ValueError, match="lacks"):
+        Tokenizer(merges_of(THEIRS), 77, sorted({*BYTES, START, END} - {absent}))

@@ -182,6 +182,7 @@ def test_a_student_that_fails_parity_leaves_no_bundle(
 
 ALL = ("fp32", "fp16", "int8")
 WIDE = {name: Gate(0.9, 90.0, 10.0, gate.difference_max) for name, gate in GATES.items()}
+WIDE["text"] = Gate(0.9, 0.0, 100.0)  # the vectors of a teacher that was hardly trained are nearly equal
 
 
 @pytest.fixture(scope="module")
@@ -337,6 +338,55 @@ def test_predict_py_is_one_file_with_its_tokenizer(whole: Path, tmp_path: Path) 
     assert json.loads(finished.stdout)["predictions"] == expected
     assert "red fox" in {entry["class"] for entry in expected[0]["classes"]}
     assert "comkd_cli" not in (whole / "predict.py").read_text().replace("comkd_cli/", "")
+
+
+def test_the_text_encoder_has_the_precision_of_the_other_graphs(whole: Path, tmp_path: Path) -> None:
+    manifest = json.loads((whole / "manifest.json").read_text())
+    entries = manifest["text"]["precisions"]
+    assert list(entries) == list(ALL)
+    assert manifest["text"]["file"] == entries["fp32"]["file"] == "text_encoder.onnx"
+    sizes = [manifest["files"][entry["file"]]["bytes"] for entry in entries.values()]
+    assert sizes[0] > 1.9 * sizes[1] > 1.9 * 1.4 * sizes[2]
+    assert entries["int8"]["cosine_min"] >= 0.9
+    vectors = {}
+    for precision in ALL:
+        classifier = Classifier(whole, precision=precision)
+        classifier.add_classes(["red fox"])
+        assert classifier._class_vectors is not None
+        vectors[precision] = classifier._class_vectors[-1]
+    for precision in ("fp16", "int8"):
+        assert not np.array_equal(vectors[precision], vectors["fp32"])
+        assert vectors[precision] @ vectors["fp32"] > 0.9
+    moved = shutil.copytree(whole, tmp_path / "bundle")
+    del entries["int8"]
+    (moved / "manifest.json").write_text(json.dumps(manifest))
+    classifier = Classifier(moved, precision="int8")  # without a text encoder of its own it takes that in fp32
+    classifier.add_classes(["red fox"])
+    assert classifier._class_vectors is not None
+    assert np.array_equal(classifier._class_vectors[-1], vectors["fp32"])
+
+
+@pytest.mark.slow
+def test_a_text_encoder_that_misses_its_gate_is_left_out_with_its_figures(tiny_student: Path, tmp_path: Path) -> None:
+    gates = {**WIDE, "text": Gate(1.1, 0.0, 100.0)}
+    options = ExportOptions(text=True, text_precisions=("fp16",), gates=gates)
+    exported = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=options)
+    assert set(exported.failed) == set(exported.manifest["failed"]) == {"text fp16"}
+    assert "smallest cosine" in exported.failed["text fp16"]
+    assert "text fp16 is not in the bundle" in (tmp_path / "bundle/README.md").read_text()
+    assert list(exported.manifest["text"]["precisions"]) == ["fp32"]  # rather than none
+    assert {path.name for path in (tmp_path / "bundle").glob("text_encoder*")} == {"text_encoder.onnx"}
+
+
+@pytest.mark.slow
+def test_without_fp32_a_bundle_has_the_smaller_text_encoder_alone(tiny_student: Path, tmp_path: Path) -> None:
+    options = ExportOptions(text=True, text_precisions=("fp16",), gates=WIDE)
+    manifest = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=options).manifest
+    assert manifest["text"]["file"] == "text_encoder.fp16.onnx"
+    assert not (tmp_path / "bundle/text_encoder.onnx").exists()
+    classifier = Classifier(tmp_path / "bundle")
+    classifier.add_classes(["red fox"])
+    assert classifier.class_names[-1] == "red fox"
 
 
 def test_classes_can_be_added_to_a_bundle_with_text_alone(bundle: Path) -> None:

@@ -1,7 +1,10 @@
 import torch
 from torch import nn
 
-from comkd_cli.models.costs import multiply_adds, parameters
+from comkd_cli.models.backbones import build_clip
+from comkd_cli.models.costs import multiply_adds, parameters, text_parameters
+from comkd_cli.recipe.model import Model
+from tests import tiny
 
 
 def network(device: str = "cpu") -> nn.Sequential:
@@ -13,6 +16,11 @@ def test_parameters_by_hand_each_once() -> None:
     net = network()
     assert parameters(net) == 3 * 5 * 9 + (80 * 7 + 7)
     assert parameters(nn.Sequential(net, net)) == parameters(net)
+
+
+def test_parameters_of_the_text_tower_are_those_without_the_image_tower() -> None:
+    clip = build_clip(Model(config=tiny.CLIP)).model
+    assert text_parameters(clip) == parameters(clip) - parameters(clip.visual) - 1  # the logit scale
 
 
 def test_multiply_adds_by_hand_with_and_without_weights() -> None:

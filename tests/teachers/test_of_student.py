@@ -17,8 +17,10 @@ from comkd_cli.models.backbones import build_clip, build_image_tower
 from comkd_cli.models.checkpoints import StudentRecord, load_student, save_student
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Model, Teacher
+from comkd_cli.teachers import of_student
 from comkd_cli.teachers.loading import build_teacher, teacher_sha256
 from comkd_cli.teachers.of_student import teacher_of_student
+from comkd_cli.teachers.prompted import prompted_clip
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -119,3 +121,10 @@ def test_the_recorded_sha256_of_the_teacher_is_read_back(distilled: Any) -> None
         load_student(path)
     torch.save({name: value for name, value in damaged.items() if name != "teacher_sha256"}, path)
     assert load_student(path)[1].teacher_sha256 is None
+
+
+def test_a_prompted_teacher_moves_to_a_device_with_its_prompts() -> None:
+    """The hooks of its CLIP read them, and no attribute of the CLIP has them."""
+    prompted = prompted_clip(build_clip(Model(config=tiny.CLIP)), vision_depth=1, text_depth=1, tokens=2)
+    of_student._prompted_encoder(prompted).move_to(torch.device("meta"))
+    assert {parameter.device.type for parameter in prompted.module.parameters()} == {"meta"}

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from comkd_cli.bundles.gates import GATES, PRECISIONS, Gate, SpeedGate
+from comkd_cli.bundles.gates import GATES, PRECISIONS, TEXT, TEXT_GATE, Gate, SpeedGate
 from comkd_cli.cli.options import allow_download_option, data_root_option, json_option, runs_option
 
 
@@ -38,6 +38,19 @@ def _positive(_context: click.Context, parameter: click.Parameter, value: float 
     help="Precision of the graphs; may be repeated. int8 is calibrated on images that its gate does not use.",
 )
 @click.option("--text", is_flag=True, help="Add the teacher's text encoder, so that a device can add classes.")
+@click.option(
+    "--text-student",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Add this text encoder instead, which `comkd distill-text` wrote.",
+)
+@click.option(
+    "--text-precision",
+    "text_precisions",
+    type=click.Choice(PRECISIONS),
+    multiple=True,
+    help="Precision of the text encoder; may be repeated. Default: those of --precision.",
+)
 @click.option("--web", is_flag=True, help="Add a web page that classifies images in the browser itself.")
 @click.option(
     "--web-runtime",
@@ -106,6 +119,8 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     out: Path | None,
     precisions: tuple[str, ...],
     text: bool,
+    text_student: Path | None,
+    text_precisions: tuple[str, ...],
     web: bool,
     web_runtime: Path | None,
     benchmark: bool,
@@ -130,16 +145,25 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     precision that misses its gate is left out of the bundle, its figures are printed, and the exit code is 1. int8 is
     calibrated and chosen on other images than those of its gate. The temperature of the probabilities and the threshold
     below which an image is none of the classes are fitted on other held-out images, if there are enough. Limits of
-    --gate: cosine_min, agreement_min_percent, top1_loss_max_points, difference_max.
+    --gate: cosine_min, agreement_min_percent, top1_loss_max_points, difference_max. The text encoder in fp16 or int8
+    has a gate of its own (`text.cosine_min`, `text.agreement_min_percent`): a cosine of at least 0.995 with the fp32
+    vector of every name and a top-1 agreement of at least 99.5 %.
     """
+    # Longer than 60 lines because each of its 21 options is a parameter and a field.
     from comkd_cli.cli.terminal import print_json, reporting, starting
 
+    if text and text_student is not None:
+        raise click.UsageError("--text and --text-student exclude each other: a bundle has one text encoder")
+    if text_precisions and not (text or text_student):
+        raise click.UsageError("--text-precision needs --text or --text-student")
     target = out or student.parent / "bundle"
     with starting():
         from comkd_cli.flows import export
     options = export.ExportOptions(
         precisions=precisions,
-        text=text,
+        text=text or text_student is not None,
+        text_student=text_student,
+        text_precisions=text_precisions,
         web=web or web_runtime is not None,
         web_runtime=web_runtime,
         benchmark=benchmark,
@@ -174,14 +198,14 @@ def _raise_failed(target: Path, failed: dict[str, str]) -> None:
 
 def _gates(settings: tuple[str, ...]) -> dict[str, Gate]:
     """The default gates, changed by the limits of the command line."""
-    changed = dict(GATES)
+    changed = {**GATES, TEXT: TEXT_GATE}
     limits = [limit.name for limit in fields(GATES["fp32"])]
     for setting in settings:
         name, equals, value = setting.partition("=")
         precision, _, limit = name.partition(".")
-        if not equals or precision not in GATES or limit not in limits:
+        if not equals or precision not in changed or limit not in limits:
             raise click.UsageError(
-                f"--gate {setting}: should be PRECISION.LIMIT=VALUE, with {', '.join(GATES)} and {', '.join(limits)}"
+                f"--gate {setting}: should be PRECISION.LIMIT=VALUE, with {', '.join(changed)} and {', '.join(limits)}"
             )
         try:
             number = float(value)
