@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from comkd_cli.bundles.bundle import MERGES, TEXT_ENCODER, Text
-from comkd_cli.bundles.graphs import check_graph, export_text_encoder
+from comkd_cli.bundles.graphs import GraphForm, check_graph, export_text_encoder
 from comkd_cli.bundles.parity import BATCH_SIZES
 from comkd_cli.bundles.runner import run_graph
 from comkd_cli.errors import CheckpointError, ExportError, ModelError
@@ -36,7 +36,12 @@ def text_teacher(student_file: Path, record: StudentRecord, allow_download: bool
 
 
 def add_text_encoder(
-    folder: Path, teacher: ClassEncoder, record: StudentRecord, class_vectors: np.ndarray, opset: int, report: Report
+    folder: Path,
+    teacher: ClassEncoder,
+    record: StudentRecord,
+    class_vectors: np.ndarray,
+    form: GraphForm,
+    report: Report,
 ) -> Text:
     """Write the text encoder's graph and its vocabulary, checked on the prompts of the student's own classes.
 
@@ -46,7 +51,7 @@ def add_text_encoder(
     tokens = teacher.tokens_of_all(record.class_names, report)
     context = tokens[0].shape[1]
     write_text(folder / MERGES, bpe_merges(teacher.clip))
-    export_text_encoder(teacher.clip.model, context, folder / TEXT_ENCODER, opset)
+    export_text_encoder(teacher.clip.model, context, folder / TEXT_ENCODER, form)
     check_graph(folder / TEXT_ENCODER, standard_only=True)
     difference = _difference(folder / TEXT_ENCODER, [part.numpy() for part in tokens], class_vectors)
     if not difference <= DIFFERENCE_MAX:  # also if it is NaN
