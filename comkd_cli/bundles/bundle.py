@@ -13,12 +13,15 @@ import numpy as np
 
 from comkd_cli.bundles.card import model_card
 from comkd_cli.bundles.confidence import FittedConfidence
+from comkd_cli.bundles.folding import Folding
+from comkd_cli.bundles.graphs import GraphForm
+from comkd_cli.bundles.input_parity import InputGraph
 from comkd_cli.bundles.latency import Measured
 from comkd_cli.bundles.parity import Parity
 from comkd_cli.bundles.parts import Parts
 from comkd_cli.bundles.precisions import OPTIMIZATION, Quantisation
 from comkd_cli.bundles.standalone import standalone_predictor
-from comkd_cli.edge.manifest import BUNDLE_FORMAT
+from comkd_cli.edge.manifest import BUNDLE_FORMAT, BundleProblem, read_manifest
 from comkd_cli.errors import ExportError
 from comkd_cli.files import sha256_of_file, write_text
 from comkd_cli.models.checkpoints import StudentRecord
@@ -74,7 +77,11 @@ class Contents:
     head: Head
     candidates: bool
     """Whether the class vectors are an input of the graphs."""
-    opset: int
+    form: GraphForm
+    folding: Folding | None
+    """EduAttention's gate, if the student has EduAttention."""
+    inputs: Mapping[str, Mapping[str, InputGraph]]
+    """By precision and input: the graphs that prepare their images themselves."""
     parameters: int
     """Of the student, from the image to its features."""
     multiply_adds: int
@@ -130,6 +137,20 @@ def class_list(names: Sequence[str]) -> str:
     Older versions stored names with line breaks, which would shift all later names to other classes.
     """
     return "".join(f"{' '.join(name.split())}\n" for name in names)
+
+
+def check_target(out: Path, force: bool) -> None:
+    """Refuse to replace an existing path, and with `force` a folder that is no bundle. Raises ExportError."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not force:
+        raise ExportError("already exists", path=out, remedy="replace it with --force, or choose another --out")
+    try:
+        read_manifest(out)
+    except BundleProblem as error:
+        raise ExportError(
+            "is not a bundle, so --force does not replace it", path=out, remedy="choose another --out"
+        ) from error
 
 
 def changed_score(contents: Contents) -> str | None:
@@ -193,7 +214,9 @@ def _manifest(contents: Contents) -> dict[str, Any]:
         "threshold": dict(contents.confidence.threshold),
         "feature_dim": contents.head.class_vectors.shape[1],
         "memory": "candidates" if contents.candidates else "training",
-        "opset": contents.opset,
+        "opset": contents.form.opset,
+        "batch": contents.form.batch,
+        "edu_attention": contents.folding and {"gate": contents.folding.gate, "folded": contents.folding.folded},
         "parameters": contents.parameters,
         "multiply_adds": contents.multiply_adds,
         "precisions": {precision: _precision(precision, contents) for precision in contents.parities},
@@ -217,6 +240,8 @@ def _precision(precision: str, contents: Contents) -> dict[str, Any]:
     entry |= {"optimization": OPTIMIZATION[precision], "parity": parity.document()}
     if parity.logits is not None:
         entry["confidence"] = contents.confidence.figures(parity.logits)
+    if inputs := contents.inputs.get(precision):
+        entry["inputs"] = {kind: graph.document() for kind, graph in inputs.items()}
     if precision == "int8":
         entry["quantisation"] = [asdict(method) for method in contents.quantisation]
     return entry

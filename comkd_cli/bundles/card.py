@@ -124,15 +124,22 @@ def _use(manifest: Mapping[str, Any]) -> str:
 
 def _files(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
     size, dim, classes = manifest["preprocessing"]["size"], manifest["feature_dim"], manifest["classes"]
+    batch = manifest["batch"] or "batch"
     second_input = " and `class_vectors` (classes, dim)" if manifest["memory"] == "candidates" else ""
     rows = []
     for precision, entry in manifest["precisions"].items():
         rows += [
-            f"| {entry['classifier']} | {precision}: `image` (batch, 3, {size}, {size}) float32{second_input} -> "
-            f"`logits` (batch, {'classes' if second_input else classes}) |",
-            f"| {entry['image_encoder']} | {precision}: the same input -> `image_features` (batch, {dim}), "
+            f"| {entry['classifier']} | {precision}: `image` ({batch}, 3, {size}, {size}) float32{second_input} -> "
+            f"`logits` ({batch}, {'classes' if second_input else classes}) |",
+            f"| {entry['image_encoder']} | {precision}: the same input -> `image_features` ({batch}, {dim}), "
             "L2-normalised |",
         ]
+        for kind, graphs in entry.get("inputs", {}).items():
+            sides = f"{size}, {size}" if kind == "pixels" else "height, width"
+            rows += [
+                f"| {graphs[graph]} | {precision}: `pixels` ({batch}, {sides}, 3) uint8, RGB, instead of `image` |"
+                for graph in ("classifier", "image_encoder")
+            ]
     rows += [f"| {name} | {description} |" for name, description in FILES.items() if name in sizes]
     rows.append("| reference/ | eight images (CC0) with their tensors and logits, for `predict.py --self-test` |")
     rows.append(
@@ -196,10 +203,11 @@ def _latency(manifest: Mapping[str, Any]) -> list[str]:
     if not manifest["latency"]:
         return []
     disturbed = disturbance(manifest["latency"])
+    shares = "" if manifest["batch"] in (None, 1) else f", the graphs' share of their batch of {manifest['batch']}"
     return [
         "",
-        "Batch 1, on the machine that exported the bundle; speed-up and memory against eager PyTorch in fp32, measured "
-        f"in alternation{'. ' + disturbed if disturbed else ':'}",
+        f"Batch 1{shares}, on the machine that exported the bundle; speed-up and memory against eager PyTorch in fp32, "
+        f"measured in alternation{'. ' + disturbed if disturbed else ':'}",
         "",
         "| what | threads | milliseconds | speed-up | peak memory, MiB | share |",
         "|---|---:|---:|---:|---:|---:|",

@@ -54,6 +54,23 @@ TEXT = "text"
 TEXT_GATE = Gate(cosine_min=0.995, agreement_min_percent=99.5, top1_loss_max_points=float("inf"))
 """Of a text encoder in fewer bits, against its fp32 graph: the vectors of names, and images classified with them."""
 
+INPUTS = ("pixels", "image")
+"""Inputs of graphs that prepare their images themselves."""
+
+
+def input_gate(kind: str, precision: str) -> Gate:
+    """The limits of such graphs, against the graphs of the same precision with prepared images.
+
+    pixels: the same operations on the same numbers. image: resizing in float32 takes a few levels in ten thousand to
+    the next one. That must cost no more than fp16 may; where activations are rounded to eight bits, it moves some of
+    them by a whole step, and may cost a quarter of what int8 may.
+    """
+    if kind == "pixels":
+        return Gate(cosine_min=0.99999, agreement_min_percent=99.5, top1_loss_max_points=0.0, difference_max=1e-4)
+    return Gate(
+        cosine_min=0.995 if precision == "int8" else 0.9995, agreement_min_percent=99.5, top1_loss_max_points=0.0
+    )
+
 
 def in_order(precisions: Sequence[str]) -> tuple[str, ...]:
     """Each precision once, in the order of PRECISIONS."""

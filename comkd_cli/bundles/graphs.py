@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from comkd_cli.bundles.lowering import EXPORTER_OPSET, lower
+from comkd_cli.bundles.shapes import axis_length
 from comkd_cli.edge.images import Preprocessing
 from comkd_cli.errors import ExportError, first_line
 from comkd_cli.method.student import Student
@@ -23,6 +26,19 @@ MOST_BYTES = 2**31 - 2**20  # a protobuf holds 2 GiB, including the graph itself
 EXAMPLE_BATCH = 2
 IMAGE, FEATURES, CLASS_VECTORS, LOGITS = "image", "image_features", "class_vectors", "logits"
 TOKENS, TEXT_FEATURES = "tokens", "text_features"
+
+Example = tuple[Tensor, str | None]
+"""An input of a graph: an example, and the name of its first axis if its length is dynamic."""
+
+
+@dataclass(frozen=True)
+class GraphForm:
+    """What a runtime demands of every graph."""
+
+    opset: int = OPSET
+    """Version of the standard ONNX operators."""
+    batch: int | None = None
+    """A fixed length of batches, with which no axis is dynamic; None: any length."""
 
 
 class ImageEncoder(nn.Module):
@@ -62,29 +78,38 @@ class TextEncoder(nn.Module):
         return encode_classes(self.clip, tokens)
 
 
-def export_image_encoder(student: Student, preprocessing: Preprocessing, path: Path, opset: int = OPSET) -> None:
+def export_image_encoder(
+    student: Student, preprocessing: Preprocessing, path: Path, form: GraphForm | None = None
+) -> None:
     """Write the graph from `image` (batch, 3, size, size) float32 to `image_features` (batch, dim), for any batch size.
 
-    With `memory: candidates` it has a second input, `class_vectors` (classes, dim), for any number of classes. Raises
-    ExportError if torch's exporter fails on the student.
+    With `memory: candidates` it has a second input, `class_vectors` (classes, dim), for any number of classes; with a
+    fixed batch, for the student's. Raises ExportError if torch's exporter fails on the student, and if the opset lacks
+    one of its operators.
     """
-    size = preprocessing.size
-    inputs = {IMAGE: (torch.zeros(EXAMPLE_BATCH, 3, size, size), "batch")}
+    form = form or GraphForm()
+    size, batch = preprocessing.size, form.batch
+    length = batch or EXAMPLE_BATCH
+    inputs: dict[str, Example] = {IMAGE: (torch.zeros(length, 3, size, size), None if batch else "batch")}
     if student.uses_candidates:
         # Not the length of the batch, or the exporter would take the two axes for one.
-        inputs[CLASS_VECTORS] = (torch.zeros(EXAMPLE_BATCH + 1, student.class_vectors.shape[1]), "classes")
-        _export(CandidatesEncoder(student), inputs, FEATURES, path, opset)
+        examples = torch.zeros(EXAMPLE_BATCH + 1, student.class_vectors.shape[1])
+        inputs[CLASS_VECTORS] = (student.class_vectors, None) if batch else (examples, "classes")
+        _export(CandidatesEncoder(student), inputs, FEATURES, path, form.opset)
     else:
-        _export(ImageEncoder(student), inputs, FEATURES, path, opset)
+        _export(ImageEncoder(student), inputs, FEATURES, path, form.opset)
 
 
-def export_text_encoder(encoder: nn.Module, context_length: int, path: Path, opset: int = OPSET) -> None:
+def export_text_encoder(encoder: nn.Module, context_length: int, path: Path, form: GraphForm | None = None) -> None:
     """Write the graph from `tokens` int64 (texts, context) to `text_features` (texts, dim), for any number of texts.
 
-    encoder: a TextEncoder, or another module with its input and output. Raises ExportError.
+    encoder: a TextEncoder, or another module with its input and output. A fixed batch is a number of texts. Raises
+    ExportError.
     """
-    tokens = torch.zeros(EXAMPLE_BATCH, context_length, dtype=torch.int64)
-    _export(encoder, {TOKENS: (tokens, "texts")}, TEXT_FEATURES, path, opset)
+    form = form or GraphForm()
+    tokens = torch.zeros(form.batch or EXAMPLE_BATCH, context_length, dtype=torch.int64)
+    inputs: dict[str, Example] = {TOKENS: (tokens, None if form.batch else "texts")}
+    _export(encoder, inputs, TEXT_FEATURES, path, form.opset)
 
 
 def add_classifier(encoder: Path, path: Path, class_vectors: np.ndarray, logit_scale: float) -> None:
@@ -94,9 +119,10 @@ def add_classifier(encoder: Path, path: Path, class_vectors: np.ndarray, logit_s
     """
     model = onnx.load(encoder)
     graph = model.graph
+    batch = axis_length(graph.output[0])
     classes: int | str = len(class_vectors)
-    if any(entry.name == CLASS_VECTORS for entry in graph.input):
-        classes = "classes"
+    if given := next((entry for entry in graph.input if entry.name == CLASS_VECTORS), None):
+        classes = axis_length(given)
         graph.initializer.append(numpy_helper.from_array(np.float32(logit_scale), "logit_scale"))
         graph.node.append(helper.make_node("Transpose", [CLASS_VECTORS], ["class_columns"], perm=[1, 0]))
         graph.node.append(helper.make_node("MatMul", [FEATURES, "class_columns"], ["similarities"]))
@@ -106,12 +132,17 @@ def add_classifier(encoder: Path, path: Path, class_vectors: np.ndarray, logit_s
         graph.initializer.append(numpy_helper.from_array(columns, "scaled_class_columns"))
         graph.node.append(helper.make_node("MatMul", [FEATURES, "scaled_class_columns"], [LOGITS]))
     del graph.output[:]
-    graph.output.append(helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["batch", classes]))
+    graph.output.append(helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [batch, classes]))
     save_graph(model, path)
 
 
 def save_graph(model: onnx.ModelProto, path: Path) -> None:
-    """Write a graph as one file, without the metadata of the tools that made it, such as paths of their machine."""
+    """Write a graph as one file, without the metadata of the tools that made it, such as paths of their machine.
+
+    Operators older than OPSET get the oldest file format that has them, for runtimes of their time.
+    """
+    if any(entry.domain in ("", "ai.onnx") and entry.version < OPSET for entry in model.opset_import):
+        model.ir_version = helper.find_min_ir_version_for(model.opset_import, ignore_unknown=True)
     del model.metadata_props[:]
     model.doc_string = ""
     graph = model.graph
@@ -147,8 +178,9 @@ def opset_of(path: Path) -> int:
     return int(next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")))
 
 
-def _export(module: nn.Module, inputs: Mapping[str, tuple[Tensor, str]], output: str, path: Path, opset: int) -> None:
-    """inputs: by name, an example and the name of its first axis, whose length is dynamic."""
+def _export(module: nn.Module, inputs: Mapping[str, Example], output: str, path: Path, opset: int) -> None:
+    exporter_opset = max(opset, EXPORTER_OPSET)
+    dynamic = {name: {0: axis} for name, (_, axis) in inputs.items() if axis is not None}
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
     if weights > MOST_BYTES:
         problem = "its weights do not fit into one ONNX file of 2 GiB"
@@ -161,8 +193,8 @@ def _export(module: nn.Module, inputs: Mapping[str, tuple[Tensor, str]], output:
                 path,
                 input_names=list(inputs),
                 output_names=[output],
-                opset_version=opset,
-                dynamic_shapes={name: {0: axis} for name, (_, axis) in inputs.items()},
+                opset_version=exporter_opset,
+                dynamic_shapes=dynamic or None,
                 dynamo=True,
                 external_data=False,
                 verbose=False,
@@ -171,10 +203,10 @@ def _export(module: nn.Module, inputs: Mapping[str, tuple[Tensor, str]], output:
         reraise_system_error(error)
         problem = f"torch could not export this model to ONNX: {first_line(error)}"
         raise ExportError(problem, path=path.name, field=f"opset {opset}") from error
-    if (written := opset_of(path)) != opset:
+    if (written := opset_of(path)) != exporter_opset:
         problem = "not supported by torch's exporter for this model"
         raise ExportError(problem, field="--opset", found=opset, remedy=f"export with --opset {written}")
-    save_graph(onnx.load(path), path)
+    save_graph(lower(onnx.load(path), opset), path)
 
 
 def reraise_system_error(error: Exception) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 
 from comkd_cli.bundles.gates import Gate
 from comkd_cli.bundles.runner import run_graph
+from comkd_cli.bundles.shapes import fixed_batch
 from comkd_cli.errors import ExportError
 from comkd_cli.evaluation.metrics import agreement_percent, top1_percent, wilson_interval_percent
 
@@ -39,6 +40,8 @@ class Reference:
     """Number of images without copies; None: all."""
     head: np.ndarray | None = None
     """float32 (dim, classes): logits are features @ head; None: logits are not checked."""
+    batch: int | None = None
+    """The fixed length of the graphs' batches; None: any."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,11 @@ def measure_parity(
     images = reference.images
     if not len(images):
         raise ExportError("there are no images to compare it on", path=encoder.name, remedy="give some with --images")
-    batches = _batches(len(images))
+    if (length := fixed_batch(encoder)) != reference.batch:
+        problem = "takes batches of another length"
+        raise ExportError(problem, path=encoder.name, found=length or "any", allowed=str(reference.batch or "any"))
+    batch_sizes = BATCH_SIZES if reference.batch is None else (reference.batch,)
+    batches = _batches(len(images), batch_sizes)
     inputs = {name: images[part] for name, part in batches.items()}
     encoded = run_graph(encoder, inputs, extra, optimization)
     classified = run_graph(classifier, inputs, extra, optimization)
@@ -156,7 +163,7 @@ def measure_parity(
         difference = max(difference, gap) if np.isfinite(gap) else float("inf")
         cosine = min(cosine, float(similarity.min())) if np.isfinite(similarity).all() else -1.0
         cosines.append(similarity)
-        _check_logits(classifier, classified[name], encoded[name], reference.head)
+        check_logits(classifier, classified[name], encoded[name], reference.head)
         logits[part] = classified[name]
         finite = np.isfinite(classified[name]).all(axis=1)
         predicted = np.where(finite, classified[name].argmax(axis=1), NO_CLASS)
@@ -165,7 +172,7 @@ def measure_parity(
             wrong[part] |= predicted != labels[part]
     return Parity(
         images=len(images),
-        batch_sizes=BATCH_SIZES,
+        batch_sizes=batch_sizes,
         feature_difference_max=difference,
         feature_cosine_min=cosine,
         feature_cosine_mean=float(np.concatenate(cosines).mean()) if cosine > -1 else -1.0,
@@ -177,7 +184,7 @@ def measure_parity(
     )
 
 
-def _check_logits(classifier: Path, logits: np.ndarray, features: np.ndarray, head: np.ndarray | None) -> None:
+def check_logits(classifier: Path, logits: np.ndarray, features: np.ndarray, head: np.ndarray | None) -> None:
     """Check the scale of logits, which top-1 agreement does not depend on but probabilities do. Raises ExportError."""
     if head is None:
         return
@@ -192,8 +199,8 @@ def _check_logits(classifier: Path, logits: np.ndarray, features: np.ndarray, he
         )
 
 
-def _batches(images: int) -> dict[str, slice]:
+def _batches(images: int, batch_sizes: Sequence[int]) -> dict[str, slice]:
     """The images of each batch, by its name: the first images at every batch size, then the rest in whole batches."""
     first = min(BATCH_IMAGES, images)
-    parts = {f"{size}/{i}": slice(i, min(i + size, first)) for size in BATCH_SIZES for i in range(0, first, size)}
+    parts = {f"{size}/{i}": slice(i, min(i + size, first)) for size in batch_sizes for i in range(0, first, size)}
     return parts | {f"rest/{i}": slice(i, min(i + WHOLE_BATCH, images)) for i in range(first, images, WHOLE_BATCH)}

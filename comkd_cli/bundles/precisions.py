@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from comkd_cli.bundles.gates import Gate
 from comkd_cli.bundles.graphs import IMAGE, reraise_system_error, save_graph
 from comkd_cli.bundles.latency import Contender, Timing, single_thread_timings
+from comkd_cli.bundles.lowering import NORM
 from comkd_cli.bundles.runner import run_graph
+from comkd_cli.bundles.shapes import fixed_batch
 from comkd_cli.errors import ExportError, first_line
 from comkd_cli.evaluation.metrics import agreement_percent
 from comkd_cli.runtime.quiet import quiet
@@ -60,15 +62,41 @@ def to_fp16(source: Path, target: Path) -> None:
     from onnxruntime.transformers.float16 import convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
+    model = onnx.load(source)
+    for index, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{index}"  # nodes are excluded by name
+    squares = [node.name for node in model.graph.node if any(NORM in name for name in node.output)]
     try:
         with quiet():
-            converted = OnnxModel(convert_float_to_float16(onnx.load(source), keep_io_types=True))
+            converted = OnnxModel(convert_float_to_float16(model, keep_io_types=True, node_block_list=squares))
             converted.topological_sort()  # the converter appends the casts of inputs and outputs
     except Exception as error:  # of many types
         reraise_system_error(error)
         problem = f"onnxruntime could not convert the graph to fp16: {first_line(error)}"
         raise ExportError(problem, path=target.name) from error
-    save_graph(converted.model, target)
+    save_graph(_without_round_trips(converted.model), target)
+
+
+def _without_round_trips(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph without casts from float32 to float16 and back, which the converter puts between nodes it skips."""
+    graph = model.graph
+    outputs = {entry.name for entry in graph.output}
+    casts = {node.output[0]: node for node in graph.node if node.op_type == "Cast"}
+    kinds = {name: node.attribute[0].i for name, node in casts.items()}
+    wide: dict[str, str] = {}
+    for name, node in casts.items():  # in the order of computation
+        source = node.input[0]
+        if name not in outputs and (kinds[name], kinds.get(source)) == (TensorProto.FLOAT, TensorProto.FLOAT16):
+            first = casts[source].input[0]
+            wide[name] = wide.get(first, first)
+    nodes = [node for node in graph.node if node.output[0] not in wide]
+    for node in nodes:
+        node.input[:] = [wide.get(name, name) for name in node.input]
+    used = {name for node in nodes for name in node.input} | outputs
+    kept = [node for node in nodes if node.op_type != "Cast" or node.output[0] in used]
+    del graph.node[:]
+    graph.node.extend(kept)
+    return model
 
 
 class Quantiser:
@@ -185,7 +213,7 @@ class Quantiser:
 
     def _static(self, how: str, per_channel: bool) -> Callable[[Path, Path], None]:
         def write(source: Path, target: Path) -> None:
-            _static(source, target, _Reader(self._images.calibrate, self._extra), how, per_channel)
+            _static(source, target, self._images.calibrate, self._extra, how, per_channel)
 
         return write
 
@@ -209,14 +237,16 @@ def prepare_graph(source: Path, target: Path) -> None:
     onnx.save(model, target)
 
 
-def _static(source: Path, target: Path, reader: _Reader, how: str, per_channel: bool) -> None:
+def _static(
+    source: Path, target: Path, images: np.ndarray, extra: Mapping[str, np.ndarray], how: str, per_channel: bool
+) -> None:
     """Take the ranges of activations from calibration images. per_channel: a scale per output channel of a weight."""
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     quantize_static(
         str(source),
         str(target),
-        reader,
+        _Reader(images, extra, fixed_batch(source)),
         # In the other format, QDQ, the scales and biases of a small model take as much space as its weights.
         quant_format=QuantFormat.QOperator,
         op_types_to_quantize=list(WEIGHTED),
@@ -283,9 +313,12 @@ def _products_of_activations(path: Path) -> list[str]:
 class _Reader:
     """Calibration images in batches: onnxruntime sets a range of batches, then reads them one by one."""
 
-    def __init__(self, images: np.ndarray, extra: Mapping[str, np.ndarray]) -> None:
-        starts = range(0, len(images), CALIBRATION_BATCH)
-        self._batches = [{IMAGE: images[i : i + CALIBRATION_BATCH], **extra} for i in starts]
+    def __init__(self, images: np.ndarray, extra: Mapping[str, np.ndarray], batch: int | None) -> None:
+        length = batch or CALIBRATION_BATCH
+        if batch is not None:  # every image counts, and the first ones may count twice
+            images = np.resize(images, (-(-len(images) // batch) * batch, *images.shape[1:]))
+        starts = range(0, len(images), length)
+        self._batches = [{IMAGE: images[i : i + length], **extra} for i in starts]
         self._remaining = iter(self._batches)
 
     def __len__(self) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from comkd_cli.edge.classifier import start_session
+from comkd_cli.edge.fixed_batch import run_in_batches
 from comkd_cli.errors import ExportError
 
 BATCH, OTHER_INPUT = "batch/", "input/"
@@ -63,15 +64,14 @@ def last_line(text: str) -> str:
 def main(graph: str, inputs: str, outputs: str, optimization: str) -> None:
     """The side of the child process."""
     session = start_session(Path(graph).read_bytes(), threads=None, optimization=optimization)
-    first = session.get_inputs()[0].name
     with np.load(inputs) as arrays:
         others = {name.removeprefix(OTHER_INPUT): arrays[name] for name in arrays.files if name.startswith(OTHER_INPUT)}
-        results = {
-            name.removeprefix(BATCH): session.run(None, {first: arrays[name], **others})[0]
+        results: dict[str, np.ndarray] = {
+            name.removeprefix(BATCH): run_in_batches(session, arrays[name], others)
             for name in arrays.files
             if name.startswith(BATCH)
         }
-    np.savez(outputs, **results)
+    np.savez(outputs, **results)  # type: ignore[arg-type] # as above
 
 
 if __name__ == "__main__":

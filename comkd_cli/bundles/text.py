@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from comkd_cli.bundles.bundle import MERGES, TEXT_ENCODER, TEXT_VOCABULARY, Head, Text, graph_name
 from comkd_cli.bundles.gates import TEXT_GATE, Gate, in_order
-from comkd_cli.bundles.graphs import OPSET, TextEncoder, check_graph, export_text_encoder
+from comkd_cli.bundles.graphs import GraphForm, TextEncoder, check_graph, export_text_encoder
 from comkd_cli.bundles.parity import BATCH_SIZES
 from comkd_cli.bundles.precisions import OPTIMIZATION
 from comkd_cli.bundles.runner import run_graph
@@ -164,7 +164,7 @@ class TextExporter:
     class_vectors: np.ndarray
     """float32 (classes, dim): of the student."""
     report: Report
-    opset: int = OPSET
+    form: GraphForm
     gate: Gate = TEXT_GATE
     failed: dict[str, str] = field(default_factory=dict)
     """By `text PRECISION`: why it is not in the bundle."""
@@ -202,7 +202,7 @@ class TextExporter:
         """Write the fp32 graph; returns its largest |difference| and PyTorch's class vectors. Raises ExportError."""
         tower, graph = self.tower, self.folder / TEXT_ENCODER
         tokens = tower.tokens_of_all(self.record.class_names)
-        export_text_encoder(tower.module, tower.context_length, graph, self.opset)
+        export_text_encoder(tower.module, tower.context_length, graph, self.form)
         check_graph(graph, standard_only=True)
         expected = self.class_vectors if tower.distilled is None else _vectors(tower.module, tokens)
         difference = _difference(graph, [part.numpy() for part in tokens], expected)

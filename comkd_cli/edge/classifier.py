@@ -26,6 +26,7 @@ from PIL import Image
 from comkd_cli.edge.class_names import clean_class_name
 from comkd_cli.edge.clip_tokenizer import Tokenizer
 from comkd_cli.edge.figures import add_figure_options, figures_command, json_text, misused_figures
+from comkd_cli.edge.fixed_batch import run_in_batches
 from comkd_cli.edge.folder_csv import CsvJob, bundle_settings, folder_csv_command
 from comkd_cli.edge.images import ImageSource, UnreadableImage, load_prepared
 from comkd_cli.edge.manifest import EXPORT_AGAIN, BundleProblem, read_manifest, read_preprocessing, verified_bytes
@@ -94,11 +95,9 @@ class Classifier:
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Logits (batch, classes) of prepared images, float32 (batch, 3, size, size). Raises BundleProblem."""
-        inputs = {"image": images}
-        if self._takes_vectors:
-            inputs["class_vectors"] = self._class_vectors  # type: ignore[assignment]
+        others = {"class_vectors": self._class_vectors} if self._takes_vectors else {}
         try:
-            (output,) = self._session.run(None, inputs)
+            output = run_in_batches(self._session, images, others)  # type: ignore[arg-type]
         except Exception as error:  # onnxruntime's own types, for inputs that do not fit the graph
             problem = f"does not accept images as manifest.json describes them: {error}"
             raise BundleProblem(problem, path=self._folder / self._graphs["classifier"]) from error
@@ -120,6 +119,13 @@ class Classifier:
                 path=self._manifest_path,
                 field="text",
                 remedy="export it with --text to add classes",
+            )
+        if self._takes_vectors and self._manifest.get("batch") is not None:
+            raise BundleProblem(
+                "the graphs attend to a fixed number of classes",
+                path=self._manifest_path,
+                field="batch",
+                remedy="export without --batch to add classes",
             )
         names = [_clean(name) for name in ([names] if isinstance(names, str) else names)]
         taken = [name.replace("_", " ") for name in self.class_names]
@@ -162,7 +168,7 @@ class Classifier:
         if too_long:
             found = ", ".join(map(repr, too_long))
             raise BundleProblem(f"too long for {encoder}", found=found, remedy="shorten the names")
-        (features,) = graph.run(["text_features"], {"tokens": tokens[len(tokens) - len(names) * len(templates) :]})
+        features = run_in_batches(graph, tokens[len(tokens) - len(names) * len(templates) :], {})
         if len(templates) == 1:
             return np.asarray(features)
         means = features.reshape(len(names), len(templates), features.shape[1]).mean(axis=1)

@@ -11,14 +11,18 @@ from comkd_cli.bundles.bundle import (
     Contents,
     Text,
     changed_score,
+    check_target,
     complete_bundle,
     graph_name,
     learns_from_test_images,
 )
 from comkd_cli.bundles.confidence import Answered, ConfidenceFitter, FittedConfidence, StudentsTeacher, top1_of
 from comkd_cli.bundles.fit_part import MOST_TO_FIT, read_negatives, with_fit_part
+from comkd_cli.bundles.folding import folded, folding
 from comkd_cli.bundles.gates import GATES, TEXT, TEXT_GATE, Gate, SpeedGate, in_order
-from comkd_cli.bundles.graphs import OPSET, add_classifier, check_graph, export_image_encoder
+from comkd_cli.bundles.graphs import OPSET, GraphForm, add_classifier, check_graph, export_image_encoder
+from comkd_cli.bundles.input_parity import InputGraphs
+from comkd_cli.bundles.inputs import check_inputs
 from comkd_cli.bundles.latency import PYTORCH, Contender, Measured, measure_latency
 from comkd_cli.bundles.metadata import Origin, write_metadata
 from comkd_cli.bundles.parity import Parity, measure_parity
@@ -30,7 +34,6 @@ from comkd_cli.bundles.text import TextExporter, TextOptions, TextTower, choose_
 from comkd_cli.bundles.web import add_web_page
 from comkd_cli.data.folder import images_below
 from comkd_cli.data.sources import reopen_source
-from comkd_cli.edge.manifest import BundleProblem, read_manifest
 from comkd_cli.errors import DataError, ExportError, Interrupted
 from comkd_cli.evaluation.classes import check_classes
 from comkd_cli.events import Notice, Progress, Report, Stage
@@ -55,6 +58,10 @@ class ExportOptions(TextOptions):
     benchmark: bool = False
     """Measure latency and memory."""
     opset: int = OPSET
+    batch: int | None = None
+    """A fixed length of batches, with which no shape is dynamic; None: any length."""
+    inputs: Sequence[str] = ()
+    """Inputs of further graphs that prepare their images themselves, of `pixels` and `image`."""
     gates: Mapping[str, Gate] = field(default_factory=lambda: GATES)
     speed: SpeedGate = field(default_factory=SpeedGate)
     """Limits of speed, which imply `benchmark`."""
@@ -96,7 +103,8 @@ def export(
     options = options or ExportOptions()
     try:
         with stopping_at_once() as check_stop:
-            _check_target(out, force)
+            check_target(out, force)
+            check_inputs(options.inputs, options.opset, options.batch, options.web)
             source = StudentToExport.load(student_file, options.allow_download)
             tower = choose_tower(student_file, source.record, source.head, options, report)
             with atomic_folder(out) as folder:  # before the work below, which a read-only folder would waste
@@ -122,10 +130,12 @@ class _Exporter:
     def __init__(
         self, source: StudentToExport, folder: Path, parts: Parts, options: ExportOptions, report: Report
     ) -> None:
-        self._source, self._folder, self._parts = source, folder, parts
-        self._options, self._report = options, report
-        self._reference = source.reference(parts.gate, report)
-        self._references = ReferenceWriter(source.record.preprocessing, source.head.logit_scale, source.extra)
+        self._folder, self._parts, self._options, self._report = folder, parts, options, report
+        self.form = GraphForm(options.opset, options.batch)
+        self._reference = replace(source.reference(parts.gate, report), batch=options.batch)
+        self._folding = folding(source.student, self._reference.images, self._reference.features, report)
+        self._source = replace(source, student=folded(source.student, self._folding))
+        self._references = ReferenceWriter(source.record.preprocessing, source.head.logit_scale, self._source.extra)
         self._parities: dict[str, Parity] = {}
         self._quantisation: list[Quantisation] = []
         self._confidence: FittedConfidence
@@ -133,6 +143,7 @@ class _Exporter:
         self._student_top1: tuple[float, int] | None = None
         self.failed: dict[str, str] = {}
         """By precision, or `text PRECISION`: why it is not in the bundle."""
+        self._inputs = InputGraphs(parts.gate, source.record.preprocessing, source.head.matrix, self._source.extra)
 
     def fit_confidence(self, negatives: Part | None) -> None:
         """Fit the temperature and the threshold, and measure the threshold on images of none of the classes."""
@@ -157,7 +168,7 @@ class _Exporter:
         """Write and check the graphs of every precision. Raises ExportError if none passes its gate."""
         record, encoder = self._source.record, self._graph("image_encoder", "fp32")
         self._report(Stage(f"Exporting {self._source.file} to ONNX opset {self._options.opset}"))
-        export_image_encoder(self._source.student, record.preprocessing, encoder, self._options.opset)
+        export_image_encoder(self._source.student, record.preprocessing, encoder, self.form)
         check_graph(encoder, standard_only=True)
         for precision in in_order(self._options.precisions):
             check_stop()
@@ -165,6 +176,8 @@ class _Exporter:
                 if precision == "int8":
                     self._quantise()
                 self._parities[precision] = self._check(precision)
+                graphs = self._graph("image_encoder", precision), self._graph("classifier", precision)
+                self.failed |= self._inputs.add(self._options.inputs, precision, graphs, self._report)
             except ExportError as error:
                 check_stop()  # Ctrl-C also stops the process that runs the graph
                 self._leave_out(precision, error)
@@ -174,9 +187,7 @@ class _Exporter:
         """Write and check the graphs of a text encoder. Raises ExportError if its fp32 graph fails."""
         source, options, gate = self._source, self._options, self._options.gates.get(TEXT, TEXT_GATE)
         vectors = source.head.class_vectors
-        exporter = TextExporter(
-            tower, self._folder, source.record, vectors, self._report, options.opset, gate, self.failed
-        )
+        exporter = TextExporter(tower, self._folder, source.record, vectors, self._report, self.form, gate, self.failed)
         return exporter.add(options.text_precisions or options.precisions, self._reference.features)
 
     def complete(self, text: Text | None) -> dict[str, Any]:
@@ -197,7 +208,9 @@ class _Exporter:
             record=record,
             head=self._source.head,
             candidates=student.uses_candidates,
-            opset=self._options.opset,
+            form=self.form,
+            folding=self._folding,
+            inputs=self._inputs.graphs,
             parameters=parameters(student),
             multiply_adds=multiply_adds(student, record.preprocessing.size),
             parts=self._parts,
@@ -280,9 +293,10 @@ class _Exporter:
 
     def _remove(self, precision: str, keep_encoder: bool) -> None:
         """keep_encoder: the other precisions are made from the fp32 encoder."""
-        self._graph("classifier", precision).unlink(missing_ok=True)
-        if not keep_encoder:
-            self._graph("image_encoder", precision).unlink(missing_ok=True)
+        encoder, classifier = self._graph("image_encoder", precision), self._graph("classifier", precision)
+        self._inputs.remove(precision, (encoder, classifier))
+        for path in (classifier,) if keep_encoder else (classifier, encoder):
+            path.unlink(missing_ok=True)
 
     def _measure(self) -> list[Measured]:
         contenders = [
@@ -328,17 +342,3 @@ def _pools(record: StudentRecord, data_root: Path, options: ExportOptions, repor
         )
         return training, training
     return Pool(source.test, "test", held_out=source.holdout is not None), training
-
-
-def _check_target(out: Path, force: bool) -> None:
-    """Refuse to replace an existing path, and with `force` a folder that is no bundle. Raises ExportError."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not force:
-        raise ExportError("already exists", path=out, remedy="replace it with --force, or choose another --out")
-    try:
-        read_manifest(out)
-    except BundleProblem as error:
-        raise ExportError(
-            "is not a bundle, so --force does not replace it", path=out, remedy="choose another --out"
-        ) from error

@@ -80,10 +80,14 @@ class Student(nn.Module):
         """n(f_e): the half that may depend on the label set, (batch, dim) to unit-length (batch, dim)."""
         if self.edu_attention is None:
             return _unit(projected)
-        memory = class_vectors if self.uses_candidates else self.class_vectors
-        if not self.uses_candidates and len(memory) > self._memory_size:
-            memory = memory[: self._memory_size]
+        memory = class_vectors if self.uses_candidates else self.memory
         return _unit(self.edu_attention(projected, memory))
+
+    @property
+    def memory(self) -> Tensor:
+        """EduAttention's memory without `memory: candidates`: the class vectors of the training run, (classes, dim)."""
+        has_more = len(self.class_vectors) > self._memory_size
+        return self.class_vectors[: self._memory_size] if has_more else self.class_vectors
 
     def add_classes(self, class_vectors: Tensor) -> None:
         """Add classes that it was not trained on, by their vectors (classes, dim), L2-normalised.

@@ -1,14 +1,18 @@
-"""The order of the quantisation methods, from given figures."""
+"""The order of the quantisation methods, from given figures; fp16 of an old opset."""
 
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from comkd_cli.bundles import precisions
 from comkd_cli.bundles.gates import Gate
 from comkd_cli.bundles.latency import Timing
-from comkd_cli.bundles.precisions import QuantisationImages, Quantiser
+from comkd_cli.bundles.lowering import lower
+from comkd_cli.bundles.precisions import QuantisationImages, Quantiser, to_fp16
 
 GATE = Gate(cosine_min=0.98, agreement_min_percent=98.0, top1_loss_max_points=1.0)
 IMAGES, HEAD = np.zeros((20, 3, 2, 2), np.float32), np.eye(2, dtype=np.float32)
@@ -117,3 +121,27 @@ def test_a_full_disk_is_no_failure_of_a_method(tmp_path: Path, monkeypatch: pyte
     quantiser = Quantiser(QuantisationImages(IMAGES, IMAGES), HEAD, GATE, {})
     with pytest.raises(OSError, match="No space left"):
         quantiser.quantise(tmp_path / "source.onnx")
+
+
+def test_a_norm_of_large_activations_survives_fp16_in_an_old_opset(tmp_path: Path) -> None:
+    """Its squares exceed float16's 65,504; a LayerNormalization of later opsets computes them in float32 itself."""
+    nodes = [
+        helper.make_node("Mul", ["image", "thousand"], ["large"]),
+        helper.make_node("LayerNormalization", ["large", "scale", "bias"], ["y"], axis=-1),
+    ]
+    values = {"thousand": np.float32(1000), "scale": np.ones(8, np.float32), "bias": np.zeros(8, np.float32)}
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 8])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    onnx.save(lower(model, 13), tmp_path / "source.onnx")
+    to_fp16(tmp_path / "source.onnx", tmp_path / "target.onnx")
+    image = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
+    centred = image - image.mean(axis=1, keepdims=True)
+    session = onnxruntime.InferenceSession(tmp_path / "target.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"image": image})
+    np.testing.assert_allclose(found, centred / centred.std(axis=1, keepdims=True), atol=0.01)

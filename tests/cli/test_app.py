@@ -423,7 +423,9 @@ def test_predict_on_a_damaged_bundle_names_the_file(colour_bundle: Path, picture
         (("export", "student.pt", "--gate", "int8.cosine=0.9"), "should be PRECISION.LIMIT=VALUE"),
         (("export", "student.pt", "--gate", "int4.cosine_min=0.9"), "should be PRECISION.LIMIT=VALUE"),
         (("export", "student.pt", "--gate", "int8.cosine_min=much"), "'much' is not a number"),
-        (("export", "student.pt", "--opset", "13"), "13 is not in the range x>=18"),
+        (("export", "student.pt", "--opset", "12"), "12 is not in the range x>=13"),
+        (("export", "student.pt", "--batch", "0"), "0 is not in the range x>=1"),
+        (("export", "student.pt", "--input", "jpeg"), "'jpeg' is not one of 'pixels', 'image'"),
         (("export", "student.pt", "--precision", "int4"), "'int4' is not one of"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from comkd_cli.bundles.gates import GATES, PRECISIONS, TEXT, TEXT_GATE, Gate, SpeedGate
+from comkd_cli.bundles.gates import GATES, INPUTS, PRECISIONS, TEXT, TEXT_GATE, Gate, SpeedGate
 from comkd_cli.cli.options import allow_download_option, data_root_option, json_option, runs_option
 
 
@@ -106,7 +106,18 @@ def _positive(_context: click.Context, parameter: click.Parameter, value: float 
     help="Folder of images of none of the classes, on which the threshold is measured; it does not change it.",
 )
 @click.option(
-    "--opset", type=click.IntRange(min=18), default=20, show_default=True, help="Version of the ONNX operators."
+    "--opset", type=click.IntRange(min=13), default=20, show_default=True, help="Version of the ONNX operators."
+)
+@click.option(
+    "--input",
+    "inputs",
+    type=click.Choice(INPUTS),
+    multiple=True,
+    help="Add graphs that prepare their images: `pixels` takes uint8 of the model's size, `image` of any size; may be "
+    "repeated.",
+)
+@click.option(
+    "--batch", type=click.IntRange(min=1), help="Fix the length of batches and every shape. Default: any length."
 )
 @click.option("--license", "license_", default="unknown", show_default=True, help="Licence that the model card names.")
 @runs_option
@@ -132,6 +143,8 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     accept_percent: float,
     negatives: Path | None,
     opset: int,
+    inputs: tuple[str, ...],
+    batch: int | None,
     license_: str,
     runs: Path,
     data_root: Path,
@@ -141,16 +154,15 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
 ) -> None:
     """Export STUDENT.pt to a bundle: ONNX graphs, checked in onnxruntime, and a predict.py without torch.
 
-    The graphs must give the student's answers on real images, at batch sizes 1, 2 and 7 and for every class. A
-    precision that misses its gate is left out of the bundle, its figures are printed, and the exit code is 1. int8 is
-    calibrated and chosen on other images than those of its gate. The temperature of the probabilities and the threshold
-    below which an image is none of the classes are fitted on other held-out images, if there are enough. Limits of
-    --gate: cosine_min, agreement_min_percent, top1_loss_max_points, difference_max. The text encoder in fp16 or int8
-    has a gate of its own (`text.cosine_min`, `text.agreement_min_percent`): a cosine of at least 0.995 with the fp32
-    vector of every name and a top-1 agreement of at least 99.5 %.
+    The graphs must give the student's answers on real images, at batch sizes 1, 2 and 7, or at that of --batch, and for
+    every class. A precision or an input that misses its gate is left out of the bundle, its figures are printed, and
+    the exit code is 1. int8 is calibrated and chosen on other images than those of its gate. The temperature of the
+    probabilities and the threshold below which an image is none of the classes are fitted on other held-out images, if
+    there are enough. Limits of --gate: cosine_min, agreement_min_percent, top1_loss_max_points, difference_max. The
+    text encoder in fp16 or int8 has a gate of its own (`text.cosine_min`, `text.agreement_min_percent`): a cosine of at
+    least 0.995 with the fp32 vector of every name and a top-1 agreement of at least 99.5 %.
     """
-    # Longer than 60 lines because each of its 21 options is a parameter and a field.
-    from comkd_cli.cli.terminal import print_json, reporting, starting
+    from comkd_cli.cli.terminal import reporting, starting
 
     if text and text_student is not None:
         raise click.UsageError("--text and --text-student exclude each other: a bundle has one text encoder")
@@ -168,6 +180,8 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
         web_runtime=web_runtime,
         benchmark=benchmark,
         opset=opset,
+        inputs=inputs,
+        batch=batch,
         gates=_gates(gates),
         speed=SpeedGate(max_latency_ms, min_speedup),
         check_images=check_images,
@@ -180,19 +194,20 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     )
     with reporting(quiet=as_json) as report:
         exported = export.export(student, target, data_root, report, force, options)
-    if as_json:
-        print_json(exported.manifest)
-    else:
-        _print_bundle(target, exported.manifest)
-    _raise_failed(target, exported.failed)
+    _print_outcome(target, exported.manifest, exported.failed, as_json)
 
 
-def _raise_failed(target: Path, failed: dict[str, str]) -> None:
-    """Raise ExportError, with the reasons, where a requested precision is not in the bundle."""
+def _print_outcome(target: Path, manifest: dict[str, Any], failed: dict[str, str], as_json: bool) -> None:
+    """Raises ExportError, with the reasons, where something that was requested is not in the bundle."""
+    from comkd_cli.cli.terminal import print_json
     from comkd_cli.errors import ExportError
 
+    if as_json:
+        print_json(manifest)
+    else:
+        _print_bundle(target, manifest)
     if failed:
-        reasons = "\n".join(f"  {precision}: {why}" for precision, why in failed.items())
+        reasons = "\n".join(f"  {name}: {why}" for name, why in failed.items())
         raise ExportError(f"without {', '.join(failed)}, which failed:\n{reasons}", path=target)
 
 
