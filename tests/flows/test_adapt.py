@@ -21,8 +21,6 @@ from comkd_cli.teachers.loading import load_saved_teacher
 from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("few_digits")
-
 PROMPTS = {"method": "promptsrc", "shots": 4, "epochs": 3, "tokens": 2, "vision_depth": 2, "text_depth": 1}
 
 

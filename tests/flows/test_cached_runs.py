@@ -14,9 +14,7 @@ from comkd_cli.recipe import parse_recipe
 from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("few_digits")
-
-EPOCHS = 3
+EPOCHS = 2
 
 
 def make(runs: Path, weights: Path, name: str, cache: dict[str, Any] | None, **changes: Any):  # type: ignore[no-untyped-def]

@@ -22,8 +22,6 @@ from comkd_cli.recipe.model import Model
 from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("few_digits")
-
 
 def make_run(runs: Path, **changes: Any) -> distill.Run:
     chosen = parse_recipe(tiny.recipe(**changes))

@@ -44,7 +44,7 @@ def test_student_and_teacher_are_scored_as_scikit_learn_scores_them(tiny_student
     assert student_record.top1_percent == pytest.approx(100 * accuracy_score(test.labels, predicted))
     assert student_record.mean_per_class_percent == pytest.approx(100 * balanced_accuracy_score(test.labels, predicted))
     assert (student_record.role, teacher_record.role) == ("student", "teacher")
-    assert student_record.images == teacher_record.images == 360
+    assert student_record.images == teacher_record.images == tiny.TEST
     assert student_record.image_tower_parameters == sum(p.numel() for p in student.parameters())
     assert student_record.top1_percent == pytest.approx(record.metrics["test_top1_percent"])
     assert student_record.agreement_percent is not None

@@ -73,7 +73,7 @@ def test_a_bundle_holds_every_file_and_its_sha256(bundle: Path) -> None:
         content = (bundle / name).read_bytes()
         assert (hashlib.sha256(content).hexdigest(), len(content)) == (entry["sha256"], entry["bytes"])
     parity = manifest["precisions"]["fp32"]["parity"]
-    assert parity["images"] == 360
+    assert parity["images"] == tiny.TEST
     assert parity["feature_cosine_min"] >= 0.99999
     assert parity["top1_percent"] == parity["student_top1_percent"]
     assert (manifest["opset"], manifest["memory"], manifest["text"], manifest["failed"]) == (20, "training", None, {})
@@ -169,7 +169,9 @@ def whole(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out") / "whole"
     # So small a student loses more in eight bits than a useful one; the gates are tested elsewhere.
     options = ExportOptions(precisions=ALL, text=True, gates=WIDE, license="apache-2.0")
-    exported = export(tiny_student, out, Path("data"), quietly, options=options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "ROUNDS", 1)  # each starts a process for each method of quantisation
+        exported = export(tiny_student, out, Path("data"), quietly, options=options)
     assert exported.failed == {}
     return out
 
@@ -237,7 +239,7 @@ def test_a_bundle_of_several_prompts_adds_classes_by_all_templates(weights: Path
         backbone_sha256=None,
         teacher=None,
         identity="1",
-        metrics={"test_top1_percent": 100.0, "test_images": 360.0},
+        metrics={"test_top1_percent": 100.0, "test_images": tiny.TEST},
         teacher_sha256=dict(ready.sha256),
         templates=prompts.templates,
         descriptions=dict(prompts.descriptions),
@@ -440,6 +442,7 @@ def test_latency_and_memory_are_compared_with_pytorch(
     tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(latency, "ROUNDS", 1)  # each starts a process of PyTorch for each number of threads
+    monkeypatch.setattr(latency, "usable_cores", lambda: 1)
     options = ExportOptions(benchmark=True)
     manifest = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=options).manifest
     entries = {(entry["name"], entry["threads"]): entry for entry in manifest["latency"]}
@@ -580,7 +583,7 @@ def test_force_only_replaces_a_bundle(tiny_student: Path, tmp_path: Path) -> Non
 
 
 def without_measurement(methods: list[Contender], *_: object) -> dict[str, Timing]:
-    """Equal timings, in place of fifteen processes that another test starts."""
+    """Equal timings, in place of the processes that the bundle `whole` starts."""
     return {method.name: Timing(0.001, 0.001, 0.001) for method in methods}
 
 
@@ -635,7 +638,7 @@ def test_int8_is_calibrated_and_chosen_on_training_images_and_tested_on_test_ima
         "training",
     ]
     card = (tmp_path / "bundle/README.md").read_text()
-    assert "compared with PyTorch on 360 test images." in card
+    assert f"compared with PyTorch on {tiny.TEST} test images." in card
     assert "int8 was calibrated on 144 training images, and its method was chosen on 48 others" in card
     parity = manifest["precisions"]["int8"]["parity"]
     assert parity["top1_interval_percent"][0] < parity["top1_percent"] < parity["top1_interval_percent"][1]
@@ -719,11 +722,11 @@ def test_test_images_with_another_score_than_in_training_are_reported(
 ) -> None:
     data = torch.load(tiny_student, weights_only=True)
     was = data["metrics"]["test_top1_percent"] - more
-    data["metrics"] = {"test_top1_percent": was, "test_images": 360, "test_unreadable": 0}
+    data["metrics"] = {"test_top1_percent": was, "test_images": tiny.TEST, "test_unreadable": 0}
     torch.save(data, tmp_path / "student.pt")
     events: list[object] = []
     export(tmp_path / "student.pt", tmp_path / "bundle", Path("data"), events.append)
-    sentence = f"top-1 on its 360 test images was {was:.2f} % when it was trained and is {was + more:.2f} % now"
+    sentence = f"top-1 on its {tiny.TEST} test images was {was:.2f} % when it was trained and is {was + more:.2f} % now"
     assert (sentence in str(events)) is changed
     assert (sentence in (tmp_path / "bundle/README.md").read_text()) is changed
 

@@ -22,8 +22,6 @@ from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 from tests.method.test_prompts import prompted_by_hand
 
-pytestmark = pytest.mark.usefixtures("few_digits")
-
 EPOCHS, RATE, BATCH = 5, 0.02, 32
 STEPS = tiny.TRAIN // BATCH
 

@@ -16,8 +16,6 @@ from comkd_cli.recipe.model import Model
 from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("few_digits")
-
 
 def train(runs: Path, **changes: Any) -> dict[str, torch.Tensor]:
     """The student's tensors after one epoch."""
@@ -119,7 +117,8 @@ def test_more_parts_than_pairs_of_images_are_refused_before_a_teacher_is_trained
 @pytest.mark.slow
 @pytest.mark.needs_tool("g++")
 @pytest.mark.filterwarnings("ignore")  # of what torch.compile loads
-def test_compiled_towers_train_the_same_student(runs: Path) -> None:
+def test_compiled_towers_train_the_same_student(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # in this process
     # Not AdamW, which makes steps of the rounding errors where a gradient is nothing.
     sgd = {"name": "sgd", "epochs": 1, "batch_size": 32, "learning_rate": 0.01, "warmup_epochs": 0}
     plain, compiled = (train(runs, optim=sgd, compile=on) for on in (False, True))

@@ -1,6 +1,7 @@
 """Which teacher and student are proposed, and what is refused."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from huggingface_hub import constants
 from comkd_cli.edge.images import Preprocessing
 from comkd_cli.errors import ModelError
 from comkd_cli.method.student import Student
+from comkd_cli.models import choice
+from comkd_cli.models.backbones import ImageTower, outline_image_tower
 from comkd_cli.models.choice import (
     ChosenTeacher,
     Limit,
@@ -18,6 +21,19 @@ from comkd_cli.models.choice import (
     proposed_image_size,
 )
 from comkd_cli.models.costs import parameters
+from comkd_cli.recipe.model import Model
+
+
+@cache
+def outlined(settings: str) -> ImageTower:
+    """Of a Student or a Teacher as JSON; each candidate is outlined once for all tests."""
+    return outline_image_tower(Model.model_validate_json(settings))
+
+
+@pytest.fixture(autouse=True)
+def one_outline_of_each_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"arch", "weights", "config"}
+    monkeypatch.setattr(choice, "outline_image_tower", lambda model: outlined(model.model_dump_json(include=fields)))
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from comkd_cli.cli.app import main
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.sources import open_source
 from comkd_cli.flows import adapt, distill
@@ -17,9 +19,8 @@ from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.recipe.loading import bundled_recipes
 from comkd_cli.recipe.model import Model
 from comkd_cli.training.accelerator import make_accelerator
-from tests import tiny, warm
+from tests import tiny
 from tests.flows.test_suite import fill
-from tests.hub import READ_THE_ADDRESS
 
 NAMES = sorted(bundled_recipes())
 PAPER = [name for name in NAMES if name not in ("digits", "labels_only", "cifar10")]
@@ -111,26 +112,34 @@ def test_its_models_are_outlined_without_weights_or_images(name: str) -> None:
     assert (outline.student_trainable_parameters == outline.student_image_tower_parameters) == full
 
 
-def test_the_command_prints_them_with_no_network_and_no_data(tmp_path: Path) -> None:
-    env = {"HF_HUB_OFFLINE": "1", "COMKD_DATA": str(tmp_path / "nothing")}
-    planned = warm.run("distill", "vitl_to_vitb", "--dry-run", cwd=tmp_path, env=env, fresh=READ_THE_ADDRESS)
-    assert planned.returncode == 0, planned.stderr
+def planned(*arguments: object) -> str:
+    """What `comkd distill ARGUMENTS --dry-run` prints, without its line breaks."""
+    result = CliRunner().invoke(main, ["distill", *map(str, arguments), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    return " ".join(result.stdout.split())
+
+
+def test_the_command_prints_them_with_no_network_and_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was opened"))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("an address was looked up"))
+    monkeypatch.setenv("COMKD_DATA", str(tmp_path / "nothing"))
+    monkeypatch.chdir(tmp_path)
+    printed = planned("vitl_to_vitb")
     for word in ("427,", "G multiply-adds", "trainable", "was not found"):
-        assert word in " ".join(planned.stdout.split())
+        assert word in printed
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_tells_of_each_kind_of_images_that_are_not_there(tmp_path: Path) -> None:
-    nothing = warm.run("distill", "cifar10", "--dry-run", cwd=tmp_path)
-    assert nothing.returncode == 0, nothing.stderr
-    assert "no such file or folder: cifar10, data/cifar10" in " ".join(nothing.stdout.split())
+def test_a_dry_run_tells_of_each_kind_of_images_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "no such file or folder: cifar10, data/cifar10" in planned("cifar10")
     only_target = tmp_path / "data"
     fill(CATALOG["eurosat"], only_target)
-    cross = warm.run("distill", "vitl_to_vitb_cross", "--dry-run", "--data-root", only_target, cwd=tmp_path)
-    assert cross.returncode == 0, cross.stderr
-    told = " ".join(cross.stdout.split())
-    assert "12 training images" in told
-    assert "imagenet was not found" in told
+    cross = planned("vitl_to_vitb_cross", "--data-root", only_target)
+    assert "12 training images" in cross
+    assert "imagenet was not found" in cross
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +169,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reduced_run(name: str, runs: Path, root: Path, small: dict[str, Any]) -> distill.Run:
     """A recipe with small models and one epoch of small batches, trained."""
     plain = load_recipe(name).model_dump(mode="json")
-    reduced = {"epochs": 1, "batch_size": 6}
+    reduced = {"epochs": 1, "batch_size": 84 if plain["data"]["dataset"] == "digits" else 6}
     plain["optim"] |= reduced
     if plain["teacher"]["adapt"]["method"] != "none":
         plain["teacher"]["adapt"] |= reduced
