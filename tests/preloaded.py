@@ -26,7 +26,8 @@ MODULES = (
     "onnxruntime",
     "onnxscript.rewriter",
     "sklearn.linear_model",
-    "torch._inductor.compile_fx",
+    "torch._functorch.aot_autograd",
+    "torch.export._trace",
     "torch.onnx._internal.exporter._core",
 )
 for name in MODULES:

@@ -1,6 +1,8 @@
 """Every recipe that comes with comkd: valid, outlined without a download, and trained for two steps, reduced."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -196,35 +198,42 @@ def reduced_run(name: str, runs: Path, root: Path, small: dict[str, Any]) -> dis
     return run
 
 
-@pytest.mark.usefixtures("few_digits")
+Reduced = Callable[[str], distill.Run]
+
+
+@pytest.fixture(scope="module")
+def reduced(tmp_path_factory: pytest.TempPathFactory, root: Path, small: dict[str, Any], few_digits: None) -> Reduced:
+    """Trains a recipe at reduced size, once for all tests; recipes with the same teacher share it."""
+    runs = tmp_path_factory.mktemp("runs")
+    return cache(lambda name: reduced_run(name, runs, root, small))
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_two_steps_at_reduced_size(name: str, tmp_path: Path, root: Path, small: dict[str, Any]) -> None:
-    run = reduced_run(name, tmp_path, root, small)
+def test_two_steps_at_reduced_size(name: str, reduced: Reduced) -> None:
+    run = reduced(name)
     (line,) = (run.folder / "metrics.jsonl").read_text().splitlines()
     assert distill.plan(run).steps_per_epoch >= 2
     assert json.loads(line)["loss"] > 0
 
 
 def test_a_student_of_imagenets_teacher_is_scored_as_cross_dataset_and_another_as_base_to_novel(
-    tmp_path: Path, root: Path, small: dict[str, Any]
+    reduced: Reduced, root: Path
 ) -> None:
     protocols = ("cross-dataset", "base-to-novel")
     found = {}
     for name in ("vitl_to_vitb", "vitl_to_vitb_cross"):
-        run = reduced_run(name, tmp_path, root, small)
+        run = reduced(name)
         bench = Bench(torch.device("cpu"), root, lambda event: None, protocols=protocols)
-        records = evaluate(str(run.student_file), tmp_path, bench).records
+        records = evaluate(str(run.student_file), run.runs, bench).records
         found[name] = {record.protocol for record in records if record.role == "student"}
     assert found == {"vitl_to_vitb": {"base-to-novel"}, "vitl_to_vitb_cross": set(protocols)}
 
 
-def test_a_student_of_a_variant_learns_from_its_unlabelled_test_images(
-    tmp_path: Path, root: Path, small: dict[str, Any]
-) -> None:
-    run = reduced_run("vitl_to_vitb_dg", tmp_path, root, small)
+def test_a_student_of_a_variant_learns_from_its_unlabelled_test_images(reduced: Reduced, root: Path) -> None:
+    run = reduced("vitl_to_vitb_dg")
     assert run.source.train.labels is None
     assert run.source.test is not None
     assert run.source.train.keys == run.source.test.keys
     bench = Bench(torch.device("cpu"), root, lambda event: None, protocols=("domain-generalization",))
-    records = evaluate(str(run.student_file), tmp_path, bench).records
+    records = evaluate(str(run.student_file), run.runs, bench).records
     assert {(record.dataset, record.protocol) for record in records} == {("imagenetv2", "domain-generalization")}
