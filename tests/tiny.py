@@ -12,7 +12,7 @@ CLIP = {
 }
 TOWER = {"embed_dim": 12, "vision_cfg": {**CLIP["vision_cfg"], "width": 16, "layers": 1}}  # type: ignore[dict-item]
 OPTIM = {"name": "adamw", "epochs": 2, "batch_size": 32, "learning_rate": 0.003}
-DIGITS, TRAIN, TEST = 210, 168, 42  # images of few_digits: all, to train on, to test on
+DIGITS, TRAIN, TEST = 420, 336, 84  # images of few_digits: all, to train on, to test on
 
 
 def recipe(**changes: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from comkd_cli.recipe import Recipe, load_recipe
 from comkd_cli.recipe.model import FullAdapt, PromptSrcAdapt
 from tests import warm
 from tests.hub import READ_THE_ADDRESS
+from tests.outlined import outline_once
 
 WriteImage = Callable[..., Path]
 
@@ -26,6 +27,7 @@ def this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No weights in the cache and no GPU, whatever the tests run on."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no cache"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    outline_once(monkeypatch)
     monkeypatch.chdir(tmp_path)
 
 
