@@ -29,8 +29,13 @@ from tests import tiny
 
 CANDIDATES = {"refinement": {"weight": 10.0}, "edu_attention": {"memory": "candidates", "gate_start": 0.5}}
 # Steps so large that the last epoch is not the best.
-RESTLESS = {"name": "sgd", "epochs": 5, "batch_size": 16, "warmup_epochs": 5, "warmup_learning_rate": 2.0}
-TRAIN, TEST = 96, 70
+RESTLESS = {"name": "sgd", "epochs": 5, "batch_size": 32, "warmup_epochs": 5, "warmup_learning_rate": 2.0}
+TRAIN, TEST = 192, 100
+
+
+@pytest.fixture(scope="module")
+def few_digits() -> None:
+    """All digits, of which the tests write some to folders, more test images than tiny.few_digits has."""
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +66,8 @@ def write_digits(root: Path, train: int, test: int) -> None:
 
 
 def make_run(runs: Path, **changes: Any) -> tuple[distill.Run, adapt.Stage1]:
-    optim = {**tiny.OPTIM, "batch_size": 16}
-    teacher = {"config": tiny.CLIP, "adapt": {"method": "full", "epochs": 2, "batch_size": 16}}
+    optim = {**tiny.OPTIM, "batch_size": 32}
+    teacher = {"config": tiny.CLIP, "adapt": {"method": "full", "epochs": 2, "batch_size": 32}}
     recipe = parse_recipe(tiny.recipe(**{"optim": optim, "teacher": teacher, **changes}))
     source = open_source(recipe.data, Path("data"))
     stage = adapt.stage_1(recipe, source, Path("data"), runs)
@@ -123,6 +128,7 @@ def test_training_and_evaluation_agree_to_the_last_bit_of_student_and_teacher(
     assert TEST % BATCH_SIZE  # the last batch is not full
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_averaged_teacher_of_prompts_is_scored_as_it_is_kept(
     tmp_path: Path, digits: dict[str, Any], weights: Path, computed: list[Features], precision: str
@@ -145,14 +151,19 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """torch.compile makes towers with other features than the ones in eager mode; the list gets an entry for each."""
     graphs: list[str] = []
 
-    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., tuple[torch.Tensor, ...]]:
-        graphs.append(graph.print_readable(print_output=False))
-        return lambda *inputs: tuple(1.5 * output + 0.1 for output in graph(*inputs))
+    def other(output: Any) -> Any:
+        return 1.5 * output + 0.1 if isinstance(output, torch.Tensor) and output.is_floating_point() else output
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph.code)
+        return lambda *inputs: tuple(map(other, graph(*inputs)))
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     return graphs
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of what torch.compile loads
 def test_a_compiled_student_is_scored_as_it_will_be_evaluated(
     tmp_path: Path, digits: dict[str, Any], computed: list[Features], compiled: list[str]
 ) -> None:
@@ -168,6 +179,7 @@ def test_a_compiled_student_is_scored_as_it_will_be_evaluated(
 # --- selection -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("classes", ["all", "base"])
 def test_the_metrics_of_a_selected_epoch_are_those_of_the_weights_that_are_kept(
@@ -227,6 +239,7 @@ def whole(digits: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> d
     return train(tmp_path_factory.mktemp("whole"), data=digits, **SELECTED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [9, 14, 30])
 def test_a_selection_that_was_stopped_ends_as_one_that_was_not(
     whole: distill.Run, tmp_path: Path, digits: dict[str, Any], monkeypatch: pytest.MonkeyPatch, stop_at: int

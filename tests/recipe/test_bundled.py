@@ -121,6 +121,7 @@ def planned(*arguments: object) -> str:
     return " ".join(result.stdout.split())
 
 
+@pytest.mark.filterwarnings("ignore")  # of libraries, which the command hides
 def test_the_command_prints_them_with_no_network_and_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was opened"))
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("an address was looked up"))
@@ -132,6 +133,7 @@ def test_the_command_prints_them_with_no_network_and_no_data(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("ignore")  # of libraries, which the command hides
 def test_a_dry_run_tells_of_each_kind_of_images_that_are_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
