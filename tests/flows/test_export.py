@@ -176,6 +176,7 @@ def whole(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_every_precision_has_its_graphs_and_figures(whole: Path) -> None:
     manifest = json.loads((whole / "manifest.json").read_text())
     assert list(manifest["precisions"]) == list(ALL)
@@ -192,6 +193,7 @@ def test_every_precision_has_its_graphs_and_figures(whole: Path) -> None:
         assert np.corrcoef(found.ravel(), exact.ravel())[0, 1] > least
 
 
+@pytest.mark.slow
 def test_the_first_precision_is_the_default(whole: Path) -> None:
     images = np.zeros((1, 3, 16, 16), np.float32)
     assert np.array_equal(Classifier(whole).logits(images), Classifier(whole, precision="fp32").logits(images))
@@ -201,6 +203,7 @@ def test_the_first_precision_is_the_default(whole: Path) -> None:
     assert (caught.value.found, caught.value.allowed) == ("int4", "fp32, fp16, int8")
 
 
+@pytest.mark.slow
 def test_a_class_that_is_added_on_the_device_has_pytorchs_logits(whole: Path, tiny_student: Path) -> None:
     student, record = load_student(tiny_student)
     encoder = class_encoder(record, tiny_student)
@@ -219,6 +222,7 @@ def test_a_class_that_is_added_on_the_device_has_pytorchs_logits(whole: Path, ti
         classifier.add_classes(["red fox"])
 
 
+@pytest.mark.slow
 def test_a_bundle_of_several_prompts_adds_classes_by_all_templates(weights: Path, tmp_path: Path) -> None:
     """Of a student whose own classes have templates and descriptions, and one of them was added to it."""
     recipe = parse_recipe(tiny.recipe(teacher={"config": tiny.CLIP, "weights": str(weights)}))
@@ -276,6 +280,7 @@ def test_a_bundle_of_several_prompts_adds_classes_by_all_templates(weights: Path
     np.testing.assert_allclose(older.logits(images)[:, -1], single.numpy(), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_predict_py_is_one_file_with_its_tokenizer(whole: Path, tmp_path: Path) -> None:
     image = tmp_path / "it.png"
     digits_source().train.open(3).save(image)
@@ -295,6 +300,7 @@ def test_classes_can_be_added_to_a_bundle_with_text_alone(bundle: Path) -> None:
     assert caught.value.remedy == "export it with --text to add classes"
 
 
+@pytest.mark.slow
 def test_the_model_card_has_the_hubs_metadata_and_the_numbers(whole: Path) -> None:
     card = (whole / "README.md").read_text()
     _, metadata, text = card.split("---\n", 2)
@@ -394,6 +400,7 @@ def test_the_text_encoder_of_a_retrained_teacher_is_not_exported(tiny_student: P
     assert caught.value.path == student
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "problem", "found"),
     [
@@ -438,6 +445,7 @@ def test_a_precision_can_be_exported_without_fp32(tiny_student: Path, tmp_path: 
     assert Classifier(tmp_path / "bundle").class_names == [str(digit) for digit in range(10)]
 
 
+@pytest.mark.slow
 def test_latency_and_memory_are_compared_with_pytorch(
     tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
