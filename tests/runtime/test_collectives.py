@@ -5,6 +5,7 @@ import socket
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -40,22 +41,23 @@ Start = Callable[[str], list[warm.Process]]
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Start two processes of one run, each with the code of the test."""
-    begun: list[warm.Process] = []
+    with ExitStack() as stack:
 
-    def launch(code: str) -> list[warm.Process]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        (tmp_path / "code_of_a_rank.py").write_text(PREAMBLE + textwrap.dedent(code))
-        for rank in range(2):
-            env = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            begun.append(warm.Process(cwd=tmp_path, env=env, module="code_of_a_rank", package=tmp_path, few=False))
-        return begun
+        def launch(code: str) -> list[warm.Process]:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            (tmp_path / "code_of_a_rank.py").write_text(PREAMBLE + textwrap.dedent(code))
+            shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            begun = []
+            for rank in range(2):
+                env = {**shared, "RANK": str(rank)}
+                process = warm.Process(cwd=tmp_path, env=env, module="code_of_a_rank", package=tmp_path, few=False)
+                begun.append(stack.enter_context(process))
+                stack.callback(process.kill)
+            return begun
 
-    yield launch
-    for process in begun:
-        process.kill()
-        process.communicate()
+        yield launch
 
 
 def answers(begun: list[warm.Process]) -> list[str]:
