@@ -464,6 +464,7 @@ def test_latency_and_memory_are_compared_with_pytorch(
 # --- checks on another machine -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_machine_that_exported_a_bundle_differs_by_nothing_in_any_precision(whole: Path) -> None:
     tested = self_test(whole)
     assert [check.name for check in tested.checks] == ["tensors", *ALL]
