@@ -45,6 +45,7 @@ def loaded(text: str) -> Recipe:
     return load_recipe("recipe.yaml")
 
 
+@pytest.mark.slow
 def test_a_labelled_folder_gets_a_teacher_by_prompts_and_a_student_a_tenth_of_it(pets: Path) -> None:
     proposal = propose(Request(pets))
     recipe = loaded(proposal.text)

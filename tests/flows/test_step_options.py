@@ -45,6 +45,7 @@ def test_checkpointing_changes_no_bit(runs: Path, plain: dict[str, torch.Tensor]
     assert all(torch.equal(found[name], value) for name, value in plain.items())
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_bit_of_a_teacher_of_prompts(tmp_path: Path) -> None:
     from comkd_cli.models.backbones import build_clip
 
