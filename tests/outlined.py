@@ -13,7 +13,12 @@ FIELDS = set(Model.model_fields)
 
 def outline_once(patch: pytest.MonkeyPatch) -> None:
     """Let the models that `comkd init` chooses from be outlined once."""
-    patch.setattr(choice, "outline_image_tower", lambda model: _outlined(model.model_dump_json(include=FIELDS)))
+    patch.setattr(choice, "outline_image_tower", outlined)
+
+
+def outlined(model: Model) -> ImageTower:
+    """What outline_image_tower returns, which is not to be changed."""
+    return _outlined(model.model_dump_json(include=FIELDS))
 
 
 @cache
