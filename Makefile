@@ -16,7 +16,7 @@ demo: install  ## distil, score, export and use a student of bundled images; a f
 	@$(BIN)/python examples/demo.py
 
 test: install  ## every test, and the ten slowest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=10
 
 check: install  ## style, types, layers, generated pages
 	$(BIN)/ruff check .

@@ -35,6 +35,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     pytest.skip(reason)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with many slow tests come first, so that no worker of pytest-xdist is left alone with one at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
 def pytest_collection_finish() -> None:
     """Leave what the test modules imported to no garbage collection: torch's objects take most of the time of each."""
     gc.collect()
@@ -103,9 +109,20 @@ def few_digits() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def onnx_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What torch exported for any test, by one process of pytest; see `export_once`."""
-    return tmp_path_factory.mktemp("exported")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run of pytest, the same for all workers of pytest-xdist."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def onnx_files(shared: Path) -> Path:
+    """What torch exported for any test; see `export_once`."""
+    folder = shared / "exported"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -3,14 +3,19 @@
 import hashlib
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+
+from comkd_cli.bundles import runner
 
 
 def export_once(patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -50,3 +55,17 @@ def export_once(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
     patch.setattr(torch.onnx, "export", cached)
     patch.setattr(reference, "run_graph", run_once)
+
+
+def run_graphs_here(patch: pytest.MonkeyPatch) -> None:
+    """Let comkd_cli.bundles.runner run graphs in this process; tests/bundles/test_parity.py tests it with its own."""
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[:3] == [sys.executable, "-m", "comkd_cli.bundles.runner"]
+        try:
+            runner.main(*command[3:])
+        except Exception as error:
+            return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    patch.setattr(runner, "subprocess", SimpleNamespace(run=run))

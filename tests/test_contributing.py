@@ -93,6 +93,7 @@ def test_an_example_is_short(section: str) -> None:
     assert 0 < written < LONGEST_EXAMPLE
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_catalog_is_checked_and_planned(change: Callable[[str], Path]) -> None:
     folder = change("A dataset")
     images = folder / "data/flags/images"
@@ -112,6 +113,7 @@ def test_a_dataset_of_the_catalog_is_checked_and_planned(change: Callable[[str],
     assert "flags: 2 training images, 2 test images, 2 classes" in planned.stdout
 
 
+@pytest.mark.slow
 def test_a_loss_term_is_trained_and_reported(change: Callable[[str], Path]) -> None:
     folder = change("A loss term")
     torch.save(build_clip(Model(config=tiny.CLIP), seed=3).model.state_dict(), folder / "clip.pt")
@@ -130,6 +132,7 @@ def test_a_loss_term_is_trained_and_reported(change: Callable[[str], Path]) -> N
     assert figures["feature_l1_gradient_share"] + figures["if_align_gradient_share"] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_a_backbone_is_planned_by_its_recipe(change: Callable[[str], Path]) -> None:
     folder = change("A backbone")
     planned = comkd(folder, "distill", "micro.yaml", "--dry-run", "--set", "loss.edu_attention=null")

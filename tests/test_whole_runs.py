@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from comkd_cli.recipe.model import Model
 from tests import tiny, warm
 
 pytestmark = pytest.mark.slow
-EPOCHS = 12
+EPOCHS = 8
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def comkd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return warm.run(*arguments, cwd=folder)
+def comkd(folder: Path, *arguments: str, **setup: Any) -> subprocess.CompletedProcess[str]:
+    return warm.run(*arguments, cwd=folder, **setup)
 
 
 def start(folder: Path, *arguments: str) -> warm.Process:
@@ -59,13 +60,13 @@ def test_from_recipe_to_prediction_through_every_interruption(workshop: Path) ->
 
     run = workshop / "broken/tiny/digits/seed1"
     killed = start(workshop, "distill", "tiny.yaml", "--runs", "broken")
-    wait_for_epoch(killed, run / "metrics.jsonl", 3)
+    wait_for_epoch(killed, run / "metrics.jsonl", 2)
     killed.kill()
     killed.communicate()
     assert not (run / "student.pt").exists()
 
     interrupted = start(workshop, "distill", "tiny.yaml", "--runs", "broken")
-    wait_for_epoch(interrupted, run / "metrics.jsonl", 6)
+    wait_for_epoch(interrupted, run / "metrics.jsonl", 4)
     interrupted.send_signal(signal.SIGINT)
     _, said = interrupted.communicate(timeout=60)
     assert interrupted.returncode == 130
@@ -84,7 +85,7 @@ def test_from_recipe_to_prediction_through_every_interruption(workshop: Path) ->
     assert "already finished" in again.stderr
     assert (run / "student.pt").stat().st_mtime_ns == written
 
-    scored = comkd(workshop, "evaluate", "broken/tiny/digits/seed1/student.pt", "--json")
+    scored = comkd(workshop, "evaluate", "broken/tiny/digits/seed1/student.pt", "--json", figures=True)
     assert scored.returncode == 0, scored.stderr
     student, teacher = json.loads(scored.stdout)["records"]
     assert (student["role"], teacher["role"]) == ("student", "teacher")

@@ -48,12 +48,6 @@ def few_digits(patch: pytest.MonkeyPatch) -> None:
     """Let the dataset `digits` have its first DIGITS images alone, so that an epoch takes a fraction of a second."""
     from comkd_cli.data import digits
 
-    every = digits._bunch
-    patch.setattr(digits, "_bunch", lambda: _First(every()))
-
-
-class _First:
-    """The first images of scikit-learn's digits, which come in no order."""
-
-    def __init__(self, every: Any) -> None:
-        self.images, self.target = every.images[:DIGITS], every.target[:DIGITS]
+    images, targets = digits._scans()
+    first = images[:DIGITS], targets[:DIGITS]
+    patch.setattr(digits, "_scans", lambda: first)

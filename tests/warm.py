@@ -26,20 +26,7 @@ from typing import IO, Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PRELOADED = [
-    "tests.warm",
-    "tests.tiny",
-    "tests.exported",
-    "comkd_cli.cli.commands.distill",
-    "comkd_cli.flows.adapt",
-    "comkd_cli.flows.distill",
-    "comkd_cli.flows.evaluate",
-    "comkd_cli.flows.export",
-    "comkd_cli.flows.predict",
-    "onnxruntime",
-    "sklearn.datasets",
-    "torch.onnx._internal.exporter._core",
-]
+PRELOADED = ["tests.preloaded"]
 
 
 @cache
@@ -82,6 +69,8 @@ class Setup:
     """Let the dataset `digits` be `tiny.few_digits`."""
     exported: Path | None = None
     """Keep in this folder what torch exported, and take it from there; see `export_once`."""
+    figures: bool = False
+    """Draw the figures of reports, which takes longer than to score a small student."""
     most_bytes: int | None = None
     """Of a file that it writes; a larger one meets EFBIG."""
     package: Path | None = None
@@ -106,6 +95,12 @@ class Setup:
             from tests.exported import export_once
 
             export_once(patch, self.exported)
+        if not self.figures:
+            patch.setattr("matplotlib.figure.Figure.savefig", _save_nothing)
+
+
+def _save_nothing(_: object, stream: IO[bytes], **__: object) -> None:
+    stream.write(b'<svg xmlns="http://www.w3.org/2000/svg"/>')
 
 
 def _become(

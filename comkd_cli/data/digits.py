@@ -7,7 +7,8 @@ Machine Learning Repository, 1998).
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -16,12 +17,13 @@ from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.edge.images import as_rgb
 
 TEMPLATE = "a photo of the digit {}."
+FILE = "datasets/data/digits.csv.gz"  # of scikit-learn
 TEST_EVERY = 5  # every fifth image is a test image: 360 of them, against 1,437 to learn from
 
 
 def digits_source(template: str | None = None) -> Source:
     """The digits with their fixed split: every fifth image, from the first, is for testing."""
-    targets = _bunch().target
+    _, targets = _scans()
     test = [i for i in range(len(targets)) if i % TEST_EVERY == 0]
     train = [i for i in range(len(targets)) if i % TEST_EVERY]
     return Source(
@@ -33,7 +35,7 @@ def digits_source(template: str | None = None) -> Source:
     )
 
 
-def _image_set(indices: list[int], targets: Any) -> ImageSet:
+def _image_set(indices: list[int], targets: np.ndarray) -> ImageSet:
     return ImageSet(
         keys=tuple(f"{i:04d}" for i in indices),
         labels=tuple(int(targets[i]) for i in indices),
@@ -42,12 +44,24 @@ def _image_set(indices: list[int], targets: Any) -> ImageSet:
 
 
 def _open_digit(key: str) -> Image.Image:
-    grey = _bunch().images[int(key)] * (255 / 16)  # stored as ink levels 0..16
+    images, _ = _scans()
+    grey = images[int(key)] * (255 / 16)  # stored as ink levels 0..16
     return as_rgb(Image.fromarray(grey.astype(np.uint8)))
 
 
 @cache
-def _bunch() -> Any:
-    from sklearn.datasets import load_digits
+def _scans() -> tuple[np.ndarray, np.ndarray]:
+    """Ink levels from 0 to 16, (1797, 8, 8), and the digits that they show, (1797,).
 
-    return load_digits()
+    Read from scikit-learn's file without importing scikit-learn, which takes seconds. A version that has moved the file
+    is imported and reads it.
+    """
+    package = find_spec("sklearn")
+    file = Path(next(iter(package.submodule_search_locations or ()), ""), FILE) if package else Path(FILE)
+    if not file.is_file():
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        return bunch.images, bunch.target
+    table = np.loadtxt(file, delimiter=",")
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(int)

@@ -10,16 +10,20 @@ from comkd_cli.bundles.latency import Contender, disturbance, measure_latency, s
 from comkd_cli.errors import ExportError
 
 
-def test_the_spread_is_the_slowest_rounds_median_over_the_fastest_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_thread_and_all_cores_are_measured_and_the_spread_is_that_of_the_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rounds = {
         ("pytorch", 1): [[4.0, 4.0, 9.0], [4.0, 4.0, 4.0], [4.0, 4.0, 4.0]],
         ("fp32", 1): [[1.0, 1.0, 1.0], [2.0, 2.0, 2.0], [3.0, 3.0, 3.0]],
     }
 
-    def alternate(*_: object) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    def alternate(_: object, counts: list[int], *__: object) -> dict[tuple[str, int], list[dict[str, Any]]]:
+        assert counts == [1, 6]
         return {key: [{"seconds": seconds, "peak_bytes": 100} for seconds in found] for key, found in rounds.items()}
 
     monkeypatch.setattr(latency, "_alternate", alternate)
+    monkeypatch.setattr(latency, "usable_cores", lambda: 6)
     pytorch, fp32 = measure_latency(Path("student.pt"), [Contender("fp32", Path("g.onnx"))], 8, {})
     assert (pytorch.spread, fp32.spread) == (1, 3)
     assert (fp32.seconds, fp32.speed_up) == (2, 2)

@@ -9,6 +9,7 @@ from huggingface_hub import constants
 
 from comkd_cli.cli import main
 from comkd_cli.cli.commands import init
+from tests.outlined import outline_once
 
 WriteImage = Callable[..., Path]
 
@@ -20,6 +21,7 @@ def invoke(*arguments: object) -> Result:
 @pytest.fixture
 def pets(tmp_path: Path, write_image: WriteImage, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no cache"))
+    outline_once(monkeypatch)
     monkeypatch.chdir(tmp_path)
     for c, name in enumerate(("cat", "[red]dog")):
         for i in range(8):

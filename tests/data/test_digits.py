@@ -1,8 +1,12 @@
 import pickle
+import subprocess
+import sys
 
 import numpy as np
+import pytest
 from sklearn.datasets import load_digits
 
+from comkd_cli.data import digits
 from comkd_cli.data.digits import digits_source
 
 
@@ -46,3 +50,19 @@ def test_the_template_can_be_replaced() -> None:
 def test_two_readings_are_the_same_data() -> None:
     assert digits_source().identity() == digits_source().identity()
     assert pickle.loads(pickle.dumps(digits_source())) == digits_source()
+
+
+def test_a_file_that_scikit_learn_has_moved_is_read_by_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = digits_source().identity()
+    digits._scans.cache_clear()
+    monkeypatch.setattr(digits, "FILE", "elsewhere.csv.gz")
+    assert digits_source().identity() == expected
+    digits._scans.cache_clear()
+
+
+def test_reading_them_imports_no_scikit_learn() -> None:
+    program = (
+        "import sys; from comkd_cli.data.digits import digits_source; digits_source().train.open(0); "
+        "assert 'sklearn' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from comkd_cli.data.sources import open_source
 from comkd_cli.flows import adapt, distill
@@ -14,33 +15,32 @@ from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Model
 from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
-from tests.exported import export_once
+from tests.exported import export_once, run_graphs_here
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_export_of_a_student(onnx_files: Path) -> Iterator[None]:
-    """Each student is exported to ONNX once."""
+def short_flows(onnx_files: Path) -> Iterator[None]:
+    """A student is exported to ONNX once, and graphs start no process."""
     with pytest.MonkeyPatch.context() as patch:
         export_once(patch, onnx_files)
+        run_graphs_here(patch)
         yield
 
 
 @pytest.fixture(scope="session")
-def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """student.pt of the tiny recipe, its teacher beside it."""
+def tiny_student(shared: Path) -> Path:
+    """student.pt of the tiny recipe, its teacher beside it; trained by one worker of pytest-xdist."""
+    runs = shared / "runs of flows"
     recipe = parse_recipe(tiny.recipe())
-    source = open_source(recipe.data, Path("data"))
-    runs = tmp_path_factory.mktemp("shared runs")
-    stage = adapt.stage_1(recipe, source, Path("data"), runs)
-    run = distill.Run(recipe, "tiny", source, runs, stage.contents, stage.key)
-    accelerator = make_accelerator("fp32")
-    return distill.distill(
-        run,
-        adapt.TeacherPreparation(stage, accelerator, lambda event: None, "again"),
-        accelerator,
-        lambda event: None,
-        "again",
-    )
+    with FileLock(f"{runs}.lock"):
+        source = open_source(recipe.data, Path("data"))
+        stage = adapt.stage_1(recipe, source, Path("data"), runs)
+        run = distill.Run(recipe, "tiny", source, runs, stage.contents, stage.key)
+        accelerator = make_accelerator("fp32")
+        teacher = adapt.TeacherPreparation(stage, accelerator, lambda event: None, "again")
+        if not run.student_file.is_file():
+            distill.distill(run, teacher, accelerator, lambda event: None, "again")
+        return run.student_file
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,7 @@ def test_base_classes_have_the_shots_that_they_have_among_all(done: adapt.Stage1
     assert set(base.test.labels or ()) == set(range(5))
 
 
+@pytest.mark.slow
 def test_the_kept_prompts_are_the_weighted_average_of_the_epochs(tmp_path: Path, weights: Path) -> None:
     """Of runs that stop after each epoch, since what an epoch does depends on those before it alone."""
     # Without its own cosine: SGD's rate depends on how many epochs there are.

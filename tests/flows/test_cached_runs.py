@@ -16,7 +16,7 @@ from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
-EPOCHS = 3
+EPOCHS = 2
 
 
 def make(runs: Path, weights: Path, name: str, cache: dict[str, Any] | None, **changes: Any):  # type: ignore[no-untyped-def]
@@ -58,6 +58,7 @@ def test_with_a_view_an_epoch_in_fp32_a_run_is_the_one_without_a_cache(
     assert same(plain, warm)
 
 
+@pytest.mark.slow
 def test_mixed_and_changed_crops_are_cached_as_others_are(tmp_path: Path, weights: Path, seen: list[int]) -> None:
     augment = {"mix": {"kind": "cutmix"}, "rand_augment": {"magnitude": 20}}
     plain = do(make(tmp_path, weights, "plain", None, augment=augment, ema_decay=0.9))
@@ -80,6 +81,7 @@ def test_students_with_and_without_mixed_crops_share_a_teacher(tmp_path: Path) -
     assert key(min_scale=0.3) != key()
 
 
+@pytest.mark.slow
 def test_other_students_and_seeds_read_what_one_has_filled(tmp_path: Path, weights: Path, seen: list[int]) -> None:
     do(make(tmp_path, weights, "first", FULL))
     computed = sum(seen)
@@ -108,6 +110,7 @@ def test_precomputing_leaves_nothing_to_compute(tmp_path: Path, weights: Path, s
     assert sum(seen) == 2 * tiny.TRAIN
 
 
+@pytest.mark.slow
 def test_another_teacher_crop_or_seed_has_another_cache(tmp_path: Path, weights: Path, seen: list[int]) -> None:
     do(make(tmp_path, weights, "first", FULL))
     for number, changes in enumerate(({"augment": {"min_scale": 0.5}}, {"precision": "bf16"})):
@@ -165,6 +168,7 @@ def test_precomputing_names_unreadable_images_and_stops_above_the_limit(tmp_path
         fill(5.0)
 
 
+@pytest.mark.slow
 def test_a_retrained_teacher_has_another_cache(tmp_path: Path, weights: Path) -> None:
     """Its settings are the same, and its weights need not be: on another machine, by other threads."""
     folders = []

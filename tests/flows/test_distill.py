@@ -84,6 +84,7 @@ def test_student_pt_is_plain_data(done: distill.Run) -> None:
     assert (done.folder / data["teacher"]).is_file()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(done: distill.Run, tmp_path: Path) -> None:
     again, other = make_run(tmp_path), make_run(tmp_path, seed=2)
     first, second, third = (
@@ -262,7 +263,7 @@ def test_unlabelled_images_and_a_local_checkpoint_are_enough(done: distill.Run, 
     (tmp_path / "classes.txt").write_text("".join(f"{digit}\n" for digit in range(10)))
     run = make_run(
         tmp_path / "runs",
-        data={"folder": str(tmp_path / "photos"), "classes": str(tmp_path / "classes.txt")},
+        data={"folder": str(tmp_path / "photos"), "classes": str(tmp_path / "classes.txt"), "workers": 0},
         teacher={"config": tiny.CLIP, "weights": str(weights)},
         optim={**tiny.OPTIM, "batch_size": 16},
     )
@@ -303,7 +304,7 @@ def test_unreadable_images_are_named_and_skipped_within_the_limit(done: distill.
             folder.mkdir(parents=True, exist_ok=True)
             done.source.train.open(index).save(folder / f"{index}.png")
     (tmp_path / "digits2" / "train" / "3" / "broken.png").write_bytes(b"not a picture")
-    data = {"folder": str(tmp_path / "digits2"), "unreadable_limit_percent": 5.0}
+    data = {"folder": str(tmp_path / "digits2"), "unreadable_limit_percent": 5.0, "workers": 0}
     optim = {**tiny.OPTIM, "batch_size": 20}
     events: list[Event] = []
     do(make_run(tmp_path / "runs", data=data, optim=optim), events)

@@ -191,11 +191,14 @@ def whole(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out") / "whole"
     # So small a student loses more in eight bits than a useful one; the gates are tested elsewhere.
     options = ExportOptions(precisions=ALL, text=True, gates=WIDE, license="apache-2.0")
-    exported = export(tiny_student, out, Path("data"), quietly, options=options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "ROUNDS", 1)  # each starts a process for each method of quantisation
+        exported = export(tiny_student, out, Path("data"), quietly, options=options)
     assert exported.failed == {}
     return out
 
 
+@pytest.mark.slow
 def test_every_precision_has_its_graphs_and_figures(whole: Path) -> None:
     manifest = json.loads((whole / "manifest.json").read_text())
     assert list(manifest["precisions"]) == list(ALL)
@@ -212,6 +215,7 @@ def test_every_precision_has_its_graphs_and_figures(whole: Path) -> None:
         assert np.corrcoef(found.ravel(), exact.ravel())[0, 1] > least
 
 
+@pytest.mark.slow
 def test_every_graph_says_what_it_is(whole: Path, tiny_student: Path) -> None:
     manifest = json.loads((whole / "manifest.json").read_text())
     digest = hashlib.sha256(tiny_student.read_bytes()).hexdigest()
@@ -233,6 +237,7 @@ def test_every_graph_says_what_it_is(whole: Path, tiny_student: Path) -> None:
         assert found["threshold"]["value"] == manifest["threshold"]["value"]
 
 
+@pytest.mark.slow
 def test_every_precision_has_the_confidence_of_its_own_answers(whole: Path) -> None:
     manifest = json.loads((whole / "manifest.json").read_text())
     errors = [entry["confidence"]["calibration_error_percent"] for entry in manifest["precisions"].values()]
@@ -244,6 +249,7 @@ def test_every_precision_has_the_confidence_of_its_own_answers(whole: Path) -> N
         assert low <= entry["confidence"]["accepted_percent"] <= high
 
 
+@pytest.mark.slow
 def test_the_first_precision_is_the_default(whole: Path) -> None:
     images = np.zeros((1, 3, 16, 16), np.float32)
     assert np.array_equal(Classifier(whole).logits(images), Classifier(whole, precision="fp32").logits(images))
@@ -253,6 +259,7 @@ def test_the_first_precision_is_the_default(whole: Path) -> None:
     assert (caught.value.found, caught.value.allowed) == ("int4", "fp32, fp16, int8")
 
 
+@pytest.mark.slow
 def test_a_class_that_is_added_on_the_device_has_pytorchs_logits(whole: Path, tiny_student: Path) -> None:
     student, record = load_student(tiny_student)
     encoder = class_encoder(record, tiny_student)
@@ -271,6 +278,7 @@ def test_a_class_that_is_added_on_the_device_has_pytorchs_logits(whole: Path, ti
         classifier.add_classes(["red fox"])
 
 
+@pytest.mark.slow
 def test_a_bundle_of_several_prompts_adds_classes_by_all_templates(weights: Path, tmp_path: Path) -> None:
     """Of a student whose own classes have templates and descriptions, and one of them was added to it."""
     recipe = parse_recipe(tiny.recipe(teacher={"config": tiny.CLIP, "weights": str(weights)}))
@@ -328,6 +336,7 @@ def test_a_bundle_of_several_prompts_adds_classes_by_all_templates(weights: Path
     np.testing.assert_allclose(older.logits(images)[:, -1], single.numpy(), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_predict_py_is_one_file_with_its_tokenizer(whole: Path, tmp_path: Path) -> None:
     image = tmp_path / "it.png"
     digits_source().train.open(3).save(image)
@@ -396,6 +405,7 @@ def test_classes_can_be_added_to_a_bundle_with_text_alone(bundle: Path) -> None:
     assert caught.value.remedy == "export it with --text to add classes"
 
 
+@pytest.mark.slow
 def test_the_model_card_has_the_hubs_metadata_and_the_numbers(whole: Path) -> None:
     card = (whole / "README.md").read_text()
     _, metadata, text = card.split("---\n", 2)
@@ -495,6 +505,7 @@ def test_the_text_encoder_of_a_retrained_teacher_is_not_exported(tiny_student: P
     assert caught.value.path == student
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "problem", "found"),
     [
@@ -539,10 +550,12 @@ def test_a_precision_can_be_exported_without_fp32(tiny_student: Path, tmp_path: 
     assert Classifier(tmp_path / "bundle").class_names == [str(digit) for digit in range(10)]
 
 
+@pytest.mark.slow
 def test_latency_and_memory_are_compared_with_pytorch(
     tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(latency, "ROUNDS", 1)  # each starts a process of PyTorch for each number of threads
+    monkeypatch.setattr(latency, "usable_cores", lambda: 1)
     options = ExportOptions(benchmark=True)
     manifest = export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=options).manifest
     entries = {(entry["name"], entry["threads"]): entry for entry in manifest["latency"]}
@@ -556,6 +569,7 @@ def test_latency_and_memory_are_compared_with_pytorch(
 # --- checks on another machine -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_machine_that_exported_a_bundle_differs_by_nothing_in_any_precision(whole: Path) -> None:
     tested = self_test(whole)
     assert [check.name for check in tested.checks] == ["tensors", *ALL]
@@ -684,7 +698,7 @@ def test_force_only_replaces_a_bundle(tiny_student: Path, tmp_path: Path) -> Non
 
 
 def without_measurement(methods: list[Contender], *_: object) -> dict[str, Timing]:
-    """Equal timings, in place of fifteen processes that another test starts."""
+    """Equal timings, in place of the processes that the bundle `whole` starts."""
     return {method.name: Timing(0.001, 0.001, 0.001) for method in methods}
 
 

@@ -122,6 +122,7 @@ def test_a_probed_teacher_is_reused_and_belongs_to_its_labels_and_settings(
         load_saved_teacher(stage.file, ("a", "b"), torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_the_whole_run_trains_scores_and_exports(
     done: tuple[adapt.Stage1, list[Event]], pictures: Path, weights: Path, tmp_path: Path
 ) -> None:

@@ -95,6 +95,7 @@ def test_no_held_out_image_is_opened_by_a_training_that_scores_nothing(
     assert len(run.source.train) + len(run.source.test) == 90
 
 
+@pytest.mark.slow
 def test_training_evaluation_and_export_give_the_same_score_on_the_same_held_out_images(
     labelled: tuple[distill.Run, list[str], list[Event]], tmp_path: Path
 ) -> None:

@@ -15,6 +15,9 @@ from comkd_cli.flows.init import Request, propose, proposed_schedule, write_reci
 from comkd_cli.models.choice import Limit
 from comkd_cli.recipe import Recipe, load_recipe
 from comkd_cli.recipe.model import FullAdapt, PromptSrcAdapt
+from tests import warm
+from tests.hub import READ_THE_ADDRESS
+from tests.outlined import outline_once
 
 WriteImage = Callable[..., Path]
 
@@ -24,6 +27,7 @@ def this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No weights in the cache and no GPU, whatever the tests run on."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no cache"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    outline_once(monkeypatch)
     monkeypatch.chdir(tmp_path)
 
 
@@ -41,6 +45,7 @@ def loaded(text: str) -> Recipe:
     return load_recipe("recipe.yaml")
 
 
+@pytest.mark.slow
 def test_a_labelled_folder_gets_a_teacher_by_prompts_and_a_student_a_tenth_of_it(pets: Path) -> None:
     proposal = propose(Request(pets))
     recipe = loaded(proposal.text)
@@ -144,15 +149,13 @@ def test_the_schedule_follows_its_rule(images: int) -> None:
 
 
 @pytest.mark.slow
-def test_the_latency_is_measured_and_the_recipe_trains_as_it_is(
-    pets: Path, run_comkd: Callable[..., object], tmp_path: Path
-) -> None:
+def test_the_latency_is_measured_and_the_recipe_trains_as_it_is(pets: Path, tmp_path: Path) -> None:
     environment = {"HF_HUB_CACHE": str(tmp_path / "no cache"), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
 
     def run(*arguments: str) -> str:
-        done = run_comkd(*arguments, cwd=tmp_path, env=environment, timeout=280)
-        assert done.returncode == 0, done.stderr  # type: ignore[attr-defined]
-        return str(done.stdout)  # type: ignore[attr-defined]
+        done = warm.run(*arguments, cwd=tmp_path, env=environment, fresh=READ_THE_ADDRESS)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     said = run("init", "pets", "--no-download", "--max-latency", "10s")
     assert "ms on one thread" in said

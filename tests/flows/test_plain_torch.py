@@ -59,6 +59,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.pt" for name in ("teacher", "student")}
 
 
+@pytest.mark.slow
 def test_a_run_without_both_modules_is_promptkd_step_for_step(
     tmp_path: Path, weights: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

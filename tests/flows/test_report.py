@@ -1,8 +1,6 @@
 import json
 import re
 import shutil
-import subprocess
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from comkd_cli.models.costs import multiply_adds
 from comkd_cli.recipe.model import Data
 from comkd_cli.report.details import PICTURES, Making
 from comkd_cli.results.records import Record, Results
+from tests import warm
 
 
 def collected(student: Path, data: Data | None = None, datasets: tuple[str, ...] = ()) -> tuple[RunCollector, Results]:
@@ -137,21 +136,21 @@ def test_results_without_a_student_make_no_run() -> None:
 
 
 @pytest.mark.slow
-def test_evaluate_and_report_leave_the_page_beside_the_student(
-    tiny_student: Path, tmp_path: Path, run_comkd: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_evaluate_and_report_leave_the_page_beside_the_student(tiny_student: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     shutil.copytree(tiny_student.parents[3], runs)
     student = runs / tiny_student.relative_to(tiny_student.parents[3])
-    scored = run_comkd("evaluate", student, "--runs", runs, cwd=tmp_path)
+    scored = warm.run("evaluate", student, "--runs", runs, cwd=tmp_path, figures=True)
     assert scored.returncode == 0, scored.stderr
     page = (student.parent / "report.html").read_text(encoding="utf-8")
     records = json.loads((student.parent / "results.json").read_text())["records"]
     assert values(page, "top1_percent")[-2:] == [record["top1_percent"] for record in records]
-    again = run_comkd("report", student.parent, student, "--runs", runs, "--out", "both.html", cwd=tmp_path)
+    again = warm.run(
+        "report", student.parent, student, "--runs", runs, "--out", "both.html", cwd=tmp_path, figures=True
+    )
     assert again.returncode == 0, again.stderr
     assert again.stdout.split() == ["report:", "both.html"]
     assert "2 runs compared" in (tmp_path / "both.html").read_text(encoding="utf-8")
-    refused = run_comkd("report", runs / "tiny", cwd=tmp_path)
+    refused = warm.run("report", runs / "tiny", cwd=tmp_path)
     assert refused.returncode == 1
     assert str(student.parent) in refused.stderr

@@ -78,6 +78,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_within_windows_ends_with_the_same_bits(
     tmp_path: Path, weights: Path, pattern: str
 ) -> None:

@@ -47,6 +47,7 @@ def test_checkpointing_changes_no_bit(runs: Path, plain: dict[str, torch.Tensor]
     assert all(torch.equal(found[name], value) for name, value in plain.items())
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_bit_of_a_teacher_of_prompts(tmp_path: Path) -> None:
     from comkd_cli.models.backbones import build_clip
 
@@ -119,7 +120,8 @@ def test_more_parts_than_pairs_of_images_are_refused_before_a_teacher_is_trained
 @pytest.mark.slow
 @pytest.mark.needs_tool("g++")
 @pytest.mark.filterwarnings("ignore")  # of what torch.compile loads
-def test_compiled_towers_train_the_same_student(runs: Path) -> None:
+def test_compiled_towers_train_the_same_student(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # in this process
     # Not AdamW, which makes steps of the rounding errors where a gradient is nothing.
     sgd = {"name": "sgd", "epochs": 1, "batch_size": 32, "learning_rate": 0.01, "warmup_epochs": 0}
     plain, compiled = (train(runs, optim=sgd, compile=on) for on in (False, True))

@@ -102,6 +102,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("features")
 
 
+@pytest.mark.slow
 def test_one_call_covers_every_dataset_and_protocol(root: Path, clip: str, kept: Path) -> None:
     results = evaluate(clip, Path("runs"), bench(root, kept, EVERY))
     assert results.missing == []
@@ -125,6 +126,7 @@ def test_one_call_covers_every_dataset_and_protocol(root: Path, clip: str, kept:
     }
 
 
+@pytest.mark.slow
 def test_a_second_call_with_other_shots_or_protocols_reads_no_image(
     root: Path, clip: str, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

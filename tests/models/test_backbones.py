@@ -129,6 +129,7 @@ def test_the_digest_of_a_folder_is_that_of_its_weights(tmp_path: Path) -> None:
     assert len(digests) == 2
 
 
+@pytest.mark.slow
 def test_a_model_of_a_hub_is_scored(tmp_path: Path) -> None:
     weights = tmp_path / "w.bin"
     torch.save(build_clip(Model(config=tiny.CLIP), seed=1).model.state_dict(), weights)

@@ -1,12 +1,14 @@
 """What is proposed can be built, and what is in the Hub's cache is known."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 import timm
+import torch
 from huggingface_hub import constants
 
-from comkd_cli.models.backbones import outline_image_tower
+from comkd_cli.models.backbones import ImageTower
 from comkd_cli.models.candidates import (
     STUDENTS,
     TEACHERS,
@@ -17,28 +19,41 @@ from comkd_cli.models.candidates import (
 )
 from comkd_cli.models.costs import parameters
 from comkd_cli.recipe.model import Model
+from tests.outlined import outlined
+
+
+def tower_of(candidate: StudentCandidate, size: int) -> ImageTower:
+    return outlined(Model(config=candidate.config(size, pretrained=False)))
+
+
+@cache
+def own_parameters(name: str) -> tuple[int, int]:
+    """Of timm's own model: the number of its parameters and the width of its features."""
+    with torch.device("meta"):
+        own = timm.create_model(name, num_classes=0, pretrained=False)
+    return parameters(own), own.num_features
 
 
 @pytest.mark.parametrize("size", [64, 128, 224])
 @pytest.mark.parametrize("candidate", STUDENTS, ids=lambda candidate: candidate.base_name)
 def test_a_student_is_the_whole_timm_tower_at_its_size(candidate: StudentCandidate, size: int) -> None:
-    tower = outline_image_tower(Model(config=candidate.config(size, pretrained=False)))
-    own = timm.create_model(candidate.timm_name, num_classes=0, pretrained=False)
-    projection = 0 if candidate.proj == "none" else own.num_features * candidate.embed_dim
-    assert parameters(tower.module) == parameters(own) + projection
+    tower = tower_of(candidate, size)
+    own, width = own_parameters(candidate.timm_name)
+    projection = 0 if candidate.proj == "none" else width * candidate.embed_dim
+    assert parameters(tower.module) == own + projection
     assert tower.width == candidate.embed_dim
     assert tower.preprocessing.size == (size if candidate.any_size else 224)
 
 
 def test_students_have_weights_at_timm_and_are_ordered_from_the_largest() -> None:
     assert all(timm.get_pretrained_cfg(candidate.timm_name).license == "apache-2.0" for candidate in STUDENTS)
-    counts = [parameters(outline_image_tower(Model(config=c.config(224, pretrained=False))).module) for c in STUDENTS]
+    counts = [parameters(tower_of(candidate, 224).module) for candidate in STUDENTS]
     assert counts == sorted(counts, reverse=True)
 
 
 @pytest.mark.parametrize("size", [64, 128])
 def test_the_untrained_teacher_takes_its_size(size: int) -> None:
-    tower = outline_image_tower(Model(config=untrained_teacher(size)))
+    tower = outlined(Model(config=untrained_teacher(size)))
     assert (tower.width, tower.preprocessing.size) == (64, size)
 
 

@@ -9,6 +9,7 @@ from huggingface_hub import constants
 from comkd_cli.edge.images import Preprocessing
 from comkd_cli.errors import ModelError
 from comkd_cli.method.student import Student
+from comkd_cli.models import choice
 from comkd_cli.models.choice import (
     ChosenTeacher,
     Limit,
@@ -18,11 +19,13 @@ from comkd_cli.models.choice import (
     proposed_image_size,
 )
 from comkd_cli.models.costs import parameters
+from tests.outlined import outline_once
 
 
 @pytest.fixture(autouse=True)
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def an_empty_cache_and_one_outline_of_each_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no cache"))
+    outline_once(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +108,10 @@ def test_a_budget_beyond_every_candidate_is_refused_with_the_nearest() -> None:
     assert caught.value.allowed == "1,000 parameters"
 
 
-def test_the_largest_student_within_the_latency_is_taken_and_measured_ones_are_named() -> None:
+def test_the_largest_student_within_the_latency_is_taken_and_measured_ones_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choice, "build_image_tower", lambda model, load_weights: choice.outline_image_tower(model))
     chosen = chooser({23: 40.0, 10: 21.0, 7: 19.5}).choose(Limit(milliseconds=20))
     assert (chosen.name, chosen.milliseconds) == ("vit_tiny_patch16_224", 19.5)
     assert "vit_small_patch16_224 40.0 ms; mobilenetv4_conv_medium 21.0 ms" in chosen.reason

@@ -1,12 +1,16 @@
 """Every recipe that comes with comkd: valid, outlined without a download, and trained for two steps, reduced."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from comkd_cli.cli.app import main
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.sources import open_source
 from comkd_cli.flows import adapt, distill
@@ -17,9 +21,8 @@ from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.recipe.loading import bundled_recipes
 from comkd_cli.recipe.model import Model
 from comkd_cli.training.accelerator import make_accelerator
-from tests import tiny, warm
+from tests import tiny
 from tests.flows.test_suite import fill
-from tests.hub import READ_THE_ADDRESS
 
 NAMES = sorted(bundled_recipes())
 PAPER = [name for name in NAMES if name not in ("digits", "labels_only", "cifar10")]
@@ -111,26 +114,36 @@ def test_its_models_are_outlined_without_weights_or_images(name: str) -> None:
     assert (outline.student_trainable_parameters == outline.student_image_tower_parameters) == full
 
 
-def test_the_command_prints_them_with_no_network_and_no_data(tmp_path: Path) -> None:
-    env = {"HF_HUB_OFFLINE": "1", "COMKD_DATA": str(tmp_path / "nothing")}
-    planned = warm.run("distill", "vitl_to_vitb", "--dry-run", cwd=tmp_path, env=env, fresh=READ_THE_ADDRESS)
-    assert planned.returncode == 0, planned.stderr
+def planned(*arguments: object) -> str:
+    """What `comkd distill ARGUMENTS --dry-run` prints, without its line breaks."""
+    result = CliRunner().invoke(main, ["distill", *map(str, arguments), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    return " ".join(result.stdout.split())
+
+
+@pytest.mark.filterwarnings("ignore")  # of libraries, which the command hides
+def test_the_command_prints_them_with_no_network_and_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was opened"))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("an address was looked up"))
+    monkeypatch.setenv("COMKD_DATA", str(tmp_path / "nothing"))
+    monkeypatch.chdir(tmp_path)
+    printed = planned("vitl_to_vitb")
     for word in ("427,", "G multiply-adds", "trainable", "was not found"):
-        assert word in " ".join(planned.stdout.split())
+        assert word in printed
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_tells_of_each_kind_of_images_that_are_not_there(tmp_path: Path) -> None:
-    nothing = warm.run("distill", "cifar10", "--dry-run", cwd=tmp_path)
-    assert nothing.returncode == 0, nothing.stderr
-    assert "no such file or folder: cifar10, data/cifar10" in " ".join(nothing.stdout.split())
+@pytest.mark.filterwarnings("ignore")  # of libraries, which the command hides
+def test_a_dry_run_tells_of_each_kind_of_images_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "no such file or folder: cifar10, data/cifar10" in planned("cifar10")
     only_target = tmp_path / "data"
     fill(CATALOG["eurosat"], only_target)
-    cross = warm.run("distill", "vitl_to_vitb_cross", "--dry-run", "--data-root", only_target, cwd=tmp_path)
-    assert cross.returncode == 0, cross.stderr
-    told = " ".join(cross.stdout.split())
-    assert "12 training images" in told
-    assert "imagenet was not found" in told
+    cross = planned("vitl_to_vitb_cross", "--data-root", only_target)
+    assert "12 training images" in cross
+    assert "imagenet was not found" in cross
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +173,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reduced_run(name: str, runs: Path, root: Path, small: dict[str, Any]) -> distill.Run:
     """A recipe with small models and one epoch of small batches, trained."""
     plain = load_recipe(name).model_dump(mode="json")
-    reduced = {"epochs": 1, "batch_size": 6}
+    reduced = {"epochs": 1, "batch_size": 84 if plain["data"]["dataset"] == "digits" else 6}
     plain["optim"] |= reduced
     if plain["teacher"]["adapt"]["method"] != "none":
         plain["teacher"]["adapt"] |= reduced
@@ -187,35 +200,42 @@ def reduced_run(name: str, runs: Path, root: Path, small: dict[str, Any]) -> dis
     return run
 
 
-@pytest.mark.usefixtures("few_digits")
+Reduced = Callable[[str], distill.Run]
+
+
+@pytest.fixture(scope="module")
+def reduced(tmp_path_factory: pytest.TempPathFactory, root: Path, small: dict[str, Any], few_digits: None) -> Reduced:
+    """Trains a recipe at reduced size, once for all tests; recipes with the same teacher share it."""
+    runs = tmp_path_factory.mktemp("runs")
+    return cache(lambda name: reduced_run(name, runs, root, small))
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_two_steps_at_reduced_size(name: str, tmp_path: Path, root: Path, small: dict[str, Any]) -> None:
-    run = reduced_run(name, tmp_path, root, small)
+def test_two_steps_at_reduced_size(name: str, reduced: Reduced) -> None:
+    run = reduced(name)
     (line,) = (run.folder / "metrics.jsonl").read_text().splitlines()
     assert distill.plan(run).steps_per_epoch >= 2
     assert json.loads(line)["loss"] > 0
 
 
 def test_a_student_of_imagenets_teacher_is_scored_as_cross_dataset_and_another_as_base_to_novel(
-    tmp_path: Path, root: Path, small: dict[str, Any]
+    reduced: Reduced, root: Path
 ) -> None:
     protocols = ("cross-dataset", "base-to-novel")
     found = {}
     for name in ("vitl_to_vitb", "vitl_to_vitb_cross"):
-        run = reduced_run(name, tmp_path, root, small)
+        run = reduced(name)
         bench = Bench(torch.device("cpu"), root, lambda event: None, protocols=protocols)
-        records = evaluate(str(run.student_file), tmp_path, bench).records
+        records = evaluate(str(run.student_file), run.runs, bench).records
         found[name] = {record.protocol for record in records if record.role == "student"}
     assert found == {"vitl_to_vitb": {"base-to-novel"}, "vitl_to_vitb_cross": set(protocols)}
 
 
-def test_a_student_of_a_variant_learns_from_its_unlabelled_test_images(
-    tmp_path: Path, root: Path, small: dict[str, Any]
-) -> None:
-    run = reduced_run("vitl_to_vitb_dg", tmp_path, root, small)
+def test_a_student_of_a_variant_learns_from_its_unlabelled_test_images(reduced: Reduced, root: Path) -> None:
+    run = reduced("vitl_to_vitb_dg")
     assert run.source.train.labels is None
     assert run.source.test is not None
     assert run.source.train.keys == run.source.test.keys
     bench = Bench(torch.device("cpu"), root, lambda event: None, protocols=("domain-generalization",))
-    records = evaluate(str(run.student_file), tmp_path, bench).records
+    records = evaluate(str(run.student_file), run.runs, bench).records
     assert {(record.dataset, record.protocol) for record in records} == {("imagenetv2", "domain-generalization")}

@@ -453,6 +453,7 @@ def with_about(about: str) -> dict[str, Any]:
     return {**read_yaml(MINIMAL, "minimal"), "about": about}
 
 
+@pytest.mark.slow
 @given(PLAIN_RECIPES)
 @example(with_about("\x85"))  # a line break before YAML 1.2, and none since
 @example(with_about("\u2028 \x06\x06\u0100" + 6 * "\U00010000" + "0 0"))  # escaped, and too long for a line of 80

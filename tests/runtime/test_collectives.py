@@ -1,21 +1,21 @@
 """Two real processes that exchange over gloo: slow ones are waited for, those that hang are not."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from comkd_cli.errors import PeerError
 from comkd_cli.runtime import collectives
+from tests import warm
 
 TIMEOUT_SECONDS = 2.0
+long = pytest.mark.slow  # two processes that wait for one another
 PREAMBLE = f"""
 import os, signal, sys, time
 from datetime import timedelta
@@ -35,39 +35,38 @@ def failure(work):
     return "none"
 """
 
-Start = Callable[[str], list[subprocess.Popen[str]]]
+Start = Callable[[str], list[warm.Process]]
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
+def start(tmp_path: Path) -> Iterator[Start]:
     """Start two processes of one run, each with the code of the test."""
-    begun: list[subprocess.Popen[str]] = []
+    with ExitStack() as stack:
 
-    def launch(code: str) -> list[subprocess.Popen[str]]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        root = str(Path(__file__).parents[2])
-        for rank in range(2):
-            env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-            env |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-            command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(code)]
-            begun.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-        return begun
+        def launch(code: str) -> list[warm.Process]:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            (tmp_path / "code_of_a_rank.py").write_text(PREAMBLE + textwrap.dedent(code))
+            shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            begun = []
+            for rank in range(2):
+                env = {**shared, "RANK": str(rank)}
+                process = warm.Process(cwd=tmp_path, env=env, module="code_of_a_rank", package=tmp_path, few=False)
+                begun.append(stack.enter_context(process))
+                stack.callback(process.kill)
+            return begun
 
-    yield launch
-    for process in begun:
-        process.kill()
-        process.communicate()
+        yield launch
 
 
-def answers(begun: list[subprocess.Popen[str]]) -> list[str]:
+def answers(begun: list[warm.Process]) -> list[str]:
     ended = [process.communicate(timeout=90) for process in begun]
     assert [process.returncode for process in begun] == [0, 0], ended
     return [out.strip() for out, _ in ended]
 
 
-@pytest.mark.slow
+@long
 def test_slow_work_of_any_process_is_waited_for_beyond_the_timeout(start: Start) -> None:
     code = """
     def slow(of):
@@ -88,6 +87,7 @@ def test_slow_work_of_any_process_is_waited_for_beyond_the_timeout(start: Start)
     assert answers(start(code)) == ["['0', '1', '1', '0'] [[7], [8]] 0 ['a', 'b']"] * 2
 
 
+@long
 def test_the_main_process_is_through_a_block_before_another_enters(start: Start) -> None:
     code = """
     with collectives.main_first():
@@ -101,6 +101,7 @@ def test_the_main_process_is_through_a_block_before_another_enters(start: Start)
     assert answers(start(code)) == ["True", "True"]
 
 
+@long
 def test_a_process_that_hangs_fails_the_others_within_the_timeout(start: Start) -> None:
     code = """
     collectives.barrier()
@@ -117,6 +118,7 @@ def test_a_process_that_hangs_fails_the_others_within_the_timeout(start: Start) 
     assert float(said.split("after ")[1].split()[0]) <= TIMEOUT_SECONDS + 3
 
 
+@long
 def test_a_process_that_is_stopped_within_an_unlimited_block_fails_it(start: Start) -> None:
     code = """
     def work():
@@ -136,6 +138,7 @@ def test_a_process_that_is_stopped_within_an_unlimited_block_fails_it(start: Sta
     assert time.monotonic() - began < TIMEOUT_SECONDS + 8
 
 
+@long
 def test_a_process_that_ends_is_told_to_the_others_at_once(start: Start) -> None:
     code = """
     def work():
@@ -148,6 +151,7 @@ def test_a_process_that_ends_is_told_to_the_others_at_once(start: Start) -> None
     assert said.startswith("PeerError: another rank exited"), trouble
 
 
+@long
 def test_an_error_of_one_process_is_raised_by_all(start: Start) -> None:
     code = """
     def work(failing):

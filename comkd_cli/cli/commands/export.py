@@ -162,6 +162,7 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     text encoder in fp16 or int8 has a gate of its own (`text.cosine_min`, `text.agreement_min_percent`): a cosine of at
     least 0.995 with the fp32 vector of every name and a top-1 agreement of at least 99.5 %.
     """
+    # Longer than 60 lines because each of its options is a parameter and a field.
     from comkd_cli.cli.terminal import reporting, starting
 
     if text and text_student is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from comkd_cli.flows.distill.stage_2 import build_student
 from comkd_cli.models.backbones import outline_clip, outline_image_tower
 from comkd_cli.models.costs import multiply_adds, parameters
 from comkd_cli.recipe import Recipe
-from comkd_cli.recipe.model import PromptSrcAdapt
+from comkd_cli.recipe.model import PromptSrcAdapt, Teacher
 from comkd_cli.teachers.prompted import prompted_clip
 from comkd_cli.training.checkpoint import has_checkpoint
 
@@ -46,27 +47,48 @@ class Plan:
     """Of the run's files: new, to be resumed, finished, or another run's."""
 
 
+@dataclass(frozen=True)
+class _TeacherOutline:
+    parameters: int
+    image_tower_parameters: int
+    multiply_adds: int
+    dim: int
+
+
 def outline(recipe: Recipe, classes: int) -> Outline:
     """What the recipe's models cost; they are built without weights, so that nothing is fetched. Raises ModelError."""
-    clip = outline_clip(recipe.teacher)
-    adapt = recipe.teacher.adapt
-    tokens = clip.tokenize(["a photo of a thing."]).to("meta")
-    dim = int(clip.model.encode_text(tokens).shape[-1])  # type: ignore[operator]
+    teacher = _outline_teacher(recipe.teacher.model_dump_json())
     with torch.device("meta"):
-        if isinstance(adapt, PromptSrcAdapt):
-            prompted_clip(clip, adapt.vision_depth, adapt.text_depth, adapt.tokens)
         tower = outline_image_tower(recipe.student)
-        student = build_student(recipe, tower, torch.zeros(classes, dim), torch.ones(()))
-    teacher_tower: nn.Module = clip.model.visual  # type: ignore[assignment]
+        student = build_student(recipe, tower, torch.zeros(classes, teacher.dim), torch.ones(()))
     return Outline(
         classes=classes,
-        teacher_parameters=parameters(clip.model),
-        teacher_image_tower_parameters=parameters(teacher_tower),
-        teacher_multiply_adds=multiply_adds(teacher_tower, clip.preprocessing.size),
-        teacher_dim=dim,
+        teacher_parameters=teacher.parameters,
+        teacher_image_tower_parameters=teacher.image_tower_parameters,
+        teacher_multiply_adds=teacher.multiply_adds,
+        teacher_dim=teacher.dim,
         student_image_tower_parameters=parameters(student),
         student_trainable_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
         student_multiply_adds=multiply_adds(student, tower.preprocessing.size),
+    )
+
+
+@cache
+def _outline_teacher(settings: str) -> _TeacherOutline:
+    """settings: a Teacher as JSON, which a cache can compare. The runs of a plan for many datasets share it."""
+    teacher = Teacher.model_validate_json(settings)
+    clip = outline_clip(teacher)
+    tokens = clip.tokenize(["a photo of a thing."]).to("meta")
+    dim = int(clip.model.encode_text(tokens).shape[-1])  # type: ignore[operator]
+    if isinstance(teacher.adapt, PromptSrcAdapt):
+        with torch.device("meta"):
+            prompted_clip(clip, teacher.adapt.vision_depth, teacher.adapt.text_depth, teacher.adapt.tokens)
+    tower: nn.Module = clip.model.visual  # type: ignore[assignment]
+    return _TeacherOutline(
+        parameters=parameters(clip.model),
+        image_tower_parameters=parameters(tower),
+        multiply_adds=multiply_adds(tower, clip.preprocessing.size),
+        dim=dim,
     )
 
 
