@@ -20,6 +20,7 @@ from comkd_cli.bundles import input_parity, parity
 from comkd_cli.bundles.bundle import graph_name
 from comkd_cli.bundles.gates import GATES, Gate
 from comkd_cli.bundles.graphs import opset_of
+from comkd_cli.bundles.metadata import metadata_of
 from comkd_cli.bundles.parity import Reference, measure_parity
 from comkd_cli.data.digits import digits_source
 from comkd_cli.edge.classifier import Classifier
@@ -99,6 +100,8 @@ def test_the_manifest_and_the_card_name_the_graphs_and_their_figures(prepared: P
     }
     assert names < set(manifest["files"])
     assert all(name in card for name in names)
+    fields = metadata_of(onnx.load(prepared / "classifier.pixels.fp16.onnx"))
+    assert (fields["kind"], fields["precision"], fields["input"]) == ("classifier", "fp16", "pixels")
     figures = manifest["precisions"]["fp32"]["inputs"]["image"]
     assert figures["levels"]["difference_max"] <= 2
     assert figures["parity"]["top1_agreement_percent"] == 100
