@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -12,7 +11,8 @@ from comkd_cli.bundles import precisions
 from comkd_cli.bundles.gates import Gate
 from comkd_cli.bundles.latency import Timing
 from comkd_cli.bundles.lowering import lower
-from comkd_cli.bundles.precisions import QuantisationImages, Quantiser, to_fp16
+from comkd_cli.bundles.precisions import OPTIMIZATION, QuantisationImages, Quantiser, to_fp16
+from comkd_cli.edge.classifier import start_session
 
 GATE = Gate(cosine_min=0.98, agreement_min_percent=98.0, top1_loss_max_points=1.0)
 IMAGES, HEAD = np.zeros((20, 3, 2, 2), np.float32), np.eye(2, dtype=np.float32)
@@ -142,6 +142,6 @@ def test_a_norm_of_large_activations_survives_fp16_in_an_old_opset(tmp_path: Pat
     to_fp16(tmp_path / "source.onnx", tmp_path / "target.onnx")
     image = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
     centred = image - image.mean(axis=1, keepdims=True)
-    session = onnxruntime.InferenceSession(tmp_path / "target.onnx", providers=["CPUExecutionProvider"])
+    session = start_session((tmp_path / "target.onnx").read_bytes(), threads=1, optimization=OPTIMIZATION["fp16"])
     (found,) = session.run(None, {"image": image})
     np.testing.assert_allclose(found, centred / centred.std(axis=1, keepdims=True), atol=0.01)
