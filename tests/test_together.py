@@ -140,9 +140,9 @@ def test_two_processes_train_the_digits_recipe_to_the_accuracy_of_one(workshop: 
     assert ended.returncode == 0, ended.stderr
     students = [workshop / runs / "digits/digits/seed1/student.pt" for runs in ("digits", "digits too")]
     first, second = (torch.load(path, weights_only=True)["metrics"]["test_top1_percent"] for path in students)
-    assert first > 90
-    # Rounding is amplified by training: of 360 images, some may fall to either side.
-    assert abs(first - second) < 2
+    assert first > 70
+    # Rounding is amplified by training: of 84 images, some may fall to either side.
+    assert abs(first - second) < 4
 
 
 def test_the_teacher_of_two_processes_is_that_of_one(one_process: Path, two_processes: Path) -> None:

@@ -19,8 +19,8 @@ from tests.exported import export_once, run_graphs_here
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_flows(onnx_files: Path) -> Iterator[None]:
-    """A student is exported to ONNX once, and graphs start no process."""
+def short_exports(onnx_files: Path) -> Iterator[None]:
+    """Each student is exported to ONNX once, and graphs start no process."""
     with pytest.MonkeyPatch.context() as patch:
         export_once(patch, onnx_files)
         run_graphs_here(patch)
@@ -29,7 +29,7 @@ def short_flows(onnx_files: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_student(shared: Path) -> Path:
-    """student.pt of the tiny recipe, its teacher beside it; trained by one worker of pytest-xdist."""
+    """student.pt of the tiny recipe, its teacher beside it; trained by one worker of pytest-xdist for all."""
     runs = shared / "runs of flows"
     recipe = parse_recipe(tiny.recipe())
     with FileLock(f"{runs}.lock"):

@@ -349,6 +349,7 @@ def test_predict_py_is_one_file_with_its_tokenizer(whole: Path, tmp_path: Path) 
     assert "comkd_cli" not in (whole / "predict.py").read_text().replace("comkd_cli/", "")
 
 
+@pytest.mark.slow
 def test_the_text_encoder_has_the_precision_of_the_other_graphs(whole: Path, tmp_path: Path) -> None:
     manifest = json.loads((whole / "manifest.json").read_text())
     entries = manifest["text"]["precisions"]
