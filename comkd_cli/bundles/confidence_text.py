@@ -64,7 +64,7 @@ def _threshold(manifest: Mapping[str, Any]) -> Iterator[str]:
         low, high = negatives["false_acceptance_interval_percent"]
         yield (
             f"Of {negatives['images']} images of none of the classes {negatives['false_acceptance_percent']:.1f} % are "
-            f"accepted wrongly (95 % interval {low:.1f} to {high:.1f} %); AUROC {negatives['auroc']:.3f}."
+            f"wrongly accepted (95 % interval {low:.1f} to {high:.1f} %); AUROC {negatives['auroc']:.3f}."
         )
     else:
         yield "It was not measured on images of none of the classes."

@@ -25,9 +25,9 @@ class SpeedGate:
     """How fast a precision must be on the machine that exports it; None is no limit."""
 
     max_latency_ms: float | None = None
-    """Milliseconds of one image at one thread, by the median."""
+    """Milliseconds of one image on one thread, by the median."""
     min_speedup: float | None = None
-    """Milliseconds of eager PyTorch in fp32 over those of the graph, both of one image at one thread."""
+    """Milliseconds of eager PyTorch in fp32 over those of the graph, both of one image on one thread."""
 
     @property
     def measures(self) -> bool:
@@ -38,9 +38,9 @@ class SpeedGate:
         """Each figure that misses its limit, with that limit; empty if the gate is passed."""
         missed = []
         if self.max_latency_ms is not None and not milliseconds <= self.max_latency_ms:
-            missed.append(f"{milliseconds:.2f} ms for one image at one thread (limit {self.max_latency_ms:g} ms)")
+            missed.append(f"{milliseconds:.2f} ms for one image on one thread (limit {self.max_latency_ms:g} ms)")
         if self.min_speedup is not None and not speed_up >= self.min_speedup:
-            missed.append(f"{speed_up:.2f} times as fast as PyTorch at one thread (limit {self.min_speedup:g})")
+            missed.append(f"{speed_up:.2f} times as fast as PyTorch on one thread (limit {self.min_speedup:g})")
         return missed
 
 

@@ -42,7 +42,7 @@ def reference_images() -> tuple[ReferenceImage, ...]:
     """The images, always in the same order and with the same pixels."""
     return (
         _png("odd", "sides that are odd and no multiple of anything", Image.fromarray(_scene(253, 227, 1))),
-        _png("portrait", "higher than wide: the crop is vertical", Image.fromarray(_scene(171, 307, 2))),
+        _png("portrait", "taller than wide: the crop is vertical", Image.fromarray(_scene(171, 307, 2))),
         _rotated(),
         _png("grey", "one channel", Image.fromarray(_grey(_scene(243, 181, 4)))),
         _palette(),

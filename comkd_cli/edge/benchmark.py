@@ -1,4 +1,4 @@
-"""Times a bundle on this machine: pre-processing, and each precision at one thread and at all, batch 1 and 8.
+"""Times a bundle on this machine: pre-processing, and each precision on one thread and on all, batch 1 and 8.
 
 Needs numpy and Pillow, and a classifier; it becomes a part of every bundle's predict.py.
 """

@@ -15,8 +15,8 @@ def test_a_limit_itself_passes() -> None:
 
 
 def test_each_figure_that_misses_is_named_with_its_limit() -> None:
-    assert SpeedGate(max_latency_ms=20).failures(20.5, 0.1) == ["20.50 ms for one image at one thread (limit 20 ms)"]
+    assert SpeedGate(max_latency_ms=20).failures(20.5, 0.1) == ["20.50 ms for one image on one thread (limit 20 ms)"]
     assert SpeedGate(min_speedup=1.5).failures(99.0, 1.49) == [
-        "1.49 times as fast as PyTorch at one thread (limit 1.5)"
+        "1.49 times as fast as PyTorch on one thread (limit 1.5)"
     ]
     assert len(SpeedGate(1, 2).failures(float("nan"), float("nan"))) == 2

@@ -608,7 +608,7 @@ def test_a_graph_that_cannot_run_the_reference_images_is_left_out(
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp32 takes 10 ms at one thread, twice as fast as PyTorch, and fp16 4 ms; at two threads each takes half."""
+    """fp32 takes 10 ms on one thread, twice as fast as PyTorch, and fp16 4 ms; at two threads each takes half."""
 
     def stand_in(_student: Path, graphs: list[Contender], *_: object) -> list[Measured]:
         one = {"pytorch": 0.020, "fp32": 0.010, "fp16": 0.004}
@@ -625,8 +625,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("speed", "reason"),
     [
-        (SpeedGate(max_latency_ms=9), "10.00 ms for one image at one thread (limit 9 ms)"),
-        (SpeedGate(min_speedup=2.5), "2.00 times as fast as PyTorch at one thread (limit 2.5)"),
+        (SpeedGate(max_latency_ms=9), "10.00 ms for one image on one thread (limit 9 ms)"),
+        (SpeedGate(min_speedup=2.5), "2.00 times as fast as PyTorch on one thread (limit 2.5)"),
     ],
 )
 def test_a_precision_that_is_too_slow_is_left_out_with_its_figures(

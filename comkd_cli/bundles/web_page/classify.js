@@ -258,7 +258,7 @@ function showClasses(image, classes, none) {
   spoken.textContent = ` shows ${classes[0].class}, ${percent(classes[0].probability)}`;
   if (none) {
     spoken.textContent = `: the likeliest is ${classes[0].class}, ${percent(classes[0].probability)}`;
-    element("none").textContent = `None of these: the likeliest has ${percent(classes[0].probability)}, below its threshold`;
+    element("none").textContent = `None of these: the most likely class has only ${percent(classes[0].probability)}, which is below its threshold`;
   }
   element("none").hidden = !none;
   element("status").replaceChildren(image, spoken);

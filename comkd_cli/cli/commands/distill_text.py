@@ -36,18 +36,18 @@ if TYPE_CHECKING:
     type=click.FloatRange(min=0, max=100, min_open=True, max_open=True),
     default=10.0,
     show_default=True,
-    help="Share of the names that are not trained on, but scored.",
+    help="Share of names held out for scoring.",
 )
 @click.option("--epochs", type=click.IntRange(min=1), default=30, show_default=True, help="Passes over the prompts.")
-@click.option("--batch-size", type=click.IntRange(min=2), default=256, show_default=True, help="Prompts of a step.")
+@click.option("--batch-size", type=click.IntRange(min=2), default=256, show_default=True, help="Prompts per step.")
 @click.option(
     "--learning-rate",
     type=click.FloatRange(min=0, min_open=True),
     default=1e-3,
     show_default=True,
-    help="Of AdamW, at its peak.",
+    help="Peak learning rate of AdamW.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Of weights and order.")
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Seed of weights and order.")
 @click.option("--fresh", is_flag=True, help="Start from scratch, discarding an existing file and checkpoint.")
 @runs_option
 @data_root_option
@@ -131,7 +131,7 @@ def _print(made: DistilledText, student: Path) -> None:
         ("held-out names", f"{figures['held_out_names']:.0f}"),
         ("  cosine, mean", f"{figures['held_out_cosine_mean']:.4f} (constant: {figures['constant_cosine_mean']:.4f})"),
         ("  cosine, worst", f"{figures['held_out_cosine_min']:.4f}"),
-        ("  nearest is its own", f"{figures['held_out_retrieval_percent']:.1f} %"),
+        ("  nearest vector is the same name's", f"{figures['held_out_retrieval_percent']:.1f} %"),
         ("classes trained on", f"{figures['classes_trained_on']:.0f} of {figures['classes']:.0f}"),
     ]
     if "images" in figures:

@@ -82,14 +82,14 @@ def _positive(_context: click.Context, parameter: click.Parameter, value: float 
     type=float,
     callback=_positive,
     metavar="MS",
-    help="Leave out a precision that takes longer for one image at one thread, as --benchmark measures it here.",
+    help="Leave out a precision that takes longer for one image on one thread, as --benchmark measures it here.",
 )
 @click.option(
     "--min-speedup",
     type=float,
     callback=_positive,
     metavar="X",
-    help="Leave out a precision that is not X times as fast as eager PyTorch, for one image at one thread.",
+    help="Leave out a precision that is not X times as fast as eager PyTorch, for one image on one thread.",
 )
 @click.option(
     "--accept",

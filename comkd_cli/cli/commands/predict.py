@@ -45,7 +45,11 @@ if TYPE_CHECKING:
     help="Time BUNDLE on this machine: pre-processing of IMAGE, or of one it makes, and each precision.",
 )
 @click.option(
-    "--seconds", type=click.FloatRange(min=0), default=2.0, show_default=True, help="Of each row of --benchmark."
+    "--seconds",
+    type=click.FloatRange(min=0),
+    default=2.0,
+    show_default=True,
+    help="Seconds per row of --benchmark.",
 )
 @json_option
 def command(
