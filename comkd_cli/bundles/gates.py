@@ -51,6 +51,8 @@ GATES = {
 }
 PRECISIONS = tuple(GATES)
 TEXT = "text"
+TEXT_LIMITS = ("cosine_min", "agreement_min_percent")
+"""The limits that the gate of a text encoder has."""
 TEXT_GATE = Gate(cosine_min=0.995, agreement_min_percent=99.5, top1_loss_max_points=float("inf"))
 """Of a text encoder in fewer bits, against its fp32 graph: the vectors of names, and images classified with them."""
 

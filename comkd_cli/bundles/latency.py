@@ -47,7 +47,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Measured:
-    """The figures of a contender at one number of threads, batch 1."""
+    """The figures of a contender at one number of threads, of one image: at a fixed batch, of its share of that."""
 
     name: str
     threads: int
@@ -127,6 +127,12 @@ def measure_latency(
         )
         for (name, threads), timing in timings.items()
     ]
+
+
+def measured_batch(manifest: Mapping[str, Any]) -> str:
+    """What the milliseconds of a graph are of, as the head of a table: an image, or its share of a fixed batch."""
+    batch = manifest["batch"] or 1
+    return "batch 1" if batch == 1 else f"share of batch {batch}"
 
 
 def disturbance(latency: Sequence[Mapping[str, Any]]) -> str | None:

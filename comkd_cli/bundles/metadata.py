@@ -49,9 +49,17 @@ class Origin:
             "threshold": {name: self.threshold[name] for name in ("score", "value", "classes")},
         }
 
-    def of_text_encoder(self, context_length: int) -> dict[str, Any]:
-        """The metadata of the text encoder, which reads `context_length` tokens."""
-        return {**self._common("text_encoder"), "context_length": context_length}
+    def of_text_encoder(self, context_length: int, templates: Sequence[str], precision: str) -> dict[str, Any]:
+        """The metadata of a text encoder, which reads `context_length` tokens.
+
+        templates: the prompts of a new class, which may be others than those of the student's own classes.
+        """
+        return {
+            **self._common("text_encoder"),
+            "templates": list(templates),
+            "precision": precision,
+            "context_length": context_length,
+        }
 
     def _common(self, kind: str) -> dict[str, Any]:
         return {

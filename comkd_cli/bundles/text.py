@@ -186,7 +186,10 @@ class TextExporter:
             entries |= self._add_reduced(reduced, features)
         if "fp32" not in precisions and len(entries) > 1:
             (self.folder / entries.pop("fp32")["file"]).unlink()
-        templates = tower.prompts.templates
+        templates, distilled = tower.prompts.templates, None
+        if tower.distilled is not None:
+            distilled = {**tower.distilled, **self._against(vectors, features)}
+            self.report(Notice(against_teacher(distilled)))
         return Text(
             prompt=templates[0],
             context_length=tower.context_length,
@@ -195,7 +198,7 @@ class TextExporter:
             precisions=entries,
             parameters=tower.parameters,
             vocabulary=None if tower.vocabulary is None else TEXT_VOCABULARY,
-            distilled=None if tower.distilled is None else {**tower.distilled, **self._against(vectors, features)},
+            distilled=distilled,
         )
 
     def _add_fp32(self) -> tuple[float, np.ndarray]:
@@ -268,6 +271,24 @@ class TextExporter:
             "classes_cosine_min": float(cosines.min()),
             "gate_agreement_percent": least_agreement_percent(features, self.class_vectors, vectors),
         }
+
+
+def against_teacher(distilled: Mapping[str, Any]) -> str:
+    """How close a distilled text encoder is to the teacher's. distilled: as in `Text.distilled`.
+
+    The checks of its graphs say only that they give what PyTorch gives, not that this is of use.
+    """
+    text = (
+        f"The distilled text encoder against the teacher's: {distilled['gate_agreement_percent']:.1f} % of the gate's "
+        f"images keep their class, worst class cosine {distilled['classes_cosine_min']:.3f}"
+    )
+    mean, constant = distilled["held_out_cosine_mean"], distilled["constant_cosine_mean"]
+    if mean <= constant:
+        text += (
+            f". On held-out names it is no closer to the teacher's than one constant vector (mean cosine {mean:.4f}, "
+            f"constant {constant:.4f}), so it hardly distinguishes classes that a device adds"
+        )
+    return text
 
 
 @torch.inference_mode()

@@ -49,6 +49,12 @@ def add_web_page(folder: Path, runtime: Path | None = None) -> None:
     shutil.copyfile(PAGE / LICENCE, target / "LICENSE")
 
 
+def check_runtime(runtime: Path | None) -> None:
+    """Raises ExportError if the folder that a user gives as the runtime does not hold it; None is not checked."""
+    if runtime is not None:
+        _given_runtime(runtime)
+
+
 def _given_runtime(runtime: Path) -> Path:
     """The folder of an unpacked package that holds the runtime's files."""
     for folder in (runtime / "dist", runtime):

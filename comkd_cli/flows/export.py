@@ -17,7 +17,7 @@ from comkd_cli.bundles.bundle import (
     learns_from_test_images,
 )
 from comkd_cli.bundles.confidence import Answered, ConfidenceFitter, FittedConfidence, StudentsTeacher, top1_of
-from comkd_cli.bundles.fit_part import MOST_TO_FIT, read_negatives, with_fit_part
+from comkd_cli.bundles.fit_part import MOST_TO_FIT, NOT_TRAINED_ON, read_negatives, with_fit_part
 from comkd_cli.bundles.folding import folded, folding
 from comkd_cli.bundles.gates import GATES, TEXT, TEXT_GATE, Gate, SpeedGate, in_order
 from comkd_cli.bundles.graphs import OPSET, GraphForm, add_classifier, check_graph, export_image_encoder
@@ -31,7 +31,7 @@ from comkd_cli.bundles.precisions import OPTIMIZATION, Quantisation, Quantisatio
 from comkd_cli.bundles.reference import ReferenceWriter
 from comkd_cli.bundles.student import StudentToExport
 from comkd_cli.bundles.text import TextExporter, TextOptions, TextTower, choose_tower
-from comkd_cli.bundles.web import add_web_page
+from comkd_cli.bundles.web import add_web_page, check_runtime
 from comkd_cli.data.folder import images_below
 from comkd_cli.data.sources import reopen_source
 from comkd_cli.errors import DataError, ExportError, Interrupted
@@ -105,6 +105,7 @@ def export(
         with stopping_at_once() as check_stop:
             check_target(out, force)
             check_inputs(options.inputs, options.opset, options.batch, options.web)
+            check_runtime(options.web_runtime)
             source = StudentToExport.load(student_file, options.allow_download)
             tower = choose_tower(student_file, source.record, source.head, options, report)
             with atomic_folder(out) as folder:  # before the work below, which a read-only folder would waste
@@ -181,7 +182,8 @@ class _Exporter:
             except ExportError as error:
                 check_stop()  # Ctrl-C also stops the process that runs the graph
                 self._leave_out(precision, error)
-        self._check_some("the exported graphs failed the parity check")
+        exact = "fp32" in self._options.precisions
+        self._check_some("no requested precision could be exported", None if exact else "add --precision fp32")
 
     def add_text(self, tower: TextTower) -> Text:
         """Write and check the graphs of a text encoder. Raises ExportError if its fp32 graph fails."""
@@ -200,8 +202,9 @@ class _Exporter:
             self._report(Stage("Adding the page for browsers"))
             add_web_page(self._folder, self._options.web_runtime)
         if text is not None:
-            for entry in text.precisions.values():
-                write_metadata(self._folder / entry["file"], self._origin.of_text_encoder(text.context_length))
+            for precision, entry in text.precisions.items():
+                fields = self._origin.of_text_encoder(text.context_length, text.templates, precision)
+                write_metadata(self._folder / entry["file"], fields)
         self._references.write(self._folder, self._parities)
         student, record = self._source.student, self._source.record
         contents = Contents(
@@ -285,11 +288,11 @@ class _Exporter:
         self._report(Notice(f"{precision} is left out: {error}"))
         self._remove(precision, keep_encoder=precision == "fp32")
 
-    def _check_some(self, problem: str) -> None:
+    def _check_some(self, problem: str, remedy: str | None = None) -> None:
         """Raises ExportError, with every reason, if no precision is left."""
         if not self._parities:
             reasons = "; ".join(f"{precision}: {reason}" for precision, reason in self.failed.items())
-            raise ExportError(f"{problem}, so no bundle was written: {reasons}")
+            raise ExportError(f"{problem}, so no bundle was written: {reasons}", remedy=remedy)
 
     def _remove(self, precision: str, keep_encoder: bool) -> None:
         """keep_encoder: the other precisions are made from the fp32 encoder."""
@@ -314,10 +317,13 @@ def _read_parts(record: StudentRecord, data_root: Path, options: ExportOptions, 
     """The images of the gates and those that int8 is made with."""
     gate, others = _pools(record, data_root, options, report)
     int8, most = "int8" in options.precisions, options.check_images
-    if gate.origin == "training" or learns_from_test_images(record):
+    if gate.origin == "training" or (gate.origin == "test" and learns_from_test_images(record)):
         parts = read_parts(gate, others, record.preprocessing, most, int8, report)
         return replace(parts, no_fit="there are no images that the student was not trained on")
-    return with_fit_part(read_parts(gate, others, record.preprocessing, most + MOST_TO_FIT, int8, report), most)
+    parts = with_fit_part(read_parts(gate, others, record.preprocessing, most + MOST_TO_FIT, int8, report), most)
+    if gate.origin == "given" and parts.fit is not None:
+        report(Notice(NOT_TRAINED_ON))
+    return parts
 
 
 def _pools(record: StudentRecord, data_root: Path, options: ExportOptions, report: Report) -> tuple[Pool, Pool]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from comkd_cli.bundles import latency
-from comkd_cli.bundles.latency import Contender, disturbance, measure_latency, single_thread_timings
+from comkd_cli.bundles.latency import Contender, disturbance, measure_latency, measured_batch, single_thread_timings
 from comkd_cli.errors import ExportError
 
 
@@ -27,6 +27,11 @@ def test_one_thread_and_all_cores_are_measured_and_the_spread_is_that_of_the_rou
     pytorch, fp32 = measure_latency(Path("student.pt"), [Contender("fp32", Path("g.onnx"))], 8, {})
     assert (pytorch.spread, fp32.spread) == (1, 3)
     assert (fp32.seconds, fp32.speed_up) == (2, 2)
+
+
+@pytest.mark.parametrize(("batch", "head"), [(None, "batch 1"), (1, "batch 1"), (8, "share of batch 8")])
+def test_a_table_says_that_a_fixed_batch_was_measured(batch: int | None, head: str) -> None:
+    assert measured_batch({"batch": batch}) == head
 
 
 def test_rounds_that_differ_are_reported() -> None:

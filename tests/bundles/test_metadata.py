@@ -56,10 +56,17 @@ def test_a_graph_has_all_that_is_needed_to_use_it_alone(graph: Path) -> None:
     assert session.run(None, {"image": values})[0].tolist() == [[0, 0, 2]]
 
 
+def test_a_text_encoder_names_the_prompts_of_new_classes(graph: Path) -> None:
+    write_metadata(graph, ORIGIN.of_text_encoder(77, ("a {}.", "the {}"), "fp16"))
+    found = metadata_of(onnx.load(graph))
+    assert (found["templates"], found["precision"], found["context_length"]) == (["a {}.", "the {}"], "fp16", 77)
+    assert (found["kind"], found["student_sha256"]) == ("text_encoder", "0" * 64)
+
+
 def test_the_same_metadata_give_the_same_bytes(graph: Path) -> None:
-    write_metadata(graph, ORIGIN.of_text_encoder(77))
+    write_metadata(graph, ORIGIN.of_text_encoder(77, ["a {}."], "fp32"))
     first = graph.read_bytes()
-    write_metadata(graph, ORIGIN.of_text_encoder(77))
+    write_metadata(graph, ORIGIN.of_text_encoder(77, ["a {}."], "fp32"))
     assert graph.read_bytes() == first
     assert metadata_of(onnx.load(graph))["context_length"] == 77
 

@@ -423,6 +423,11 @@ def test_predict_on_a_damaged_bundle_names_the_file(colour_bundle: Path, picture
         (("export", "student.pt", "--gate", "int8.cosine=0.9"), "should be PRECISION.LIMIT=VALUE"),
         (("export", "student.pt", "--gate", "int4.cosine_min=0.9"), "should be PRECISION.LIMIT=VALUE"),
         (("export", "student.pt", "--gate", "int8.cosine_min=much"), "'much' is not a number"),
+        (("export", "student.pt", "--gate", "text.difference_max=1"), "only the limits cosine_min, agreement_min"),
+        (
+            ("export", "student.pt", "--gate", "text.top1_loss_max_points=1"),
+            "only the limits cosine_min, agreement_min",
+        ),
         (("export", "student.pt", "--opset", "12"), "12 is not in the range x>=13"),
         (("export", "student.pt", "--batch", "0"), "0 is not in the range x>=1"),
         (("export", "student.pt", "--input", "jpeg"), "'jpeg' is not one of 'pixels', 'image'"),

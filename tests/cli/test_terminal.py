@@ -211,6 +211,7 @@ def test_no_figure_of_an_export_is_cut_at_any_width(shown, width: int | None) ->
         "precisions": {"fp32": {"classifier": "classifier.onnx", "parity": parity}},
         "files": {"classifier.onnx": {"bytes": 370_900}},
         "latency": [latency],
+        "batch": None,
     }
     text = shown(width, lambda: (_print_parity(manifest), _print_latency(manifest)))
     for figure in ("1.00", "0.987654", "100.00 %", "79.6 to 100.0 %", "98.76 %", "12.34", "1.23x", "456", "0.78"):

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from comkd_cli.bundles.gates import GATES, Gate
+from comkd_cli.bundles.metadata import metadata_of
+from comkd_cli.bundles.text import against_teacher
 from comkd_cli.data.batches import Batch
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.prompts import Prompts
@@ -25,7 +28,7 @@ from comkd_cli.edge.clip_tokenizer import END, START, Tokenizer
 from comkd_cli.edge.images import prepare
 from comkd_cli.edge.manifest import BundleProblem
 from comkd_cli.errors import CheckpointError, DataError, Interrupted, MisuseError
-from comkd_cli.events import Epoch, Event, Progress, ignore_event
+from comkd_cli.events import Epoch, Event, Notice, Progress, ignore_event
 from comkd_cli.flows.distill_text import DistilledText, DistillTextOptions, distill_text
 from comkd_cli.flows.distill_text.imitation import Imitation
 from comkd_cli.flows.distill_text.prompt_set import PromptLoader, PromptSet, padded
@@ -102,8 +105,17 @@ def test_the_text_encoder_is_small_and_its_figures_are_of_names_that_it_never_sa
 def test_a_bundle_adds_classes_with_it(made: DistilledText, tiny_student: Path, tmp_path: Path) -> None:
     gates = {**GATES, "text": Gate(0.9, 0.0, 100.0)}
     wanted = ExportOptions(text=True, text_student=made.path, text_precisions=("fp32", "int8"), gates=gates)
-    manifest = export(tiny_student, tmp_path / "bundle", Path("data"), ignore_event, options=wanted).manifest
+    data = torch.load(tiny_student, weights_only=True)
+    torch.save({**data, "template": "only the student's {}", "templates": []}, tmp_path / "student.pt")
+    events: list[Event] = []
+    manifest = export(
+        tmp_path / "student.pt", tmp_path / "bundle", Path("data"), events.append, options=wanted
+    ).manifest
     text = manifest["text"]
+    assert Notice(against_teacher(text["distilled"])) in events
+    for precision, entry in text["precisions"].items():
+        found = metadata_of(onnx.load(tmp_path / "bundle" / entry["file"]))
+        assert (found["templates"], found["precision"]) == (list(made.record.templates), precision)
     assert text["vocabulary"] == "text_vocabulary.npy"
     assert text["parameters"] == made.record.parameters
     assert text["distilled"]["held_out_cosine_mean"] == made.record.metrics["held_out_cosine_mean"]
@@ -129,6 +141,14 @@ def test_a_bundle_adds_classes_with_it(made: DistilledText, tiny_student: Path, 
     with pytest.raises(BundleProblem) as caught:
         Classifier(tmp_path / "bundle").add_classes(["owl"])
     assert caught.value.path == tmp_path / "bundle/text_vocabulary.npy"
+
+
+@pytest.mark.parametrize(("constant", "useless"), [(0.5, True), (0.4, False)])
+def test_a_bundle_says_how_close_a_distilled_encoder_is_to_the_teacher(constant: float, useless: bool) -> None:
+    figures = {"gate_agreement_percent": 12.34, "classes_cosine_min": 0.5678, "held_out_cosine_mean": 0.5}
+    text = against_teacher({**figures, "constant_cosine_mean": constant})
+    assert "12.3 % of the gate's images keep their class, worst class cosine 0.568" in text
+    assert ("no closer to the teacher's than one constant vector" in text) is useless
 
 
 def test_an_encoder_of_another_teacher_is_refused(made: DistilledText, tiny_student: Path, tmp_path: Path) -> None:

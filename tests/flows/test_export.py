@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 
 from comkd_cli.bundles import latency, precisions, text
 from comkd_cli.bundles.bundle import Head, check_head
-from comkd_cli.bundles.fit_part import with_fit_part
+from comkd_cli.bundles.fit_part import NOT_TRAINED_ON, with_fit_part
 from comkd_cli.bundles.gates import GATES, Gate, SpeedGate
 from comkd_cli.bundles.latency import Contender, Measured, Timing
 from comkd_cli.bundles.metadata import metadata_of
@@ -34,6 +34,7 @@ from comkd_cli.edge.classifier import Classifier
 from comkd_cli.edge.images import prepare
 from comkd_cli.edge.manifest import BundleProblem
 from comkd_cli.errors import BundleError, ComkdError, DataError, ExportError, Interrupted, WriteError
+from comkd_cli.events import Notice
 from comkd_cli.flows import export as export_flow
 from comkd_cli.flows.classes import AddOptions, add_classes
 from comkd_cli.flows.export import ExportOptions, export
@@ -175,8 +176,9 @@ def test_a_student_that_fails_parity_leaves_no_bundle(
     tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export_flow, "measure_parity", failing("fp32"))
-    with pytest.raises(ExportError, match=r"no bundle was written: fp32: max .difference. 2\.00e-02"):
+    with pytest.raises(ExportError, match=r"no bundle was written: fp32: max .difference. 2\.00e-02") as caught:
         export(tiny_student, tmp_path / "bundle", Path("data"), quietly)
+    assert caught.value.remedy is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -683,6 +685,41 @@ def test_images_for_the_check_can_come_from_a_folder(tiny_student: Path, tmp_pat
     assert manifest["test_top1_percent"] is not None  # of the training's own test images, whatever is given here
 
 
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of 120 images, which are enough to fit on."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index in range(120):
+        digits_source().train.open(index).save(folder / f"{index}.png")
+    return folder
+
+
+def test_given_images_are_fitted_on_with_a_notice_even_if_test_images_were_learned_from(
+    tiny_student: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_flow, "learns_from_test_images", lambda record: True)
+    _, record = load_student(tiny_student)
+    events: list[object] = []
+    parts = export_flow._read_parts(record, Path("data"), ExportOptions(pictures=pictures), events.append)
+    assert (parts.fit is not None, parts.no_fit) == (True, None)
+    assert Notice(NOT_TRAINED_ON) in events
+    events.clear()
+    parts = export_flow._read_parts(record, Path("data"), ExportOptions(), events.append)
+    assert (parts.fit is not None, parts.no_fit is not None) == (False, True)
+    assert Notice(NOT_TRAINED_ON) not in events
+
+
+def test_if_int8_alone_has_too_few_images_the_remedy_is_fp32(tiny_student: Path, pictures: Path) -> None:
+    for index in range(9, 120):
+        (pictures / f"{index}.png").unlink()
+    options = ExportOptions(precisions=("int8",), pictures=pictures)
+    with pytest.raises(ExportError, match=r"no requested precision could be exported.*: int8: int8 needs") as caught:
+        export(tiny_student, pictures.parent / "bundle", Path("data"), quietly, options=options)
+    assert caught.value.remedy == "add --precision fp32"
+    assert not (pictures.parent / "bundle").exists()
+
+
 def test_force_only_replaces_a_bundle(tiny_student: Path, tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "precious.bin").write_bytes(b"x")
@@ -993,6 +1030,17 @@ def test_an_unwritable_folder_is_refused_before_any_work(
     monkeypatch.setattr(export_flow, "read_parts", lambda *_: pytest.fail("images were read first"))
     with pytest.raises(WriteError, match=r"file/bundle: could not be written: .* is a file"):
         export(tiny_student, tmp_path / "file/bundle", Path("data"), quietly)
+
+
+def test_a_folder_without_the_runtime_is_refused_before_any_work(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_flow, "read_parts", lambda *_: pytest.fail("images were read first"))
+    options = ExportOptions(web=True, web_runtime=tmp_path)
+    with pytest.raises(ExportError) as caught:
+        export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=options)
+    assert caught.value.path == tmp_path
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from comkd_cli.bundles.gates import GATES, INPUTS, PRECISIONS, TEXT, TEXT_GATE, Gate, SpeedGate
+from comkd_cli.bundles.gates import GATES, INPUTS, PRECISIONS, TEXT, TEXT_GATE, TEXT_LIMITS, Gate, SpeedGate
 from comkd_cli.cli.options import allow_download_option, data_root_option, json_option, runs_option
 
 
@@ -82,7 +82,8 @@ def _positive(_context: click.Context, parameter: click.Parameter, value: float 
     type=float,
     callback=_positive,
     metavar="MS",
-    help="Leave out a precision that takes longer for one image on one thread, as --benchmark measures it here.",
+    help="Leave out a precision that takes longer for one image on one thread, as --benchmark measures it here; with "
+    "--batch, an image's share of the batch.",
 )
 @click.option(
     "--min-speedup",
@@ -223,6 +224,8 @@ def _gates(settings: tuple[str, ...]) -> dict[str, Gate]:
             raise click.UsageError(
                 f"--gate {setting}: should be PRECISION.LIMIT=VALUE, with {', '.join(changed)} and {', '.join(limits)}"
             )
+        if precision == TEXT and limit not in TEXT_LIMITS:
+            raise click.UsageError(f"--gate {setting}: {TEXT} has only the limits {', '.join(TEXT_LIMITS)}")
         try:
             number = float(value)
         except ValueError as error:
@@ -299,6 +302,7 @@ def _image_sizes(images: dict[str, Any]) -> str:
 
 
 def _print_latency(manifest: dict[str, Any]) -> None:
+    from comkd_cli.bundles.latency import measured_batch
     from comkd_cli.cli.terminal import Column, print_table
 
     heads = ("threads", "ms", "speed-up", "peak MiB", "of PyTorch's")
@@ -313,4 +317,4 @@ def _print_latency(manifest: dict[str, Any]) -> None:
         )
         for entry in manifest["latency"]
     ]
-    print_table([Column("batch 1", "word"), *map(Column, heads)], rows)
+    print_table([Column(measured_batch(manifest), "word"), *map(Column, heads)], rows)
