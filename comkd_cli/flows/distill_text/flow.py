@@ -20,8 +20,7 @@ from comkd_cli.files import sha256_of_data
 from comkd_cli.flows.distill_text.images import read_image_features
 from comkd_cli.flows.distill_text.imitation import Imitation, encode_texts
 from comkd_cli.flows.distill_text.prompt_set import PromptLoader, PromptSet
-from comkd_cli.flows.distill_text.teacher import TextTeacher
-from comkd_cli.models.backbones import tokens_cut
+from comkd_cli.flows.distill_text.teacher import TextTeacher, fits
 from comkd_cli.models.costs import parameters
 from comkd_cli.models.text_student import (
     ALWAYS,
@@ -174,7 +173,7 @@ class _Distillation:
         data_root = None if options.own_names_only else options.data_root
         own = self.teacher.record.trained_classes
         found = build_vocabulary(own, options.name_files, data_root, self.report)
-        vocabulary = found.where(lambda name: not any(tokens_cut(encoder.clip, encoder.prompts.of(name))))
+        vocabulary = found.where(lambda name: fits(encoder, name))
         if lost := len(found.names) - len(vocabulary.names):
             self.report(Notice(f"{lost:,} of {len(found.names):,} names are too long for the teacher and are left out"))
         trained, held = vocabulary.divided(options.held_out_percent)
