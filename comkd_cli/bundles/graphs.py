@@ -205,7 +205,9 @@ def _export(module: nn.Module, inputs: Mapping[str, Example], output: str, path:
         raise ExportError(problem, path=path.name, field=f"opset {opset}") from error
     if (written := opset_of(path)) != exporter_opset:
         problem = "not supported by torch's exporter for this model"
-        raise ExportError(problem, field="--opset", found=opset, remedy=f"export with --opset {written}")
+        raise ExportError(
+            problem, field="--opset", found=opset, remedy=f"export with --opset {OPSET if opset > OPSET else written}"
+        )
     save_graph(lower(onnx.load(path), opset), path)
 
 

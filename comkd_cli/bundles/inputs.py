@@ -14,7 +14,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from comkd_cli.bundles.graphs import IMAGE, check_graph, opset_of, save_graph
+from comkd_cli.bundles.graphs import IMAGE, OPSET, check_graph, opset_of, save_graph
+from comkd_cli.bundles.lowering import NEWEST_OPSET, OLDEST_OPSET
 from comkd_cli.bundles.metadata import metadata_of, write_metadata
 from comkd_cli.bundles.shapes import axis_length
 from comkd_cli.edge.images import Preprocessing
@@ -36,10 +37,18 @@ ROW, COLUMN = 2, 3
 
 
 def check_inputs(kinds: Sequence[str], opset: int, batch: int | None, web: bool) -> None:
-    """Refuse inputs and shapes that do not go together, and an input whose operators an opset lacks.
+    """Refuse inputs and shapes that do not go together, unknown opsets, and an input whose operators an opset lacks.
 
     web: whether the bundle has a page, which classifies one image at a time. Raises ExportError.
     """
+    if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
+        raise ExportError(
+            "comkd cannot write this opset",
+            field="--opset",
+            found=opset,
+            allowed=f"{OLDEST_OPSET} to {NEWEST_OPSET}",
+            remedy=f"export with --opset {OPSET}",
+        )
     if web and batch not in (None, 1):
         raise ExportError("the page of --web classifies one image at a time", field="--batch", found=batch, allowed="1")
     if "image" in kinds and batch is not None:

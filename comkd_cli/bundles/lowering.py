@@ -19,6 +19,8 @@ from comkd_cli.errors import ExportError
 
 EXPORTER_OPSET = 18
 OLDEST_OPSET = 13
+NEWEST_OPSET = 25
+"""The last that onnxscript's version converter knows, by which torch's exporter writes opsets after EXPORTER_OPSET."""
 NORM = ".norm."
 """In the names of the values of a normalisation that was decomposed: its squares need float32."""
 

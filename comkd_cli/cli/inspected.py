@@ -37,6 +37,7 @@ def _rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "format", _text(facts.get("format"))
     yield "size", f"{document['bytes']:,} bytes" if "bytes" in document else ""
     yield "files", _files(document.get("files"))
+    yield "reference", _text(_mapping(document.get("files")).get("reference"))
     yield "sha256", document["sha256"]
     for name in ("made_by", "recipe", "seed", "data", "held_out_percent", "student", "teacher", "student_sha256"):
         yield name.replace("_", " "), _text(facts.get(name))
@@ -54,6 +55,8 @@ def _rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "outputs", _values(document.get("outputs"))
     yield "opset", _text(facts.get("opset") or facts.get("opsets"))
     yield "weights", _weights(document)
+    yield "parameters", _parameters(document)
+    yield "tokens", _text(document.get("tokens"))
     yield "logit scale", _text(facts.get("logit_scale"))
     yield "temperature", _text(facts.get("temperature") or _mapping(facts.get("calibration")).get("temperature"))
     yield "threshold", _threshold(_mapping(facts.get("threshold")))
@@ -62,7 +65,7 @@ def _rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "top-1", _text(facts.get("test_top1_percent"))
     yield "left out", _text(facts.get("failed"))
     yield "text encoder", _text(facts.get("text"))
-    yield "context length", _text(metadata.get("context_length"))
+    yield "context length", _text(facts.get("context_length"))
     yield "license", _text(facts.get("license"))
     yield "identity", _text(facts.get("identity") or facts.get("key"))
 
@@ -103,6 +106,13 @@ def _weights(document: Mapping[str, Any]) -> str:
     if "weights" in document:
         return f"{document['weights']:,} numbers ({', '.join(document['weight_types'])}), {document['nodes']:,} nodes"
     return f"{document['parameters']:,} parameters" if "parameters" in document else ""
+
+
+def _parameters(document: Mapping[str, Any]) -> str:
+    """Of a text encoder, beside its teacher's."""
+    if "teacher_parameters" not in document:
+        return ""
+    return f"{document['parameters']:,}, of the teacher's {document['teacher_parameters']:,}"
 
 
 def _files(files: Mapping[str, Any] | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +26,22 @@ LISTED_IN_FILES = ("split", "aircraft")  # layouts whose class names are read wi
 class Vocabulary:
     """Distinct names, and where they come from."""
 
-    names: tuple[str, ...]
-    origins: Mapping[str, int]
-    """By origin, how many names come from it; a name counts for the first one that has it."""
+    origin_of: Mapping[str, str]
+    """By name, the first origin that has it."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the order of their origins."""
+        return tuple(self.origin_of)
+
+    @property
+    def origins(self) -> dict[str, int]:
+        """By origin, how many of the names come from it first."""
+        return dict(Counter(self.origin_of.values()))
+
+    def where(self, keeps: Callable[[str], bool]) -> Vocabulary:
+        """The names for which `keeps` is true."""
+        return Vocabulary({name: origin for name, origin in self.origin_of.items() if keeps(name)})
 
     def divided(self, held_out_percent: float) -> tuple[list[str], list[str]]:
         """The names to train on and the held-out ones; which side a name is on depends on the name alone."""
@@ -63,15 +76,15 @@ def build_vocabulary(
     sources += [(str(path), read_class_names(path)) for path in name_files]
     if data_root is not None:
         sources += [*_suite_names(data_root, report), ("ImageNet", imagenet_names()), ("WordNet", wordnet_names())]
-    names: dict[str, str] = {}
-    origins: Counter[str] = Counter()
+    keys: set[str] = set()
+    origin_of: dict[str, str] = {}
     for origin, found in sources:
         for name in _usable(found):
             key = class_key(name)
-            if key not in names:
-                names[key] = name
-                origins[origin] += 1
-    return Vocabulary(tuple(names.values()), dict(origins))
+            if key not in keys:
+                keys.add(key)
+                origin_of[name] = origin
+    return Vocabulary(origin_of)
 
 
 def imagenet_names() -> tuple[str, ...]:

@@ -25,13 +25,14 @@ from PIL import Image
 
 from comkd_cli.edge.class_names import clean_class_name
 from comkd_cli.edge.clip_tokenizer import Tokenizer
-from comkd_cli.edge.figures import add_figure_options, figures_command, json_text, misused_figures
+from comkd_cli.edge.figures import add_figure_options, classifying_options, figures_command, json_text, misused_figures
 from comkd_cli.edge.fixed_batch import run_in_batches
 from comkd_cli.edge.folder_csv import CsvJob, bundle_settings, folder_csv_command
 from comkd_cli.edge.images import ImageSource, UnreadableImage, load_prepared
 from comkd_cli.edge.manifest import EXPORT_AGAIN, BundleProblem, read_manifest, read_preprocessing, verified_bytes
 from comkd_cli.edge.threshold import NONE_OF_THESE, read_confidence
 
+TOP = 5
 STANDARD_INPUT = "-"  # in the place of an image's path; a file of that name is ./-
 ADDED_NOTE = "the threshold was fitted without the added classes"
 
@@ -316,7 +317,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--bundle", type=Path, default=Path(__file__).parent, help="the bundle; default: the folder of this file"
     )
-    parser.add_argument("--top", type=int, default=5, help="number of classes to print for an image")
+    parser.add_argument("--top", type=int, help=f"number of classes to print for an image; default: {TOP}")
     parser.add_argument("--precision", help="fp32, fp16 or int8; default: the first of the bundle")
     parser.add_argument("--add-class", action="append", default=[], metavar="NAME", help="add a class; may be repeated")
     parser.add_argument("--no-threshold", action="store_true", help=f"never answer {NONE_OF_THESE!r}")
@@ -327,14 +328,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="replace the CSV file instead of resuming it")
     add_figure_options(parser)
     options = parser.parse_args(arguments)
+    others = classifying_options(options)
+    options.top = TOP if options.top is None else options.top
     if options.top < 1:
         parser.error("--top must be at least 1")
     if options.csv and (options.json or len(options.images) != 1):
         parser.error("--csv takes one folder of images, and no --json")
     if options.fresh and not options.csv:
         parser.error("--fresh belongs to --csv")
-    others = bool(options.csv or options.add_class)
-    if problem := misused_figures(options.self_test, options.benchmark, len(options.images), others):
+    if problem := misused_figures(options.self_test, options.benchmark, options.images, others, options.seconds):
         parser.error(problem)
     return options
 

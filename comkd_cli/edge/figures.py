@@ -6,6 +6,7 @@ import argparse
 import codecs
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from comkd_cli.edge.benchmark import ROW_SECONDS, Benchmark, BenchmarkJob, run_benchmark
@@ -24,21 +25,41 @@ def add_figure_options(parser: argparse.ArgumentParser) -> None:
         help="time the bundle here; pre-processing on IMAGE, or on an image it makes",
     )
     parser.add_argument(
-        "--seconds", type=float, default=ROW_SECONDS, help="with --benchmark: time of each row; default: %(default)s"
+        "--seconds", type=float, help=f"with --benchmark: time of each row, at least 0; default: {ROW_SECONDS}"
     )
 
 
-def misused_figures(self_test: bool, benchmark: bool, images: int, others: bool) -> str | None:
+def classifying_options(options: argparse.Namespace) -> list[str]:
+    """The given options of predict.py that belong to classifying. options.top: None if it is not given."""
+    given = {
+        "--csv": options.csv,
+        "--add-class": options.add_class,
+        "--no-threshold": options.no_threshold,
+        "--top": options.top is not None,
+    }
+    return [name for name, value in given.items() if value]
+
+
+def misused_figures(
+    self_test: bool, benchmark: bool, images: Sequence[str], others: Sequence[str], seconds: float | None
+) -> str | None:
     """Why these options, or the lack of an image, do not go together; None if they do.
 
-    images: how many are given. others: whether there is an option that belongs to classifying.
+    images: those given. others: the given options that belong to classifying. seconds: None if the option is not given.
     """
-    if not (self_test or benchmark):
-        return None if images else "give an IMAGE, --self-test or --benchmark"
     if self_test and benchmark:
         return "--self-test and --benchmark exclude each other"
-    if others or images > benchmark:
-        return "--self-test takes no IMAGE, --benchmark one at most, and neither takes --csv or --add-class"
+    if seconds is not None and not benchmark:
+        return "--seconds belongs to --benchmark"
+    if not (self_test or benchmark):
+        return None if images else "give an IMAGE, --self-test or --benchmark"
+    if others or len(images) > benchmark:
+        extra = "--self-test takes no IMAGE, --benchmark one at most, and neither takes options of classifying"
+        return f"{extra}: {', '.join(others)}" if others else extra
+    if "-" in images:
+        return "--benchmark reads an image file, not standard input"
+    if seconds is not None and not seconds >= 0:  # NaN compares as false
+        return "--seconds must be at least 0"
     return None
 
 
@@ -52,7 +73,8 @@ def figures_command(options: argparse.Namespace, classifier: Any) -> int:
         figures = run_self_test(options.bundle, options.precision, classifier)
     else:
         image = options.images[0] if options.images else None
-        job = BenchmarkJob(options.bundle, options.precision, image, options.seconds)
+        seconds = ROW_SECONDS if options.seconds is None else options.seconds
+        job = BenchmarkJob(options.bundle, options.precision, image, seconds)
         try:
             figures = run_benchmark(job, classifier)
         except KeyboardInterrupt:

@@ -164,6 +164,8 @@ class _Reference:
                 remedy=EXPORT_AGAIN,
             )
         path = folder / REFERENCE_FILE
+        if not path.is_file():
+            raise BundleProblem("was removed; --self-test compares with it", path=path, remedy=EXPORT_AGAIN)
         content = verified_bytes(folder, manifest, REFERENCE_FILE)
         try:
             document = json.loads(content)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from comkd_cli.bundles.problems import bundle_errors
 from comkd_cli.edge.benchmark import Benchmark, BenchmarkJob, run_benchmark
 from comkd_cli.edge.classifier import ADDED_NOTE, Classifier, predict_all
 from comkd_cli.edge.folder_csv import CsvJob, CsvProblem, CsvSummary, bundle_settings, write_folder_csv
 from comkd_cli.edge.image_files import skipped_text
 from comkd_cli.edge.images import UnreadableImage
-from comkd_cli.edge.manifest import BundleProblem
 from comkd_cli.edge.self_test import SelfTest, run_self_test
-from comkd_cli.errors import BundleError, DataError
+from comkd_cli.errors import DataError
 from comkd_cli.events import Notice, Progress, Report, ignore_event
 
 
@@ -44,7 +43,7 @@ def predict(
     images: paths; `-` is standard input. precision: None takes the first of the bundle. add_classes: names of classes
     beside the bundle's own. threshold: apply the bundle's. Raises BundleError.
     """
-    with _bundle_errors():
+    with bundle_errors():
         return predict_all(_classifier(bundle, precision, add_classes, threshold), images, top)
 
 
@@ -62,7 +61,7 @@ def predict_folder(
     was written from other images or settings; OSError where the system refuses to write.
     """
     try:
-        with _bundle_errors():
+        with bundle_errors():
             classifier = _classifier(bundle, precision, add_classes, table.threshold)
             made_by = bundle_settings(bundle, precision, add_classes, table.threshold)
             job = CsvJob(table.folder, table.path, top, made_by, table.fresh)
@@ -83,14 +82,14 @@ def self_test(bundle: Path, precision: str | None = None) -> SelfTest:
 
     precision: None checks each of the bundle. Raises BundleError, as for a bundle of an older version.
     """
-    with _bundle_errors():
+    with bundle_errors():
         return run_self_test(bundle, precision, Classifier)
 
 
 def benchmark(job: BenchmarkJob, report: Report = ignore_event) -> Benchmark:
     """Time a bundle on this machine. Raises BundleError, and DataError for an image that cannot be read."""
     try:
-        with _bundle_errors():
+        with bundle_errors():
             return run_benchmark(
                 job, Classifier, lambda done, total: report(Progress("timing the bundle", done, total))
             )
@@ -103,19 +102,3 @@ def _classifier(bundle: Path, precision: str | None, add_classes: Sequence[str],
     if add_classes:
         classifier.add_classes(add_classes)
     return classifier
-
-
-@contextmanager
-def _bundle_errors() -> Iterator[None]:
-    """Within the block a BundleProblem becomes a BundleError with its fields."""
-    try:
-        yield
-    except BundleProblem as error:
-        raise BundleError(
-            error.problem,
-            path=error.path,
-            field=error.field,
-            found=error.found,
-            allowed=error.allowed,
-            remedy=error.remedy,
-        ) from error

@@ -189,6 +189,17 @@ def save_text_student(path: Path, module: TextStudent, record: TextRecord) -> No
 
 def load_text_student(path: Path) -> tuple[TextStudent, TextRecord]:
     """The text encoder of a text_student.pt, on the CPU and in evaluation mode. Raises CheckpointError."""
+    record, state = load_text_state(path)
+    try:
+        module = TextStudent(record.shape, len(record.vocabulary), record.class_vectors.shape[1])
+        module.load_state_dict(state)
+    except Exception as error:  # any shape of damaged content
+        raise _damaged(path, error) from error
+    return module.eval(), record
+
+
+def load_text_state(path: Path) -> tuple[TextRecord, dict[str, Tensor]]:
+    """The record and the weights of a text_student.pt, without building the encoder. Raises CheckpointError."""
     data = load_plain(path, TEXT_FORMAT, "a text encoder")
     try:
         record = TextRecord(
@@ -206,13 +217,15 @@ def load_text_student(path: Path) -> tuple[TextStudent, TextRecord]:
         check_plain(data, ("merges",), ())
         check_tensors(path, {**data, "logit_scale": torch.ones(())}, record.class_names)
         _check_vocabulary(record)
-        module = TextStudent(record.shape, len(record.vocabulary), record.class_vectors.shape[1])
-        module.load_state_dict(data["state_dict"])
     except CheckpointError:
         raise
     except Exception as error:  # any shape of damaged content
-        raise CheckpointError(f"is a damaged text encoder: {reason_of(error)}", path=path) from error
-    return module.eval(), record
+        raise _damaged(path, error) from error
+    return record, data["state_dict"]
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"is a damaged text encoder: {reason_of(error)}", path=path)
 
 
 def _check_vocabulary(record: TextRecord) -> None:

@@ -107,6 +107,7 @@ def test_the_fixed_batch_of_a_graph_stays(tmp_path: Path) -> None:
     ("kinds", "opset", "batch", "web", "field"),
     [
         (["image"], 17, None, False, "--opset"),
+        ([], 99, None, False, "--opset"),
         (["pixels", "image"], 20, 1, False, "--input"),
         ([], 20, 2, True, "--batch"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,8 +22,10 @@ from comkd_cli.edge.images import Preprocessing
 from comkd_cli.models.checkpoints import SavedTeacher, StudentRecord, TeacherRecord, save_teacher
 from comkd_cli.models.clip import Origin
 from comkd_cli.models.plain_data import save_plain
+from comkd_cli.models.text_student import new_text_student, save_text_student
 from comkd_cli.recipe import parse_recipe
 from tests import tiny
+from tests.models.test_text_student import record as text_record
 
 HOSTILE = "\x1b]0;owned\x07\x9b31m\u202ecat"
 ESCAPED = r"\x1b]0;owned\x07\x9b31m\u202ecat"
@@ -99,6 +102,19 @@ def test_a_teacher_has_what_it_was_adapted_from(teacher: Path) -> None:
     assert ESCAPED in inspect(teacher).output
 
 
+def test_a_text_student_has_its_size_beside_its_teachers(tmp_path: Path) -> None:
+    made = text_record(class_names=("cat", HOSTILE))
+    path = tmp_path / "text_student.pt"
+    save_text_student(path, new_text_student(made.shape, made.vocabulary, 12, seed=1), made)
+    found = document(path)
+    assert (found["kind"], found["parameters"], found["teacher_parameters"]) == ("text student", 10, 100)
+    assert (found["tokens"], found["classes"]) == (len(made.vocabulary), ["cat", HOSTILE])
+    assert (found["templates"], found["metrics"]) == (["a photo of a {}."], {"held_out_names": 2.0})
+    printed = inspect(path).output
+    assert "10, of the teacher's 100" in printed
+    assert ESCAPED in printed
+
+
 def test_a_graph_has_its_inputs_outputs_and_metadata(colour_bundle: Path) -> None:
     path = colour_bundle / "classifier.onnx"
     bare = document(path)
@@ -125,6 +141,14 @@ def test_a_bundle_has_its_manifests_facts_and_the_state_of_its_files(
     assert changed.exit_code == 1
     assert "1 changed" in changed.output
     assert "classifier.onnx" in changed.stderr
+
+
+def test_a_removed_reference_is_no_fault_but_a_part_of_it_is(referenced: Path) -> None:
+    (referenced / "reference/odd.npy").unlink()
+    assert inspect(referenced).exit_code == 1
+    shutil.rmtree(referenced / "reference")
+    files = document(referenced)["files"]
+    assert (files["reference"], files["missing"]) == ("removed", [])
 
 
 def test_a_manifest_cannot_make_it_read_files_elsewhere(colour_bundle: Path, tmp_path: Path) -> None:
@@ -166,7 +190,7 @@ def test_a_file_of_no_known_kind_is_one_error(tmp_path: Path, name: str) -> None
     assert result.exit_code == 1
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1
-    assert "student.pt, teacher.pt, an exported .onnx, a bundle" in result.stderr
+    assert "student.pt, teacher.pt, text_student.pt, an exported .onnx, a bundle" in result.stderr
 
 
 def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:

@@ -27,6 +27,13 @@ def test_a_name_counts_once_for_its_first_origin(tmp_path: Path) -> None:
     assert found.origins == {"the run": 2, str(names): 2}
 
 
+def test_names_that_are_left_out_do_not_count(tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("owl\nbumble bee\n", encoding="utf-8")
+    found = build_vocabulary(["red fox", "cat"], [names], None).where(lambda name: " " not in name)
+    assert (found.names, found.origins) == (("cat", "owl"), {"the run": 1, str(names): 1})
+
+
 def test_datasets_on_this_machine_give_their_names_and_damaged_ones_a_notice(tmp_path: Path) -> None:
     for folder, file, content in (
         ("dtd", "split_zhou_DescribableTextures.json", {"train": [["a.jpg", 0, "polka_dotted"]]}),

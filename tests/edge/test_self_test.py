@@ -1,6 +1,7 @@
 """A bundle's check of another machine: what passes, and each thing that does not."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,14 @@ def test_an_older_bundle_has_nothing_to_check_against(colour_bundle: Path, capsy
     assert "an older comkd exported the bundle" in printed.err
 
 
+def test_a_removed_reference_is_one_error_with_the_remedy(referenced: Path) -> None:
+    shutil.rmtree(referenced / "reference")
+    with pytest.raises(BundleProblem) as caught:
+        run_self_test(referenced, None, Classifier)
+    assert caught.value.path == referenced / "reference/reference.json"
+    assert caught.value.remedy == "export the bundle again"
+
+
 @pytest.mark.parametrize("name", ["reference.json", "odd.npy", "photo.jpg", "logits.int8.npy"])
 def test_a_file_that_was_changed_is_refused(referenced: Path, name: str) -> None:
     path = referenced / "reference" / name
@@ -153,6 +162,13 @@ def test_a_precision_without_reference_logits_is_refused(referenced: Path) -> No
         ["--self-test", "--add-class", "fox"],
         ["--benchmark", "--csv", "a.csv", "folder"],
         ["--benchmark", "a.png", "b.png"],
+        ["--benchmark", "-"],
+        ["--self-test", "--no-threshold"],
+        ["--benchmark", "--top", "5"],
+        ["a.png", "--seconds", "1"],
+        ["--self-test", "--seconds", "1"],
+        ["--benchmark", "--seconds", "-1"],
+        ["--benchmark", "--seconds", "nan"],
         [],
     ],
 )
@@ -162,4 +178,4 @@ def test_options_that_do_not_go_together_are_refused(
     with pytest.raises(SystemExit) as caught:
         classifier.main(["--bundle", str(referenced_once), *arguments])
     assert caught.value.code == 2
-    assert "--self-test" in capsys.readouterr().err.splitlines()[-1]
+    assert "predict.py: error:" in capsys.readouterr().err.splitlines()[-1]

@@ -32,12 +32,15 @@ from comkd_cli.events import Epoch, Event, Notice, Progress, ignore_event
 from comkd_cli.flows.distill_text import DistilledText, DistillTextOptions, distill_text
 from comkd_cli.flows.distill_text.imitation import Imitation
 from comkd_cli.flows.distill_text.prompt_set import PromptLoader, PromptSet, padded
+from comkd_cli.flows.distill_text.teacher import fits
 from comkd_cli.flows.export import ExportOptions, export
-from comkd_cli.models.backbones import bpe_merges
+from comkd_cli.models.backbones import bpe_merges, build_clip
 from comkd_cli.models.checkpoints import load_student, save_student
 from comkd_cli.models.text_student import ALWAYS, Shape, TextStudent, load_text_student, save_text_student
-from comkd_cli.teachers.of_student import class_encoder
+from comkd_cli.recipe.model import Model
+from comkd_cli.teachers.of_student import ClassEncoder, class_encoder
 from comkd_cli.training.accelerator import make_accelerator
+from tests import tiny
 
 ANIMALS = (
     *("fox", "owl", "bee", "cat", "dog", "cow", "pig", "hen", "ant", "bat"),
@@ -220,6 +223,12 @@ def test_class_vectors_that_no_text_encoder_gives_are_refused(
         distill_text(path, accelerator, replace(options, out=path.with_name("small.pt")), ignore_event)
     path.unlink()
     assert caught.value.path == path
+
+
+def test_a_name_fits_if_every_prompt_does_whichever_has_the_most_characters() -> None:
+    descriptions = {"few tokens": ("photograph photograph",), "many": ("photograph photograph", "a b c d e f g h i")}
+    encoder = ClassEncoder(build_clip(Model(config=tiny.CLIP)), Prompts(("a {}",), descriptions))
+    assert [fits(encoder, name) for name in ("owl", "few tokens", "many")] == [True, True, False]
 
 
 # --- batches of prompts --------------------------------------------------------------------------------

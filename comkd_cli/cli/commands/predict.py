@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from comkd_cli.cli.options import json_option
 
@@ -66,8 +67,8 @@ def command(
     from comkd_cli.flows.predict import Table
 
     self_test, benchmark, seconds = (settings.pop(name) for name in ("self_test", "benchmark", "seconds"))
-    classifies = csv_file is not None or bool(settings["add_classes"])
-    if problem := misused_figures(self_test, benchmark, len(images), classifies):
+    others = _given({"csv_file", "fresh", "add_classes", "no_threshold", "top"})
+    if problem := misused_figures(self_test, benchmark, images, others, seconds if _given({"seconds"}) else None):
         raise click.UsageError(problem)
     if self_test:
         _print_self_test(bundle, settings["precision"], as_json)
@@ -85,6 +86,16 @@ def command(
     if as_json or len(images) != 1:
         raise click.UsageError("--csv takes one folder of images, and no --json")
     _write_table(bundle, Table(Path(images[0]), csv_file, fresh, threshold), settings)
+
+
+def _given(names: set[str]) -> list[str]:
+    """Those of the options with these names that are on the command line."""
+    context = click.get_current_context()
+    return [
+        option.opts[0]
+        for option in context.command.params
+        if option.name in names and context.get_parameter_source(option.name) is not ParameterSource.DEFAULT
+    ]
 
 
 def _print_self_test(bundle: Path, precision: str | None, as_json: bool) -> None:

@@ -20,8 +20,7 @@ from comkd_cli.files import sha256_of_data
 from comkd_cli.flows.distill_text.images import read_image_features
 from comkd_cli.flows.distill_text.imitation import Imitation, encode_texts
 from comkd_cli.flows.distill_text.prompt_set import PromptLoader, PromptSet
-from comkd_cli.flows.distill_text.teacher import TextTeacher
-from comkd_cli.models.backbones import tokens_cut
+from comkd_cli.flows.distill_text.teacher import TextTeacher, fits
 from comkd_cli.models.costs import parameters
 from comkd_cli.models.text_student import (
     ALWAYS,
@@ -169,18 +168,15 @@ class _Distillation:
         return self.options.batch_size, self.options.seed
 
     def _names(self) -> tuple[Vocabulary, PromptSet, PromptSet]:
-        """The vocabulary, and the prompts to train on and to hold out."""
+        """The names whose prompts all fit the teacher's context, and the prompts to train on and to hold out."""
         options, encoder = self.options, self.teacher.encoder
         data_root = None if options.own_names_only else options.data_root
         own = self.teacher.record.trained_classes
-        vocabulary = build_vocabulary(own, options.name_files, data_root, self.report)
-        longest = [max(encoder.prompts.of(name), key=len) for name in vocabulary.names]
-        cut = tokens_cut(encoder.clip, longest)
-        names = tuple(name for name, lost in zip(vocabulary.names, cut, strict=True) if not lost)
-        if len(names) < len(vocabulary.names):
-            lost = len(vocabulary.names) - len(names)
-            self.report(Notice(f"{lost:,} of {len(cut):,} names are too long for the teacher and are left out"))
-        trained, held = Vocabulary(names, vocabulary.origins).divided(options.held_out_percent)
+        found = build_vocabulary(own, options.name_files, data_root, self.report)
+        vocabulary = found.where(lambda name: fits(encoder, name))
+        if lost := len(found.names) - len(vocabulary.names):
+            self.report(Notice(f"{lost:,} of {len(found.names):,} names are too long for the teacher and are left out"))
+        trained, held = vocabulary.divided(options.held_out_percent)
         if len(trained) < 2 or len(held) < 2:
             raise DataError(
                 "too few names to train on and to hold out",

@@ -14,7 +14,7 @@ from comkd_cli.errors import CheckpointError
 from comkd_cli.events import Report
 from comkd_cli.files import sha256_of_data
 from comkd_cli.method.student import Student
-from comkd_cli.models.backbones import bpe_merges
+from comkd_cli.models.backbones import bpe_merges, tokens_cut
 from comkd_cli.models.checkpoints import StudentRecord, load_student
 from comkd_cli.models.costs import text_parameters
 from comkd_cli.teachers.of_student import SAME_VECTORS_COSINE, ClassEncoder, class_encoder
@@ -71,3 +71,8 @@ class TextTeacher:
         record = self.record
         made_of = [record.recipe.teacher.model_dump(mode="json"), record.teacher_sha256, list(record.trained_classes)]
         return sha256_of_data([*made_of, self.class_vectors.tobytes().hex()])
+
+
+def fits(encoder: ClassEncoder, name: str) -> bool:
+    """Whether the teacher truncates no prompt of a name. The prompt of the most tokens need not be the longest text."""
+    return not any(tokens_cut(encoder.clip, encoder.prompts.of(name)))

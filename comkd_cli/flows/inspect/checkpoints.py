@@ -1,4 +1,4 @@
-"""What a student.pt or a teacher.pt is. Its tensors are loaded as data; no model is built."""
+"""What a student.pt, a teacher.pt or a text_student.pt is. Its tensors are loaded as data; no model is built."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ from comkd_cli.models.checkpoints import (
     load_teacher,
     saved_format,
 )
+from comkd_cli.models.text_student import TEXT_FORMAT, load_text_state
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
-    """A student.pt or a teacher.pt. Raises CheckpointError for a damaged one, ComkdError for any other file."""
+    """A student.pt, a teacher.pt or a text_student.pt.
+
+    Raises CheckpointError for a damaged one, ComkdError for any other file.
+    """
     found = saved_format(path) or ""
-    readers = {STUDENT_FORMAT: _student, TEACHER_FORMAT: _teacher}
+    readers = {STUDENT_FORMAT: _student, TEACHER_FORMAT: _teacher, TEXT_FORMAT: _text_student}
     for known, read in readers.items():
         if found.rpartition("/")[0] == known.rpartition("/")[0]:
             common = {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256_of_file(path), "format": found}
@@ -68,6 +72,22 @@ def _teacher(path: Path) -> dict[str, Any]:
         "origin": asdict(record.origin),
         "metrics": record.metrics,
         "tensors": _tensors(saved.state_dict),
+    }
+
+
+def _text_student(path: Path) -> dict[str, Any]:
+    record, state = load_text_state(path)
+    return {
+        "kind": "text student",
+        "parameters": record.parameters,
+        "teacher_parameters": record.teacher_parameters,
+        "shape": record.shape._asdict(),
+        "tokens": len(record.vocabulary),
+        "context_length": record.context_length,
+        "classes": list(record.class_names),
+        "templates": list(record.templates),
+        "metrics": record.metrics,
+        "tensors": _tensors(state),
     }
 
 

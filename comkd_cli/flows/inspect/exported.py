@@ -8,8 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from comkd_cli.bundles.graph_facts import graph_facts
-from comkd_cli.edge.manifest import BundleProblem, read_manifest, read_preprocessing, verified_bytes
-from comkd_cli.errors import BundleError
+from comkd_cli.bundles.problems import bundle_errors
+from comkd_cli.edge.manifest import read_manifest, read_preprocessing, verified_bytes
+from comkd_cli.edge.self_test import REFERENCE_FOLDER
 from comkd_cli.files import sha256_of_file
 from comkd_cli.flows.inspect.kinds import unknown_file
 
@@ -54,19 +55,10 @@ def inspect_bundle(folder: Path) -> dict[str, Any]:
 
     Fields of another type than comkd writes are left out. Raises BundleError.
     """
-    try:
+    with bundle_errors():
         manifest = read_manifest(folder)
         preprocessing = read_preprocessing(folder, manifest)
         names = verified_bytes(folder, manifest, "classes.txt").decode("utf-8", "replace").splitlines()
-    except BundleProblem as error:
-        raise BundleError(
-            error.problem,
-            path=error.path,
-            field=error.field,
-            found=error.found,
-            allowed=error.allowed,
-            remedy=error.remedy,
-        ) from error
     manifest_file = folder / "manifest.json"
     return {
         "kind": "bundle",
@@ -81,16 +73,28 @@ def inspect_bundle(folder: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path, entries: object) -> dict[str, Any]:
-    """The files of a manifest, by whether they are what was exported."""
+    """The files of a manifest, by whether they are what was exported.
+
+    Where all of reference/ is missing, it was removed, as docs/bundle.md allows, and its files do not count as missing.
+    """
     found: dict[str, Any] = {"count": 0, "bytes": 0, "changed": [], "missing": []}
-    for name, entry in entries.items() if isinstance(entries, dict) else ():
+    recorded = entries if isinstance(entries, dict) else {}
+    for name, entry in recorded.items():
         path = folder / name
-        is_below = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
-        if not is_below or not path.is_file():
+        if not _is_below(name) or not path.is_file():
             found["missing"].append(name)
             continue
         found["count"] += 1
         found["bytes"] += path.stat().st_size
         if not isinstance(entry, dict) or sha256_of_file(path) != entry.get("sha256"):
             found["changed"].append(name)
+    reference = {name for name in recorded if _is_below(name) and PurePosixPath(name).parts[:1] == (REFERENCE_FOLDER,)}
+    if reference and reference <= set(found["missing"]):
+        found["missing"] = [name for name in found["missing"] if name not in reference]
+        found["reference"] = "removed"
     return found
+
+
+def _is_below(name: str) -> bool:
+    """Whether a name of a manifest stays within its folder."""
+    return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts

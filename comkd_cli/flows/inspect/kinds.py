@@ -9,7 +9,7 @@ from comkd_cli.errors import ComkdError
 
 ZIP = b"PK\x03\x04"  # torch.save writes a zip file
 IR_VERSION = b"\x08"  # an ONNX file begins with its field ir_version
-KNOWN = "student.pt, teacher.pt, an exported .onnx, a bundle"
+KNOWN = "student.pt, teacher.pt, text_student.pt, an exported .onnx, a bundle"
 
 
 def kind_of(path: Path) -> Literal["bundle", "graph", "checkpoint"]:
