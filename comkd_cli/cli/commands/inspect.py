@@ -14,7 +14,7 @@ from comkd_cli.cli.options import json_option
 @click.argument("file", type=click.Path(exists=True, path_type=Path))
 @json_option
 def command(file: Path, as_json: bool) -> None:
-    """Print what FILE is: an exported .onnx, a bundle, a student.pt, a teacher.pt or a text_student.pt.
+    """Print what FILE is: an exported .onnx, a bundle, or a .pt file that comkd writes.
 
     Kind, size, classes, pre-processing, precision, inputs and outputs, figures, sha256 and origin. Nothing in the file
     is executed. The exit code is 1 for other files, and for a bundle whose files are not those that were exported;
