@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -26,6 +25,7 @@ from benchmarks.ablation.figures import Scorer
 from benchmarks.ablation.pairs import Fields, Settings
 from benchmarks.ablation.rows import Row, grid_rows, pretraining, pretraining_recipe, recipe_of, weights_name
 from comkd_cli.data.folder import images_below
+from comkd_cli.edge.machine import cpu_name
 from comkd_cli.errors import ComkdError
 from comkd_cli.files import sha256_of_data, sha256_of_file, write_text
 from comkd_cli.models.checkpoints import load_teacher
@@ -279,11 +279,7 @@ def _revision() -> str:
 
 
 def _machine() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 @contextmanager

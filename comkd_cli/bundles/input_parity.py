@@ -26,6 +26,7 @@ from comkd_cli.bundles.shapes import fixed_batch
 from comkd_cli.edge.images import Preprocessing, normalise, resize_and_crop
 from comkd_cli.errors import ExportError
 from comkd_cli.evaluation.metrics import agreement_percent
+from comkd_cli.evaluation.text_encoders import cosine_rows
 from comkd_cli.events import Notice, Report, Stage
 
 MOST_IMAGES = 32
@@ -169,10 +170,7 @@ class InputGraphs:
         expected = [self._references[graph] for graph in graphs]
         found = [self._run(graph, self._samples.pixels[kind], optimization) for graph in targets]
         check_logits(targets[1], found[1], found[0], self._head)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            norms = np.linalg.norm(found[0], axis=1) * np.linalg.norm(expected[0], axis=1)
-            cosines = np.sum(found[0] * expected[0], axis=1) / norms
-        cosines = np.where(np.isfinite(cosines), cosines, -1.0)
+        cosines = cosine_rows(found[0], expected[0])
         predicted = np.where(np.isfinite(found[1]).all(axis=1), found[1].argmax(axis=1), NO_CLASS)
         difference = float(np.abs(found[0] - expected[0]).max())
         return Parity(

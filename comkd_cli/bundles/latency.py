@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,12 +22,12 @@ from typing import Any
 import numpy as np
 
 from comkd_cli.bundles.runner import last_line
+from comkd_cli.edge.benchmark import timed
 from comkd_cli.edge.machine import peak_bytes, usable_cores
 from comkd_cli.errors import ExportError
 
 PYTORCH = "pytorch"
 ROUNDS = 3
-WARM_UP = 3
 MOST_SECONDS = 4.0
 MOST_RUNS = 200
 LEAST_RUNS = 5
@@ -185,17 +184,6 @@ def _measure(job: _Job) -> dict[str, Any]:
     return measured
 
 
-def _timed(run: Callable[[], object], most_seconds: float) -> list[float]:
-    for _ in range(WARM_UP):
-        run()
-    seconds: list[float] = []
-    while len(seconds) < LEAST_RUNS or (sum(seconds) < most_seconds and len(seconds) < MOST_RUNS):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return seconds
-
-
 def main(argument: str) -> None:
     """The side of the child process."""
     job = _Job(**json.loads(argument))
@@ -209,7 +197,7 @@ def main(argument: str) -> None:
         student, _ = load_student(Path(job.path))
         tensor = torch.from_numpy(image)
         with torch.inference_mode():
-            seconds = _timed(lambda: student(tensor).logits, job.most_seconds)
+            seconds = timed(lambda: student(tensor).logits, job.most_seconds, LEAST_RUNS, MOST_RUNS)
     else:
         from comkd_cli.edge.classifier import start_session
 
@@ -219,7 +207,8 @@ def main(argument: str) -> None:
             image = np.repeat(image, entry.shape[0], axis=0)
         with np.load(job.inputs) as arrays:
             inputs = {entry.name: image, **{name: arrays[name] for name in arrays.files}}
-        seconds = [each / len(image) for each in _timed(lambda: session.run(None, inputs), job.most_seconds)]
+        whole = timed(lambda: session.run(None, inputs), job.most_seconds, LEAST_RUNS, MOST_RUNS)
+        seconds = [each / len(image) for each in whole]
     print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}))
 
 

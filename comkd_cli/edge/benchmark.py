@@ -162,12 +162,14 @@ def run_benchmark(
     return Benchmark(cpu_name(), cores, name, Times.of(prepared), rows)
 
 
-def timed(run: Callable[[], object], most_seconds: float) -> list[float]:
-    """The seconds of each of at least LEAST_RUNS runs, after WARM_UP others."""
+def timed(
+    run: Callable[[], object], most_seconds: float, least: int = LEAST_RUNS, most: int = MOST_RUNS
+) -> list[float]:
+    """The seconds of each of at least `least` runs and at most `most`, after WARM_UP others."""
     for _ in range(WARM_UP):
         run()
     seconds: list[float] = []
-    while len(seconds) < LEAST_RUNS or (sum(seconds) < most_seconds and len(seconds) < MOST_RUNS):
+    while len(seconds) < least or (sum(seconds) < most_seconds and len(seconds) < most):
         started = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - started)
