@@ -62,9 +62,9 @@ def _rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "threshold", _threshold(_mapping(facts.get("threshold")))
     yield "gate", _gate(_mapping(facts.get("images")))
     yield "figures", _text(facts.get("metrics"))
-    yield "top-1", _text(facts.get("test_top1_percent"))
+    yield "top-1", _percent(facts.get("test_top1_percent"))
     yield "left out", _text(facts.get("failed"))
-    yield "text encoder", _text(facts.get("text"))
+    yield "text encoder", _text_encoder(_mapping(facts.get("text")))
     yield "context length", _text(facts.get("context_length"))
     yield "license", _text(facts.get("license"))
     yield "identity", _text(facts.get("identity") or facts.get("key"))
@@ -125,12 +125,24 @@ def _files(files: Mapping[str, Any] | None) -> str:
 def _precision(entry: object) -> str:
     parity = _mapping(_mapping(entry).get("parity"))
     figures = {
-        "smallest cosine": parity.get("feature_cosine_min"),
-        "top-1 agreement": parity.get("top1_agreement_percent"),
-        "top-1": parity.get("top1_percent"),
-        "images": parity.get("images"),
+        "smallest cosine": _text(parity.get("feature_cosine_min")),
+        "top-1 agreement": _percent(parity.get("top1_agreement_percent")),
+        "top-1": _percent(parity.get("top1_percent")),
+        "images": _text(parity.get("images")),
     }
     return f"{_text(_mapping(entry).get('classifier'))}: {_text(figures)}"
+
+
+def _percent(value: object) -> str:
+    return f"{value:.2f} %" if isinstance(value, int | float) else ""
+
+
+def _text_encoder(text: Mapping[str, Any]) -> str:
+    """The file of each precision, and the parameters. Bundles of earlier versions have one file alone."""
+    precisions = _mapping(text.get("precisions"))
+    files = [f"{_text(_mapping(entry).get('file'))} ({name})" for name, entry in precisions.items()]
+    parameters = f"{text['parameters']:,} parameters" if isinstance(text.get("parameters"), int) else ""
+    return ", ".join(filter(None, [*(files or [_text(text.get("file"))]), parameters]))
 
 
 def _threshold(threshold: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from comkd_cli.bundles.metadata import write_metadata
 from comkd_cli.cli.app import main
-from comkd_cli.cli.inspected import escaped, escaped_json
+from comkd_cli.cli.inspected import escaped, escaped_json, rows
 from comkd_cli.data.holdout import Holdout
 from comkd_cli.edge.images import Preprocessing
 from comkd_cli.models.checkpoints import SavedTeacher, StudentRecord, TeacherRecord, save_teacher
@@ -227,3 +227,17 @@ def test_escaped_text_is_printable_and_plain_text_stays() -> None:
     assert escaped(f"{HOSTILE}\n\udce9 é 狐") == f"{ESCAPED}\\n\\udce9 é 狐"
     assert json.loads(escaped_json({"a": HOSTILE})) == {"a": HOSTILE}
     assert escaped_json({"a": "é 狐"}) == '{\n  "a": "é 狐"\n}'
+
+
+def test_a_bundles_precisions_and_text_encoders_have_their_files_and_units() -> None:
+    parity = {"feature_cosine_min": 0.9889634, "top1_agreement_percent": 98.046875, "top1_percent": 70, "images": 512}
+    text = {"precisions": {"fp32": {"file": "text.onnx"}, "int8": {"file": "text.int8.onnx"}}, "parameters": 3_267_328}
+    precisions = {"int8": {"classifier": "it.int8.onnx", "parity": parity}}
+    found = rows({"kind": "bundle", "sha256": "0", "precisions": precisions, "text": text})
+    assert (
+        found["precision int8"]
+        == "it.int8.onnx: smallest cosine 0.988963, top-1 agreement 98.05 %, top-1 70.00 %, images 512"
+    )
+    assert found["text encoder"] == "text.onnx (fp32), text.int8.onnx (int8), 3,267,328 parameters"
+    earlier = rows({"kind": "bundle", "sha256": "0", "precisions": {}, "text": {"file": "text_encoder.onnx"}})
+    assert earlier["text encoder"] == "text_encoder.onnx"
