@@ -12,6 +12,7 @@ import torch
 from scipy import special, stats
 from torch import Tensor
 
+from comkd_cli.bundles import calibration
 from comkd_cli.data.folder import folder_source
 from comkd_cli.data.loaders import worker_count
 from comkd_cli.data.source import ImageSet, Source
@@ -23,7 +24,6 @@ from comkd_cli.models.costs import multiply_adds, parameters
 from comkd_cli.teachers.loading import ReadyTeacher, build_teacher, load_saved_teacher
 from comkd_cli.teachers.of_student import teacher_file
 
-BINS = 15
 CONFIDENCE = 0.95
 CPU = torch.device("cpu")
 
@@ -101,17 +101,9 @@ def _logits(
     return store.features(Encoder("", preprocessing, model), images, "scoring").values
 
 
-def calibration_error_percent(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> float:
-    """Expected calibration error (Guo et al., arXiv 1706.04599) in percent, over equal bins of confidence.
-
-    The mean over images of |accuracy - mean confidence| of the bin that an image's likeliest class falls in. A bin
-    holds its upper end. logits: (images, classes); labels: (images,).
-    """
-    confidence = special.softmax(logits.astype(np.float64), axis=1).max(axis=1)
-    correct = logits.argmax(axis=1) == labels
-    which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(which, correct - confidence, bins)
-    return float(100 * np.abs(gaps).sum() / len(labels))
+def calibration_error_percent(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The expected calibration error of softmax(logits), in percent. logits: (images, classes); labels: (images,)."""
+    return calibration.calibration_error_percent(special.softmax(logits.astype(np.float64), axis=1), labels)
 
 
 def interval(differences: list[float]) -> tuple[float, float] | None:
