@@ -2,13 +2,15 @@
 
     python -m benchmarks.latency [--recipe vitl_to_vit_tiny] [--precision fp16 int8] [--check-images 32]
     python -m benchmarks.latency --student STUDENT.pt [--data-root DATA | --images FOLDER] [--precision fp16 int8]
+    python -m benchmarks.latency --plain [--recipe vitl_to_mobilenetv4]
 
 Without --student a recipe's student is built with random weights for the bundled digits, on which its graphs are then
 checked. Its gates are open: its predictions are close to ties, so their agreement means nothing. With --student the
 gates are those of `comkd export`; a precision that misses its own is listed under `left_out`. fp32 is always included,
 as the reference for sizes. Prints one JSON document: for each precision its size relative to fp32's and,
 for each number of threads, milliseconds of one image, speed-up over eager fp32 PyTorch and share of PyTorch's peak
-memory.
+memory. --plain compares the int8 graph with those of onnxruntime's quantize_dynamic and quantize_static with their
+defaults, on one thread, in alternation with fp32 (`plain`); random images calibrate the static one.
 """
 
 from __future__ import annotations
@@ -20,10 +22,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from comkd_cli.bundles.gates import GATES, Gate
+from comkd_cli.bundles.graphs import IMAGE
+from comkd_cli.bundles.latency import Contender, single_thread_timings
+from comkd_cli.bundles.precisions import prepare_graph
 from comkd_cli.data.digits import digits_source
+from comkd_cli.edge.machine import cpu_name
 from comkd_cli.events import Event, Notice, Stage
 from comkd_cli.flows.distill import outline
 from comkd_cli.flows.export import ExportOptions, export
@@ -44,24 +51,28 @@ def main() -> None:
     parser.add_argument("--check-images", type=int, default=32)
     parser.add_argument("--data-root", type=Path, default=Path("data"))
     parser.add_argument("--images", type=Path)
-    options = parser.parse_args()
+    parser.add_argument("--plain", action="store_true")
+    arguments = parser.parse_args()
     options = ExportOptions(
-        precisions=list(dict.fromkeys(["fp32", *options.precision])),
+        precisions=list(dict.fromkeys(["fp32", *arguments.precision])),
         benchmark=True,
-        gates=GATES if options.student else dict.fromkeys(GATES, OPEN_GATE),
-        check_images=options.check_images,
-        pictures=options.images,
+        gates=GATES if arguments.student else dict.fromkeys(GATES, OPEN_GATE),
+        check_images=arguments.check_images,
+        pictures=arguments.images,
     )
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        student = options.student or random_student(options.recipe, scratch / "student.pt")
-        exported = export(student, scratch / "bundle", options.data_root, _tell, options=options)
+        student = arguments.student or random_student(arguments.recipe, scratch / "student.pt")
+        exported = export(student, scratch / "bundle", arguments.data_root, _tell, options=options)
         record = load_student_record(student)
+        size = record.preprocessing.size
+        plain = against_plain(scratch / "bundle", exported.manifest, size) if arguments.plain else None
     manifest = exported.manifest
     document = {
-        "student": record.recipe_name if options.student else f"{options.recipe}, random weights",
+        "student": record.recipe_name if arguments.student else f"{arguments.recipe}, random weights",
+        "cpu": cpu_name(),
         "parameters": manifest["parameters"],
-        "size_pixels": record.preprocessing.size,
+        "size_pixels": size,
         "pytorch": _by_threads(manifest, "pytorch"),
         "precisions": {
             precision: {
@@ -71,8 +82,66 @@ def main() -> None:
             for precision in manifest["precisions"]
         },
         "left_out": exported.failed,
+        "plain": plain,
     }
     print(json.dumps(document, indent=2))
+
+
+def against_plain(bundle: Path, manifest: dict[str, Any], size: int) -> dict[str, dict[str, float | None]]:
+    """The bundle's int8 encoder beside onnxruntime's own quantisation, by name: speed and size relative to fp32's.
+
+    bundle: its fp32 and int8 graphs need no input but the image, of `size` pixels. A graph that onnxruntime cannot make
+    or run has None.
+    """
+    fp32 = bundle / manifest["precisions"]["fp32"]["image_encoder"]
+    graphs = {"fp32": fp32}
+    if "int8" in manifest["precisions"]:
+        graphs["int8"] = bundle / manifest["precisions"]["int8"]["image_encoder"]
+    prepared = bundle / "prepared.onnx"
+    prepare_graph(fp32, prepared)
+    failed = []
+    for name, quantise in {"quantize_dynamic": _plain_dynamic, "quantize_static": _plain_static}.items():
+        graph = bundle / f"{name}.onnx"
+        try:
+            quantise(prepared, graph, size)
+            single_thread_timings([Contender(name, graph)], size, {})  # it may not run
+            graphs[name] = graph
+        except Exception as error:  # of onnxruntime, of many types
+            print(f"{name} failed: {error}", file=sys.stderr)
+            failed.append(name)
+    timings = single_thread_timings([Contender(name, path) for name, path in graphs.items()], size, {})
+    reference = timings["fp32"].median
+    figures: dict[str, dict[str, float | None]] = {
+        name: {
+            "speed_over_fp32": reference / timings[name].median,
+            "size_over_fp32": path.stat().st_size / fp32.stat().st_size,
+        }
+        for name, path in graphs.items()
+    }
+    return figures | {name: {"speed_over_fp32": None, "size_over_fp32": None} for name in failed}
+
+
+def _plain_dynamic(source: Path, target: Path, size: int) -> None:
+    from onnxruntime.quantization import quantize_dynamic
+
+    quantize_dynamic(str(source), str(target))
+
+
+def _plain_static(source: Path, target: Path, size: int) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc] # onnxruntime has no types
+        """Eight random images, one after the other."""
+
+        def __init__(self) -> None:
+            generator = np.random.default_rng(0)
+            images = generator.standard_normal((8, 1, 3, size, size), dtype=np.float32)
+            self._remaining = iter([{IMAGE: image} for image in images])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self._remaining, None)
+
+    quantize_static(str(source), str(target), Reader())
 
 
 def random_student(recipe_name: str, path: Path) -> Path:

@@ -5,7 +5,12 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from comkd_cli.bundles.latency import Timing
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
@@ -34,3 +39,35 @@ def test_the_loaders_ratios_are_quotients_of_the_rates_beside_them(
     assert ratios == pytest.approx({name: rate / rates["torchvision"] for name, rate in rates.items()})
     assert document["images_of_an_epoch"] == dict.fromkeys(rates, 8)  # all did the same work
     assert document["mean_file_bytes"] > 0
+
+
+def test_int8_is_compared_with_what_onnxruntime_makes_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latency = importlib.import_module("benchmarks.latency")
+    weights = np.random.default_rng(0).standard_normal((48, 512), dtype=np.float32)
+    nodes = [
+        helper.make_node("Flatten", ["image"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weights"], ["image_features"]),
+    ]
+    ends = [
+        helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, 4, 4]),
+        helper.make_tensor_value_info("image_features", TensorProto.FLOAT, ["batch", 512]),
+    ]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [numpy_helper.from_array(weights, "weights")])
+    for name in ("fp32", "int8"):
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        onnx.save(model, tmp_path / f"{name}.onnx")
+    seconds = {"fp32": 4.0, "int8": 1.0, "quantize_dynamic": 2.0, "quantize_static": 8.0}
+    monkeypatch.setattr(
+        latency,
+        "single_thread_timings",
+        lambda graphs, *_: {graph.name: Timing(*[seconds[graph.name]] * 3) for graph in graphs},
+    )
+    manifest = {"precisions": {name: {"image_encoder": f"{name}.onnx"} for name in ("fp32", "int8")}}
+    figures = latency.against_plain(tmp_path, manifest, 4)
+    speeds = {name: entry["speed_over_fp32"] for name, entry in figures.items()}
+    assert speeds == {"fp32": 1, "int8": 4, "quantize_dynamic": 2, "quantize_static": 0.5}
+    # A byte for each weight of four, beside what is the same in all.
+    assert 0.2 < figures["quantize_dynamic"]["size_over_fp32"] < 0.4
+    assert figures["int8"]["size_over_fp32"] == 1

@@ -187,7 +187,7 @@ def _quantisation(manifest: Mapping[str, Any]) -> list[str]:
     parts = {name: PartSize(**manifest["images"][name]) for name in ("choose", "calibrate")}
     compared = ", ".join(
         f"{method['method']} {method['cosine_mean']:.5f} at {method['bytes'] / 1e6:.2f} MB and "
-        f"{method['milliseconds']:.2f} ms"
+        f"{method['milliseconds']:.2f} ms{_against_fp32(method)}"
         for method in methods
     )
     return [
@@ -196,6 +196,12 @@ def _quantisation(manifest: Mapping[str, Any]) -> list[str]:
         "others; the table is of neither. The methods with their mean cosine on those "
         f"{parts['choose'].images}, the chosen one first: {compared}.",
     ]
+
+
+def _against_fp32(method: Mapping[str, Any]) -> str:
+    """The speed of a method relative to fp32, with a warning if it is lower in every round."""
+    warning = ": slower" if method["slower"] else ""
+    return f" ({method['speed_up']:.2f} times the speed of fp32{warning})"
 
 
 def _latency(manifest: Mapping[str, Any]) -> list[str]:

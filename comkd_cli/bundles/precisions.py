@@ -18,6 +18,7 @@ from comkd_cli.bundles.runner import run_graph
 from comkd_cli.bundles.shapes import fixed_batch
 from comkd_cli.errors import ExportError, first_line
 from comkd_cli.evaluation.metrics import agreement_percent
+from comkd_cli.events import Notice, Report
 from comkd_cli.runtime.quiet import quiet
 
 # onnxruntime's extended fusions have crashed on some fp16 graphs on CPUs; the basic ones have not.
@@ -29,6 +30,7 @@ MOST_OF_FP32 = 0.3  # of the fp32 file's size; a larger file has left most weigh
 CLOSE_COSINE = 0.995  # a method with a lower mean cosine comes after all closer ones, however fast
 SLOWER = 1.1  # a method that takes longer than this times the fastest comes after the others
 CALIBRATION_BATCH = 16
+FP32 = "fp32"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class Quantisation:
     bytes: int
     milliseconds: float
     """Of one image on one thread, measured in alternation with the other methods."""
+    speed_up: float
+    """The fp32 graph's milliseconds divided by these, from the same measurement."""
+    slower: bool
+    """Slower than the fp32 graph, in every round of the measurement."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +125,14 @@ class Quantiser:
             "dynamic-unsigned": lambda source, target: quantise_dynamic(source, target, signed=False),
         }
 
-    def quantise(self, source: Path) -> list[tuple[Quantisation, Path]]:
+    def quantise(self, source: Path, report: Report) -> list[tuple[Quantisation, Path]]:
         """The graph with 8-bit weights by each method that works, the best first.
 
         The order is that of: the gate's limits on the images to choose on, a file that is small enough, features that
         are close, speed, mean cosine. Speeds that differ by no more than the rounds of their own measurement count as
-        equal, so that the order does not depend on the load of the machine. The graphs are written beside the source;
-        the caller removes those that it does not need. Raises ExportError if no method works.
+        equal, so that the order does not depend on the load of the machine. A notice says so if the best is slower than
+        the source. The graphs are written beside the source; the caller removes those that it does not need. Raises
+        ExportError if no method works.
         """
         prepared = source.with_suffix(".prepared.onnx")
         try:
@@ -152,7 +159,12 @@ class Quantiser:
         if not graphs:
             problem = f"onnxruntime could not quantise the graph: {'; '.join(problems)}"
             raise ExportError(problem, path=source.name)
-        return self.rank(source, graphs)
+        ranked = self.rank(source, graphs)
+        if (best := ranked[0][0]).slower:
+            report(
+                Notice(f"int8 is slower than fp32 on this machine: {best.speed_up:.2f} times its speed on one thread")
+            )
+        return ranked
 
     def rank(self, source: Path, graphs: Mapping[str, Path]) -> list[tuple[Quantisation, Path]]:
         """The quantised graphs that onnxruntime can run, the best first; the others' files are removed."""
@@ -171,17 +183,20 @@ class Quantiser:
             problem = f"onnxruntime could not run any quantised graph: {'; '.join(problems)}"
             raise ExportError(problem, path=source.name)
         contenders = [Contender(method, graphs[method]) for method in features]
-        timings = single_thread_timings(contenders, images.shape[2], self._extra)
+        timings = dict(single_thread_timings([Contender(FP32, source), *contenders], images.shape[2], self._extra))
+        fp32 = timings.pop(FP32)
         figures = {
-            method: self._figures(method, graphs[method], features[method], reference, timings[method].median)
+            method: self._figures(method, graphs[method], features[method], reference, (timings[method], fp32))
             for method in features
         }
         order = self._order(figures, timings, MOST_OF_FP32 * source.stat().st_size)
         return [(figures[method], graphs[method]) for method in order]
 
     def _figures(
-        self, method: str, graph: Path, features: np.ndarray, reference: np.ndarray, seconds: float
+        self, method: str, graph: Path, features: np.ndarray, reference: np.ndarray, timings: tuple[Timing, Timing]
     ) -> Quantisation:
+        """timings: of this graph, and of the fp32 graph."""
+        timing, fp32 = timings
         cosines = _cosines(features, reference)
         return Quantisation(
             method=method,
@@ -191,7 +206,9 @@ class Quantiser:
                 (features @ self._head).argmax(axis=1), (reference @ self._head).argmax(axis=1)
             ),
             bytes=graph.stat().st_size,
-            milliseconds=1e3 * seconds,
+            milliseconds=1e3 * timing.median,
+            speed_up=fp32.median / timing.median,
+            slower=timing.fastest > fp32.slowest,
         )
 
     def _order(

@@ -266,7 +266,7 @@ class _Exporter:
         self._report(Stage(f"Quantising to int8, with {calibrate} to calibrate and {choose} to choose the method"))
         images = QuantisationImages(parts.calibrate.images, parts.choose.images)
         quantiser = Quantiser(images, self._source.head.matrix, self._options.gates["int8"], self._source.extra)
-        ranked = quantiser.quantise(self._graph("image_encoder", "fp32"))
+        ranked = quantiser.quantise(self._graph("image_encoder", "fp32"), self._report)
         self._quantisation = [figures for figures, _ in ranked]
         ranked[0][1].replace(self._graph("image_encoder", "int8"))
         for _, path in ranked[1:]:

@@ -45,7 +45,7 @@ def ranked(
         whole = EXACT if graph == source else features[graph.stem]
         return {name: whole[int(name) : int(name) + len(batch)] for name, batch in batches.items()}
 
-    given = {name: (timings or {}).get(name, Timing(0.001, 0.001, 0.001)) for name in features}
+    given = {name: (timings or {}).get(name, Timing(0.001, 0.001, 0.001)) for name in ("fp32", *features)}
     monkeypatch.setattr(precisions, "run_graph", outputs)
     monkeypatch.setattr(precisions, "single_thread_timings", lambda *_: given)
     quantiser = Quantiser(QuantisationImages(IMAGES, IMAGES), HEAD, GATE, {})
@@ -93,6 +93,24 @@ def test_a_difference_of_speed_counts_if_it_exceeds_that_of_the_rounds(
     assert methods[0].method == first
 
 
+@pytest.mark.parametrize(
+    ("timing", "speed_up", "slower"),
+    [
+        (Timing(0.0005, 0.0004, 0.0006), 2.0, False),
+        # Its fastest round is as fast as the slowest round of fp32: slower here may be the load of the machine.
+        (Timing(0.002, 0.0012, 0.003), 0.5, False),
+        (Timing(0.002, 0.0013, 0.003), 0.5, True),
+    ],
+)
+def test_a_method_that_is_slower_than_fp32_in_every_round_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timing: Timing, speed_up: float, slower: bool
+) -> None:
+    timings = {"fp32": Timing(0.001, 0.0009, 0.0012), "int8": timing}
+    (method,) = ranked(tmp_path, monkeypatch, {"int8": turned(1)}, timings=timings)
+    assert method.speed_up == pytest.approx(speed_up)
+    assert method.slower is slower
+
+
 def test_methods_that_are_equal_stay_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     methods = ranked(tmp_path, monkeypatch, {name: turned(2) for name in ("c", "a", "b")})
     assert [method.method for method in methods] == ["c", "a", "b"]
@@ -120,7 +138,7 @@ def test_a_full_disk_is_no_failure_of_a_method(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(precisions, step, full)
     quantiser = Quantiser(QuantisationImages(IMAGES, IMAGES), HEAD, GATE, {})
     with pytest.raises(OSError, match="No space left"):
-        quantiser.quantise(tmp_path / "source.onnx")
+        quantiser.quantise(tmp_path / "source.onnx", lambda event: None)
 
 
 def test_a_norm_of_large_activations_survives_fp16_in_an_old_opset(tmp_path: Path) -> None:
