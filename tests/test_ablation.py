@@ -89,13 +89,16 @@ def test_rows_have_names_of_their_own_and_are_compared_with_rows_that_differ_in_
         ("ema_tricks", "ema_decay", 0.99),
         ("sgd_tricks", "optim.name", "sgd"),
         ("longer_120_epochs", "optim.epochs", 120),
+        ("feature_cosine_long", "student.config.vision_cfg.image_size", 64),
+        ("labels_long", "teacher_cache.views", 24),
+        ("feature_cosine", "student.config.vision_cfg.image_size", 32),  # after the others: they share the config
     ],
 )
 def test_a_trick_changes_its_field_and_nothing_else_of_the_training(name: str, field: str, value: object) -> None:
     (row,) = (row for row in EVERY_ROW if row.name == name)
     recipe: Any = parse_recipe(rows.recipe_of(row, pairs.CIFAR10, CHOSEN, "data/all"))
     for part in field.split("."):
-        recipe = getattr(recipe, part)
+        recipe = recipe[part] if isinstance(recipe, dict) else getattr(recipe, part)
     assert recipe == value
 
 

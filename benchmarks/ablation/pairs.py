@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Fields = Mapping[str, Any]
@@ -36,6 +36,10 @@ class Settings:
     trick_images: int
     trick_epochs: int
     """Of the table of tricks; each epoch has crops of its own."""
+    long_epochs: int
+    """Of the table of long training; each epoch has crops of its own."""
+    long_student: Fields = field(default_factory=dict)
+    """Recipe fields of its students, by dotted names."""
     images: int | None = None
     """Training images of the table of objectives; None takes all."""
     pretrained_classes: int | None = None
@@ -92,6 +96,9 @@ CIFAR10 = Settings(
     validation_share=0.1,
     trick_images=5_000,
     trick_epochs=40,
+    long_epochs=24,
+    # The student has five strides: of 32 pixels one position remains, of 64 four.
+    long_student={"student.config.vision_cfg.image_size": 64},
 )
 
 

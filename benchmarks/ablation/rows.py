@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,6 +169,25 @@ def trick_rows(settings: Settings) -> list[Row]:
     ]
 
 
+def long_rows(settings: Settings) -> list[Row]:
+    """Students that see more pixels for more epochs, to keep as much of the teacher as they can; and labels alone."""
+    changes = {"teacher_cache.views": settings.long_epochs, **settings.long_student}
+    return [
+        Row(
+            "long",
+            f"{name}_long",
+            OBJECTIVES[name],
+            settings.student,
+            settings.long_epochs,
+            settings.fewer_seeds,
+            settings.images,
+            base=f"{BASE}_long",
+            changes=changes,
+        )
+        for name in (BASE, "feature_cosine", "labels")
+    ]
+
+
 def grid_rows(settings: Settings) -> dict[str, list[Row]]:
     """By term, the short runs that choose its weight, from the least weight on."""
     return {
@@ -194,6 +214,7 @@ STUDIES = {
     "size": size_rows,
     "base_to_novel": base_to_novel_rows,
     "tricks": trick_rows,
+    "long": long_rows,
 }
 
 
@@ -224,7 +245,7 @@ def recipe_of(row: Row, settings: Settings, chosen: Mapping[str, float], folder:
         "data": {"folder": folder, "template": settings.template},
         "augment": dict(settings.augment),
         "teacher": {"config": dict(settings.teacher_config), "weights": weights_name()},
-        "student": {"train": "full", "config": dict(settings.students[row.student])},
+        "student": {"train": "full", "config": deepcopy(dict(settings.students[row.student]))},
         "loss": loss_of(row, settings, chosen),
         "optim": {**settings.optim, "epochs": row.epochs},
         "teacher_cache": {"views": min(row.epochs, settings.epochs)},
