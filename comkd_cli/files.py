@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,24 +31,26 @@ REMEDIES = {
     errno.EISDIR: "a folder has that name; choose another path",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
+UNFINISHED = ".tmp"
 ERRORS_WITHOUT_FILENAME = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """Errors of a write to an open file; Python does not name the file in them."""
-EMPTY_LEFTOVER_SECONDS = 3600
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it replaces `path` when the block succeeds.
 
-    If the block fails, or the process dies in it, `path` stays as it was. Raises WriteError, naming the
-    file, if it could not be written.
+    If the block fails, or the process dies in it, `path` stays as it was; leftovers of killed processes are removed
+    first. Raises WriteError, naming the file, if it could not be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with _in_turn(path.parent):
+            _remove_unfinished(path)
+            lock, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
+            _lock(lock, wait=False)
     except OSError as error:
         raise write_error(path, error) from error
-    os.close(handle)
     unfinished = Path(name)
     try:
         yield unfinished
@@ -60,6 +61,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise write_error(path, error) from error
     finally:
         unfinished.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Remove the files of processes that were killed while they wrote `path`; a running process has its file locked."""
+    for file in path.parent.glob(f".{glob.escape(path.name)}.????????{UNFINISHED}"):
+        if file.is_file() and not file.is_symlink() and (lock := _locked(file, wait=False)) is not None:
+            file.unlink(missing_ok=True)
+            os.close(lock)
 
 
 @contextmanager
@@ -104,13 +114,13 @@ def _scratch_beside(target: Path, shown: Path) -> Iterator[Path]:
     """A folder beside `target` that is locked during the block and removed after it."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        with _in_turn(target.parent):
+            _remove_leftovers(target)
+            scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            lock = _locked(scratch, wait=True)
     except OSError as error:
         raise write_error(shown, error) from error
-    lock = None
     try:
-        lock = _locked(scratch, wait=True)
         yield scratch
     finally:
         _put_back(scratch, target)
@@ -135,16 +145,13 @@ def _put_back(scratch: Path, target: Path) -> None:
 def _remove_leftovers(target: Path) -> None:
     """Remove the scratch folders of processes that were killed while they wrote `target`.
 
-    A running process holds the lock of its folder. It locks the folder before it writes into it, so an empty one may
-    be about to be locked.
+    A running process holds the lock of its folder.
     """
     for folder in target.parent.glob(f".{glob.escape(target.name)}.????????"):
         if not folder.is_dir() or folder.is_symlink() or (lock := _locked(folder, wait=False)) is None:
             continue
         try:
-            entries = {entry.name for entry in folder.iterdir()}
-            old = time.time() - folder.stat().st_mtime > EMPTY_LEFTOVER_SECONDS
-            if entries <= {"new", "old"} and (entries or old):
+            if {entry.name for entry in folder.iterdir()} <= {"new", "old"}:
                 _put_back(folder, target)
                 shutil.rmtree(folder, ignore_errors=True)
         except FileNotFoundError:  # another process removes the same one
@@ -153,26 +160,49 @@ def _remove_leftovers(target: Path) -> None:
             os.close(lock)
 
 
-def _locked(folder: Path, wait: bool) -> int | None:
-    """A handle that holds the folder's lock until it is closed; None where another process has the lock.
+@contextmanager
+def _in_turn(folder: Path) -> Iterator[None]:
+    """One process at a time creates and locks something temporary in a folder, or removes leftovers there.
+
+    So nothing is taken for a leftover between its creation and its lock.
+    """
+    lock = _locked(folder, wait=True)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(path: Path, wait: bool) -> int | None:
+    """A handle that holds the lock of a file or folder until it is closed; None where another process has the lock.
 
     The lock ends with its process, however that ends. Also None if the system or the file system has no such locks:
     then nothing counts as a leftover.
     """
     if sys.platform == "win32":
         return None
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    if _lock(handle, wait):
+        return handle
+    os.close(handle)
+    return None
+
+
+def _lock(handle: int, wait: bool) -> bool:
+    """Lock an open file or folder; whether that worked, see `_locked`."""
+    if sys.platform == "win32":
+        return False
     import fcntl
 
     try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        os.close(handle)
-        return None
-    return handle
+        return False
+    return True
 
 
 def _is_refusal(error: OSError, scratch: Path) -> bool:

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -96,6 +95,42 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> N
     assert [name for name in listing(tmp_path) if not name.startswith(".")] == ["file.bin"]
     write_text(path, "new")
     assert path.read_text() == "new"
+
+
+def test_what_a_process_killed_while_writing_a_file_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    run_and_die(KILLED_WHILE_WRITING_A_FILE, path)
+    run_and_die(KILLED_WHILE_WRITING_A_FILE, path)
+    assert len(listing(tmp_path)) == 1
+    write_text(tmp_path / "other.bin", "x")  # which removes nothing of file.bin
+    assert len(listing(tmp_path)) == 2
+    write_text(path, "new")
+    assert listing(tmp_path) == ["file.bin", "other.bin"]
+
+
+def test_files_that_only_look_like_leftovers_stay(tmp_path: Path) -> None:
+    names = [".file.bin.original", ".file.bin.tmp", ".file.bin.toolong123.tmp", "file.bin.abcdefgh.tmp"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"precious")
+    (tmp_path / ".file.bin.abcdefgh.tmp").mkdir()
+    (tmp_path / ".file.bin.linkedto.tmp").symlink_to(tmp_path / "file.bin.abcdefgh.tmp")
+    before = listing(tmp_path)
+    write_text(tmp_path / "file.bin", "new")
+    assert listing(tmp_path) == sorted([*before, "file.bin"])
+
+
+def test_a_file_that_another_process_is_writing_stays(tmp_path: Path) -> None:
+    code = WRITES_AND_WAITS.replace("atomic_folder", "atomic_write").replace('(unfinished / "file")', "unfinished")
+    command = [sys.executable, "-c", code, str(tmp_path / "file.bin")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "writing\n"
+        write_text(tmp_path / "file.bin", "new")
+        assert (tmp_path / "file.bin").read_text() == "new"
+        other.communicate("")
+    assert other.returncode == 0
+    assert (tmp_path / "file.bin").read_bytes() == b"of the other process"
+    assert listing(tmp_path) == ["file.bin"]
 
 
 def test_a_process_killed_while_writing_makes_no_file_where_none_was(tmp_path: Path) -> None:
@@ -207,16 +242,17 @@ def test_folders_that_only_look_like_leftovers_stay(old_folder: Path) -> None:
     for name in (".bundle.mine", ".bundle.12345678", ".bundle2.abcdefgh"):
         (old_folder.parent / name).mkdir()
         (old_folder.parent / name / "precious").write_bytes(b"x")
-    (old_folder.parent / ".bundle.aaaaaaaa").mkdir()  # as another process makes it, just before it is locked
     before = listing(old_folder.parent)
     with atomic_folder(old_folder):
         pass
     assert listing(old_folder.parent) == before
-    hours_ago = time.time() - 7200
-    os.utime(old_folder.parent / ".bundle.aaaaaaaa", (hours_ago, hours_ago))
+
+
+def test_an_empty_leftover_is_removed_too(old_folder: Path) -> None:
+    (old_folder.parent / ".bundle.aaaaaaaa").mkdir()  # of a process that was killed before it locked the folder
     with atomic_folder(old_folder):
         pass
-    assert ".bundle.aaaaaaaa" not in listing(old_folder.parent)
+    assert listing(old_folder.parent) == ["bundle"]
 
 
 def test_a_folder_that_a_killed_process_had_moved_aside_comes_back(old_folder: Path) -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -77,6 +77,8 @@ class Setup:
     """The folder of another comkd_cli."""
     fresh: Sequence[str] = ()
     """Packages to import again."""
+    before: Callable[[], None] | None = None
+    """Called last."""
 
     def apply(self) -> None:
         """Do it."""
@@ -97,6 +99,8 @@ class Setup:
             export_once(patch, self.exported)
         if not self.figures:
             patch.setattr("matplotlib.figure.Figure.savefig", _save_nothing)
+        if self.before is not None:
+            self.before()
 
 
 def _save_nothing(_: object, stream: IO[bytes], **__: object) -> None:

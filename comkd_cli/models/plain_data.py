@@ -65,10 +65,14 @@ def check_tensors(path: Path, data: Mapping[str, Any], class_names: Sequence[str
 
 
 def save_plain(path: Path, data: dict[str, Any]) -> None:
-    """Write plain data and tensors atomically, to be read with weights_only=True. Raises ComkdError."""
+    """Write plain data and tensors atomically, to be read with weights_only=True. Raises ComkdError.
+
+    Equal data gives equal bytes: given a path, torch would store the name of the temporary file.
+    """
     with atomic_write(path) as unfinished:
         try:
-            torch.save(data, unfinished)
+            with unfinished.open("wb") as stream:
+                torch.save(data, stream)
         except RuntimeError as error:  # torch's writer hides the error of the system
             problem = f"could not be written ({str(error).splitlines()[0]})"
             raise ComkdError(problem, path=path, remedy="is the disk full?") from error

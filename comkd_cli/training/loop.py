@@ -29,6 +29,7 @@ from comkd_cli.training.task import Task
 
 REPORT_EVERY_SECONDS = 0.5
 FLUSH_EVERY_STEPS = 50
+RATE = "images_per_second"
 
 
 class Trainer:
@@ -53,6 +54,7 @@ class Trainer:
     def fit(self) -> list[dict[str, float]]:
         """Train to the last epoch and return the figures of every epoch (see `Task.kept_figures`).
 
+        The rate of the images is not among them: a file that holds the figures has the same bytes after every run.
         A checkpoint is saved at the end of every epoch and when the user or the scheduler asks the run to stop;
         the result does not depend on how often that happened. Raises Interrupted, TrainingError, DataError (too many
         unreadable images) or CheckpointError (a checkpoint of another run).
@@ -62,7 +64,7 @@ class Trainer:
             while self.position.epoch < self.task.optim.epochs:
                 self._train_epoch()
         self._finish()
-        return self.position.history
+        return [{name: value for name, value in line.items() if name != RATE} for line in self.position.history]
 
     def _start(self) -> None:
         """Resume from the checkpoint, or seed a new run."""
@@ -171,7 +173,7 @@ class Trainer:
             "learning_rate": learning_rate(task.optim, position.epoch, steps - 1, steps),
             **figures,
             "unreadable": len(position.unreadable),
-            "images_per_second": images_per_second,
+            RATE: images_per_second,
         }
         if task.select_by is not None:
             line["kept_epoch"] = task.kept_figures([*position.history, line])["epoch"]

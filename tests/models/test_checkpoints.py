@@ -19,6 +19,7 @@ from comkd_cli.models.checkpoints import (
     save_student,
     save_teacher,
 )
+from comkd_cli.models.plain_data import save_plain
 from comkd_cli.recipe import parse_recipe
 from tests import tiny
 
@@ -79,6 +80,13 @@ def test_a_checkpoint_that_lacks_a_part_is_damaged(
     with pytest.raises(CheckpointError, match=r"damaged .* it lacks \w+") as caught:
         load(path)
     assert caught.value.path == path
+
+
+def test_equal_data_give_equal_files(tmp_path: Path) -> None:
+    data = {"format": "comkd-test/1", "weights": torch.arange(12.0).reshape(3, 4)}
+    for name in ("first.pt", "second.pt"):
+        save_plain(tmp_path / name, data)
+    assert (tmp_path / "first.pt").read_bytes() == (tmp_path / "second.pt").read_bytes()
 
 
 def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:

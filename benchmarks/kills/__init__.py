@@ -1,0 +1,1 @@
+"""Kills real runs of comkd and compares where they end with undisturbed ones."""

@@ -1,0 +1,122 @@
+"""The commands that are killed, and the files that they need."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from ruamel.yaml import YAML
+
+from tests import tiny
+from tests.hub import READ_THE_ADDRESS
+
+TRAIN, TEST = 64, 32  # images to train on and to test on
+STUDENT = "work/tiny/few/seed1/student.pt"
+ARCHIVE = "zhengli97/prompt_learning_dataset/eurosat.zip"
+PADDING = 12 * 2**20  # bytes: the Hub's client writes 10 MiB at a time
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A command, started in the folder that `prepare` makes. It writes below `work`."""
+
+    arguments: tuple[str, ...]
+    share: float
+    """Of the cases, in proportion to those of the other kinds."""
+    student: bool = False
+    """Whether `work` starts with a finished student and its teacher."""
+    results: bool = False
+    """Whether that student has been scored."""
+    whole: tuple[str, ...] = ()
+    """Files and folders in `work` that must be absent or complete at any time."""
+    exported: bool = False
+    """Whether torch.onnx.export copies what it wrote before, instead of taking seconds."""
+    setup: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of tests.warm.Setup."""
+    before: Callable[[], None] | None = None
+    """Called in the new process."""
+
+
+def fetch_little() -> None:
+    """Let EuroSAT have an image a split, as the archive has that `eurosat` makes."""
+    from comkd_cli.recipe.catalog import CATALOG
+
+    CATALOG["eurosat"] = replace(CATALOG["eurosat"], classes=2, train=1, val=1, test=1)  # type: ignore[index]
+
+
+DISTILLED = ("tiny/few/seed1/student.pt", "teachers")
+SCORES = ("evaluate", STUDENT, "--runs", "work", "--protocol", "zero-shot", "--protocol", "few-shot")
+KINDS = {
+    "distill": Kind(("distill", "tiny.yaml", "--runs", "work"), 10, whole=DISTILLED[:1]),
+    "distill_workers": Kind(("distill", "tiny.yaml", "--runs", "work", "--set", "data.workers=1"), 0.5),
+    "distill_fresh": Kind(("distill", "tiny.yaml", "--runs", "work", "--fresh"), 2, student=True, results=True),
+    "evaluate": Kind((*SCORES, "--shots", "1,2", "--seeds", "1"), 4, student=True),
+    "export": Kind(
+        ("export", STUDENT, "--runs", "work", "--force"),
+        3,
+        student=True,
+        whole=("tiny/few/seed1/bundle",),
+        exported=True,
+    ),
+    "export_torch": Kind(
+        ("export", STUDENT, "--runs", "work", "--force"), 0.5, student=True, whole=("tiny/few/seed1/bundle",)
+    ),
+    "predict": Kind(("predict", "bundle", "few", "--csv", "work/table.csv"), 3),
+    "fetch": Kind(
+        ("datasets", "fetch", "eurosat", "--data-root", "work/data"),
+        2,
+        whole=("data/eurosat",),
+        setup={"fresh": READ_THE_ADDRESS},
+        before=fetch_little,
+    ),
+    "report": Kind(("report", "work/tiny/few/seed1", "--runs", "work"), 3, student=True),
+}
+
+
+def write_inputs(root: Path) -> None:
+    """The images, and the recipe of a student and a teacher of 2 epochs each that are trained in a second."""
+    tiny.digits_folder(root / "few", TRAIN, TEST)
+    data = {"folder": "few", "workers": 0}
+    optim = {**tiny.OPTIM, "epochs": 3, "batch_size": 16}
+    teacher = {"config": tiny.CLIP, "adapt": {"method": "full", "epochs": 2, "batch_size": 32}}
+    cache = {"views": 2, "dtype": "fp32"}
+    with (root / "tiny.yaml").open("w") as stream:
+        recipe = tiny.recipe(data=data, optim=optim, teacher=teacher, teacher_cache=cache)
+        YAML(typ="safe", pure=True).dump(recipe, stream)
+
+
+def start_with(kind: Kind, root: Path) -> None:
+    """Make `work` what it is before the kind's command; `made` holds a finished student."""
+    for folder in ("work", "temporary", "hub"):
+        shutil.rmtree(root / folder, ignore_errors=True)
+        (root / folder).mkdir()
+    if kind.student:
+        shutil.copytree(root / "made", root / "work", dirs_exist_ok=True)
+    if kind.results:
+        shutil.copytree(root / "scored", root / "work", dirs_exist_ok=True)
+
+
+def eurosat() -> bytes:
+    """An archive of EuroSAT's layout with an image a split."""
+    names = {
+        "train": ["A/1.jpg", 0, "Annual Crop"],
+        "val": ["A/2.jpg", 0, "Annual Crop"],
+        "test": ["B/1.jpg", 1, "Forest"],
+    }
+    picture, archive = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (8, 8), "green").save(picture, "JPEG")
+    with zipfile.ZipFile(archive, "w") as opened:
+        for name, _, _ in names.values():
+            opened.writestr(f"eurosat/2750/{name}", picture.getvalue())
+        splits = {split: [entry] for split, entry in names.items()}
+        opened.writestr("eurosat/split_zhou_EuroSAT.json", json.dumps(splits))
+        opened.writestr("eurosat/padding.bin", os.urandom(PADDING))
+    return archive.getvalue()

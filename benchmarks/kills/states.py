@@ -1,0 +1,69 @@
+"""What a command left in a folder, in a form that can be compared: paths, permissions and contents.
+
+Contents are bytes, apart from these fields, which hold times:
+
+- metrics.jsonl: `images_per_second`;
+- a teacher cache's cost.json, which has measured seconds for messages alone, and is absent where a killed run
+  computed all features;
+- image_digests.sqlite: the pages of the database; its rows are compared instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+
+State = Mapping[str, str]
+"""By path: the permissions and a digest of the content, or `folder`."""
+SHOWN = 8
+MEASURED = ("cost.json",)
+
+
+def state_of(folder: Path) -> State:
+    """Everything below a folder."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            found[name] = f"link to {path.readlink()}"
+        elif path.is_dir():
+            found[name] = "folder"
+        elif path.name in MEASURED:
+            json.loads(path.read_text())  # whatever it says, it is whole
+        else:
+            content = CONTENTS.get(path.name, Path.read_bytes)(path)
+            found[name] = f"{path.stat().st_mode & 0o777:o} {hashlib.sha256(content).hexdigest()}"
+    return found
+
+
+def differences(found: State, expected: State) -> list[str]:
+    """A line for each path that only one has, or that differs; the first few."""
+    lines = [f"left behind: {name}" for name in found if name not in expected]
+    lines += [f"missing: {name}" for name in expected if name not in found]
+    lines += [f"differs: {name}" for name in found if name in expected and found[name] != expected[name]]
+    return lines[:SHOWN] + ([f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])
+
+
+def part_of(state: State, name: str) -> State:
+    """A file, or a folder and what is below it."""
+    return {path: value for path, value in state.items() if path == name or path.startswith(f"{name}/")}
+
+
+def _metrics(path: Path) -> bytes:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return json.dumps([{**line, "images_per_second": 0} for line in lines]).encode()
+
+
+def _digests(path: Path) -> bytes:
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        return repr(connection.execute("SELECT * FROM files ORDER BY path").fetchall()).encode()
+
+
+CONTENTS: Mapping[str, Callable[[Path], bytes]] = {
+    "metrics.jsonl": _metrics,
+    "image_digests.sqlite": _digests,
+}
