@@ -166,7 +166,8 @@ def stop_after_steps(patch: pytest.MonkeyPatch, steps: int) -> None:
 def test_metrics_hold_a_line_an_epoch_with_the_averages(tmp_path: Path) -> None:
     history = train(task(tmp_path))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == history
+    assert all(line.pop("images_per_second") > 0 for line in lines)
+    assert lines == history  # which is stored with the weights, so that they have the same bytes after every run
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert all(line["twice"] == pytest.approx(2 * line["loss"]) for line in lines)
 
