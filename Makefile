@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # Installs again only if the dependencies have changed or the checkout has moved.
 STAMP := $(VENV)/installed-$(shell (pwd; cat pyproject.toml $(CONSTRAINTS)) | cksum | cut -d' ' -f1)
 
-.PHONY: demo test check docs install clean
+.PHONY: demo test check pages docs install clean
 
 demo: install  ## distil, score, export and use a student of bundled images; a few minutes
 	@$(BIN)/python examples/demo.py
@@ -25,8 +25,11 @@ check: install  ## style, types, layers, generated pages
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
 
-docs: install  ## write the generated pages
+pages: install  ## write the generated pages
 	$(BIN)/python docs/generate.py
+
+docs: install  ## build the site in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 install: $(STAMP)
 

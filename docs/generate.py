@@ -124,7 +124,7 @@ def main(check: bool) -> int:
         elif not check:
             path.write_text(text, encoding="utf-8")
     if stale:
-        print(f"{', '.join(stale)}: out of date; run `make docs`", file=sys.stderr)
+        print(f"{', '.join(stale)}: out of date; run `make pages`", file=sys.stderr)
     return 1 if stale else 0
 
 
