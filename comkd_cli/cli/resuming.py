@@ -75,6 +75,19 @@ class StoppedRun:
         return " &&\n  ".join(map(_command, commands))
 
 
+@dataclass(frozen=True)
+class ReproducedRun(StoppedRun):
+    """A run of `comkd reproduce`, which has no --fresh: the same command resumes it."""
+
+    distill: Sequence[str]
+    """The words of the `comkd distill` that makes the same run alone."""
+
+    @property
+    def alone(self) -> str:
+        """This `comkd distill`, to which --fresh can be added."""
+        return _command(self.distill)
+
+
 def _combined(choices: Sequence[Choice]) -> list[list[Choice]]:
     """The choices grouped into as few commands as possible: consecutive datasets with the same seeds share one."""
     by_dataset = [list(group) for _, group in groupby(choices, key=lambda choice: choice.dataset)]

@@ -42,6 +42,14 @@ def add_results(folder: Path, fresh: Results, report: Report) -> Results:
     return results
 
 
+def read_results(folder: Path) -> Results:
+    """The results of a folder; none where it has no results.json, or one that could not be read."""
+    try:
+        return from_json((folder / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return Results(())
+
+
 def _write(folder: Path, results: Results) -> None:
     write_text(folder / NAME, to_json(results))
     write_text(folder / "results.csv", to_csv(results.records))

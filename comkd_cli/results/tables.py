@@ -26,7 +26,7 @@ TRANSDUCTIVE = (
 
 ONE_ANSWER_PERCENT = 90.0
 """From this share of one class in a teacher's answers on, an agreement with it says little."""
-NAMES = ("model", "data", "prompts", "method")  # the columns without figures
+NAMES = ("model", "data", "prompts", "method", "note")  # the columns without figures
 MARKDOWN_SPECIAL = re.compile(r"[\\|<*`\[\]]")  # underscores within words have no meaning in Markdown
 
 
@@ -62,13 +62,17 @@ def to_csv(records: Sequence[Record]) -> str:
 def to_markdown(results: Results) -> str:
     """Every table, and the list of what could not be scored."""
     parts = ["# Results\n"]
-    for table in tables(results.records):
-        note = f"\n{table.note}\n" if table.note else ""
-        parts.append(f"## {table.title}\n\n{_tabulated(table, 'pipe', _markdown)}\n{note}")
+    parts += map(table_as_markdown, tables(results.records))
     if results.missing:
         lines = "\n".join(f"- {entry.dataset}: {entry.line}".replace("\n", "\n  ") for entry in results.missing)
         parts.append(f"## Not scored\n\n{lines}\n")
     return "\n".join(parts)
+
+
+def table_as_markdown(table: Table) -> str:
+    """A table below its title, with its note."""
+    note = f"\n{table.note}\n" if table.note else ""
+    return f"## {table.title}\n\n{_tabulated(table, 'pipe', _markdown)}\n{note}"
 
 
 def to_latex(results: Results) -> str:

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
-from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from comkd_cli.cli.options import data_root_option, runs_option
-from comkd_cli.cli.resuming import Choice, StoppedRun
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from comkd_cli.data.source import Source
-    from comkd_cli.flows.adapt import Stage1
-    from comkd_cli.flows.distill import Run
-    from comkd_cli.recipe import Recipe
-
-ANOTHER_FOLDER = "give another folder with --runs"
+from comkd_cli.cli.resuming import Choice
 
 
 @click.command()
@@ -73,14 +59,11 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
         datasets = _suite_below(data_root)
     choices = [Choice(dataset, seed) for dataset, seed in product(datasets or [None], seeds or [None])]
     recipes = [load_recipe(recipe, [*settings, *choice.settings()]) for choice in choices]
-    if len(precisions := sorted({each.precision for each in recipes})) > 1:
-        raise click.UsageError(f"the datasets differ in precision ({', '.join(precisions)}); run them one at a time")
     with starting():
+        from comkd_cli.cli.distiller import Distiller, accelerator_of
         from comkd_cli.runtime import collectives
-        from comkd_cli.training.accelerator import make_accelerator
 
-        collectives.set_timeout(max(each.collective_timeout_minutes for each in recipes))
-        accelerator = make_accelerator(recipes[0].precision)
+        accelerator = accelerator_of(recipes)
     name = find_recipe(recipe).stem
     if dry_run:
         from comkd_cli.cli.dry_run import DryRun
@@ -89,96 +72,10 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
         for each in recipes:
             plan.print(each)
     else:
-        distiller = Distiller(name, runs, data_root, accelerator, precompute=precompute)
+        distiller = Distiller(name, runs, data_root, accelerator)
+        distiller.precompute = precompute
         distiller.make_all(recipes, choices, fresh)
     collectives.destroy()
-
-
-class Distiller:
-    """Makes the runs of one command, one after another."""
-
-    def __init__(self, name: str, runs: Path, data_root: Path, accelerator: Accelerator, *, precompute: bool) -> None:
-        """name: of the recipe. precompute: fill the teacher cache instead of training students."""
-        self._name, self._runs, self._data_root = name, runs, data_root
-        self._accelerator = accelerator
-        self._precompute = precompute
-        self._reported: set[str] = set()  # notices about a dataset, which the run of each seed would repeat
-
-    def make_all(self, recipes: Sequence[Recipe], choices: Sequence[Choice], fresh: bool) -> None:
-        """Make a run for each recipe. Of several runs, one that fails does not stop the others.
-
-        choices: the dataset and seed of each recipe. fresh: discard existing runs. Raises DataError after the last
-        run where some of several failed, and the error of a run that is the only one.
-        """
-        from comkd_cli.cli.terminal import messages
-        from comkd_cli.errors import CheckpointError, DataError, ModelError
-        from comkd_cli.files import check_writable
-        from comkd_cli.runtime import collectives
-
-        collectives.in_turn(partial(check_writable, self._runs, ANOTHER_FOLDER))
-        failed = 0
-        for position, recipe in enumerate(recipes):
-            try:
-                student = self._make(recipe, StoppedRun(choices, position, fresh))
-            except (DataError, CheckpointError, ModelError) as error:
-                if len(recipes) == 1:
-                    raise
-                messages().print(f"failed: {error}", style="yellow", markup=False)
-                failed += 1
-                continue
-            if student is not None:
-                _print_next_steps(student)
-        if failed:
-            raise DataError(f"{failed} of {len(recipes)} runs failed; see the errors above")
-
-    def _make(self, recipe: Recipe, resume: StoppedRun) -> Path | None:
-        """One run. Returns its student.pt; None where it was already finished, or only the cache was filled."""
-        from comkd_cli.errors import Interrupted
-
-        try:
-            prepared = self._prepare(recipe, resume)
-            return None if prepared is None else self._train(*prepared, resume)
-        except KeyboardInterrupt:
-            if not resume.fresh:
-                raise  # the same command resumes the run
-            raise Interrupted(f"interrupted. To resume:\n  {resume.resume_teacher}") from None
-
-    def _prepare(self, recipe: Recipe, resume: StoppedRun) -> tuple[Run, Stage1] | None:
-        """The run and its teacher; None where its student is already finished."""
-        from comkd_cli.cli.terminal import messages, reporting
-        from comkd_cli.data.sources import open_source
-        from comkd_cli.events import once
-        from comkd_cli.files import check_writable
-        from comkd_cli.flows import adapt, distill
-        from comkd_cli.runtime import collectives
-
-        with reporting() as shown:
-            report = once(shown, self._reported)
-            open_images = partial(open_source, recipe.data, self._data_root, self._runs, report, fetch=True)
-            source: Source = collectives.in_turn(open_images)
-            stage = collectives.in_turn(partial(adapt.stage_1, recipe, source, self._data_root, self._runs, report))
-            with collectives.without_timeout():  # reading the contents of many images takes long
-                run = distill.Run(recipe, self._name, source, self._runs, stage.contents, stage.key)
-                run.identity.digest  # noqa: B018 - reads the contents, which are kept from then on
-            finished = not self._precompute and not resume.fresh and distill.finished(run, report, resume.alone)
-        if finished:
-            messages().print(f"already finished: {run.student_file} (--fresh repeats it)", markup=False)
-            return None
-        for folder in (run.folder, stage.folder) if stage.adapts else (run.folder,):
-            collectives.in_turn(partial(check_writable, folder, ANOTHER_FOLDER))
-        return run, stage
-
-    def _train(self, run: Run, stage: Stage1, resume: StoppedRun) -> Path | None:
-        from comkd_cli.cli.terminal import reporting
-        from comkd_cli.flows import adapt, distill
-        from comkd_cli.runtime.devices import failures_explained
-
-        with reporting() as report, failures_explained():
-            teacher = adapt.TeacherPreparation(stage, self._accelerator, report, resume.resume_teacher)
-            if self._precompute:
-                distill.precompute(run, teacher, self._accelerator, report)
-                return None
-            return distill.distill(run, teacher, self._accelerator, report, resume.resume_student, resume.fresh)
 
 
 def _suite_below(data_root: Path) -> tuple[str, ...]:
@@ -194,14 +91,3 @@ def _suite_below(data_root: Path) -> tuple[str, ...]:
     if not found:
         raise DataError("holds none of the suite's datasets", path=data_root, remedy="give --data-root, or fetch one")
     return found
-
-
-def _print_next_steps(student: Path) -> None:
-    from comkd_cli.cli.terminal import output
-
-    path = shlex.quote(str(student))
-    output().print(
-        f"student: {student}\n  comkd evaluate {path}\n  comkd export --onnx {path}",
-        markup=False,
-        soft_wrap=True,
-    )
