@@ -219,17 +219,9 @@ class Reproduction:
     def _distill_words(self, item: Item) -> list[str]:
         """The words of the `comkd distill` that makes the same run."""
         settings = [word for setting in self.goal.settings for word in ("--set", setting)]
-        own = ["--dataset", item.dataset, "--seed", str(item.choice.seed)]
-        return [
-            "distill",
-            self.goal.recipe,
-            *own,
-            *settings,
-            "--runs",
-            str(self.runs),
-            "--data-root",
-            str(self.data_root),
-        ]
+        own = f"--dataset {item.dataset} --seed {item.choice.seed}".split()
+        folders = ["--runs", str(self.runs), "--data-root", str(self.data_root)]
+        return ["distill", self.goal.recipe, *own, *settings, *folders]
 
     def _scores(self, item: Item) -> Sequence[Record]:
         """The scores of a student and its teacher, which are also added to the results.json beside the student."""
@@ -290,15 +282,11 @@ class Reproduction:
             if not self.as_json:
                 output().print(f"{path}: these tables; beside it the same as JSON", style="dim", markup=False)
         failed = [item for item in self.items if item.problem is not None and not item.is_absent]
-        if write and (failed or not records):
+        if write and failed:
             lines = [f"{item.dataset}, seed {item.choice.seed}: {item.problem}" for item in failed]
-            raise (
-                DataError("\n  ".join([f"{len(failed)} of {len(self.items)} runs failed", *lines]))
-                if failed
-                else (
-                    DataError("holds none of the protocol's datasets", path=self.data_root, remedy="give --data-root")
-                )
-            )
+            raise DataError("\n  ".join([f"{len(failed)} of {len(self.items)} runs failed", *lines]))
+        if write and not records:
+            raise DataError("holds none of the protocol's datasets", path=self.data_root, remedy="give --data-root")
 
     def _reasons(self) -> dict[str, str]:
         """Why a dataset has no figures of ours, or not those of every seed."""
