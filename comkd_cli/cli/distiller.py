@@ -13,7 +13,6 @@ from comkd_cli.cli.resuming import Choice, StoppedRun
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from comkd_cli.data.source import Source
     from comkd_cli.flows.adapt import Stage1
     from comkd_cli.flows.distill import Run
     from comkd_cli.recipe import Recipe
@@ -88,21 +87,16 @@ class Distiller:
 
     def _prepare(self, recipe: Recipe, resume: StoppedRun) -> tuple[Run, Stage1] | None:
         """The run and its teacher; None where its student is already finished."""
+        from comkd_cli.api.runs import Place
         from comkd_cli.cli.terminal import messages, reporting
-        from comkd_cli.data.sources import open_source
         from comkd_cli.events import once
         from comkd_cli.files import check_writable
-        from comkd_cli.flows import adapt, distill
+        from comkd_cli.flows import distill
         from comkd_cli.runtime import collectives
 
         with reporting() as shown:
             report = once(shown, self._reported)
-            open_images = partial(open_source, recipe.data, self._data_root, self._runs, report, fetch=True)
-            source: Source = collectives.in_turn(open_images)
-            stage = collectives.in_turn(partial(adapt.stage_1, recipe, source, self._data_root, self._runs, report))
-            with collectives.without_timeout():  # reading the contents of many images takes long
-                run = distill.Run(recipe, self._name, source, self._runs, stage.contents, stage.key)
-                run.identity.digest  # noqa: B018 - reads the contents, which are kept from then on
+            run, stage = Place(self._name, self._runs, self._data_root).prepare(recipe, report)
             finished = not self.precompute and not resume.fresh and distill.finished(run, report, resume.alone)
         if finished:
             hint = " (--fresh repeats it)" if self.offers_fresh else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from comkd_cli.events import Notice, Report
 from comkd_cli.method.student import Student
 from comkd_cli.models.checkpoints import StudentRecord, load_student, load_student_record, save_student
 from comkd_cli.results.result_files import forget_model
-from comkd_cli.teachers.of_student import SAME_VECTORS_COSINE, ClassEncoder, class_encoder, teacher_file
+from comkd_cli.teachers.of_student import SAME_VECTORS_COSINE, ClassEncoder, class_encoder, record_beside
 
 OPTION = "--add"
 DEFAULT_NAME = "student-classes.pt"
@@ -67,11 +66,32 @@ def add_classes(
     if target.exists() and not options.force:
         raise MisuseError("already exists", path=target, remedy="replace it with --force, or choose another --out")
     student, record = load_student(student_file, options.allow_download)
+    new, added = extend_with_classes(student_file, student, record, names, options, report)
+    replaced = target.exists()
+    save_student(target, student, record_beside(new, student_file, target))
+    if replaced:
+        forget_model(target.parent, str(target), report)
+    return target, added
+
+
+def extend_with_classes(
+    student_file: Path,
+    student: Student,
+    record: StudentRecord,
+    names: Sequence[str],
+    options: AddOptions,
+    report: Report,
+) -> tuple[StudentRecord, list[Added]]:
+    """Add classes to a student in memory; returns its new record, and the nearest class of each.
+
+    student_file: the file of the record, from which its teacher is found. Nothing is written, `out` and `force` are not
+    used. Raises as `add_classes`.
+    """
     new = _record_with(record, names, options.templates)
     encoder = _encoder(student_file, new, options.allow_download, report)
     vectors = _new_vectors(encoder, student, record, new.classes_added[len(record.classes_added) :], report)
     student.add_classes(vectors)
-    added = _nearest(new.class_names, student.class_vectors, len(vectors))
+    added = _nearest(new.class_names, student.class_vectors.cpu(), len(vectors))
     for entry in added:
         if entry.cosine > NEARLY_EQUAL_COSINE:
             report(
@@ -80,11 +100,7 @@ def add_classes(
                     "that the student can hardly tell them apart; use a name or a --template that differs more"
                 )
             )
-    replaced = target.exists()
-    save_student(target, student, _moved(new, student_file, target))
-    if replaced:
-        forget_model(target.parent, str(target), report)
-    return target, added
+    return new, added
 
 
 def _record_with(record: StudentRecord, names: Sequence[str], templates: tuple[str, ...]) -> StudentRecord:
@@ -136,7 +152,8 @@ def _new_vectors(
     was fitted to labels; DataError for a name that the encoder reads as another class.
     """
     compared = list(range(0, len(record.class_names), -(-len(record.class_names) // MOST_COMPARED)))
-    own = student.class_vectors[compared]
+    own_vectors = student.class_vectors.cpu()
+    own = own_vectors[compared]
     found = encoder.vectors([record.class_names[label] for label in compared])
     cosine = float(nn.functional.cosine_similarity(found, own).min()) if found.shape == own.shape else float("nan")
     if not cosine >= SAME_VECTORS_COSINE:
@@ -147,7 +164,7 @@ def _new_vectors(
             remedy="distil a student with all classes",
         )
     vectors = encoder.vectors(names, report)
-    for entry in _nearest((*record.class_names, *names), torch.cat([student.class_vectors, vectors]), len(names)):
+    for entry in _nearest((*record.class_names, *names), torch.cat([own_vectors, vectors]), len(names)):
         if entry.cosine > EQUAL_COSINE:
             raise DataError(
                 f"the text encoder reads it as {entry.nearest!r}",
@@ -168,10 +185,3 @@ def _nearest(class_names: Sequence[str], vectors: Tensor, count: int) -> list[Ad
         Added(name, class_names[label], cosine)
         for name, label, cosine in zip(class_names[start:], labels.tolist(), cosines.tolist(), strict=True)
     ]
-
-
-def _moved(record: StudentRecord, student_file: Path, target: Path) -> StudentRecord:
-    """The record with the path of its teacher from another file."""
-    if record.teacher is None:
-        return record
-    return replace(record, teacher=os.path.relpath(teacher_file(record, student_file), target.parent))

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import open_clip
 import torch
 from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from comkd_cli.edge.images import RESAMPLING, Preprocessing
 from comkd_cli.errors import ModelError
@@ -60,6 +61,7 @@ __all__ = [
     "outline_image_tower",
     "recompute_activations",
     "state_sha256",
+    "tensors_sha256",
     "tokens_cut",
     "uses_all_parameters",
     "weights_sha256",
@@ -148,8 +150,13 @@ def uses_all_parameters(clip: nn.Module) -> bool:
 
 def state_sha256(module: nn.Module) -> str:
     """A digest of a module's tensors, by name and content, independent of the file that they came from."""
+    return tensors_sha256(module.state_dict())
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of tensors, by name and content."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

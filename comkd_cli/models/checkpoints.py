@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,11 +127,15 @@ class SavedTeacher:
         return {name: self.state_dict[f"prompts.{name}"] for name in ("vision", "text")}
 
 
-def save_student(path: Path, student: Student, record: StudentRecord) -> None:
+def save_student(
+    path: Path, student: Student, record: StudentRecord, learned: Mapping[str, Tensor] | None = None
+) -> None:
     """Write student.pt atomically, with the learned tensors alone, so that a prompts-only student stays small.
 
+    learned: these tensors; None: `student.learned_state()`, which depends on the parameters that require a gradient.
     Raises ComkdError.
     """
+    learned = student.learned_state() if learned is None else learned
     plain = {**asdict(record), "recipe": record.recipe.model_dump(mode="json")}
     save_plain(
         path,
@@ -140,7 +145,7 @@ def save_student(path: Path, student: Student, record: StudentRecord) -> None:
             "class_names": list(record.class_names),
             "class_vectors": student.class_vectors.cpu(),
             "logit_scale": student.logit_scale.cpu(),
-            "state_dict": {name: value.cpu() for name, value in student.learned_state().items()},
+            "state_dict": {name: value.cpu() for name, value in learned.items()},
         },
     )
 

@@ -7,6 +7,7 @@ from comkd_cli.recipe.loading import (
     load_recipe,
     parse_recipe,
     read_yaml,
+    recipe_of,
     to_yaml,
 )
 from comkd_cli.recipe.model import Recipe
@@ -19,5 +20,6 @@ __all__ = [
     "load_recipe",
     "parse_recipe",
     "read_yaml",
+    "recipe_of",
     "to_yaml",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -64,8 +65,19 @@ def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
     name: a file, or the name of a bundled recipe. Raises RecipeError with every fault, a line each.
     """
     path = find_recipe(name)
-    tree, origins = _read_extended(path, ())
-    own = _own_of_datasets(tree, str(path))
+    return _with_settings(*_read_extended(path, ()), str(path), settings)
+
+
+def recipe_of(tree: Mapping[str, Any], settings: Sequence[str] = (), name: str = "recipe") -> Recipe:
+    """As `load_recipe`, of a recipe that is plain data; `extends` names a bundled recipe or a file.
+
+    name: what errors call it. Raises RecipeError with every fault, a line each.
+    """
+    return _with_settings(*_extended(copy.deepcopy(dict(tree)), Path(name), ()), name, settings)
+
+
+def _with_settings(tree: dict[str, Any], origins: dict[str, str], path: str, settings: Sequence[str]) -> Recipe:
+    own = _own_of_datasets(tree, path)
     changes = _parse_settings(settings)
     dataset = _dataset_of(changes) or _dataset_of(tree)
     own_images = changes.get("data")
@@ -74,7 +86,7 @@ def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
     if dataset in own:
         _merge(tree, own[dataset], f"{path}: for_dataset.{dataset}", origins)
     _merge(tree, changes, COMMAND_LINE, origins)
-    return parse_recipe(tree, origins, str(path))
+    return parse_recipe(tree, origins, path)
 
 
 def check_recipes(names: Sequence[str]) -> dict[str, str]:
@@ -141,9 +153,8 @@ def read_yaml(text: str, name: str) -> Any:
 
 def _read_extended(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
     """A recipe file merged over what it extends, and for each dotted path the file that wrote it."""
-    resolved = path.resolve()
-    if resolved in seen:
-        chain = " -> ".join(p.name for p in (*seen, resolved))
+    if path.resolve() in seen:
+        chain = " -> ".join(p.name for p in (*seen, path.resolve()))
         raise RecipeError("is circular", path=path, field="extends", found=chain)
     try:
         text = path.read_text(encoding="utf-8")
@@ -152,6 +163,11 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], 
     own = read_yaml(text, str(path))
     if not isinstance(own, dict):
         raise RecipeError("is not a recipe: its top level must be fields, such as `data:`", path=path)
+    return _extended(own, path, (*seen, path.resolve()))
+
+
+def _extended(own: dict[str, Any], path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The fields of a recipe merged over what it extends, and for each dotted path the file that wrote it."""
     _check_version(own, str(path))
     base = own.pop("extends", None)
     tree: dict[str, Any] = {}
@@ -160,7 +176,7 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], 
         if not isinstance(base, str):
             raise RecipeError("should be the path of one recipe", path=path, field="extends", found=repr(base))
         beside = path.parent / base
-        tree, origins = _read_extended(beside if beside.is_file() else _find_base(base, path), (*seen, resolved))
+        tree, origins = _read_extended(beside if beside.is_file() else _find_base(base, path), seen)
     _merge(tree, own, str(path), origins)
     return tree, origins
 

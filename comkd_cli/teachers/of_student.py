@@ -156,6 +156,13 @@ def teacher_file(record: StudentRecord, student_file: Path) -> Path:
     return Path(os.path.normpath(student_file.parent / record.teacher))
 
 
+def record_beside(record: StudentRecord, student_file: Path, target: Path) -> StudentRecord:
+    """The record for another file, which names its teacher relative to itself."""
+    if record.teacher is None:
+        return record
+    return replace(record, teacher=os.path.relpath(teacher_file(record, student_file), target.parent))
+
+
 def check_teacher_files(record: StudentRecord, student_file: Path) -> None:
     """Raise CheckpointError where a file of the teacher changed since the student was distilled.
 

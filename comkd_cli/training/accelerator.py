@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 
 from comkd_cli.errors import TrainingError
 from comkd_cli.runtime import collectives, ranks
@@ -21,10 +22,11 @@ def make_accelerator(precision: str) -> Accelerator:
         # Batch norms share their statistics, so that their buffers are equal without a broadcast.
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
     ]
+    mixed = "no" if precision == "fp32" else precision
+    if AcceleratorState._shared_state.get("_mixed_precision", mixed) != mixed:
+        AcceleratorState._reset_state()  # accelerate keeps the precision of a process's first run for all that follow
     try:
-        accelerator = Accelerator(
-            mixed_precision="no" if precision == "fp32" else precision, cpu=needs_cpu(), kwargs_handlers=handlers
-        )
+        accelerator = Accelerator(mixed_precision=mixed, cpu=needs_cpu(), kwargs_handlers=handlers)
     except (ValueError, RuntimeError) as error:
         raise TrainingError(
             f"this machine does not support it ({error})", field="precision", found=precision

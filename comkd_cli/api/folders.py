@@ -1,0 +1,15 @@
+"""The folders that the Python functions use where none is given: those of the commands."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PathLike = str | os.PathLike[str]
+
+RUNS = Path("runs")
+
+
+def data_root_or_default(data_root: PathLike | None) -> Path:
+    """A folder of datasets; None: that of the environment variable COMKD_DATA, or `data`."""
+    return Path(os.environ.get("COMKD_DATA") or "data") if data_root is None else Path(data_root)
