@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -99,6 +100,12 @@ class Interrupted(ComkdError):
     def __init__(self, message: str, exit_code: int = 130) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str | None:
+    """The remedy for a mistyped name: the nearest valid one; None if none is near."""
+    close = difflib.get_close_matches(name, list(valid), n=1)
+    return f"did you mean {close[0]}?" if close else None
 
 
 def first_line(error: BaseException) -> str:

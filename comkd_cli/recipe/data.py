@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from comkd_cli.errors import did_you_mean
 from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.recipe.fields import Closed
 
@@ -69,8 +69,7 @@ class Data(Closed):
         if [self.dataset, self.folder, self.shards].count(None) != 2:
             raise ValueError("needs exactly one of `dataset`, `folder` and `shards`")
         if self.dataset is not None and self.dataset not in DATASETS:
-            close = difflib.get_close_matches(self.dataset, DATASETS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"the datasets are {', '.join(DATASETS)}"
+            hint = did_you_mean(self.dataset, DATASETS) or f"the datasets are {', '.join(DATASETS)}"
             raise ValueError(f"unknown dataset {self.dataset!r}; {hint}")
         if self.dataset is not None and self.classes is not None:
             raise ValueError(f"`classes` needs `folder` or `shards`; the dataset {self.dataset} has its own")

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from comkd_cli.errors import MisuseError, RecipeError
+from comkd_cli.errors import MisuseError, RecipeError, did_you_mean
 from comkd_cli.recipe.faults import describe_faults
 from comkd_cli.recipe.model import DATASETS, SCHEMA_VERSION, Data, Recipe
 
@@ -55,7 +55,10 @@ def find_recipe(name: str | Path) -> Path:
     if path.parent in (Path(), Path("recipes")) and path.suffix in ("", ".yaml") and path.stem in bundled:
         return bundled[path.stem]
     raise RecipeError(
-        "no such recipe", path=name, allowed=list(bundled), remedy="give a YAML file or the name of a bundled recipe"
+        "no such recipe",
+        path=name,
+        allowed=list(bundled),
+        remedy=did_you_mean(path.stem, bundled) or "give a YAML file or the name of a bundled recipe",
     )
 
 
@@ -202,7 +205,14 @@ def _own_of_datasets(tree: dict[str, Any], name: str) -> dict[str, dict[str, Any
     if not isinstance(own, dict) or not all(fields is None or isinstance(fields, dict) for fields in own.values()):
         raise RecipeError("should be a mapping of datasets to fields", path=name, field="for_dataset")
     if unknown := [dataset for dataset in own if dataset not in DATASETS]:
-        raise RecipeError("unknown dataset", path=name, field="for_dataset", found=repr(unknown[0]), allowed=DATASETS)
+        raise RecipeError(
+            "unknown dataset",
+            path=name,
+            field="for_dataset",
+            found=repr(unknown[0]),
+            allowed=DATASETS,
+            remedy=did_you_mean(unknown[0], DATASETS),
+        )
     # With null, a recipe removes the fields of a dataset that the recipe it extends has.
     own = {dataset: fields for dataset, fields in own.items() if fields is not None}
     if data := [dataset for dataset, fields in own.items() if "data" in fields]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from comkd_cli.cli.completing import complete_dataset
 from comkd_cli.cli.options import data_root_option, json_option
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def list_(as_json: bool) -> None:
 
 
 @command.command()
-@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete_dataset)
 @click.option("--deep", is_flag=True, help="Decode every image as well, which takes long.")
 @data_root_option
 @json_option
@@ -76,7 +77,7 @@ def check(names: tuple[str, ...], deep: bool, data_root: Path, as_json: bool) ->
 
 
 @command.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_dataset)
 @click.option("--shots", type=click.IntRange(min=1), help="Draw this many training images per class.")
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Seed of the draw.")
 @click.option(
@@ -113,7 +114,7 @@ def split(name: str, shots: int | None, seed: int, half: str, data_root: Path, a
 
 
 @command.command()
-@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_dataset)
 @data_root_option
 @json_option
 def fetch(names: tuple[str, ...], data_root: Path, as_json: bool) -> None:
@@ -145,11 +146,12 @@ def fetch(names: tuple[str, ...], data_root: Path, as_json: bool) -> None:
 
 
 def _chosen(names: Sequence[str]) -> list[Dataset]:
-    from comkd_cli.errors import DataError
+    from comkd_cli.errors import DataError, did_you_mean
     from comkd_cli.recipe.catalog import CATALOG
 
     if unknown := [name for name in names if name not in CATALOG]:
-        raise DataError("unknown dataset", found=unknown[0], allowed=list(CATALOG))
+        remedy = did_you_mean(unknown[0], CATALOG)
+        raise DataError("unknown dataset", found=unknown[0], allowed=list(CATALOG), remedy=remedy)
     return [CATALOG[name] for name in names] or list(CATALOG.values())
 
 

@@ -7,13 +7,21 @@ from pathlib import Path
 
 import click
 
+from comkd_cli.cli.completing import complete_any_dataset, complete_recipe
 from comkd_cli.cli.options import data_root_option, runs_option
 from comkd_cli.cli.resuming import Choice
 
 
 @click.command()
-@click.argument("recipe")
-@click.option("--dataset", "datasets", metavar="NAME", multiple=True, help="Train on this dataset; may be repeated.")
+@click.argument("recipe", shell_complete=complete_recipe)
+@click.option(
+    "--dataset",
+    "datasets",
+    metavar="NAME",
+    multiple=True,
+    shell_complete=complete_any_dataset,
+    help="Train on this dataset; may be repeated.",
+)
 @click.option(
     "--all", "whole_suite", is_flag=True, help="Train on each of the suite's eleven datasets found in --data-root."
 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from comkd_cli.cli.completing import complete_student
 from comkd_cli.cli.options import allow_download_option, data_root_option, json_option, runs_option
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("student", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("student", type=click.Path(dir_okay=False, path_type=Path), shell_complete=complete_student)
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),

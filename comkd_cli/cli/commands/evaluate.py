@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from comkd_cli.cli.completing import complete_any_dataset, complete_student
 from comkd_cli.cli.options import (
     allow_download_option,
     data_root_option,
@@ -31,12 +32,13 @@ PROTOCOLS = ("zero-shot", "base-to-novel", "few-shot", "cross-dataset", "domain-
 
 
 @click.command()
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=complete_student)
 @click.option(
     "--dataset",
     "datasets",
     metavar="NAME",
     multiple=True,
+    shell_complete=complete_any_dataset,
     help="Score on this dataset, digits or one of `comkd datasets list`; may be repeated.",
 )
 @click.option("--all", "whole_suite", is_flag=True, help="Score on every dataset of the suite, by every protocol.")

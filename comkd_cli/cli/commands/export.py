@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from comkd_cli.bundles.gates import GATES, INPUTS, PRECISIONS, TEXT, TEXT_GATE, TEXT_LIMITS, Gate, SpeedGate
+from comkd_cli.cli.completing import complete_student
 from comkd_cli.cli.options import allow_download_option, data_root_option, json_option, runs_option
 
 
@@ -21,7 +22,7 @@ def _positive(_context: click.Context, parameter: click.Parameter, value: float 
 
 
 @click.command()
-@click.argument("student", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("student", type=click.Path(dir_okay=False, path_type=Path), shell_complete=complete_student)
 @click.option("--onnx", is_flag=True, expose_value=False, help="ONNX, the default and only format; may be left out.")
 @click.option(
     "--out",

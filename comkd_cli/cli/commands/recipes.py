@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from comkd_cli.cli.completing import complete_recipe
+
 
 @click.group()
 def command() -> None:
@@ -21,7 +23,7 @@ def list_() -> None:
 
 
 @command.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_recipe)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a recipe field, as in distill.")
 def show(name: str, settings: tuple[str, ...]) -> None:
     """Print a recipe with `extends` resolved and every default written out.
@@ -37,7 +39,7 @@ def show(name: str, settings: tuple[str, ...]) -> None:
 
 
 @command.command()
-@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...", shell_complete=complete_recipe)
 def check(files: tuple[str, ...]) -> None:
     """Check each FILE and print all its faults; the exit code is 1 if there is one."""
     from comkd_cli.errors import RecipeError

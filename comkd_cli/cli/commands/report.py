@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from comkd_cli.cli.completing import complete_run
 from comkd_cli.cli.options import allow_download_option, data_root_option, runs_option, typed_command
 
 if TYPE_CHECKING:
@@ -17,7 +18,14 @@ STUDENT = "student.pt"
 
 
 @click.command()
-@click.argument("runs_to_show", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument(
+    "runs_to_show",
+    metavar="RUN...",
+    nargs=-1,
+    required=True,
+    type=click.Path(path_type=Path),
+    shell_complete=complete_run,
+)
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
