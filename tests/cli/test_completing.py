@@ -61,9 +61,9 @@ def test_bash_completes_by_the_script(tmp_path: Path) -> None:
     script = CliRunner().invoke(main, ["completion", "bash"])
     assert script.exit_code == 0
     program = tmp_path / "comkd"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m comkd_cli "$@"\n')
+    program.write_text(f"#!{sys.executable}\nfrom comkd_cli.cli import main\nmain()\n")  # as pip installs it
     program.chmod(0o755)
-    asked = "COMP_WORDS=(comkd recipes show dig); COMP_CWORD=3; _comkd_completion; echo found ${COMPREPLY[@]}"
+    asked = "COMP_WORDS=(comkd recipes show dig); COMP_CWORD=3; _comkd_completion comkd; echo found ${COMPREPLY[@]}"
     code = f"{script.output}\n{asked}"
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     bash = shutil.which("bash") or "bash"
