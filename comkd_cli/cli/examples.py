@@ -51,6 +51,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "comkd report runs/digits/digits/seed1",
         "comkd report runs/recipe/photos/seed1 runs/recipe/photos/seed2 --out report.html",
     ),
+    "reproduce": (
+        "comkd reproduce base-to-novel --data-root DATA --dry-run",
+        "comkd reproduce base-to-novel --dataset dtd --dataset eurosat --data-root DATA",
+    ),
 }
 """By the names of the command, such as `datasets check`: command lines as a shell takes them."""
 

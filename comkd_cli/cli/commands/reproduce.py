@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from comkd_cli.cli.completing import complete_dataset, complete_recipe
 from comkd_cli.cli.options import data_root_option, json_option, numbers, runs_option
 from comkd_cli.cli.resuming import Choice
 
@@ -42,10 +43,15 @@ def _names(_context: click.Context, _parameter: click.Parameter, values: tuple[s
     "datasets",
     metavar="NAME",
     multiple=True,
+    shell_complete=complete_dataset,
     callback=_names,
     help="Only this dataset of the protocol; may be repeated, or a list with commas.",
 )
-@click.option("--recipe", help="A recipe instead of the protocol's own, such as one with smaller models.")
+@click.option(
+    "--recipe",
+    shell_complete=complete_recipe,
+    help="A recipe instead of the protocol's own, such as one with smaller models.",
+)
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a recipe field, such as optim.epochs=10."
 )
