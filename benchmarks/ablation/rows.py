@@ -87,13 +87,13 @@ def objective_rows(settings: Settings) -> list[Row]:
 
 
 def image_rows(settings: Settings) -> list[Row]:
-    """Refinement, all terms and labels alone on fewer images, at equal epochs and at equal steps."""
+    """Refinement, all terms, feature cosine and labels on fewer images, at equal epochs and at equal steps."""
     most = settings.image_counts[-1]
     rows = []
     for count in settings.image_counts[:-1]:
         for paces, epochs in (("epochs", settings.epochs), ("steps", settings.epochs * most // count)):
             base = f"{BASE}_{count}_equal_{paces}"
-            for name in (BASE, "comkd", "labels"):
+            for name in (BASE, "comkd", "feature_cosine", "labels"):
                 row = f"{name}_{count}_equal_{paces}"
                 terms = OBJECTIVES[name]
                 rows.append(Row("images", row, terms, settings.student, epochs, settings.fewer_seeds, count, base=base))
