@@ -94,7 +94,7 @@ def test_every_block_has_a_kind_that_is_run_or_says_why_not(page: Path) -> None:
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     """In strict mode a broken link, a missing anchor and a page outside the navigation are warnings, which fail."""
     site = tmp_path / "site"
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
     env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
     assert ended.returncode == 0, ended.stderr
