@@ -10,8 +10,9 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 UNFINISHED = ".tmp"
+MOST_SECONDS_OF_A_TURN = 10.0
 ERRORS_WITHOUT_FILENAME = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """Errors of a write to an open file; Python does not name the file in them."""
 
@@ -87,7 +89,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             path=path,
             remedy=f"choose a folder in it, such as {path / 'bundle'}",
         )
-    with _scratch_beside(target, path) as scratch:
+    with scratch_beside(target, path) as scratch:
         unfinished = scratch / "new"
         try:
             unfinished.mkdir()
@@ -110,8 +112,25 @@ def write_error(path: Path, error: OSError) -> WriteError:
 
 
 @contextmanager
-def _scratch_beside(target: Path, shown: Path) -> Iterator[Path]:
-    """A folder beside `target` that is locked during the block and removed after it."""
+def temporary_folder() -> Iterator[Path]:
+    """An empty folder in the system's folder for temporary files, removed after the block.
+
+    Those of killed processes are removed first.
+    """
+    with scratch_beside(Path(tempfile.gettempdir(), "comkd")) as scratch:
+        folder = scratch / "new"
+        folder.mkdir()
+        yield folder
+
+
+@contextmanager
+def scratch_beside(target: Path, shown: Path | None = None) -> Iterator[Path]:
+    """A folder beside `target`, locked during the block and removed after it; those of killed processes go first.
+
+    Fill its sub-folder `new`, and nothing else, so that it can be told from a folder of somebody else. shown: the path
+    in the WriteError that is raised where the folder cannot be created.
+    """
+    shown = shown or target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _in_turn(target.parent):
@@ -164,14 +183,20 @@ def _remove_leftovers(target: Path) -> None:
 def _in_turn(folder: Path) -> Iterator[None]:
     """One process at a time creates and locks something temporary in a folder, or removes leftovers there.
 
-    So nothing is taken for a leftover between its creation and its lock.
+    So nothing is taken for a leftover between its creation and its lock. That takes milliseconds: who holds this lock
+    for longer does something else with it, and is not waited for.
     """
-    lock = _locked(folder, wait=True)
+    handle = None
     try:
+        if sys.platform != "win32":
+            handle = os.open(folder, os.O_RDONLY)
+            deadline = time.monotonic() + MOST_SECONDS_OF_A_TURN
+            while _lock(handle, wait=False) is False and time.monotonic() < deadline:
+                time.sleep(0.005)
         yield
     finally:
-        if lock is not None:
-            os.close(lock)
+        if handle is not None:
+            os.close(handle)
 
 
 def _locked(path: Path, wait: bool) -> int | None:
@@ -192,16 +217,18 @@ def _locked(path: Path, wait: bool) -> int | None:
     return None
 
 
-def _lock(handle: int, wait: bool) -> bool:
-    """Lock an open file or folder; whether that worked, see `_locked`."""
+def _lock(handle: int, wait: bool) -> bool | None:
+    """Lock an open file or folder: whether that worked, and None where there are no locks."""
     if sys.platform == "win32":
-        return False
+        return None
     import fcntl
 
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True
 
 
@@ -248,9 +275,10 @@ def is_newer_format(found: object, known: str) -> bool:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and its contents, if it exists."""
-    if path.exists():
-        shutil.rmtree(path)
+    """Remove a folder and its contents, if it exists; another process may do the same at the same time."""
+    while path.exists():
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path)
 
 
 def sha256_of_file(path: Path) -> str:

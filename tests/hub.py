@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 # For warm.Process: packages that read HF_ENDPOINT and HF_HOME when they are imported, or import what does.
@@ -60,7 +60,8 @@ class Hub(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         if body:
-            self.wfile.write(content[start : self.cut_after])
+            with suppress(ConnectionError):  # of a client that was killed
+                self.wfile.write(content[start : self.cut_after])
 
 
 @contextmanager

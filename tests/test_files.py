@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from comkd_cli import files
 from comkd_cli.errors import ComkdError, WriteError
 from comkd_cli.files import (
     atomic_folder,
@@ -22,6 +24,7 @@ from comkd_cli.files import (
     remove_folder,
     sha256_of_data,
     sha256_of_file,
+    temporary_folder,
     write_text,
 )
 
@@ -246,6 +249,36 @@ def test_folders_that_only_look_like_leftovers_stay(old_folder: Path) -> None:
     with atomic_folder(old_folder):
         pass
     assert listing(old_folder.parent) == before
+
+
+def test_a_temporary_folder_goes_with_its_block_and_after_a_kill_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    left = tmp_path / ".comkd.abcdefgh/new"
+    left.mkdir(parents=True)
+    (left / "config.json").touch()
+    with temporary_folder() as folder:
+        assert listing(folder) == []
+        (folder / "file").touch()
+        with temporary_folder() as other:
+            assert other != folder
+        assert listing(folder) == ["file"]
+        assert listing(tmp_path) == [folder.parent.name]
+    assert listing(tmp_path) == []
+
+
+def test_who_holds_the_lock_of_the_folder_above_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MOST_SECONDS_OF_A_TURN", 0.05)
+    handle = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        write_text(tmp_path / "file", "x")
+    finally:
+        os.close(handle)
+    assert listing(tmp_path) == ["file"]
 
 
 def test_an_empty_leftover_is_removed_too(old_folder: Path) -> None:

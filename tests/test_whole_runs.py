@@ -74,11 +74,21 @@ def test_from_recipe_to_prediction_through_every_interruption(workshop: Path) ->
     assert (run / "student.pt").read_bytes() == reference.read_bytes()
     assert not (run / "state").exists()
 
+    left = [folder / "state" for folder in (run, *(workshop / "broken/teachers").iterdir())]
+    for folder in left:  # as a process leaves them that is killed between saving the model and deleting its checkpoint
+        folder.mkdir()
+        (folder / "state.pt").touch()
     written = (run / "student.pt").stat().st_mtime_ns
     again = comkd(workshop, "distill", "tiny.yaml", "--runs", "broken")
     assert again.returncode == 0
     assert "already finished" in again.stderr
+    assert not left[0].exists()
     assert (run / "student.pt").stat().st_mtime_ns == written
+
+    other = comkd(workshop, "distill", "tiny.yaml", "--runs", "broken", "--seed", "2", "--set", "optim.epochs=1")
+    assert other.returncode == 0
+    assert "reused from" in other.stderr
+    assert not left[1].exists()
 
     scored = comkd(workshop, "evaluate", "broken/tiny/digits/seed1/student.pt", "--json", figures=True)
     assert scored.returncode == 0, scored.stderr

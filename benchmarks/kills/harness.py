@@ -102,11 +102,7 @@ class Harness:
         self._usual[name], self._expected[name] = Usual(ended.seconds, len(ended.operations)), states[0]
 
     def _state(self) -> State:
-        return {
-            f"{folder}/{path}": value
-            for folder in ("work", "temporary", "hub")
-            for path, value in state_of(self._root / folder).items()
-        }
+        return state_of(self._root, ("work", "temporary", "hub"))
 
     def run(self, case: Case, seed: int) -> None:
         """Run a case, and note what it found."""
@@ -139,9 +135,8 @@ class Harness:
     def _check_whole(self, kind: Kind, expected: State) -> None:
         """Raise Failure where a file or folder that is replaced at once is there in part."""
         for name in kind.whole:
-            found = part_of(state_of(self._root / "work"), name)
-            there = part_of({path.removeprefix("work/"): value for path, value in expected.items()}, name)
-            if found and (lines := differences(found, there)):
+            found = part_of(state_of(self._root, ["work"]), name)
+            if found and (lines := differences(found, part_of(expected, name))):
                 raise Failure(f"in part after a kill: {'; '.join(lines)}")
 
     def _check_end(self, case: Case, ended: Ended) -> None:

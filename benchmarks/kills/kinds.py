@@ -9,6 +9,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from ruamel.yaml import YAML
 from tests import tiny
 from tests.hub import READ_THE_ADDRESS
 
-TRAIN, TEST = 64, 32  # images to train on and to test on
+TRAIN, TEST = 32, 16  # images to train on and to test on
+TO_NAME = 100  # images of `predict --csv`, in 4 batches
 STUDENT = "work/tiny/few/seed1/student.pt"
+BUNDLE = "work/tiny/few/seed1/bundle"
 ARCHIVE = "zhengli97/prompt_learning_dataset/eurosat.zip"
 PADDING = 12 * 2**20  # bytes: the Hub's client writes 10 MiB at a time
 
@@ -36,7 +39,7 @@ class Kind:
     results: bool = False
     """Whether that student has been scored."""
     whole: tuple[str, ...] = ()
-    """Files and folders in `work` that must be absent or complete at any time."""
+    """Files and folders that must be absent or complete at any time."""
     exported: bool = False
     """Whether torch.onnx.export copies what it wrote before, instead of taking seconds."""
     setup: Mapping[str, Any] = field(default_factory=dict)
@@ -46,16 +49,16 @@ class Kind:
 
 
 def fetch_little() -> None:
-    """Let EuroSAT have an image a split, as the archive has that `eurosat` makes."""
+    """Let EuroSAT be the one that `eurosat` makes."""
     from comkd_cli.recipe.catalog import CATALOG
 
-    CATALOG["eurosat"] = replace(CATALOG["eurosat"], classes=2, train=1, val=1, test=1)  # type: ignore[index]
+    counts = {"classes": 2, "train": 2, "val": 2, "test": 2, "base_test": 1, "new_test": 1}
+    CATALOG["eurosat"] = replace(CATALOG["eurosat"], **counts)  # type: ignore[index, arg-type]
 
 
-DISTILLED = ("tiny/few/seed1/student.pt", "teachers")
 SCORES = ("evaluate", STUDENT, "--runs", "work", "--protocol", "zero-shot", "--protocol", "few-shot")
 KINDS = {
-    "distill": Kind(("distill", "tiny.yaml", "--runs", "work"), 10, whole=DISTILLED[:1]),
+    "distill": Kind(("distill", "tiny.yaml", "--runs", "work"), 10, whole=(STUDENT,)),
     "distill_workers": Kind(("distill", "tiny.yaml", "--runs", "work", "--set", "data.workers=1"), 0.5),
     "distill_fresh": Kind(("distill", "tiny.yaml", "--runs", "work", "--fresh"), 2, student=True, results=True),
     "evaluate": Kind((*SCORES, "--shots", "1,2", "--seeds", "1"), 4, student=True),
@@ -63,17 +66,15 @@ KINDS = {
         ("export", STUDENT, "--runs", "work", "--force"),
         3,
         student=True,
-        whole=("tiny/few/seed1/bundle",),
+        whole=(BUNDLE,),
         exported=True,
     ),
-    "export_torch": Kind(
-        ("export", STUDENT, "--runs", "work", "--force"), 0.5, student=True, whole=("tiny/few/seed1/bundle",)
-    ),
-    "predict": Kind(("predict", "bundle", "few", "--csv", "work/table.csv"), 3),
+    "export_torch": Kind(("export", STUDENT, "--runs", "work", "--force"), 0.5, student=True, whole=(BUNDLE,)),
+    "predict": Kind(("predict", "bundle", "pictures", "--csv", "work/table.csv"), 3),
     "fetch": Kind(
         ("datasets", "fetch", "eurosat", "--data-root", "work/data"),
         2,
-        whole=("data/eurosat",),
+        whole=("work/data/eurosat",),
         setup={"fresh": READ_THE_ADDRESS},
         before=fetch_little,
     ),
@@ -84,9 +85,10 @@ KINDS = {
 def write_inputs(root: Path) -> None:
     """The images, and the recipe of a student and a teacher of 2 epochs each that are trained in a second."""
     tiny.digits_folder(root / "few", TRAIN, TEST)
+    tiny.digits_folder(root / "pictures", TO_NAME, 0)
     data = {"folder": "few", "workers": 0}
-    optim = {**tiny.OPTIM, "epochs": 3, "batch_size": 16}
-    teacher = {"config": tiny.CLIP, "adapt": {"method": "full", "epochs": 2, "batch_size": 32}}
+    optim = {**tiny.OPTIM, "epochs": 3, "batch_size": 8}
+    teacher = {"config": tiny.CLIP, "adapt": {"method": "full", "epochs": 2, "batch_size": 16}}
     cache = {"views": 2, "dtype": "fp32"}
     with (root / "tiny.yaml").open("w") as stream:
         recipe = tiny.recipe(data=data, optim=optim, teacher=teacher, teacher_cache=cache)
@@ -105,18 +107,16 @@ def start_with(kind: Kind, root: Path) -> None:
 
 
 def eurosat() -> bytes:
-    """An archive of EuroSAT's layout with an image a split."""
-    names = {
-        "train": ["A/1.jpg", 0, "Annual Crop"],
-        "val": ["A/2.jpg", 0, "Annual Crop"],
-        "test": ["B/1.jpg", 1, "Forest"],
+    """An archive of EuroSAT's layout with two classes, and an image of each in each split."""
+    splits = {
+        split: [[f"{name}/{split}.jpg", label, name] for label, name in enumerate(("Forest", "River"))]
+        for split in ("train", "val", "test")
     }
     picture, archive = io.BytesIO(), io.BytesIO()
     Image.new("RGB", (8, 8), "green").save(picture, "JPEG")
     with zipfile.ZipFile(archive, "w") as opened:
-        for name, _, _ in names.values():
+        for name, _, _ in chain.from_iterable(splits.values()):
             opened.writestr(f"eurosat/2750/{name}", picture.getvalue())
-        splits = {split: [entry] for split, entry in names.items()}
         opened.writestr("eurosat/split_zhou_EuroSAT.json", json.dumps(splits))
         opened.writestr("eurosat/padding.bin", os.urandom(PADDING))
     return archive.getvalue()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -62,6 +63,7 @@ class Before:
 
     def __call__(self) -> None:
         """Do it."""
+        tempfile.tempdir = None  # so that TMPDIR counts
         if self.kind.before is not None:
             self.kind.before()
         self.watch()

@@ -5,6 +5,8 @@ Contents are bytes, apart from these fields, which hold times:
 - metrics.jsonl: `images_per_second`;
 - a teacher cache's cost.json, which has measured seconds for messages alone, and is absent where a killed run
   computed all features;
+- .ses, onnxruntime's own note of when it was used, in the folder for temporary files: left out;
+- empty files and folders `tmp*` with which the Hub's client tries out its cache: left out;
 - image_digests.sqlite: the pages of the database; its rows are compared instead.
 """
 
@@ -12,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -21,13 +24,16 @@ State = Mapping[str, str]
 """By path: the permissions and a digest of the content, or `folder`."""
 SHOWN = 8
 MEASURED = ("cost.json",)
+OF_OTHERS = re.compile(r"temporary/\.ses|hub/.*/tmp\w+(-\w+)*(/dummy_file_\w+)?|hub/tmp\w+(/dummy_file_\w+)?")
 
 
-def state_of(folder: Path) -> State:
-    """Everything below a folder."""
+def state_of(root: Path, folders: Sequence[str]) -> State:
+    """Everything below some folders of `root`."""
     found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
+    for path in sorted(path for folder in folders for path in (root / folder).rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if OF_OTHERS.fullmatch(name):
+            continue
         if path.is_symlink():
             found[name] = f"link to {path.readlink()}"
         elif path.is_dir():

@@ -13,7 +13,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from comkd_cli.bundles.runner import last_line
 from comkd_cli.edge.benchmark import timed
 from comkd_cli.edge.machine import peak_bytes, usable_cores
 from comkd_cli.errors import ExportError
+from comkd_cli.files import temporary_folder
 
 PYTORCH = "pytorch"
 ROUNDS = 3
@@ -162,8 +162,8 @@ def _alternate(
     """What the process of each round printed, by the contender's name and the number of threads."""
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     turns = [(threads, contender) for _ in range(ROUNDS) for threads in thread_counts for contender in contenders]
-    with tempfile.TemporaryDirectory() as folder:
-        inputs = str(Path(folder, "inputs.npz"))
+    with temporary_folder() as folder:
+        inputs = str(folder / "inputs.npz")
         np.savez(inputs, **extra)  # type: ignore[arg-type] # numpy types its own keywords only
         for i, (threads, contender) in enumerate(turns):
             runtime = PYTORCH if contender.name == PYTORCH else "onnxruntime"

@@ -13,12 +13,11 @@ import os
 import shutil
 import subprocess
 import tarfile
-import tempfile
 import zlib
 from pathlib import Path
 
 from comkd_cli.errors import ExportError, WriteError
-from comkd_cli.files import atomic_folder
+from comkd_cli.files import atomic_folder, temporary_folder
 
 PAGE = Path(__file__).with_name("web_page")
 PAGE_FILES = ("index.html", "style.css", "prepare.js", "classify.js")
@@ -76,8 +75,8 @@ def _fetched_runtime() -> Path:
     folder = _cache_folder() / f"onnxruntime-web-{VERSION}"
     if _is_complete(folder):
         return folder
-    with tempfile.TemporaryDirectory() as name:
-        package = _packed_by_npm(Path(name))
+    with temporary_folder() as temporary:
+        package = _packed_by_npm(temporary)
         _check_integrity(package)
         try:
             with atomic_folder(folder) as unfinished:

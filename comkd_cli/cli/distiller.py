@@ -99,6 +99,7 @@ class Distiller:
             run, stage = Place(self._name, self._runs, self._data_root).prepare(recipe, report)
             finished = not self.precompute and not resume.fresh and distill.finished(run, report, resume.alone)
         if finished:
+            distill.remove_leftovers(run)
             hint = " (--fresh repeats it)" if self.offers_fresh else ""
             messages().print(f"already finished: {run.student_file}{hint}", markup=False)
             return None

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from comkd_cli.data.check import Check, check_dataset
 from comkd_cli.data.image_files import below_junk
 from comkd_cli.errors import DataError
-from comkd_cli.files import sha256_of_file
+from comkd_cli.files import scratch_beside, sha256_of_file
 from comkd_cli.recipe.catalog import CATALOG, Dataset
 
 MIRROR = "zhengli97/prompt_learning_dataset"
@@ -27,8 +29,8 @@ def fetch_dataset(
 ) -> Check:
     """Download, unpack and check a dataset, unless it is ready already.
 
-    An interrupted download is resumed, and is verified by huggingface_hub. tick: called with the files unpacked and
-    their number. Raises DataError.
+    A download is resumed where the connection breaks, and is verified by huggingface_hub. tick: called with the files
+    unpacked and their number. Raises DataError.
     """
     folder = data_root / dataset.folder
     if folder.exists():
@@ -41,9 +43,9 @@ def fetch_dataset(
     if dataset.archive is None:
         raise _no_archive(dataset, folder)
     archive = _download(dataset.archive)
-    data_root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{dataset.folder}.", dir=data_root) as name:
-        unpacked = Path(name)
+    with scratch_beside(folder) as scratch:
+        unpacked = scratch / "new"
+        unpacked.mkdir()
         unpack(archive, unpacked, tick, most_bytes)
         _top_folder(unpacked, dataset, archive).replace(folder)
     return check_dataset(dataset, data_root)
@@ -92,14 +94,28 @@ def _download(name: str) -> Path:
             f"could not be downloaded from {MIRROR}",
             path=name,
             found=first,
-            remedy="run the command again to resume, or set HF_ENDPOINT to a mirror of the Hub",
+            remedy="run the command again, or set HF_ENDPOINT to a mirror of the Hub",
         ) from error
     # The Hub names a large file by the sha256 of its content, and its cache keeps it under that name.
     content = path.resolve()
     if re.fullmatch("[0-9a-f]{64}", content.name) and sha256_of_file(content) != content.name:
         content.unlink()
         raise DataError("the download is damaged: its sha256 differs", path=name, remedy="run the command again")
+    _remove_parts_of(content)
     return path
+
+
+def _remove_parts_of(content: Path) -> None:
+    """Remove from the Hub's cache what killed downloads left of a file that is complete now.
+
+    Each download has a file of its own, which no later one continues. Whoever is downloading holds the Hub's lock.
+    """
+    lock = content.parents[2] / ".locks" / content.parents[1].name / f"{content.name}.lock"
+    if not lock.parent.is_dir():
+        return
+    with suppress(Timeout, OSError), FileLock(lock, timeout=0):
+        for part in content.parent.glob(f"{content.name}*.incomplete"):
+            part.unlink(missing_ok=True)
 
 
 def _no_archive(dataset: Dataset, folder: Path) -> DataError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from comkd_cli.data.inspection import LONG_SHAPE, Inspection, inspect_folder
 from comkd_cli.edge.images import Preprocessing
 from comkd_cli.errors import DataError, WriteError
 from comkd_cli.events import Notice, Report, Stage, ignore_event
-from comkd_cli.files import write_error
+from comkd_cli.files import temporary_folder, write_error
 from comkd_cli.method.student import Student
 from comkd_cli.models.choice import (
     ChosenStudent,
@@ -140,8 +139,8 @@ def proposed_schedule(images: int) -> Schedule:
 
 def _milliseconds(student: Student, preprocessing: Preprocessing, report: Report) -> float:
     """For one image in onnxruntime on one thread of this machine: the median of the fastest of several rounds."""
-    with tempfile.TemporaryDirectory() as folder:
-        graph = Path(folder, "image_encoder.onnx")
+    with temporary_folder() as folder:
+        graph = folder / "image_encoder.onnx"
         export_image_encoder(student.eval(), preprocessing, graph)
         seconds = single_thread_timings([Contender("student", graph)], preprocessing.size, {})["student"].fastest
     report(Notice(f"a student of {sum(p.numel() for p in student.parameters()):,} parameters: {1000 * seconds:.1f} ms"))

@@ -8,9 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from comkd_cli.edge.images import RESAMPLING, Preprocessing
 from comkd_cli.errors import ModelError
 from comkd_cli.events import Report, ignore_event
+from comkd_cli.files import temporary_folder
 from comkd_cli.models.activations import check_activation_of_tag
 from comkd_cli.models.architectures import (
     ALLOW_DOWNLOAD,
@@ -246,8 +245,8 @@ def _from_config(config: dict[str, Any], load_weights: bool) -> Any:
 
 
 def _create(config: dict[str, Any], preprocessing: dict[str, Any], from_timm: bool) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, OPEN_CLIP_CONFIG)
+    with temporary_folder() as folder:
+        file = folder / OPEN_CLIP_CONFIG
         file.write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocessing}))
         return open_clip.create_model(
             f"local-dir:{folder}",

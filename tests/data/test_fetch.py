@@ -1,5 +1,6 @@
 """Fetching from a Hub of our own on 127.0.0.1, found by HF_ENDPOINT, as a real process."""
 
+import hashlib
 import io
 import json
 import os
@@ -106,6 +107,23 @@ def test_an_interrupted_download_goes_on_where_it_stopped(hub: tuple[str, type[H
     fetch(url, tmp_path, "eurosat")
     assert (tmp_path / "data/eurosat/2750/A/1.jpg").is_file()
     assert any(asked and not asked.startswith("bytes=0-") for _, asked in handler.requests)
+
+
+def test_what_killed_downloads_left_is_removed(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
+    url, handler = hub
+    content = eurosat("eurosat/")
+    handler.files[f"{MIRROR}/eurosat.zip"] = content
+    blobs = tmp_path / f"hub/hub/models--{MIRROR.replace('/', '--')}/blobs"
+    blobs.mkdir(parents=True)
+    own = hashlib.sha256(content).hexdigest()
+    for name in (f"{own}.5162f42c.incomplete", "another.5162f42c.incomplete"):
+        (blobs / name).write_bytes(b"a part")
+    unpacked = tmp_path / "data/.eurosat.abcdefgh/new"
+    unpacked.mkdir(parents=True)
+    (unpacked / "1.jpg").write_bytes(b"a part")
+    fetch(url, tmp_path, "eurosat")
+    assert sorted(path.name for path in blobs.iterdir()) == sorted([own, "another.5162f42c.incomplete"])
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["eurosat"]
 
 
 def test_what_the_hub_does_not_have_is_one_message(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:

@@ -120,8 +120,8 @@ def split(name: str, shots: int | None, seed: int, half: str, data_root: Path, a
 def fetch(names: tuple[str, ...], data_root: Path, as_json: bool) -> None:
     """Download, unpack and check each dataset NAME from its mirror on the Hugging Face Hub.
 
-    An interrupted download is resumed. No mirror has ImageNet and its variants; for these the message says where to
-    get them.
+    A download is resumed where the connection breaks. No mirror has ImageNet and its variants; for these the message
+    says where to get them.
     """
     from comkd_cli.cli.terminal import print_json, reporting
     from comkd_cli.data.fetch import fetch_dataset

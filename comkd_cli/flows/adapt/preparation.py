@@ -46,6 +46,7 @@ class TeacherPreparation:
             return collectives.on_every_rank(lambda: build_teacher(settings, names, prompts, device, self.report))
         if collectives.broadcast(stage.file.is_file()):
             self.report(Stage(f"Teacher: reused from {stage.file}"))
+            delete_checkpoint(stage.folder)  # of a process that was killed after it had saved the teacher
         elif isinstance(settings.adapt, LinearProbeAdapt):
             self._save(ProbeAdaptation(stage, settings.adapt, device, self.report).fit())
         else:

@@ -2,7 +2,7 @@
 
 from comkd_cli.flows.distill.dry_run import Outline, Plan, outline, plan
 from comkd_cli.flows.distill.run import Run, finished, selection_classes
-from comkd_cli.flows.distill.stage_2 import Distillation, build_student, distill
+from comkd_cli.flows.distill.stage_2 import Distillation, build_student, distill, remove_leftovers
 from comkd_cli.flows.distill.teacher_cache import open_cache, precompute
 from comkd_cli.flows.distill.teacher_check import preview_teacher
 
@@ -19,5 +19,6 @@ __all__ = [
     "plan",
     "precompute",
     "preview_teacher",
+    "remove_leftovers",
     "selection_classes",
 ]

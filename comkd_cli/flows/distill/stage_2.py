@@ -163,11 +163,17 @@ def _save(run: Run, student: Student, record: StudentRecord, report: Report) -> 
     """Write student.pt, and delete what was made of an older one and the checkpoint."""
     with collectives.without_timeout():  # disks can be slow
         if ranks.is_main():
+            # First: once there is a student.pt, the run counts as finished, also where the process is killed here.
             _delete_results(run.folder)
-            save_student(run.student_file, student, record)
             forget_model(run.runs, str(run.student_file), report)
+            save_student(run.student_file, student, record)
     delete_checkpoint(run.folder)
     collectives.barrier()
+
+
+def remove_leftovers(run: Run) -> None:
+    """Delete the checkpoint of a finished run, which is there where the process was killed before it could do so."""
+    delete_checkpoint(run.folder)
 
 
 def _as_subject(ready: ReadyTeacher) -> Subject:
