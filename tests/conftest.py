@@ -18,6 +18,8 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+# Before anything imports torch: several processes of pytest-xdist, with a thread for every core each, would compete.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # With COMKD_REQUIRE_TOOLS=1, as .ci/run sets it, a test whose tool is not installed fails instead of being skipped.
 REQUIRE_TOOLS = "COMKD_REQUIRE_TOOLS"
 

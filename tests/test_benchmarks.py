@@ -1,6 +1,7 @@
 """That the benchmarks still run against the code; what they measure is not tested."""
 
 import importlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -71,3 +72,30 @@ def test_int8_is_compared_with_what_onnxruntime_makes_by_itself(
     # A byte for each weight of four, beside what is the same in all.
     assert 0.2 < figures["quantize_dynamic"]["size_over_fp32"] < 0.4
     assert figures["int8"]["size_over_fp32"] == 1
+
+
+def test_neighbours_are_compared_within_each_round() -> None:
+    from benchmarks.neighbours import compared
+
+    def found(default: tuple[float, float], comkd: tuple[float, float]) -> dict[str, dict[str, float]]:
+        by_setting = {"default": default, "comkd": comkd}
+        return {name: {"alone": alone, "two": two} for name, (alone, two) in by_setting.items()}
+
+    # The machine was half as fast in the second round, and the third was disturbed.
+    document = compared([found((100, 5), (95, 90)), found((50, 2.5), (47.5, 45)), found((100, 5), (10, 1))])
+    assert document["alone"] == pytest.approx(0.95)
+    assert document["together"] == pytest.approx(90 / 95)
+    assert document["together_by_default"] == pytest.approx(0.05)
+    assert document["images_per_second"]["default"] == {"alone": 100, "two": 5}
+
+
+def test_a_neighbour_counts_its_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import neighbours
+
+    monkeypatch.setattr(neighbours, "WARM_UP_SECONDS", 0.0)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("go\n"))
+    monkeypatch.setattr(sys, "argv", ["neighbours", "--child", "graph", "--setting", "comkd", "--seconds", "0.1"])
+    neighbours.main()
+    ready, rate = capsys.readouterr().out.split()
+    assert ready == "ready"
+    assert 0 < float(rate) < 1e6

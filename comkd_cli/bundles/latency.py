@@ -199,7 +199,7 @@ def main(argument: str) -> None:
         with torch.inference_mode():
             seconds = timed(lambda: student(tensor).logits, job.most_seconds, LEAST_RUNS, MOST_RUNS)
     else:
-        from comkd_cli.edge.classifier import start_session
+        from comkd_cli.edge.session import start_session
 
         session = start_session(Path(job.path).read_bytes(), job.threads, job.optimization)
         entry = session.get_inputs()[0]

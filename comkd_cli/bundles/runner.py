@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from comkd_cli.edge.classifier import start_session
 from comkd_cli.edge.fixed_batch import run_in_batches
+from comkd_cli.edge.session import start_session
 from comkd_cli.errors import ExportError
 
 BATCH, OTHER_INPUT = "batch/", "input/"

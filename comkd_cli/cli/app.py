@@ -20,6 +20,7 @@ from comkd_cli.cli.examples import add_examples
 from comkd_cli.cli.quiet import quiet_libraries
 from comkd_cli.errors import ComkdError
 from comkd_cli.runtime import ranks
+from comkd_cli.runtime.cores import sharing_cores
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 FIRST_SIGNAL = 129  # 128 + SIGHUP, the lowest: from here on a code means a stop that was requested
@@ -69,7 +70,7 @@ class CommandFolder(click.Group):
         """Run the command behind the error boundary."""
         debug = ctx.params["debug"]
         try:
-            with nullcontext() if debug else quiet_libraries():
+            with sharing_cores(), nullcontext() if debug else quiet_libraries():
                 result = super().invoke(ctx)
                 sys.stdout.flush()  # raises on a full disk here, not at exit
                 return result

@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 from comkd_cli.data.batches import Batch, CropIndex, Crops, ScoringItems, TrainingItems, shared_inputs
 from comkd_cli.data.order import epoch_order
 from comkd_cli.data.source import ImageSet
-from comkd_cli.data.workers import batches_of, data_loader
+from comkd_cli.data.workers import batches_of, can_fork, data_loader
 from comkd_cli.edge.images import Preprocessing
 from comkd_cli.errors import TrainingError
 from comkd_cli.recipe.model import Data
@@ -25,11 +25,13 @@ __all__ = [
     "TrainingLoader",
     "check_shares",
     "scoring_batches",
+    "training_workers",
     "view_batches",
     "worker_count",
 ]
 
 MOST_WORKERS = 8
+CROPS_WORTH_A_PROCESS = 10_000  # of digits: three seconds of one core, where a fork takes a tenth of a second
 
 IsCached = Callable[[int, np.ndarray], np.ndarray]
 """From a view and image indices, int64 (n,), to whether the features of each crop are cached, bool (n,)."""
@@ -130,6 +132,13 @@ def worker_count(data: Data) -> int:
     if data.dataset == "digits":
         return 0  # the digits are in memory: starting a process costs more than it saves
     return max(0, min(MOST_WORKERS, ranks.usable_cores() // ranks.per_machine() - 1))
+
+
+def training_workers(data: Data, crops: int) -> int:
+    """As `worker_count`, but a long run on `digits` has a process that prepares its crops. crops: of all epochs."""
+    if data.workers is None and data.dataset == "digits" and crops >= CROPS_WORTH_A_PROCESS and can_fork():
+        return min(1, ranks.usable_cores() // ranks.per_machine() - 1)
+    return worker_count(data)
 
 
 class _EpochBatches(Sampler[list[CropIndex]]):

@@ -44,6 +44,11 @@ def data_loader(
     )
 
 
+def can_fork() -> bool:
+    """Whether workers are forked, in a moment; a spawned one imports torch first, for seconds."""
+    return multiprocessing.get_start_method() == "fork"
+
+
 def batches_of(loader: DataLoader[Item]) -> Iterator[Batch]:
     """The batches of a loader. Raises RuntimeError where a worker dies, even while it sends a batch.
 

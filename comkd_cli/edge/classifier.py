@@ -30,6 +30,7 @@ from comkd_cli.edge.fixed_batch import run_in_batches
 from comkd_cli.edge.folder_csv import CsvJob, bundle_settings, folder_csv_command
 from comkd_cli.edge.images import ImageSource, UnreadableImage, load_prepared
 from comkd_cli.edge.manifest import EXPORT_AGAIN, BundleProblem, read_manifest, read_preprocessing, verified_bytes
+from comkd_cli.edge.session import start_session
 from comkd_cli.edge.threshold import NONE_OF_THESE, read_confidence
 
 TOP = 5
@@ -43,23 +44,6 @@ class Prediction:
 
     class_name: str
     probability: float
-
-
-def start_session(graph: bytes, threads: int | None, optimization: str = "all") -> Any:
-    """An onnxruntime session of a graph on the CPU.
-
-    threads: within an operator; None uses every core. optimization: `all`, or `basic` for graphs that
-    onnxruntime's extended fusions would break.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: its warnings concern the graph, which the user cannot change
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    if optimization == "basic":
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 class Classifier:

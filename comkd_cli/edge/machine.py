@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -11,8 +12,44 @@ from pathlib import Path
 
 
 def usable_cores() -> int:
-    """Cores of this machine that this process may use."""
+    """Cores that this process may use, by its affinity and by the CPU quotas of its control groups, rounded up."""
+    quotas = _cpu_quotas() if sys.platform == "linux" else []
+    return max(1, min([cores_of_affinity(), *map(math.ceil, quotas)]))
+
+
+def cores_of_affinity() -> int:
+    """Cores that this process may run on, at least some of the time."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_quotas(root: str = "/") -> list[float]:
+    """The cores' worth of time that each control group of this process allows, of version 1 or 2, up to the root."""
+    try:
+        groups = Path(root, "proc/self/cgroup").read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    quotas = []
+    for group in groups:
+        _, _, names_and_path = group.partition(":")
+        names, _, path = names_and_path.partition(":")
+        if names and "cpu" not in names.split(","):
+            continue
+        top = Path(root, "sys/fs/cgroup", names and "cpu")
+        for folder in ("/" + path.strip("/"), *map(str, Path("/" + path.strip("/")).parents)):
+            quotas.append(_quota(top / folder.strip("/")))
+    return [quota for quota in quotas if quota is not None]
+
+
+def _quota(group: Path) -> float | None:
+    """The quota of one group, in cores; None where it has none."""
+    try:
+        if (version_2 := group / "cpu.max").is_file():
+            quota, period = version_2.read_text().split()
+        else:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or `max`
+        return None
 
 
 def cpu_name() -> str:

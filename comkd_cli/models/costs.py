@@ -7,6 +7,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+Tower = tuple[nn.Module, int]
+"""A module and the side of its square images, in pixels."""
+
 
 def parameters(module: nn.Module) -> int:
     """The number of parameters, trainable or not; shared ones count once."""
@@ -33,3 +36,26 @@ def multiply_adds(module: nn.Module, size: int) -> int:
         functional_call(module, outline, (torch.zeros(1, 3, size, size),))
     module.train(was_training)
     return int(counter.get_total_flops()) // 2
+
+
+def step_multiply_adds(batch_size: int, trained: Tower, frozen: Tower | None = None, text: int = 0) -> int | None:
+    """Multiply-adds of a training step, roughly: forward and backward cost three times a forward pass.
+
+    trained, frozen: the image towers that see each image of the batch. text: multiply-adds of a forward pass through
+    the text tower, for the prompts of all classes. None where the meta device cannot compute a tower.
+    """
+    try:
+        images = 3 * multiply_adds(*trained) + (0 if frozen is None else multiply_adds(*frozen))
+    except (RuntimeError, NotImplementedError):  # some timm towers compute what the meta device cannot
+        return None
+    return batch_size * images + 3 * text
+
+
+def text_multiply_adds(clip: nn.Module, tokens: int) -> int:
+    """Multiply-adds of the weights of an open_clip model's text tower, for so many tokens of all prompts."""
+    weights = {
+        name: parameter.numel()
+        for name, parameter in clip.named_parameters()
+        if not name.startswith("visual.") and "embedding" not in name
+    }
+    return tokens * sum(weights.values())

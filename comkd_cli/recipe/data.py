@@ -61,8 +61,8 @@ class Data(Closed):
     datasets that take too long to read: it does not notice a file that was replaced by another of the same size and
     modification time [C]."""
     workers: Annotated[int, Field(ge=0)] | None = None
-    """Processes that decode images, for each training process. Default: one less than its cores, at most 8; none for
-    `digits`."""
+    """Processes that decode images, for each training process. Default: one less than its cores, at most 8; at most
+    one for `digits`, and none in short runs on them."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:

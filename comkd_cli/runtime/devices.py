@@ -38,6 +38,18 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 @contextmanager
+def limited_threads(threads: int | None) -> Iterator[None]:
+    """A context in which torch computes in so many threads on a CPU; None: in as many as before."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def failures_explained(memory_remedy: str = MEMORY_REMEDY) -> Iterator[None]:
     """Turn common device and worker failures into errors with a remedy.
 

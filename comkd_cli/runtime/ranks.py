@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TypeVar
 
+from comkd_cli.edge.machine import cores_of_affinity as cores_of_affinity
 from comkd_cli.edge.machine import usable_cores as usable_cores
 
 T = TypeVar("T")

@@ -18,7 +18,7 @@ from comkd_cli.errors import DataError, Interrupted, PeerError, TrainingError
 from comkd_cli.events import Epoch, Notice, Progress, Report
 from comkd_cli.files import write_text
 from comkd_cli.runtime import collectives, ranks
-from comkd_cli.runtime.devices import failures_explained
+from comkd_cli.runtime.devices import failures_explained, limited_threads
 from comkd_cli.runtime.global_batch import share_batch_norms
 from comkd_cli.runtime.signals import stop_requests
 from comkd_cli.training.checkpoint import Checkpoint, checkpoint_file, seed_rank
@@ -60,7 +60,7 @@ class Trainer:
         unreadable images) or CheckpointError (a checkpoint of another run).
         """
         self._start()
-        with stop_requests() as self._stop_code, failures_explained():
+        with limited_threads(self.task.threads), stop_requests() as self._stop_code, failures_explained():
             while self.position.epoch < self.task.optim.epochs:
                 self._train_epoch()
         self._finish()

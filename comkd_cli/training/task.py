@@ -99,6 +99,8 @@ class Task:
     """Of an exponential moving average of the weights over the steps, which is kept instead of the last weights."""
     unit: str = "images"
     """What the loader has, for messages."""
+    threads: int | None = None
+    """Threads of a CPU that compute the steps, as `runtime.cores.step_threads` gives them."""
     uses_all_parameters: bool = False
     """Whether each step gives every trainable parameter a gradient; data-parallel training then need not search for
     those without."""

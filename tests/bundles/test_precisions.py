@@ -12,7 +12,7 @@ from comkd_cli.bundles.gates import Gate
 from comkd_cli.bundles.latency import Timing
 from comkd_cli.bundles.lowering import lower
 from comkd_cli.bundles.precisions import OPTIMIZATION, QuantisationImages, Quantiser, to_fp16
-from comkd_cli.edge.classifier import start_session
+from comkd_cli.edge.session import start_session
 
 GATE = Gate(cosine_min=0.98, agreement_min_percent=98.0, top1_loss_max_points=1.0)
 IMAGES, HEAD = np.zeros((20, 3, 2, 2), np.float32), np.eye(2, dtype=np.float32)

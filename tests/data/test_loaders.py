@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from comkd_cli.data.loaders import Batch, Crops, Steps, TrainingLoader, scoring_batches, worker_count
+from comkd_cli.data.loaders import Batch, Crops, Steps, TrainingLoader, scoring_batches, training_workers, worker_count
 from comkd_cli.data.source import ImageSet
 from comkd_cli.edge.images import Preprocessing, UnreadableImage, prepare
 from comkd_cli.errors import TrainingError
@@ -296,6 +296,23 @@ def test_the_recipe_has_the_last_word_on_workers_and_digits_need_none() -> None:
     assert worker_count(Data(folder="x", workers=0)) == 0
     assert worker_count(Data(dataset="digits", workers=3)) == 3
     assert worker_count(Data(dataset="digits")) == 0
+
+
+@pytest.mark.parametrize(("cores", "crops", "workers"), [(2, 50_000, 1), (16, 50_000, 1), (1, 50_000, 0), (2, 900, 0)])
+def test_long_runs_on_digits_have_one_worker_where_there_is_a_core_for_it(
+    monkeypatch: pytest.MonkeyPatch, cores: int, crops: int, workers: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cores)), raising=False)
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "fork")
+    assert training_workers(Data(dataset="digits"), crops) == workers
+    assert training_workers(Data(dataset="digits", workers=5), crops) == 5
+    assert training_workers(Data(folder="x"), crops) == worker_count(Data(folder="x"))
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_digits_are_not_worth_a_worker_that_imports_torch_first(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: method)
+    assert training_workers(Data(dataset="digits"), 50_000) == 0
 
 
 def be_process(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) -> None:

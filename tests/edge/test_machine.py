@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from comkd_cli.edge import machine
 from comkd_cli.edge.machine import cpu_name, peak_bytes
 
 CPUINFO = {
@@ -73,3 +74,50 @@ def test_where_neither_is_known_the_peak_is_none(monkeypatch: pytest.MonkeyPatch
     without_proc(monkeypatch)
     monkeypatch.setitem(sys.modules, "resource", None)
     assert peak_bytes() is None
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "quotas"),
+    [
+        ("0::/job/step\n", {"job/step/cpu.max": "max 100000\n", "job/cpu.max": "150000 100000\n"}, [1.5]),
+        ("0::/\n", {"cpu.max": "400000 100000\n"}, [4.0]),  # as a container sees its own group
+        (
+            "3:cpuset:/\n4:cpu,cpuacct:/job\n0::/\n",
+            {"cpu/job/cpu.cfs_quota_us": "50000\n", "cpu/job/cpu.cfs_period_us": "100000\n"},
+            [0.5],
+        ),
+        # A container's path of version 1 is that of the host, and its own group is the root of what is mounted.
+        (
+            "4:cpu:/docker/abc\n",
+            {"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"},
+            [2.0],
+        ),
+        ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, []),
+        ("0::/job\n", {"job/cpu.max": "nonsense\n"}, []),
+        ("3:cpuset:/\n", {"cpu.max": "100000 100000\n"}, []),
+    ],
+)
+def test_quotas_of_control_groups_are_cores(
+    tmp_path: Path, groups: str, files: dict[str, str], quotas: list[float]
+) -> None:
+    write(tmp_path / "proc/self/cgroup", groups)
+    for name, content in files.items():
+        write(tmp_path / "sys/fs/cgroup" / name, content)
+    assert machine._cpu_quotas(str(tmp_path)) == quotas
+
+
+def test_a_system_without_control_groups_has_no_quota(tmp_path: Path) -> None:
+    assert machine._cpu_quotas(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize(("quotas", "cores"), [([], 8), ([2.5, 16.0], 3), ([0.2], 1)])
+def test_the_smallest_quota_counts_rounded_up(monkeypatch: pytest.MonkeyPatch, quotas: list[float], cores: int) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(machine, "cores_of_affinity", lambda: 8)
+    monkeypatch.setattr(machine, "_cpu_quotas", lambda: quotas)
+    assert machine.usable_cores() == cores

@@ -22,10 +22,11 @@ from comkd_cli.bundles.graphs import opset_of
 from comkd_cli.bundles.metadata import metadata_of
 from comkd_cli.bundles.parity import Reference, measure_parity
 from comkd_cli.data.digits import digits_source
-from comkd_cli.edge.classifier import Classifier, start_session
+from comkd_cli.edge.classifier import Classifier
 from comkd_cli.edge.fixed_batch import run_in_batches
 from comkd_cli.edge.images import prepare, resize_and_crop
 from comkd_cli.edge.manifest import BundleProblem
+from comkd_cli.edge.session import start_session
 from comkd_cli.errors import ExportError
 from comkd_cli.flows.export import ExportOptions, export
 from comkd_cli.models.checkpoints import load_student

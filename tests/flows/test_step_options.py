@@ -1,5 +1,6 @@
 """Recipe fields that change how a student's step is computed, and what they leave as it is."""
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from comkd_cli.flows import adapt, distill
 from comkd_cli.models.backbones import build_image_tower, recompute_activations
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Model
+from comkd_cli.runtime import cores, ranks
+from comkd_cli.training import loop
 from comkd_cli.training.accelerator import make_accelerator
 from tests import tiny
 
@@ -127,3 +130,26 @@ def test_compiled_towers_train_the_same_student(runs: Path, monkeypatch: pytest.
     plain, compiled = (train(runs, optim=sgd, compile=on) for on in (False, True))
     for name, value in plain.items():
         assert torch.allclose(compiled[name], value, rtol=1e-3, atol=1e-5), name
+
+
+@pytest.mark.slow
+def test_both_stages_compute_in_as_many_threads_as_their_steps_are_worth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int | None] = []
+
+    def limited(number: int | None) -> contextlib.AbstractContextManager[None]:
+        threads.append(number)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(loop, "limited_threads", limited)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(ranks, "usable_cores", lambda: 64)
+    train(tmp_path)
+    assert threads == [1, 1]  # a tiny CLIP
+    monkeypatch.setattr(cores, "LEAST_PER_THREAD", 1)
+    train(tmp_path / "again")
+    assert threads[2:] == [64, 64]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    train(tmp_path / "last")
+    assert threads[4:] == [None, None]

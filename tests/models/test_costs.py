@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 from comkd_cli.models.backbones import build_clip
-from comkd_cli.models.costs import multiply_adds, parameters, text_parameters
+from comkd_cli.models.costs import multiply_adds, parameters, step_multiply_adds, text_multiply_adds, text_parameters
 from comkd_cli.recipe.model import Model
 from tests import tiny
 
@@ -34,3 +34,23 @@ def test_counting_leaves_the_mode_as_it_was() -> None:
         net = network().train(training)
         multiply_adds(net, 8)
         assert net.training is training
+
+
+def test_a_step_costs_three_passes_of_what_is_trained_and_one_of_what_is_frozen() -> None:
+    once = (16 * 5 * 3 * 9) + 80 * 7
+    assert step_multiply_adds(10, (network(), 8)) == 10 * 3 * once
+    assert step_multiply_adds(10, (network(), 8), (network(), 8), text=1000) == 10 * 4 * once + 3000
+
+
+def test_a_step_that_the_meta_device_cannot_compute_has_no_size() -> None:
+    class Reads(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images * images.sum().item()
+
+    assert step_multiply_adds(10, (Reads(), 8)) is None
+
+
+def test_each_token_meets_each_weight_of_the_text_tower_once() -> None:
+    clip = build_clip(Model(config=tiny.CLIP)).model
+    looked_up = sum(each.numel() for each in (clip.token_embedding.weight, clip.positional_embedding))
+    assert text_multiply_adds(clip, 7) == 7 * (text_parameters(clip) + 1 - looked_up)

@@ -303,3 +303,26 @@ def test_an_objective_is_probed_once_an_epoch_also_where_the_batch_comes_in_part
 
     history = train(task(tmp_path, loader=loader, objective=Probed()))
     assert [line["probes"] for line in history] == [1, 2, 3]
+
+
+class CountsThreads(CrossEntropy):
+    """Notes the threads of each step."""
+
+    def __init__(self) -> None:
+        self.threads: list[int] = []
+
+    def loss(self, model: nn.Module, batch: Batch, probe: bool) -> StepResult:
+        self.threads.append(torch.get_num_threads())
+        return super().loss(model, batch, probe)
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(2, 2), (1, 1), (None, 3)])
+def test_the_steps_have_the_threads_of_the_task(tmp_path: Path, threads: int | None, expected: int) -> None:
+    before, counts = torch.get_num_threads(), CountsThreads()
+    torch.set_num_threads(3)
+    try:
+        train(task(tmp_path, objective=counts, threads=threads))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(counts.threads) == {expected}

@@ -28,6 +28,7 @@ from comkd_cli.models.backbones import (
     uses_all_parameters,
 )
 from comkd_cli.models.checkpoints import SavedTeacher
+from comkd_cli.models.costs import step_multiply_adds, text_multiply_adds
 from comkd_cli.recipe.model import FullAdapt, PromptSrcAdapt
 from comkd_cli.runtime import collectives
 from comkd_cli.teachers.class_vectors import encode_prompts, report_truncation, tokenize_prompts
@@ -40,6 +41,8 @@ class Adaptation(Objective):
 
     model: nn.Module
     """What the optimizer trains."""
+    tokens: Tensor
+    """The token ids of the class prompts, (classes, context)."""
     uses_all_parameters: bool
     """As `Task.uses_all_parameters`."""
     average: Sequence[float] | None = None
@@ -76,6 +79,11 @@ class Adaptation(Objective):
         teacher = live_teacher(self.image_tower, self.class_vectors(), self.logit_scale, self.clip.preprocessing)
         return self.scorer(teacher)
 
+    def step_multiply_adds(self, batch_size: int) -> int | None:
+        """Multiply-adds of a training step, for the number of its threads."""
+        tower = (self.image_tower, self.clip.preprocessing.size)
+        return step_multiply_adds(batch_size, tower, text=text_multiply_adds(self.clip.model, self.tokens.numel()))
+
     def saved_teacher(self, metrics: dict[str, float]) -> SavedTeacher:
         """The trained teacher, as teacher.pt holds it. metrics: of the last epoch."""
         self.model.eval()
@@ -96,8 +104,8 @@ class FullAdaptation(Adaptation):
         self._prompts = source.wording.first()
         if not source.wording.are_single(source.class_names):
             report(Notice("adapt: full learns the first prompt of each class, and no other prompt is used"))
-        tokens = tokenize_prompts(clip, source.class_names, self._prompts, report)
-        self.model: PromptClassifier = PromptClassifier(clip.model, tokens).to(device)
+        self.tokens = tokenize_prompts(clip, source.class_names, self._prompts, report)
+        self.model: PromptClassifier = PromptClassifier(clip.model, self.tokens).to(device)
         super().__init__(stage, source, clip, device, report)
         self.label_smoothing = adapt.label_smoothing
         self.uses_all_parameters = uses_all_parameters(clip.model)

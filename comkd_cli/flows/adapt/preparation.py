@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from accelerate import Accelerator
 
-from comkd_cli.data.loaders import Crops, Steps, TrainingLoader, worker_count
+from comkd_cli.data.loaders import Crops, Steps, TrainingLoader, training_workers
 from comkd_cli.data.transforms import stable_seed
 from comkd_cli.events import Notice, Report, Stage
 from comkd_cli.flows.adapt.adaptation import Adaptation, FullAdaptation, PromptAdaptation
@@ -16,6 +16,7 @@ from comkd_cli.models.checkpoints import SavedTeacher, save_teacher
 from comkd_cli.recipe.identity import Identity
 from comkd_cli.recipe.model import FullAdapt, LinearProbeAdapt, NoAdapt, PromptSrcAdapt, Teacher
 from comkd_cli.runtime import collectives, ranks
+from comkd_cli.runtime.cores import step_threads
 from comkd_cli.teachers.loading import ReadyTeacher, build_teacher, load_saved_teacher
 from comkd_cli.training.checkpoint import delete_checkpoint
 from comkd_cli.training.loop import Trainer
@@ -69,6 +70,8 @@ class TeacherPreparation:
 
     def _train(self, adaptation: Adaptation, adapt: FullAdapt | PromptSrcAdapt) -> None:
         stage, recipe = self.stage, self.stage.recipe
+        workers = training_workers(recipe.data, adapt.epochs * len(adaptation.source.train))
+        on_cpu = self.accelerator.device.type == "cpu"
         task = Task(
             model=adaptation.model,
             objective=adaptation,
@@ -77,7 +80,7 @@ class TeacherPreparation:
                 [adaptation.clip.preprocessing],
                 Crops(recipe.augment.crops, adapt.seed),
                 Steps(adapt.batch_size, adapt.seed, adapt.accumulation_steps),
-                worker_count(recipe.data),
+                workers,
             ),
             optim=adapt,
             folder=stage.folder,
@@ -90,6 +93,7 @@ class TeacherPreparation:
             held_out=adaptation.source.holdout is not None,
             average=adaptation.average,
             uses_all_parameters=adaptation.uses_all_parameters,
+            threads=step_threads(adaptation.step_multiply_adds(adapt.batch_size)) if on_cpu else None,
         )
         history = Trainer(task, self.accelerator, self.report).fit()
         self._save(adaptation.saved_teacher(history[-1]))

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from comkd_cli.data.loaders import Batch, Crops, Steps, TrainingLoader, worker_count
+from comkd_cli.data.loaders import Batch, Crops, Steps, TrainingLoader, training_workers, worker_count
 from comkd_cli.data.transforms import stable_seed
 from comkd_cli.edge.images import Preprocessing
 from comkd_cli.evaluation.subjects import Subject, live_student, live_teacher
@@ -31,12 +31,13 @@ from comkd_cli.method.objective import loss_terms
 from comkd_cli.method.student import Student
 from comkd_cli.models.backbones import ImageTower, build_image_tower, recompute_activations, state_sha256
 from comkd_cli.models.checkpoints import StudentRecord, save_student
-from comkd_cli.models.costs import parameters
+from comkd_cli.models.costs import parameters, step_multiply_adds
 from comkd_cli.models.warm_start import WarmStart
 from comkd_cli.recipe import Recipe, to_yaml
 from comkd_cli.results.curve import IDLE_GATE, judge
 from comkd_cli.results.result_files import forget_model
 from comkd_cli.runtime import collectives, ranks
+from comkd_cli.runtime.cores import step_threads
 from comkd_cli.teachers.cached import CachedTeacher
 from comkd_cli.teachers.loading import ReadyTeacher, TeacherSource
 from comkd_cli.training.checkpoint import delete_checkpoint, has_checkpoint
@@ -129,6 +130,7 @@ def distill(
     if start is not None:
         start.load_into(student, report)
     student.to(accelerator.device)
+    threads = _threads(run, student, tower, ready) if accelerator.device.type == "cpu" else None
     if recipe.compile:
         # The towers alone: the rest is small, and gradients are measured between it and the tower.
         student.backbone.compile()
@@ -148,7 +150,7 @@ def distill(
     )
     cache = open_cache(run, ready, report) if recipe.loss.needs_teacher else None
     objective = Distillation(recipe, student, CachedTeacher(ready.teacher, cache), scorer, tower.preprocessing)
-    task = _task(run, objective, ready.preprocessing, resume_line)
+    task = _task(run, objective, ready.preprocessing, resume_line, threads)
     history = Trainer(task, accelerator, report).fit()
 
     objective.teacher.report_savings(report)
@@ -223,7 +225,20 @@ def _discard(run: Run) -> None:
     collectives.barrier()
 
 
-def _task(run: Run, objective: Distillation, teacher_preprocessing: Preprocessing, resume_line: str) -> Task:
+def _threads(run: Run, student: Student, tower: ImageTower, ready: ReadyTeacher) -> int | None:
+    """The threads that compute a step: as many with a cache as without one, and so with the same bits."""
+    seen = (ready.teacher.image_tower, ready.preprocessing.size) if run.recipe.loss.needs_teacher else None
+    size = step_multiply_adds(run.batch_size, (student.backbone, tower.preprocessing.size), seen)
+    return step_threads(size)
+
+
+def _workers(run: Run) -> int:
+    return training_workers(run.recipe.data, run.recipe.optim.epochs * len(run.source.train))
+
+
+def _task(
+    run: Run, objective: Distillation, teacher_preprocessing: Preprocessing, resume_line: str, threads: int | None
+) -> Task:
     recipe, cache = run.recipe, run.recipe.teacher_cache
     attention = recipe.loss.edu_attention
     return Task(
@@ -234,7 +249,7 @@ def _task(run: Run, objective: Distillation, teacher_preprocessing: Preprocessin
             [teacher_preprocessing, objective.preprocessing],
             Crops(recipe.augment, cache.seed, cache.views) if cache else Crops(recipe.augment, recipe.seed),
             Steps(recipe.optim.batch_size, recipe.seed, recipe.optim.accumulation_steps),
-            worker_count(recipe.data),
+            _workers(run),
             is_cached=objective.is_cached,
         ),
         optim=recipe.optim,
@@ -250,6 +265,7 @@ def _task(run: Run, objective: Distillation, teacher_preprocessing: Preprocessin
         select_by=SELECTION_SCORE if selection_classes(recipe) else None,
         ema_decay=recipe.ema_decay,
         uses_all_parameters=objective.uses_all_parameters,
+        threads=threads,
     )
 
 
