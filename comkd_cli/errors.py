@@ -94,6 +94,10 @@ class WriteError(ComkdError):
         super().__init__(problem, path=path, remedy=remedy)
 
 
+class InUseError(ComkdError):
+    """A run, teacher, bundle or dataset that another process is writing."""
+
+
 class Interrupted(ComkdError):
     """The user or the scheduler stopped the run; its checkpoint is saved."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -23,9 +24,10 @@ from comkd_cli.bundles.precisions import OPTIMIZATION, Quantisation
 from comkd_cli.bundles.standalone import standalone_predictor
 from comkd_cli.edge.manifest import BUNDLE_FORMAT, BundleProblem, read_manifest
 from comkd_cli.errors import ExportError
-from comkd_cli.files import sha256_of_file, write_text
+from comkd_cli.files import atomic_folder, sha256_of_file, write_text
 from comkd_cli.models.checkpoints import StudentRecord
 from comkd_cli.recipe.catalog import CATALOG
+from comkd_cli.runtime.locks import sole_writer
 
 TEXT_ENCODER, MERGES, TEXT_VOCABULARY = "text_encoder.onnx", "bpe_merges.txt", "text_vocabulary.npy"
 
@@ -137,6 +139,18 @@ def class_list(names: Sequence[str]) -> str:
     Older versions stored names with line breaks, which would shift all later names to other classes.
     """
     return "".join(f"{' '.join(name.split())}\n" for name in names)
+
+
+@contextmanager
+def new_bundle(out: Path, force: bool) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when the block succeeds; see `atomic_folder` and `check_target`.
+
+    Raises InUseError where another process is exporting to `out`.
+    """
+    with sole_writer(out):
+        check_target(out, force)  # again: the other process may have ended
+        with atomic_folder(out) as folder:
+            yield folder
 
 
 def check_target(out: Path, force: bool) -> None:

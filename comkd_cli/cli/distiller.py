@@ -53,7 +53,7 @@ class Distiller:
         run where some of several failed, and the error of a run that is the only one.
         """
         from comkd_cli.cli.terminal import messages
-        from comkd_cli.errors import CheckpointError, DataError, ModelError
+        from comkd_cli.errors import CheckpointError, DataError, InUseError, ModelError
         from comkd_cli.files import check_writable
         from comkd_cli.runtime import collectives
 
@@ -62,7 +62,7 @@ class Distiller:
         for position, recipe in enumerate(recipes):
             try:
                 student = self.make(recipe, StoppedRun(choices, position, fresh))
-            except (DataError, CheckpointError, ModelError) as error:
+            except (DataError, CheckpointError, InUseError, ModelError) as error:
                 if len(recipes) == 1:
                     raise
                 messages().print(f"failed: {error}", style="yellow", markup=False)

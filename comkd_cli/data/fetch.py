@@ -14,8 +14,10 @@ from filelock import FileLock, Timeout
 from comkd_cli.data.check import Check, check_dataset
 from comkd_cli.data.image_files import below_junk
 from comkd_cli.errors import DataError
+from comkd_cli.events import Report, ignore_event
 from comkd_cli.files import scratch_beside, sha256_of_file
 from comkd_cli.recipe.catalog import CATALOG, Dataset
+from comkd_cli.runtime.locks import in_turn_with_others
 
 MIRROR = "zhengli97/prompt_learning_dataset"
 REVISION = "ceb3112337fb6e1bf71534e355ca5569b63f19a6"  # pinned: the archives of CATALOG are those of this revision
@@ -25,13 +27,23 @@ Tick = Callable[[int, int], None]
 
 
 def fetch_dataset(
-    dataset: Dataset, data_root: Path, tick: Tick = lambda done, total: None, most_bytes: int = MOST_BYTES
+    dataset: Dataset,
+    data_root: Path,
+    tick: Tick = lambda done, total: None,
+    most_bytes: int = MOST_BYTES,
+    report: Report = ignore_event,
 ) -> Check:
     """Download, unpack and check a dataset, unless it is ready already.
 
-    A download is resumed where the connection breaks, and is verified by huggingface_hub. tick: called with the files
-    unpacked and their number. Raises DataError.
+    A download is resumed where the connection breaks, and is verified by huggingface_hub. Where another process is
+    fetching the same dataset, it waits for that one. tick: called with the files unpacked and their number. Raises
+    DataError.
     """
+    with in_turn_with_others(data_root / dataset.folder, report):
+        return _fetch(dataset, data_root, tick, most_bytes)
+
+
+def _fetch(dataset: Dataset, data_root: Path, tick: Tick, most_bytes: int) -> Check:
     folder = data_root / dataset.folder
     if folder.exists():
         found = check_dataset(dataset, data_root)

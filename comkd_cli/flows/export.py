@@ -15,6 +15,7 @@ from comkd_cli.bundles.bundle import (
     complete_bundle,
     graph_name,
     learns_from_test_images,
+    new_bundle,
 )
 from comkd_cli.bundles.confidence import Answered, ConfidenceFitter, FittedConfidence, StudentsTeacher, top1_of
 from comkd_cli.bundles.fit_part import MOST_TO_FIT, NOT_TRAINED_ON, read_negatives, with_fit_part
@@ -37,7 +38,6 @@ from comkd_cli.data.sources import reopen_source
 from comkd_cli.errors import DataError, ExportError, Interrupted
 from comkd_cli.evaluation.classes import check_classes
 from comkd_cli.events import Notice, Progress, Report, Stage
-from comkd_cli.files import atomic_folder
 from comkd_cli.models.checkpoints import StudentRecord
 from comkd_cli.models.costs import multiply_adds, parameters
 from comkd_cli.runtime.signals import Stopped, stopping_at_once
@@ -108,7 +108,7 @@ def export(
             check_runtime(options.web_runtime)
             source = StudentToExport.load(student_file, options.allow_download)
             tower = choose_tower(student_file, source.record, source.head, options, report)
-            with atomic_folder(out) as folder:  # before the work below, which a read-only folder would waste
+            with new_bundle(out, force) as folder:  # before the work below, which a read-only folder would waste
                 report(Stage("Reading real images"))
                 parts = _read_parts(source.record, data_root, options, report)
                 negatives = None

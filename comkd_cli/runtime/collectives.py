@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
@@ -164,6 +164,17 @@ def in_turn(work: Callable[[], T]) -> T:
                 except (ComkdError, OSError) as error:
                     failure = error
     return _first_failure_or(failure, done)
+
+
+@contextmanager
+def main_holds(context: AbstractContextManager[object]) -> Iterator[None]:
+    """A block that all processes run while the main one is within a context, such as a lock.
+
+    An error of entering it is raised by all. The others wait for the main process without a time limit.
+    """
+    with ExitStack() as stack:
+        in_turn(lambda: stack.enter_context(context) if is_main() else None)
+        yield
 
 
 def on_every_rank(work: Callable[[], T]) -> T:

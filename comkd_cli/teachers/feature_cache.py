@@ -16,6 +16,7 @@ import numpy as np
 
 from comkd_cli.errors import CheckpointError
 from comkd_cli.files import write_text
+from comkd_cli.runtime.locks import in_turn_with_others
 
 CACHE_FORMAT = "comkd-teacher-cache/1"
 DTYPES: dict[str, type[np.generic]] = {"fp16": np.float16, "fp32": np.float32}
@@ -61,13 +62,8 @@ class TeacherCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"could not be created ({error.strerror or error})", path=self.folder) from error
-        self._check_or_write_meta()
-        shape = (key.views, key.images)
-        # The features come first and the marks last: a folder with marks has features.
-        marks = self.folder / "there.bin"
-        is_new = not marks.exists() or not marks.stat().st_size
-        self._allocate("features.bin", DTYPES[key.dtype], (*shape, key.dim), is_new)
-        self._allocate("there.bin", np.uint8, shape, is_new)
+        with in_turn_with_others(self.folder / "cache.json"):
+            self._create_or_check()
         self.reopen()
 
     def reopen(self) -> None:
@@ -116,10 +112,11 @@ class TeacherCache:
 
     def add_cost(self, seconds: float, crops: int) -> None:
         """Record the teacher's time for crops that were just written."""
-        before = self.seconds_per_crop()
-        earlier = 0 if before is None else max(self.count() - crops, 0)
-        total = {"seconds": seconds + earlier * (before or 0), "crops": crops + earlier}
-        write_text(self._cost_file, json.dumps(total) + "\n")
+        with in_turn_with_others(self._cost_file):
+            before = self.seconds_per_crop()
+            earlier = 0 if before is None else max(self.count() - crops, 0)
+            total = {"seconds": seconds + earlier * (before or 0), "crops": crops + earlier}
+            write_text(self._cost_file, json.dumps(total) + "\n")
 
     @property
     def _cost_file(self) -> Path:
@@ -139,6 +136,15 @@ class TeacherCache:
         if hasattr(mmap, "MADV_DONTNEED"):
             for mapping in self._maps:
                 mapping.madvise(mmap.MADV_DONTNEED)
+
+    def _create_or_check(self) -> None:
+        self._check_or_write_meta()
+        shape = (self.key.views, self.key.images)
+        # The features come first and the marks last: a folder with marks has features.
+        marks = self.folder / "there.bin"
+        is_new = not marks.exists() or not marks.stat().st_size
+        self._allocate("features.bin", DTYPES[self.key.dtype], (*shape, self.key.dim), is_new)
+        self._allocate("there.bin", np.uint8, shape, is_new)
 
     def _check_or_write_meta(self) -> None:
         path = self.folder / "cache.json"

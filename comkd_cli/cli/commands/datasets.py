@@ -136,7 +136,7 @@ def fetch(names: tuple[str, ...], data_root: Path, as_json: bool) -> None:
             def tick(done: int, total: int, name: str = dataset.name) -> None:
                 report(Progress(f"unpacking {name}", done, total))
 
-            checks.append(fetch_dataset(dataset, data_root, tick))
+            checks.append(fetch_dataset(dataset, data_root, tick, report=report))
     if as_json:
         print_json([entry.as_plain() for entry in checks])
     else:

@@ -17,8 +17,9 @@ from comkd_cli.recipe.identity import Identity
 from comkd_cli.recipe.model import FullAdapt, LinearProbeAdapt, NoAdapt, PromptSrcAdapt, Teacher
 from comkd_cli.runtime import collectives, ranks
 from comkd_cli.runtime.cores import step_threads
+from comkd_cli.runtime.locks import in_turn_with_others
 from comkd_cli.teachers.loading import ReadyTeacher, build_teacher, load_saved_teacher
-from comkd_cli.training.checkpoint import delete_checkpoint
+from comkd_cli.training.checkpoint import checkpoint_file, delete_checkpoint
 from comkd_cli.training.loop import Trainer
 from comkd_cli.training.task import Task
 
@@ -36,7 +37,8 @@ class TeacherPreparation:
     def prepare(self) -> ReadyTeacher:
         """The recipe's teacher on the accelerator's device, trained if it has to be.
 
-        Raises DataError where training it needs labels that are missing, and what `Trainer.fit` raises.
+        Where another process is training the same teacher, it waits for that one and loads what it saved. Raises
+        DataError where training it needs labels that are missing, and what `Trainer.fit` raises.
         """
         stage, settings, names = self.stage, self.stage.settings, self.stage.source.class_names
         device = self.accelerator.device
@@ -45,14 +47,24 @@ class TeacherPreparation:
             self.report(Stage(f"Teacher: {name}, {_prompts_of(settings)}"))
             prompts = stage.source.wording
             return collectives.on_every_rank(lambda: build_teacher(settings, names, prompts, device, self.report))
+        # A checkpoint beside teacher.pt is that of a process that is about to delete it, or was killed before.
+        if collectives.broadcast(stage.file.is_file() and not checkpoint_file(stage.folder).exists()):
+            self.report(Stage(f"Teacher: reused from {stage.file}"))
+        else:
+            with collectives.main_holds(in_turn_with_others(stage.folder, self.report)):
+                self._make(settings.adapt)
+        return collectives.on_every_rank(lambda: load_saved_teacher(stage.file, names, device, stage.key, self.report))
+
+    def _make(self, adapt: FullAdapt | PromptSrcAdapt | LinearProbeAdapt) -> None:
+        """Train and save the teacher, unless another process has done it meanwhile."""
+        stage = self.stage
         if collectives.broadcast(stage.file.is_file()):
             self.report(Stage(f"Teacher: reused from {stage.file}"))
-            delete_checkpoint(stage.folder)  # of a process that was killed after it had saved the teacher
-        elif isinstance(settings.adapt, LinearProbeAdapt):
-            self._save(ProbeAdaptation(stage, settings.adapt, device, self.report).fit())
+            delete_checkpoint(stage.folder)
+        elif isinstance(adapt, LinearProbeAdapt):
+            self._save(ProbeAdaptation(stage, adapt, self.accelerator.device, self.report).fit())
         else:
-            self._train(self._adaptation(settings.adapt), settings.adapt)
-        return collectives.on_every_rank(lambda: load_saved_teacher(stage.file, names, device, stage.key, self.report))
+            self._train(self._adaptation(adapt), adapt)
 
     def _adaptation(self, adapt: FullAdapt | PromptSrcAdapt) -> Adaptation:
         if isinstance(adapt, FullAdapt):

@@ -24,7 +24,7 @@ from comkd_cli.evaluation.subjects import Subject, live_student, live_teacher
 from comkd_cli.evaluation.zero_shot import SELECTION_SCORE, Scorer
 from comkd_cli.events import Notice, Report, Stage
 from comkd_cli.files import remove_folder, write_text
-from comkd_cli.flows.distill.run import Run, selection_classes
+from comkd_cli.flows.distill.run import Run, finished, selection_classes
 from comkd_cli.flows.distill.teacher_cache import open_cache
 from comkd_cli.flows.distill.teacher_check import check_teacher
 from comkd_cli.method.objective import loss_terms
@@ -38,6 +38,7 @@ from comkd_cli.results.curve import IDLE_GATE, judge
 from comkd_cli.results.result_files import forget_model
 from comkd_cli.runtime import collectives, ranks
 from comkd_cli.runtime.cores import step_threads
+from comkd_cli.runtime.locks import sole_writer
 from comkd_cli.teachers.cached import CachedTeacher
 from comkd_cli.teachers.loading import ReadyTeacher, TeacherSource
 from comkd_cli.training.checkpoint import delete_checkpoint, has_checkpoint
@@ -113,8 +114,17 @@ def distill(
 
     teacher: prepared once everything that could be refused has been checked, since training it can take hours.
     resume_line: the command that resumes the run. fresh: discard the files of this run. Raises DataError, ModelError,
-    TrainingError, CheckpointError or Interrupted.
+    TrainingError, CheckpointError, Interrupted, or InUseError where another process is making the run.
     """
+    with collectives.main_holds(sole_writer(run.folder)):
+        if not fresh and finished(run, report):  # meanwhile, by another process
+            return run.student_file
+        return _distill(run, teacher, accelerator, report, resume_line, fresh)
+
+
+def _distill(
+    run: Run, teacher: TeacherSource, accelerator: Accelerator, report: Report, resume_line: str, fresh: bool
+) -> Path:
     recipe = run.recipe
     _check(run, resume=not fresh)
     start = collectives.on_every_rank(lambda: WarmStart.of(recipe.student))

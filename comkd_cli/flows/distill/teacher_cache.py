@@ -12,6 +12,7 @@ from comkd_cli.events import Notice, Report
 from comkd_cli.files import sha256_of_data, sha256_of_file
 from comkd_cli.flows.distill.run import Run
 from comkd_cli.runtime import collectives
+from comkd_cli.runtime.locks import in_turn_with_others
 from comkd_cli.teachers.cached import fill_cache
 from comkd_cli.teachers.feature_cache import CacheKey, TeacherCache
 from comkd_cli.teachers.loading import ReadyTeacher, TeacherSource
@@ -33,7 +34,8 @@ def precompute(run: Run, teacher: TeacherSource, accelerator: Accelerator, repor
     cache = open_cache(run, ready, report)
     assert cache is not None  # since the recipe has settings for it
     ready.teacher.to(accelerator.device)
-    fill_cache(cache, ready, run.source.train, run.recipe, accelerator, report)
+    with collectives.main_holds(in_turn_with_others(cache.folder, report)):
+        fill_cache(cache, ready, run.source.train, run.recipe, accelerator, report)
 
 
 def open_cache(run: Run, ready: ReadyTeacher, report: Report) -> TeacherCache | None:

@@ -36,6 +36,7 @@ from comkd_cli.models.text_student import (
 from comkd_cli.recipe.identity import Identity
 from comkd_cli.recipe.model import AdamW
 from comkd_cli.runtime import ranks
+from comkd_cli.runtime.locks import sole_writer
 from comkd_cli.runtime.signals import stop_requests
 from comkd_cli.teachers.prompt_vectors import PromptVectors
 from comkd_cli.training.checkpoint import delete_checkpoint
@@ -96,16 +97,17 @@ def distill_text(
 
     Beside that file a folder `NAME.training` keeps the teacher's vectors, metrics.jsonl and, until it is finished, the
     checkpoint. Raises MisuseError for a file that exists; CheckpointError or ModelError where the teacher is not
-    available; DataError for too few names; Interrupted.
+    available; DataError for too few names; InUseError where another process writes the file; Interrupted.
     """
     if ranks.world_size() > 1:
         raise MisuseError("distill-text runs in one process", remedy="start it without torchrun")
     target = options.out or student_file.with_name(DEFAULT_NAME)
-    if target.exists() and not options.fresh:
-        raise MisuseError("already exists", path=target, remedy="replace it with --fresh, or choose another --out")
-    report(Stage(f"Loading the teacher of {student_file}"))
-    teacher = TextTeacher.load(student_file, accelerator.device, options.allow_download, report)
-    return _Distillation(teacher, target, accelerator, options, report).run()
+    with sole_writer(target):
+        if target.exists() and not options.fresh:
+            raise MisuseError("already exists", path=target, remedy="replace it with --fresh, or choose another --out")
+        report(Stage(f"Loading the teacher of {student_file}"))
+        teacher = TextTeacher.load(student_file, accelerator.device, options.allow_download, report)
+        return _Distillation(teacher, target, accelerator, options, report).run()
 
 
 @dataclass
