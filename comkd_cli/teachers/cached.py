@@ -25,8 +25,8 @@ from comkd_cli.teachers.loading import ReadyTeacher
 BATCH_SIZE = 64
 TORCH_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 FEWEST_AT_ONCE = 16
-"""The teacher sees at least as many crops at once, or as many as the batch has where that is less. From 16 on, the CLIPs
-that were tried (ViT-B/32 and the small ones of the tests) gave each crop the same bits in any batch."""
+"""The teacher sees at least as many crops at once, or as many as the batch has where that is less. With 16 or more, the
+CLIPs that were tried (ViT-B/32 and the small ones of the tests) gave each crop the same bits in any batch."""
 IMAGES_AT_ONCE = 2**18  # images whose indices are in memory while a cache is filled
 
 
