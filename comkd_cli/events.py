@@ -23,7 +23,7 @@ class Progress:
     figures: Mapping[str, float] = field(default_factory=dict)
     """Losses and other values, by name."""
     unit: str = "images"
-    """Of `done` and `total`."""
+    """Of `done` and `total`; empty for a share of the work, which has no unit."""
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,7 @@ class _Line(ProgressColumn):
         left = task.time_remaining
         parts = [
             "" if left is None else str(timedelta(seconds=math.ceil(left))),
-            "" if speed is None else f"{speed:.0f} {task.fields['unit']}/s",
+            "" if speed is None or not task.fields["unit"] else f"{speed:.0f} {task.fields['unit']}/s",
             *task.fields["figures"],
         ]
         for part in filter(None, parts):

@@ -2,66 +2,66 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from torch import Tensor
+
+from comkd_cli.evaluation.logistic import Regressions
+from comkd_cli.method.linear_probe import Labelled
 
 STEPS_PER_DECADE = 8
 LEAST_EXPONENT, MOST_EXPONENT = -6, 6  # of C, the inverse regularisation
-MOST_ITERATIONS = 1000
 DEFAULT_C = 1.0  # where no validation images can choose it
 
+Advance = Callable[[float], None]
+"""Called with the share of the work that is done, in [0, 1]."""
 
-def linear_probe(
-    train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, val_labels: np.ndarray, test: np.ndarray
-) -> np.ndarray:
+
+def linear_probe(train: Labelled, val: Labelled, test: Tensor, advance: Advance = lambda share: None) -> np.ndarray:
     """The classes of test features by L-BFGS logistic regression, with C chosen on the validation features.
 
-    train, val, test: (images, dim); labels: (images,). Without validation images C is 1. Returns (test images,) class
-    indices.
+    test: (images, dim). All on one device. Without validation images C is 1. Returns (test images,) class indices.
     """
-    c = DEFAULT_C
-    if len(val):
-        c = best_c(lambda candidate: float(np.mean(_fit(train, train_labels, candidate).predict(val) == val_labels)))
-    predicted: np.ndarray = _fit(train, train_labels, c).predict(test)
+    regressions = Regressions(train)
+    weights: dict[float, Tensor] = {}
+
+    def accuracies(cs: Sequence[float]) -> list[float]:
+        weights.update(zip(cs, regressions.fit(cs), strict=True))
+        advance(min(1.0, len(weights) / MOST_FITS))
+        return [float((regressions.predict(weights[c], val.features) == val.labels).float().mean()) for c in cs]
+
+    c = best_c(accuracies) if len(val.labels) else DEFAULT_C
+    chosen = weights[c] if c in weights else regressions.fit([c])[0]
+    predicted: np.ndarray = regressions.predict(chosen, test).cpu().numpy()
     return predicted
 
 
-def best_c(accuracy: Callable[[float], float]) -> float:
+def best_c(accuracies: Callable[[Sequence[float]], Sequence[float]]) -> float:
     """The C of highest accuracy by the paper's parametric binary search.
 
     First C in {1e-6, 1e-4, ..., 1e6}; then the interval around the peak is halved repeatedly, down to 8 steps per
-    decade. Of equal accuracies the smallest C, which is the simplest model, wins.
+    decade. Of equal accuracies the smallest C, which is the simplest model, wins. accuracies: of several C at once,
+    each asked for once.
     """
     scores: dict[int, float] = {}
     last = (MOST_EXPONENT - LEAST_EXPONENT) * STEPS_PER_DECADE
 
-    def score(position: int) -> float:
-        if position not in scores:
-            scores[position] = accuracy(_c_at(position))
-        return scores[position]
+    def best_of(positions: Sequence[int]) -> int:
+        new = [position for position in positions if position not in scores]
+        scores.update(zip(new, accuracies([_c_at(position) for position in new]), strict=True))
+        return max(positions, key=lambda position: scores[position])
 
     stride = 2 * STEPS_PER_DECADE
-    best = max(range(0, last + 1, stride), key=score)
+    best = best_of(range(0, last + 1, stride))
     while stride > 1:
         stride //= 2
-        near = [position for position in (best - stride, best, best + stride) if 0 <= position <= last]
-        best = max(near, key=score)
+        best = best_of([position for position in (best - stride, best, best + stride) if 0 <= position <= last])
     return _c_at(best)
+
+
+MOST_FITS = 7 + 2 * 4  # of a search: the first level, and two at each of the others
 
 
 def _c_at(position: int) -> float:
     return float(10.0 ** (LEAST_EXPONENT + position / STEPS_PER_DECADE))
-
-
-def _fit(features: np.ndarray, labels: np.ndarray, c: float):  # type: ignore[no-untyped-def]
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    with warnings.catch_warnings():
-        # At the largest C the optimum is far away; the paper stops after 1,000 iterations as well.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        # With one image per class, scikit-learn suspects that the labels are the targets of a regression.
-        warnings.filterwarnings("ignore", "The number of unique classes is greater than", UserWarning)
-        return LogisticRegression(C=c, max_iter=MOST_ITERATIONS).fit(features, labels)
