@@ -17,6 +17,7 @@ from comkd_cli.method.refinement import class_logits, refinement
 from comkd_cli.method.teacher import encode_classes
 
 INITIAL_CONTEXT = "a photo of a"
+MOST_TOKENS_FROM_WORDS = 4  # PromptSRC starts more learned tokens at random
 CLASSES_AT_ONCE = 64
 
 
@@ -109,12 +110,14 @@ class PromptedClip(nn.Module):
         return self
 
 
-def class_prompt(name: str, tokens: int) -> str:
-    """The prompt of a class whose first `tokens` words the learned ones replace: "a photo of a {name}.".
+def class_prompt(name: str, tokens: int, context: str = INITIAL_CONTEXT) -> str:
+    """The prompt of a class whose first `tokens` tokens the learned ones replace: "a photo of a {name}.".
 
-    With more than 4 tokens the placeholders are X, as in PromptSRC's code.
+    context: the words that the learned tokens started from, CTX_INIT in PromptSRC's code. Words beyond the learned
+    tokens stay in the prompt. With more than 4 tokens, or without words, the placeholders are X, as in that code.
     """
-    prefix = INITIAL_CONTEXT if tokens <= len(INITIAL_CONTEXT.split()) else " ".join(["X"] * tokens)
+    given = bool(context) and tokens <= MOST_TOKENS_FROM_WORDS
+    prefix = context.replace("_", " ") if given else " ".join(["X"] * tokens)
     return f"{prefix} {name}."
 
 

@@ -23,6 +23,7 @@ from comkd_cli.models.weights import (
     differences,
     differences_in_error,
     first_line,
+    numbers_unread,
     read_weights,
     tensors_of,
 )
@@ -37,7 +38,7 @@ def load_clip_file(built: Any, path: Path, model: Model, report: Report) -> None
     held: dict[str, Any] = {} if path.suffix in READ_BY_OPEN_CLIP_ALONE else read_weights(path)
     shapes = _shapes(built)
     try:
-        with logging_disabled():
+        with logging_disabled(), numbers_unread():
             open_clip.load_checkpoint(built, str(path), strict=True, weights_only=True)
     except Exception as error:  # torch, pickle and safetensors each raise their own
         raise _mismatch_error(path, held, shapes, architecture_name(model), error) from error
@@ -50,7 +51,8 @@ def load_tower_file(visual: nn.Module, path: Path, model: Model, report: Report)
     held = read_weights(path)
     shapes = _shapes(visual)
     try:
-        state = load_state_dict(str(path), device="cpu", weights_only=True)
+        with numbers_unread():
+            state = load_state_dict(str(path), device="cpu", weights_only=True)
         inside = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
         visual.load_state_dict(inside or state, strict=True)
     except Exception as error:  # as in load_clip_file

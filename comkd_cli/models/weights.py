@@ -7,6 +7,7 @@ import shlex
 import zipfile
 from collections import Counter
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,32 @@ SAME_MODEL_SHARE = 0.5  # of a model's tensors: a file with so many of them hold
 TRANSFORMERS_PREFIXES = ("vision_model.", "text_model.")
 OPENAI_NUMBERS = {"input_resolution", "context_length", "vocab_size"}
 PROMPTSRC_PREFIXES = ("prompt_learner.", "image_encoder.VPT")
+PROMPTKD_PREFIX = "VPT_image_trans."
 GIT_LFS = b"version https://git-lfs"
 READ_BY_OPEN_CLIP_ALONE = (".npz", ".npy")
 SAVE_STATE_DICT = "save the model's state_dict() instead"
+
+
+class _UnreadNumber:
+    """Stands for a number of numpy, or its type, in a training checkpoint; nothing of it is read."""
+
+    def __init__(self, *_arguments: object) -> None:
+        pass
+
+    def __setstate__(self, _state: object) -> None:
+        pass
+
+
+def numbers_unread() -> AbstractContextManager[object]:
+    """A context in which torch.load takes files of weights that hold numpy's numbers, as training checkpoints do.
+
+    Their constructors are replaced by one that does nothing.
+    """
+    names = ["numpy.dtype", *(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core"))]
+    context: AbstractContextManager[object] = torch.serialization.safe_globals(
+        [(_UnreadNumber, name) for name in names]
+    )
+    return context
 
 
 def read_weights(path: Path) -> dict[str, Any]:
@@ -44,7 +68,8 @@ def read_weights(path: Path) -> dict[str, Any]:
                 path=path,
                 remedy="give open_clip's tag instead, such as arch: ViT-B-32-quickgelu with weights: openai",
             )
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with numbers_unread():
+            held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except PermissionError as error:
         raise ModelError("could not be read: permission denied", path=path) from error
     except ModelError:
@@ -189,6 +214,8 @@ def diagnose(path: Path, held: Mapping[str, Any], expected: Collection[str]) -> 
 def _other_kind(held: Mapping[str, Any], names: Collection[str]) -> Diagnosis | None:
     if str(held.get("format", "")).startswith("comkd-student"):
         return Diagnosis("it is a student that comkd distilled", "give the weights of a CLIP")
+    if any(name.startswith(PROMPTKD_PREFIX) for name in names):
+        return Diagnosis("it is a student that PromptKD distilled", "read it with `comkd import-student`")
     if any(name.startswith(PROMPTSRC_PREFIXES) for name in names):
         return Diagnosis("it is a checkpoint of PromptSRC or PromptKD", "read it with teacher.format: promptsrc")
     if set(names) >= OPENAI_NUMBERS:

@@ -27,10 +27,10 @@ SUPERSEDES = {
     "data.shards": ("dataset", "folder", "labels", "classes", "template", "templates", "prompts"),
     "data.template": ("templates",),
     "data.templates": ("template",),
-    "teacher.arch": ("config", "weights", "format", "backbone_weights"),
-    "teacher.config": ("arch", "weights", "format", "backbone_weights"),
-    "student.arch": ("config", "weights"),
-    "student.config": ("arch", "weights"),
+    "teacher.arch": ("config", "weights", "format", "backbone_weights", "context"),
+    "teacher.config": ("arch", "weights", "format", "backbone_weights", "context"),
+    "student.arch": ("config", "weights", "format"),
+    "student.config": ("arch", "weights", "format"),
     "optim.name": ("learning_rate", "momentum", "weight_decay", "warmup_learning_rate"),
 }
 # A model's config belongs to open_clip: it is replaced whole, never merged with another.

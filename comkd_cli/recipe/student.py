@@ -33,6 +33,9 @@ class Student(Model):
     """An open_clip tag, such as openai, or a local file; or the student.pt of a finished run of the same architecture
     and `train`, from which the new run starts: every tensor of the same name and shape is loaded, and a notice names
     the rest. Default: random weights."""
+    format: Literal["clip", "promptkd"] = "clip"
+    """Of the file in `weights`: `promptkd` is a student as PromptKD's code saves it, which `comkd import-student` turns
+    into a student.pt without training. It is read without running code from it."""
     train: Literal["prompts", "full"] = "prompts"
     """`prompts` trains vision prompts in a frozen backbone; `full` trains every weight."""
     prompts: Prompts | None = None
@@ -42,6 +45,8 @@ class Student(Model):
 
     @model_validator(mode="after")
     def _trainable(self) -> Student:
+        if self.format == "promptkd" and self.weights is None:
+            raise ValueError("`format: promptkd` needs `weights`: the student's file")
         if self.train == "prompts" and not self.has_weights:
             raise ValueError("`train: prompts` freezes the backbone: give its `weights`, or use `train: full`")
         return self

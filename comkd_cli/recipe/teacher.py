@@ -106,6 +106,10 @@ class Teacher(Model):
     backbone_weights: str | None = None
     """With `format: promptsrc`: the CLIP that the prompts were learned on, an open_clip tag or a file, for the
     table of word embeddings that such checkpoints lack. Default: `openai`."""
+    context: str | None = None
+    """With `format: promptsrc`: the words that the learned text tokens started from, CTX_INIT of the run that wrote the
+    file, which does not hold it; words beyond the learned tokens are part of every class prompt. Default: `a photo of
+    a` [S]."""
 
     @model_validator(mode="after")
     def _released(self) -> Teacher:
@@ -115,6 +119,8 @@ class Teacher(Model):
             raise ValueError("`format: promptsrc` is already adapted: use `adapt: none`")
         if self.format == "clip" and self.backbone_weights is not None:
             raise ValueError("`backbone_weights` needs `format: promptsrc`")
+        if self.format == "clip" and self.context is not None:
+            raise ValueError("`context` needs `format: promptsrc`")
         return self
 
     @model_validator(mode="after")

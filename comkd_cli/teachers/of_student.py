@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from comkd_cli.data.prompts import Prompts
 from comkd_cli.errors import CheckpointError
 from comkd_cli.events import Notice, Report, ignore_event
-from comkd_cli.method.prompt_src import class_prompt
 from comkd_cli.method.student import Student
 from comkd_cli.method.teacher import Teacher
 from comkd_cli.models import downloads
@@ -139,8 +138,7 @@ def _class_encoder(record: StudentRecord, student_file: Path, report: Report) ->
 
 
 def _prompted_encoder(prompted: Prompted) -> ClassEncoder:
-    template = class_prompt("{}", prompted.module.text.count)
-    return ClassEncoder(prompted.clip, Prompts((template,)), prompted.module.text)
+    return ClassEncoder(prompted.clip, Prompts((prompted.template,)), prompted.module.text)
 
 
 def _prompts_of_full(record: StudentRecord) -> Prompts:

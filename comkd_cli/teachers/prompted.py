@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,17 @@ class Prompted:
 
     module: PromptedClip
     clip: Clip
+    context: str = INITIAL_CONTEXT
+    """The words that the learned text tokens started from."""
+
+    @property
+    def template(self) -> str:
+        """The prompt of a class, with `{}` for its name and placeholders for the learned tokens."""
+        return class_prompt("{}", self.module.text.count, self.context)
 
     def tokens(self, class_names: Sequence[str], report: Report = ignore_event) -> Tensor:
         """Token ids (classes, context) of the class prompts, with placeholders for the learned tokens."""
-        return tokenize_prompts(self.clip, class_names, class_prompt("{}", self.module.text.count), report)
+        return tokenize_prompts(self.clip, class_names, self.template, report)
 
 
 def prompted_clip(clip: Clip, vision_depth: int, text_depth: int, tokens: int, seed: int = 0) -> Prompted:
@@ -93,7 +100,44 @@ def released_prompted(settings: Teacher, report: Report = ignore_event) -> Promp
         )
     load_clip_state(clip, released.clip_state, path)
     _check_word_embeddings(clip, released, path, str(base) if needs_base else None, report)
-    return _with_released_prompts(clip, released, path)
+    prompted = _with_released_prompts(clip, released, path)
+    if settings.context is not None:
+        prompted = replace(prompted, context=settings.context)
+    _check_context(prompted, released, path, report)
+    return prompted
+
+
+def _check_context(prompted: Prompted, released: ReleasedTeacher, path: Path, report: Report) -> None:
+    """Refuse a context whose words after the learned tokens are not those of the file's own class prompts.
+
+    Where it has no such words and every class of the file continues with the same token, report a Notice.
+    """
+    if released.following is None:
+        return
+    clip, count = prompted.clip, prompted.module.text.count
+    text: Any = getattr(clip.model, "text", clip.model)
+    words = clip.tokenize([prompted.template.replace("{}", "")])[0]
+    # Without a name, the prompt ends in a full stop and the end token; the words before them follow the learned tokens.
+    length = int((words == words.max()).nonzero()[0, 0]) - 1
+    left = words[1 + count : min(length, 1 + count + released.following.shape[1])]
+    expected = text.token_embedding.weight.detach()[left]
+    found = released.following[:, : len(left)]
+    if len(left) and float((found - expected).abs().max()) > ROUNDING * float(expected.abs().max()):
+        raise CheckpointError(
+            "its prompts were learned with other words after the learned tokens",
+            path=path,
+            field="teacher.context",
+            found=repr(prompted.context),
+            remedy="set it to the CTX_INIT of the run that wrote the file",
+        )
+    first = released.following[:, 0]
+    if not len(left) and len(first) > 2 and bool((first == first[0]).all()):
+        report(
+            Notice(
+                f"{path}: every class prompt of the file continues with the same word after the {count} learned tokens"
+                "; if its CTX_INIT was not 'a photo of a', set teacher.context to it"
+            )
+        )
 
 
 def _with_released_prompts(clip: Clip, released: ReleasedTeacher, path: Path) -> Prompted:

@@ -1,4 +1,4 @@
-"""Checkpoints as PromptSRC and PromptKD publish their teachers, read without running anything from them.
+"""Checkpoints as PromptSRC and PromptKD publish them, read without running anything from them; here their teachers.
 
 Such a file is a torch.save of {state_dict, epoch, optimizer, scheduler, val_result}, whose scheduler entry
 holds objects of classes that need not be installed.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import pickle
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +69,10 @@ DEEP_PROMPT = re.compile(r"transformer\.resblocks\.(\d+)\.VPT_shallow")
 START_EMBEDDING, WORD_EMBEDDINGS = "prompt_learner.token_prefix", "prompt_learner.token_suffix"
 COMPARED_CLASSES = 64  # their tokens are enough to recognise a table of word embeddings
 IGNORED = (START_EMBEDDING, WORD_EMBEDDINGS, "prompt_learner.ZS_image_encoder.")
+IMAGE_ENCODER = "image_encoder."
+PROJECTOR = "VPT_image_trans."  # of a student that PromptKD distilled
+DATA_PARALLEL = "module."  # what torch's DataParallel puts in front of every name
+MOST_CONTEXT_WORDS = 8  # after the learned tokens, that are compared with `teacher.context`
 
 
 @dataclass(frozen=True)
@@ -77,13 +82,15 @@ class ReleasedTeacher:
     clip_state: dict[str, Tensor]
     """CLIP's own weights, float32, under open_clip's names; the table of word embeddings may be missing."""
     vision_tokens: Tensor
-    """(depth, tokens, width)."""
+    """(depth, tokens, width); (1, 0, width) for a file without prompts in the image encoder."""
     text_tokens: Tensor
     """(depth, tokens, width)."""
     start_embedding: Tensor | None
     """(1, width): of the start token in the CLIP that the prompts were learned on; None where the file lacks it."""
     word_embeddings: Tensor | None
     """(words, width): of tokens of class prompts in that CLIP, each once; None where the file lacks them."""
+    following: Tensor | None = None
+    """(classes, words, width): of the first tokens after the learned ones, of some classes; None as above."""
 
 
 class _Refused(pickle.UnpicklingError):
@@ -149,26 +156,62 @@ def read_released(path: Path) -> ReleasedTeacher:
 
     The depth of the prompts is read from the file. Raises CheckpointError, naming the file and what it lacks.
     """
+    found = read_state(path)
+    if any(name.startswith(PROJECTOR) for name in found):
+        raise CheckpointError(
+            "is a student that PromptKD distilled, and not a teacher",
+            path=path,
+            remedy="read it with `comkd import-student`",
+        )
+    state = as_float({name: value for name, value in found.items() if not name.startswith(IGNORED)}, path)
+    start, words = (_embeddings(found.get(name), path, name) for name in (START_EMBEDDING, WORD_EMBEDDINGS))
+    text = deep_prompts(state, path, "prompt_learner.ctx", "text_encoder.")
+    vision = vision_prompts(state, path)
+    check_finite(state, path, CheckpointError)
+    clip_state = {}
+    for name, value in state.items():
+        if name.startswith(IMAGE_ENCODER):
+            clip_state[f"visual.{name.removeprefix(IMAGE_ENCODER)}"] = value
+        else:
+            clip_state[name.removeprefix("text_encoder.")] = value
+    following = found.get(WORD_EMBEDDINGS)
+    if following is not None:
+        following = following[:COMPARED_CLASSES, :MOST_CONTEXT_WORDS].float()
+    return ReleasedTeacher(clip_state, vision, text, start, words, following)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a released checkpoint by name, without a prefix of DataParallel. Raises CheckpointError."""
     checkpoint = _read_inert(path)
     # dict's own methods: a file may have set attributes of the same names.
     found = dict.get(checkpoint, "state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in dict.values(found)):
         raise CheckpointError("is no PromptSRC checkpoint: it has no `state_dict` of tensors", path=path)
+    state = {str(name): value for name, value in dict.items(found)}
+    if state and all(name.startswith(DATA_PARALLEL) for name in state):
+        state = {name.removeprefix(DATA_PARALLEL): value for name, value in state.items()}
+    return state
+
+
+def as_float(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors as float32. Raises CheckpointError for one that is larger than its storage."""
     try:
-        state = {str(name): value.float() for name, value in dict.items(found) if not str(name).startswith(IGNORED)}
-    except RuntimeError as error:  # a tensor that is larger than its storage
+        return {name: value.float() for name, value in state.items()}
+    except RuntimeError as error:
         raise CheckpointError("holds a damaged tensor", path=path, found=str(error).splitlines()[0]) from error
-    start, words = (_embeddings(dict.get(found, name), path, name) for name in (START_EMBEDDING, WORD_EMBEDDINGS))
-    vision = _deep(state, path, "image_encoder.VPT", "image_encoder.")
-    text = _deep(state, path, "prompt_learner.ctx", "text_encoder.")
-    check_finite(state, path, CheckpointError)
-    clip_state = {}
-    for name, value in state.items():
-        if name.startswith("image_encoder."):
-            clip_state[f"visual.{name.removeprefix('image_encoder.')}"] = value
-        else:
-            clip_state[name.removeprefix("text_encoder.")] = value
-    return ReleasedTeacher(clip_state, vision, text, start, words)
+
+
+def vision_prompts(state: dict[str, Tensor], path: Path) -> Tensor:
+    """Remove the prompts of the image encoder from the state and return them, (depth, tokens, width).
+
+    PromptSRC's wrapper has none with a vision depth of 0: then (1, 0, width), as a tower with prompts of no tokens.
+    """
+    if f"{IMAGE_ENCODER}VPT" in state:
+        return deep_prompts(state, path, f"{IMAGE_ENCODER}VPT", IMAGE_ENCODER)
+    embedding = state.get(f"{IMAGE_ENCODER}class_embedding")
+    if embedding is None or embedding.ndim != 1:
+        raise CheckpointError("is no PromptSRC checkpoint: it has no image encoder of a vision transformer", path=path)
+    return embedding.new_empty(1, 0, len(embedding))
 
 
 def _embeddings(held: Tensor | None, path: Path, name: str) -> Tensor | None:
@@ -188,7 +231,7 @@ def _embeddings(held: Tensor | None, path: Path, name: str) -> Tensor | None:
     return distinct
 
 
-def _deep(state: dict[str, Tensor], path: Path, first: str, prefix: str) -> Tensor:
+def deep_prompts(state: dict[str, Tensor], path: Path, first: str, prefix: str) -> Tensor:
     """Remove the prompts of one encoder from the state and return them, (depth, tokens, width)."""
     if first not in state:
         raise CheckpointError(f"is no PromptSRC checkpoint: it has no {first}", path=path)

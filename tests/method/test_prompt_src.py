@@ -100,6 +100,8 @@ def test_the_prompt_of_a_class() -> None:
     assert class_prompt("annual crop", 4) == "a photo of a annual crop."
     assert class_prompt("annual crop", 2) == "a photo of a annual crop."
     assert class_prompt("annual crop", 6) == "X X X X X X annual crop."
+    assert class_prompt("annual crop", 2, "an_image_of") == "an image of annual crop."
+    assert class_prompt("annual crop", 3, "") == "X X X annual crop."
 
 
 def loss_of(model: PromptedClip, at_once: int) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from comkd_cli.errors import CheckpointError, ModelError
 from comkd_cli.models.backbones import build_clip, build_image_tower, state_sha256
 from comkd_cli.models.checkpoints import load_student, load_teacher
+from comkd_cli.models.weights import read_weights
 from comkd_cli.recipe.model import Model
 from comkd_cli.teachers.promptsrc_checkpoint import read_released
 from tests import tiny
@@ -232,3 +234,18 @@ def test_a_placeholder_of_weights_is_refused_with_a_remedy(
         build_clip(Model(config=tiny.CLIP, weights=str(path)))
     assert caught.value.path == path
     assert remedy in str(caught.value.remedy)
+
+
+def test_a_training_checkpoint_with_numbers_of_numpy_gives_its_weights(tmp_path: Path) -> None:
+    model = build_clip(Model(config=tiny.CLIP), seed=4).model
+    path = tmp_path / "epoch_3.pt"
+    torch.save({"epoch": np.int64(3), "loss": np.float64(0.5), "state_dict": model.state_dict()}, path)
+    loaded = build_clip(Model(config=tiny.CLIP, weights=str(path))).model
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_other_objects_in_a_file_of_weights_are_still_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "where": Path("x")}, tmp_path / "odd.pt")
+    with pytest.raises(ModelError, match="more than plain tensors"):
+        read_weights(tmp_path / "odd.pt")

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -119,6 +120,80 @@ def test_logits_of_a_released_teacher_at_any_depth(base: Path, tmp_path: Path, d
     torch.testing.assert_close(answered.logits, logits, atol=1e-4, rtol=0)
 
 
+def answers_of(base: Path, path: Path, images: torch.Tensor, **changes: Any) -> torch.Tensor:
+    """The logits of a released teacher."""
+    chosen = settings(base, path, **changes)
+    return build_teacher(chosen, NAMES, "not this {}", torch.device("cpu")).teacher(images).logits
+
+
+def test_names_as_data_parallel_writes_them_are_read(base: Path, tmp_path: Path) -> None:
+    state = released_state(base, 2)
+    images = torch.randn(3, 3, 16, 16)
+    plain = answers_of(base, write(tmp_path / "plain.pt", state), images)
+    wrapped = write(tmp_path / "wrapped.pt", {f"module.{name}": value for name, value in state.items()})
+    assert torch.equal(answers_of(base, wrapped, images), plain)
+
+
+def test_a_training_checkpoint_with_numbers_of_numpy_is_read(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    numbers = {"val_result": np.float64(81.5), "epoch": np.int64(20), "seeds": np.arange(3)}
+    torch.save({"state_dict": released_state(base, 2), **numbers}, path)
+    assert read_released(path).text_tokens.shape == (2, 4, 16)
+
+
+def test_a_teacher_without_prompts_in_its_image_encoder_has_the_image_features_of_clip(
+    base: Path, tmp_path: Path
+) -> None:
+    """PromptSRC's wrapper with PROMPT_DEPTH_VISION: 0."""
+    state = {name: value for name, value in released_state(base, 2).items() if not name.startswith("image_encoder")}
+    held = torch.load(base, weights_only=True)
+    state |= {n.replace("visual.", "image_encoder.", 1): v for n, v in held.items() if n.startswith("visual.")}
+    path = write(tmp_path / "text.pt", state)
+    assert read_released(path).vision_tokens.shape == (1, 0, 32)
+    images = torch.randn(3, 3, 16, 16)
+    ready = build_teacher(settings(base, path), NAMES, "not this {}", torch.device("cpu"))
+    with torch.no_grad():
+        own = build_clip(Model(config=CONFIG, weights=str(base))).model.encode_image(images)  # type: ignore[operator]
+    torch.testing.assert_close(ready.teacher.encode(images), unit(own), atol=1e-6, rtol=0)
+
+
+@pytest.fixture
+def with_words(base: Path, tmp_path: Path) -> Path:
+    """A teacher whose 4 learned tokens replace `this is a blurred` of CTX_INIT `this is a blurred photo`."""
+    state = released_state(base, 1)
+    held = torch.load(base, weights_only=True)
+    texts = [f"this is a blurred photo {name}." for name in LEARNED_NAMES]
+    words = open_clip.SimpleTokenizer(context_length=12)(texts)
+    state["prompt_learner.token_suffix"] = held["token_embedding.weight"][words][:, 5:].half()
+    return write(tmp_path / "words.pt", state)
+
+
+def test_words_of_the_context_beyond_the_learned_tokens_stay_in_the_class_prompts(base: Path, with_words: Path) -> None:
+    images = torch.randn(3, 3, 16, 16)
+    logits = answers_of(base, with_words, images, context="this_is_a_blurred_photo")
+    clip = build_clip(Model(config=CONFIG, weights=str(base)))
+    state = torch.load(with_words, weights_only=True)["state_dict"]
+    with torch.no_grad():
+        tokens = clip.tokenize([f"this is a blurred photo {name}." for name in NAMES])
+        vectors = unit(text_by_hand(clip.model, state["prompt_learner.ctx"].float()[None], tokens))
+        prompts = state["image_encoder.VPT"].float()[None]
+        features = unit(prompted_by_hand(clip.model.visual, prompts, images))
+        expected = clip.model.logit_scale.exp() * features @ vectors.T  # type: ignore[operator]
+    torch.testing.assert_close(logits, expected, atol=0.05, rtol=0)  # the file is in half precision
+    assert float((answers_of(base, with_words, images) - expected).abs().max()) > 0.05
+
+
+def test_another_context_than_the_files_is_refused_and_a_missing_one_is_a_notice(base: Path, with_words: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        released_prompted(settings(base, with_words, context="this is a blurred drawing"))
+    assert (caught.value.path, caught.value.field) == (with_words, "teacher.context")
+    events: list[Event] = []
+    released_prompted(settings(base, with_words), events.append)
+    (notice,) = events
+    assert isinstance(notice, Notice)
+    assert "teacher.context" in notice.text
+
+
 def test_objects_of_unknown_classes_are_left_alone(base: Path, tmp_path: Path, vanished: object) -> None:
     path = write(tmp_path / "model-best.pth.tar", released_state(base, 2), vanished)
     del sys.modules["dassl_like"]
@@ -225,7 +300,8 @@ def test_prompts_deeper_than_the_architecture_are_refused(base: Path, tmp_path: 
     ("content", "message"),
     [
         ({"weights": {}}, "no `state_dict`"),
-        ({"state_dict": {"image_encoder.proj": torch.zeros(2, 2)}}, "no image_encoder.VPT"),
+        ({"state_dict": {"image_encoder.proj": torch.zeros(2, 2)}}, "no prompt_learner.ctx"),
+        ({"state_dict": {"prompt_learner.ctx": torch.zeros(4, 16)}}, "no image encoder of a vision transformer"),
         ([1, 2], "no `state_dict`"),
     ],
 )

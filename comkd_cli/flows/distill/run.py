@@ -93,7 +93,14 @@ class Run:
             )
 
     def check_start(self) -> None:
-        """Raise ModelError where the student would start from the file that the run itself writes."""
+        """Raise ModelError where the student starts from the file that the run itself writes, or is a released one."""
+        if self.recipe.student.format == "promptkd":
+            raise ModelError(
+                "a released student is not trained",
+                field="student.format",
+                found=self.recipe.student.format,
+                remedy="turn it into a student.pt with `comkd import-student`; `student.weights` can then name that",
+            )
         weights = self.recipe.student.weights
         if weights is not None and Path(weights).expanduser().resolve() == self.student_file.resolve():
             raise ModelError(
