@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,12 +21,11 @@ from comkd_cli.bundles.parity import Parity
 from comkd_cli.bundles.parts import Parts
 from comkd_cli.bundles.precisions import OPTIMIZATION, Quantisation
 from comkd_cli.bundles.standalone import standalone_predictor
-from comkd_cli.edge.manifest import BUNDLE_FORMAT, BundleProblem, read_manifest
+from comkd_cli.edge.manifest import BUNDLE_FORMAT
 from comkd_cli.errors import ExportError
-from comkd_cli.files import atomic_folder, sha256_of_file, write_text
+from comkd_cli.files import sha256_of_file, write_text
 from comkd_cli.models.checkpoints import StudentRecord
 from comkd_cli.recipe.catalog import CATALOG
-from comkd_cli.runtime.locks import sole_writer
 
 TEXT_ENCODER, MERGES, TEXT_VOCABULARY = "text_encoder.onnx", "bpe_merges.txt", "text_vocabulary.npy"
 
@@ -139,32 +137,6 @@ def class_list(names: Sequence[str]) -> str:
     Older versions stored names with line breaks, which would shift all later names to other classes.
     """
     return "".join(f"{' '.join(name.split())}\n" for name in names)
-
-
-@contextmanager
-def new_bundle(out: Path, force: bool) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` when the block succeeds; see `atomic_folder` and `check_target`.
-
-    Raises InUseError where another process is exporting to `out`.
-    """
-    with sole_writer(out):
-        check_target(out, force)  # again: the other process may have ended
-        with atomic_folder(out) as folder:
-            yield folder
-
-
-def check_target(out: Path, force: bool) -> None:
-    """Refuse to replace an existing path, and with `force` a folder that is no bundle. Raises ExportError."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not force:
-        raise ExportError("already exists", path=out, remedy="replace it with --force, or choose another --out")
-    try:
-        read_manifest(out)
-    except BundleProblem as error:
-        raise ExportError(
-            "is not a bundle, so --force does not replace it", path=out, remedy="choose another --out"
-        ) from error
 
 
 def changed_score(contents: Contents) -> str | None:

@@ -41,8 +41,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "predict": (
         "comkd predict bundle fox.jpg badger.jpg --top 3",
         "comkd predict bundle photos --csv predictions.csv",
+        "comkd predict hf:OWNER/NAME fox.jpg",
         "comkd predict bundle --self-test",
     ),
+    "pull": ("comkd pull OWNER/NAME --out bundle",),
+    "push": ("comkd push bundle OWNER/NAME --dry-run", "comkd push bundle OWNER/NAME"),
     "recipes": ("comkd recipes list", "comkd recipes show digits"),
     "recipes check": ("comkd recipes check recipe.yaml",),
     "recipes list": ("comkd recipes list",),

@@ -11,11 +11,9 @@ from comkd_cli.bundles.bundle import (
     Contents,
     Text,
     changed_score,
-    check_target,
     complete_bundle,
     graph_name,
     learns_from_test_images,
-    new_bundle,
 )
 from comkd_cli.bundles.confidence import Answered, ConfidenceFitter, FittedConfidence, StudentsTeacher, top1_of
 from comkd_cli.bundles.fit_part import MOST_TO_FIT, NOT_TRAINED_ON, read_negatives, with_fit_part
@@ -31,6 +29,7 @@ from comkd_cli.bundles.parts import Part, Parts, Pool, read_parts
 from comkd_cli.bundles.precisions import OPTIMIZATION, Quantisation, QuantisationImages, Quantiser, to_fp16
 from comkd_cli.bundles.reference import ReferenceWriter
 from comkd_cli.bundles.student import StudentToExport
+from comkd_cli.bundles.target import check_target, new_bundle
 from comkd_cli.bundles.text import TextExporter, TextOptions, TextTower, choose_tower
 from comkd_cli.bundles.web import add_web_page, check_runtime
 from comkd_cli.data.folder import images_below

@@ -27,7 +27,8 @@ def command(runs: Path, data_root: Path, as_json: bool) -> None:
 
     with starting():
         from comkd_cli.flows.doctor import examine
-    examination = examine(runs, data_root)
+
+        examination = examine(runs, data_root)
     if as_json:
         print_json(examination.document())
     else:

@@ -58,6 +58,7 @@ def command(
 ) -> None:
     """Print the most probable classes of each IMAGE, by the exported BUNDLE. Needs no torch.
 
+    BUNDLE is a folder, or hf:OWNER/NAME for one on the Hugging Face Hub, which is downloaded once.
     IMAGE is an image file, or - for standard input. With --csv it is a folder. The columns of the CSV file are the path
     below the folder, class and probability, the further classes, none_of_these if BUNDLE has a threshold, and the
     error of an image that cannot be read. An image is none of these if the probability of its most probable class is
@@ -70,6 +71,7 @@ def command(
     others = _given({"csv_file", "fresh", "add_classes", "no_threshold", "top"})
     if problem := misused_figures(self_test, benchmark, images, others, seconds if _given({"seconds"}) else None):
         raise click.UsageError(problem)
+    bundle = _local(bundle)
     if self_test:
         _print_self_test(bundle, settings["precision"], as_json)
         return
@@ -86,6 +88,18 @@ def command(
     if as_json or len(images) != 1:
         raise click.UsageError("--csv takes one folder of images, and no --json")
     _write_table(bundle, Table(Path(images[0]), csv_file, fresh, threshold), settings)
+
+
+def _local(bundle: Path) -> Path:
+    """The folder of a bundle, which is downloaded if it is one of the Hub."""
+    if not str(bundle).startswith("hf:") or bundle.exists():
+        return bundle
+    from comkd_cli.cli.terminal import starting
+
+    with starting():
+        from comkd_cli.flows.hub import HubBundle, cached_bundle
+
+        return cached_bundle(HubBundle.parse(str(bundle)))
 
 
 def _given(names: set[str]) -> list[str]:
