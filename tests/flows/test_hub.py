@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
+from comkd_cli.cli.app import main
 from comkd_cli.errors import BundleError, MisuseError
 from comkd_cli.flows.hub import HubBundle, files_to_push
 from tests.hub import TOKEN, WritableHub, writable_hub
@@ -61,6 +63,16 @@ def test_a_name_that_leaves_the_folder_is_refused(colour_bundle: Path, name: str
     assert (caught.value.field, caught.value.found) == ("files", repr(name))
 
 
+def test_a_dry_run_prints_the_files_and_uploads_nothing(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("comkd_cli.flows.hub.HfApi", None)
+    planned = CliRunner().invoke(main, ["push", str(colour_bundle), "me/colours", "--dry-run"])
+    assert planned.exit_code == 0
+    assert "classifier.onnx" in planned.stdout
+    assert "to me/colours, private" in planned.stdout
+    refused = CliRunner().invoke(main, ["push", str(colour_bundle), "me/colours@v1", "--dry-run"])
+    assert refused.exit_code == 2
+
+
 @pytest.mark.slow
 def test_a_bundle_is_pushed_pulled_and_used(
     served: tuple[str, type[WritableHub]], run_comkd: Run, colour_bundle: Path, tmp_path: Path
@@ -71,14 +83,12 @@ def test_a_bundle_is_pushed_pulled_and_used(
     def comkd(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
         return run_comkd(*arguments, cwd=tmp_path, env={**own, **variables})
 
-    planned = comkd("push", colour_bundle, "me/colours", "--dry-run")
-    assert (planned.returncode, handler.private, handler.commits) == (0, {}, []), planned.stderr
-    assert "classifier.onnx" in planned.stdout
     pushed = comkd("push", colour_bundle, "me/colours")
     assert pushed.returncode == 0, pushed.stderr
     assert handler.private == {"me/colours": True}
     assert handler.commits == [["classifier.onnx", "classes.txt", "manifest.json"]]
     assert "comkd predict hf:me/colours" in pushed.stdout
+    assert "classifier.onnx" in pushed.stdout
 
     public = comkd("push", colour_bundle, "me/colours", "--public")
     assert (public.returncode, len(handler.commits)) == (2, 1), public.stderr
