@@ -36,6 +36,9 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "comkd export runs/digits/digits/seed1/student.pt --precision fp32 --precision int8",
         "comkd export student.pt --text --web --benchmark --out bundle",
     ),
+    "import-student": (
+        "comkd import-student released.yaml --dataset dtd --seed 1 --set student.weights=model.pth.tar",
+    ),
     "init": ("comkd init photos --classes classes.txt --budget 5M",),
     "inspect": ("comkd inspect bundle", "comkd inspect student.pt --json"),
     "predict": (

@@ -7,12 +7,18 @@ from pathlib import Path
 
 import click
 
+from comkd_cli.cli.completing import complete_dataset, complete_recipe
 from comkd_cli.cli.options import data_root_option, runs_option, typed_command
 
 
 @click.command()
-@click.argument("recipe")
-@click.option("--dataset", metavar="NAME", help="The dataset that the student was distilled on.")
+@click.argument("recipe", shell_complete=complete_recipe)
+@click.option(
+    "--dataset",
+    metavar="NAME",
+    shell_complete=complete_dataset,
+    help="The dataset that the student was distilled on.",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="The seed that it was distilled with, which names its folder.")
 @click.option(
     "--set",
