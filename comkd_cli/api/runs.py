@@ -104,7 +104,8 @@ class Place:
         source: Source = collectives.in_turn(open_images)
         stage = collectives.in_turn(partial(adapt.stage_1, recipe, source, self.data_root, self.runs, report))
         with collectives.without_timeout():  # reading the contents of many images takes long
-            run = flow.Run(recipe, self.name, source, self.runs, stage.contents, stage.key)
+            images = flow.training_source(recipe, source)
+            run = flow.Run(recipe, self.name, images, self.runs, stage.contents, stage.key)
             run.identity.digest  # noqa: B018 - reads the contents, which are kept from then on
         return run, stage
 

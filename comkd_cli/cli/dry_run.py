@@ -60,8 +60,9 @@ class DryRun:
         from comkd_cli.flows import adapt, distill
         from comkd_cli.teachers.feature_cache import CacheKey
 
-        train, test = len(source.train), len(source.test) if source.test else 0
-        labelled = source.train.labelled_count
+        drawn = distill.training_source(recipe, source)
+        train, test = len(drawn.train), len(source.test) if source.test else 0
+        labelled = drawn.train.labelled_count
         some = f" ({labelled:,} with a label)" if 0 < labelled < train else ""
         images = f"{train:,} training images{some}, {test:,} {source.test_name}"
         rows = {"images": f"{source.name}: {images}, {outline.classes} classes"}
@@ -73,7 +74,7 @@ class DryRun:
         except DataError as error:  # in the data that the teacher is adapted on
             return {**rows, "stage 1": str(error)}
         rows["stage 1"] = adapt.describe_stage(stage)
-        run = distill.Run(recipe, self._name, source, self._runs, stage.contents, stage.key)
+        run = distill.Run(recipe, self._name, drawn, self._runs, stage.contents, stage.key)
         plan = distill.plan(run)
         rows["teacher check"] = self._teacher_check(run, stage, report)
         steps = recipe.optim.epochs * plan.steps_per_epoch

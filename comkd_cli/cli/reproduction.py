@@ -117,7 +117,7 @@ class Reproduction:
         item.is_absent = not (root / CATALOG[item.dataset].folder).is_dir()
         try:
             source = collectives.in_turn(partial(open_source, recipe.data, root, self.runs, report))
-            run = distill.Run(recipe, self.goal.name, source, self.runs, {})
+            run = distill.Run(recipe, self.goal.name, distill.training_source(recipe, source), self.runs, {})
             item.student = run.student_file
             if item.student.exists():
                 item.records = self._kept_records(item.student, source)

@@ -38,6 +38,9 @@ class Student(Model):
     into a student.pt without training. It is read without running code from it."""
     train: Literal["prompts", "full"] = "prompts"
     """`prompts` trains vision prompts in a frozen backbone; `full` trains every weight."""
+    shots: Count | None = None
+    """Train on so many images of each class, drawn by the labels with the recipe's seed as CoOp draws them (NUM_SHOTS
+    in PromptKD's code); the labels are used for the draw alone. null: on all training images [K]."""
     prompts: Prompts | None = None
     """Vision prompts. Default: 4 tokens in 9 layers with `train: prompts`, none with `full`."""
     projector: Projector = Projector()

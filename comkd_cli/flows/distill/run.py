@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from comkd_cli.data.loaders import check_shares
 from comkd_cli.data.source import Source
+from comkd_cli.data.splits import draw_shots
 from comkd_cli.errors import CheckpointError, DataError, ModelError
 from comkd_cli.events import Notice, Report, ignore_event
 from comkd_cli.files import sha256_of_data
@@ -113,6 +114,29 @@ class Run:
     def check_steps(self) -> None:
         """Raise TrainingError where a step has fewer images than processes and parts of a batch to share them."""
         check_shares(self.batch_size, self.recipe.optim.accumulation_steps)
+
+
+def training_source(recipe: Recipe, source: Source) -> Source:
+    """The source with the images that the student is trained on: all, or with `student.shots` those of a draw.
+
+    The draw is that of Dassl from all labelled training images (data/splits.py). Raises DataError where none have a
+    label.
+    """
+    shots = recipe.student.shots
+    if shots is None:
+        return source
+    labelled = source.train.labelled
+    if not len(labelled) or labelled.labels is None:
+        raise DataError(
+            "a draw of images of each class needs labels, and the training images have none",
+            path=source.name,
+            field="student.shots",
+            found=shots,
+            remedy="set it to null",
+        )
+    val = source.val.labels or () if source.val else ()
+    drawn, _ = draw_shots(labelled.labels, val, shots, recipe.seed)
+    return replace(source, train=labelled.subset(drawn))
 
 
 def finished(run: Run, report: Report = ignore_event, command: str = "comkd distill RECIPE") -> bool:
