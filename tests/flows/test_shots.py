@@ -13,9 +13,9 @@ from comkd_cli.data.digits import digits_source
 from comkd_cli.errors import DataError
 from comkd_cli.flows import distill
 from comkd_cli.recipe import Recipe, parse_recipe
+from comkd_cli.recipe.catalog import CATALOG
 from tests import tiny
 from tests.flows.test_suite import PER_CLASS, fill
-from comkd_cli.recipe.catalog import CATALOG
 
 
 def recipe(shots: int | None, seed: int = 1, **changes: Any) -> Recipe:
