@@ -22,7 +22,7 @@ def recipe(**changes: Any) -> dict[str, Any]:
         "augment": {"min_scale": 0.7, "flip": False},
         "teacher": {"config": CLIP, "adapt": {"method": "full", "epochs": 2, "batch_size": 32}},
         "student": {"train": "full", "config": TOWER},
-        "loss": {"refinement": {"weight": 10.0}, "if_align": {"weight": 0.01}},
+        "loss": {"refinement": {"weight": 10.0}, "if_align": {"weight": 0.01}, "edu_attention": {}},
         "optim": OPTIM,
         "evaluate_every_epochs": 1,
     }

@@ -250,12 +250,13 @@ class _Settings:
         ]
 
     def _loss(self) -> list[Setting]:
-        classes = len(self._source.class_names)
-        refinement = "The number of classes: then an image's KL divergence counts once, as in recipes/cifar10.yaml."
-        align = "A distance summed over the feature dimensions; metrics.jsonl says each term's share of the gradient."
+        cosine = (
+            "The direction of the teacher's feature of each image. The best objective for a student that is trained in "
+            "full, in docs/experiments.md. Alone, its weight does not matter to Adam."
+        )
         return [
-            Setting("refinement", [Setting("weight", float(classes))], refinement),
-            Setting("if_align", [Setting("weight", 0.01)], align),
+            Setting("refinement", None, "The teacher's class probabilities are matched through the features alone."),
+            Setting("feature_cosine", [Setting("weight", 1.0)], cosine),
         ]
 
     def _optim(self) -> list[Setting]:

@@ -183,8 +183,7 @@ class StudentChooser:
         tower = outline_image_tower(settings) if outline else build_image_tower(settings, load_weights=False)
         with torch.device("meta" if outline else "cpu"):
             vectors, scale = torch.zeros(self.classes, self.teacher.dim), torch.ones(())
-            edu_attention = recipe.EduAttention()
-            return Student(tower.module, tower.width, vectors, scale, settings, edu_attention), tower.preprocessing
+            return Student(tower.module, tower.width, vectors, scale, settings, None), tower.preprocessing
 
     def _chosen(
         self, candidate: StudentCandidate, count: int, milliseconds: float | None, reason: str

@@ -11,6 +11,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
 
 INDENT = 2
 COMMENT_WIDTH = 92
@@ -26,9 +28,22 @@ class Setting:
     reason: str = ""
 
 
+class _Representer(RoundTripRepresenter):
+    """Writes `null`, where ruamel leaves the value out: a reader could take the line for one that lost its value."""
+
+
+def _null(representer: RoundTripRepresenter, _: None) -> ScalarNode:
+    node: ScalarNode = representer.represent_scalar("tag:yaml.org,2002:null", "null")
+    return node
+
+
+_Representer.add_representer(type(None), _null)
+
+
 def commented_yaml(settings: Sequence[Setting], head: str) -> str:
     """YAML that reads back to the settings. head: the comment at the start, whose lines are kept."""
     writer = YAML()
+    writer.Representer = _Representer
     # ruamel cannot read back every long text that it folds, nor these three, which are line breaks to its writer and
     # none to its reader unless they are escaped.
     writer.width = 2**20

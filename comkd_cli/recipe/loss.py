@@ -60,13 +60,14 @@ class EduAttention(Closed):
 
 
 class Loss(Closed):
-    """The student's objective. `null` switches a part off; with if_align and edu_attention off, it is PromptKD."""
+    """The student's objective: PromptKD's by default, ComKD's with if_align and edu_attention. `null` is a part that is
+    off. docs/experiments.md compares them."""
 
     refinement: Refinement | None = Refinement()
     """The teacher's logits [P][K]."""
-    if_align: IFAlign | None = IFAlign()
+    if_align: IFAlign | None = None
     """The teacher's feature statistics [P]."""
-    edu_attention: EduAttention | None = EduAttention()
+    edu_attention: EduAttention | None = None
     """The teacher's class vectors, attended to [P]."""
     feature_mse: FeatureMse | None = None
     """The teacher's feature of each image, by squared error."""

@@ -34,22 +34,25 @@ def test_each_term_carries_its_weight_and_can_be_switched_off() -> None:
     thrice = loss_terms(student, teacher, Loss(refinement=Refinement(weight=3.0), if_align=IFAlign(weight=5.0)))
     assert thrice["refinement"].item() == pytest.approx(3 * once["refinement"].item())
     assert thrice["if_align"].item() == pytest.approx(5 * once["if_align"].item())
-    assert list(loss_terms(student, teacher, Loss(refinement=None))) == ["if_align"]
+    assert list(loss_terms(student, teacher, Loss(refinement=None, if_align=IFAlign()))) == ["if_align"]
 
 
 def test_alignment_compares_normalised_features() -> None:
     student, teacher = outputs()
     longer = StudentOutput(student.projected * 7, student.features, student.logits)
-    first, second = (loss_terms(s, teacher, Loss())["if_align"].item() for s in (student, longer))
+    first, second = (loss_terms(s, teacher, Loss(if_align=IFAlign()))["if_align"].item() for s in (student, longer))
     assert first == pytest.approx(second, rel=1e-6)
 
 
 def test_the_terms_of_other_methods_are_off_unless_they_are_given() -> None:
     student, teacher = outputs()
     labels = torch.tensor([0, 1, 2, 0])
-    assert list(loss_terms(student, teacher, Loss(), labels)) == ["refinement", "if_align"]
+    assert list(loss_terms(student, teacher, Loss(), labels)) == ["refinement"]
     every = Loss(
-        feature_mse=FeatureMse(weight=6.0), feature_cosine=FeatureCosine(weight=2.0), labels=Labels(weight=3.0)
+        if_align=IFAlign(),
+        feature_mse=FeatureMse(weight=6.0),
+        feature_cosine=FeatureCosine(weight=2.0),
+        labels=Labels(weight=3.0),
     )
     terms = loss_terms(student, teacher, every, labels)
     cosines = nn.functional.cosine_similarity(student.projected, teacher.features)

@@ -167,6 +167,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path = folder / "cifar10" / split / str(index % 2) / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             images.open(index).save(path)
+            (folder / "photos").mkdir(exist_ok=True)
+            images.open(index).save(folder / "photos" / f"{split}{index}.png")
+    (folder / "classes.txt").write_text("zero\none\n", encoding="utf-8")
     return folder
 
 

@@ -36,8 +36,8 @@ def test_the_name_of_a_union_counts_where_every_other_field_agrees(
     [
         ("optim.epochs", 3, "optim.epochs: 20 in it, 3 now"),
         ("seed", 2, "seed: 1 in it, 2 now"),
-        ("loss.if_align", None, "loss.if_align: set in it, null now"),
-        ("loss.edu_attention.gate_start", 0.5, "loss.edu_attention.gate_start: 0.0 in it, 0.5 now"),
+        ("loss.if_align", {}, "loss.if_align: null in it, set now"),
+        ("loss.refinement.temperature", 2.0, "loss.refinement.temperature: 1.0 in it, 2.0 now"),
         ("augment.flip", False, "augment.flip: true in it, false now"),
         ("student.weights", "laion400m_e32", "student.weights: openai in it, laion400m_e32 now"),
         ("teacher_cache", {"views": 2}, "teacher_cache: null in it, set now"),
