@@ -16,6 +16,7 @@ from comkd_cli.events import Notice, Report
 from comkd_cli.models.activations import check_activation_of_file
 from comkd_cli.models.architectures import architecture_name
 from comkd_cli.models.clip import Clip
+from comkd_cli.models.transformers_clip import as_open_clip, is_transformers_clip
 from comkd_cli.models.weights import (
     READ_BY_OPEN_CLIP_ALONE,
     check_finite,
@@ -34,29 +35,34 @@ WORD_EMBEDDINGS = "token_embedding.weight"
 
 
 def load_clip_file(built: Any, path: Path, model: Model, report: Report) -> None:
-    """Load a file of a whole CLIP, as open_clip reads and converts it. Raises ModelError."""
+    """Load a file of a whole CLIP, as open_clip reads and converts it, or one of transformers. Raises ModelError."""
     held: dict[str, Any] = {} if path.suffix in READ_BY_OPEN_CLIP_ALONE else read_weights(path)
     shapes = _shapes(built)
+    converted = _converted(held)
     try:
-        with logging_disabled(), numbers_unread():
-            open_clip.load_checkpoint(built, str(path), strict=True, weights_only=True)
+        if converted is not None:
+            built.load_state_dict(_as_named_in(shapes, converted), strict=True)
+        else:
+            with logging_disabled(), numbers_unread():
+                open_clip.load_checkpoint(built, str(path), strict=True, weights_only=True)
     except Exception as error:  # torch, pickle and safetensors each raise their own
-        raise _mismatch_error(path, held, shapes, architecture_name(model), error) from error
+        raise _mismatch_error(path, converted or held, shapes, architecture_name(model), error) from error
     check_activation_of_file(model, path, held, report)
     _report_interpolation(path, held, shapes, report)
 
 
 def load_tower_file(visual: nn.Module, path: Path, model: Model, report: Report) -> None:
-    """Load an image tower from a file of the tower or of a whole CLIP. Raises ModelError."""
+    """Load an image tower from a file of the tower or of a whole CLIP, also one of transformers. Raises ModelError."""
     held = read_weights(path)
     shapes = _shapes(visual)
+    converted = _converted(held)
     try:
         with numbers_unread():
-            state = load_state_dict(str(path), device="cpu", weights_only=True)
+            state = converted or load_state_dict(str(path), device="cpu", weights_only=True)
         inside = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
         visual.load_state_dict(inside or state, strict=True)
     except Exception as error:  # as in load_clip_file
-        raise _mismatch_error(path, held, shapes, architecture_name(model), error) from error
+        raise _mismatch_error(path, converted or held, shapes, architecture_name(model), error) from error
     check_activation_of_file(model, path, held, report)
 
 
@@ -73,6 +79,12 @@ def load_clip_state(clip: Clip, state: Mapping[str, Tensor], path: Path) -> None
     if found := differences(needed, given):
         raise ModelError(f"does not hold weights of {clip.origin.architecture}: it {found}", path=path)
     clip.model.load_state_dict(renamed, strict=False)
+
+
+def _converted(held: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The tensors of a file of transformers' CLIPModel under open_clip's names; None for any other file."""
+    tensors = tensors_of(held)
+    return as_open_clip(tensors) if is_transformers_clip(tensors) else None
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:

@@ -151,12 +151,13 @@ def test_a_folder_is_not_a_file_of_weights(tmp_path: Path) -> None:
     plain = failure(model)
     assert (plain.field, plain.found) == ("weights", str(tmp_path))
     assert "open_clip_config.json" in str(plain.remedy)
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["CLIPModel"]}))
-    for given, field in ((model, "weights"), (of_folder, "arch")):
-        error = failure(given)
-        assert error.field == field
-        assert "transformers library (CLIPModel)" in error.problem
-        assert "hf-hub:" in str(error.remedy)
+    for architecture, remedy in (("SiglipModel", "hf-hub:"), ("CLIPModel", str(tmp_path / "model.safetensors"))):
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+        for given, field in ((model, "weights"), (of_folder, "arch")):
+            error = failure(given)
+            assert error.field == field
+            assert "transformers library" in error.problem
+            assert remedy in str(error.remedy)
     (tmp_path / "open_clip_config.json").write_text("{}")
     assert failure(model).remedy == f"use arch: local-dir:{tmp_path} without weights"
     absent = failure(Model(arch=f"local-dir:{tmp_path / 'absent'}"))
