@@ -63,7 +63,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "few" / split / "3/dds.png").write_bytes(unknown_dds())
         (folder / "few" / split / "3/cut.png").write_bytes(whole[: len(whole) // 2])
         (folder / "few" / split / "3/empty.png").write_bytes(b"")
-        Image.new("RGB", (65000, 1), "red").save(folder / "few" / split / "3/line.png")  # which can be read
+        Image.new("RGB", (65000, 65), "red").save(folder / "few" / split / "3/strip.png")  # which can be read
     data = {"folder": "few", "workers": 1, "unreadable_limit_percent": 10.0}
     teacher = {"config": tiny.CLIP, "adapt": {"method": "full", "epochs": 1, "batch_size": 16}}
     recipe = tiny.recipe(data=data, teacher=teacher, optim={**tiny.OPTIM, "batch_size": 16})
@@ -99,7 +99,7 @@ def test_what_can_be_read_is_learned_from_scored_and_named(workshop: Path) -> No
     assert "Top-1 on 61 test images, in PyTorch" in card
     assert "4 more could not be read" in card
 
-    images = [f"few/test/3/{name}" for name in (*BROKEN, "line.png")]
+    images = [f"few/test/3/{name}" for name in (*BROKEN, "strip.png")]
     for command in ([sys.executable, "-m", "comkd_cli", "predict", str(run / "bundle")], predict_py(run)):
         named = subprocess.run(
             [*command, *images, "--json"], cwd=workshop, capture_output=True, text=True, check=False, timeout=240

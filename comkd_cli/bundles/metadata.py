@@ -88,8 +88,11 @@ def metadata_of(model: onnx.ModelProto) -> dict[str, Any]:
 
     Raises ValueError for a value that is not JSON.
     """
-    return {
-        entry.key.removeprefix(PREFIX): json.loads(entry.value)
-        for entry in model.metadata_props
-        if entry.key.startswith(PREFIX)
-    }
+    try:
+        return {
+            entry.key.removeprefix(PREFIX): json.loads(entry.value)
+            for entry in model.metadata_props
+            if isinstance(entry.key, str) and entry.key.startswith(PREFIX)  # protobuf gives bytes for what is not UTF-8
+        }
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error

@@ -18,6 +18,7 @@ import click
 from comkd_cli.cli import commands
 from comkd_cli.cli.examples import add_examples
 from comkd_cli.cli.quiet import quiet_libraries
+from comkd_cli.edge.visible import visible
 from comkd_cli.errors import ComkdError
 from comkd_cli.runtime import ranks
 from comkd_cli.runtime.cores import sharing_cores
@@ -106,7 +107,7 @@ def _fail(message: str, exit_code: int) -> NoReturn:
     label = (
         click.style("error:", fg="red", bold=True) if exit_code < FIRST_SIGNAL else click.style("note:", fg="yellow")
     )
-    click.echo(f"{label} {message}", err=True)
+    click.echo(f"{label} {visible(message)}", err=True)
     sys.exit(exit_code)
 
 

@@ -21,6 +21,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from comkd_cli.edge.visible import visible
 from comkd_cli.events import Epoch, Event, Notice, Progress, Report, Stage
 from comkd_cli.runtime import ranks
 
@@ -47,10 +48,18 @@ def print_json(document: Any, indent: int | None = 2) -> None:
     click.echo(text if encodable(text) else json.dumps(document, indent=indent))
 
 
+class _Console(Console):
+    """Writes the control characters of texts as escapes: they may come from the names in a file."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's."""
+        super().print(*(visible(each) if isinstance(each, str) else each for each in objects), **options)
+
+
 def output() -> Console:
     """The console for results: standard output, not wrapped where it is not a terminal."""
     # emoji=False: a class or a file may be named :dog:
-    console = Console(highlight=False, emoji=False, quiet=not ranks.is_main())
+    console = _Console(highlight=False, emoji=False, quiet=not ranks.is_main())
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     return console
@@ -77,7 +86,7 @@ def print_table(
         console.print(_text(title, "italic"))
     heads = [_text(column.head) for column in columns]
     split = [_text(column.head.replace(" ", "\n")) for column in columns]
-    cells = [[_text(cell) for cell in row] for row in rows]
+    cells = [[_text(visible(cell, one_line=True) if isinstance(cell, str) else cell) for cell in row] for row in rows]
     if not console.is_terminal:
         table = _beside(columns, heads, cells)
         console.width = sys.maxsize  # so that its full width can be measured
@@ -135,7 +144,8 @@ def _text(cell: str | Text, style: str = "") -> Text:
     """Text without markup; characters that standard output cannot encode are replaced where ASCII has a substitute."""
     if isinstance(cell, Text):
         return cell
-    return Text(cell if encodable(cell) else "".join(ASCII.get(character, character) for character in cell), style)
+    shown = visible(cell)
+    return Text(shown if encodable(shown) else "".join(ASCII.get(character, character) for character in shown), style)
 
 
 def messages() -> Console:
@@ -143,7 +153,7 @@ def messages() -> Console:
 
     Of several processes only the main one prints; any process prints its own error.
     """
-    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True, quiet=not ranks.is_main())
+    return _Console(stderr=True, highlight=False, emoji=False, soft_wrap=True, quiet=not ranks.is_main())
 
 
 def figures_text(figures: Mapping[str, float], held_out: bool = False) -> str:
@@ -283,7 +293,9 @@ class _Reporter:
     def _move(self, event: Progress) -> None:
         if self._task is None or event.label != self._label:
             self._clear()
-            self._task = self._bars.add_task(event.label, total=event.total, figures=(), unit=event.unit)
+            self._task = self._bars.add_task(
+                visible(event.label, one_line=True), total=event.total, figures=(), unit=event.unit
+            )
             self._label = event.label
         # Scores come first, since the line holds as many figures as fit. Only training has figures of its own.
         figures = [*self._scores, *_figures(event.figures)] if event.figures else []

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from comkd_cli.data.mixing import draw_mixture
+from comkd_cli.data.reading import reading
 from comkd_cli.data.source import ImageSet
 from comkd_cli.data.transforms import scoring_input, stable_seed, training_inputs
 from comkd_cli.edge.images import Preprocessing, UnreadableImage
@@ -95,6 +96,10 @@ class TrainingItems(Dataset[Item]):
     def __len__(self) -> int:
         return len(self._images)
 
+    def name_of(self, index: int) -> str:
+        """What messages call an image."""
+        return self._images.keys[index]
+
     def __getitem__(self, crop: CropIndex) -> Item:
         index, view, for_first = crop
         preprocessings = self._preprocessings if for_first else self._preprocessings[1:]
@@ -133,6 +138,10 @@ class ScoringItems(Dataset[Item]):
     def __len__(self) -> int:
         return len(self._images)
 
+    def name_of(self, index: int) -> str:
+        """What messages call an image."""
+        return self._images.keys[index]
+
     def __getitem__(self, index: int) -> Item:
         return _item(self._images, index, lambda image: (scoring_input(image, self._preprocessing),))
 
@@ -167,7 +176,8 @@ def shared_inputs(preprocessings: Sequence[Preprocessing]) -> tuple[int, ...]:
 def _item(images: ImageSet, index: int, prepare: Callable[[Image], tuple[Tensor | None, ...]]) -> Item:
     label = None if images.labels is None else images.labels[index]
     try:
-        return Item(index, prepare(images.open(index)), label)
+        with reading(index):
+            return Item(index, prepare(images.open(index)), label)
     except UnreadableImage as error:
         return Item(index, None, label, str(error))
     except MemoryError:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import lzma
 import re
+import shutil
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,15 +16,18 @@ from filelock import FileLock, Timeout
 
 from comkd_cli.data.check import Check, check_dataset
 from comkd_cli.data.image_files import below_junk
-from comkd_cli.errors import DataError
+from comkd_cli.errors import DataError, WriteError
 from comkd_cli.events import Report, ignore_event
-from comkd_cli.files import scratch_beside, sha256_of_file
+from comkd_cli.files import scratch_beside, sha256_of_file, write_error
 from comkd_cli.recipe.catalog import CATALOG, Dataset
 from comkd_cli.runtime.locks import in_turn_with_others
 
 MIRROR = "zhengli97/prompt_learning_dataset"
 REVISION = "ceb3112337fb6e1bf71534e355ca5569b63f19a6"  # pinned: the archives of CATALOG are those of this revision
 MOST_BYTES = 100 * 2**30  # of one unpacked dataset; the largest, SUN397, has about 39 GB
+MOST_MEMBERS = 2_000_000  # of one archive; SUN397 has 108,754 images
+# Errors of a name in the archive, which another folder would not mend.
+OF_NAMES = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 
 Tick = Callable[[int, int], None]
 
@@ -67,21 +73,46 @@ def unpack(archive: Path, target: Path, tick: Tick, most_bytes: int) -> None:
     """Unpack a zip file into an empty folder, without the files that systems add (`__MACOSX`, `Thumbs.db`).
 
     zipfile keeps every member below the folder, makes no links, and never writes more than a member's stated size; the
-    sum of these is checked here. Raises DataError for more than `most_bytes` and for a damaged archive.
+    sum of these is checked here. Raises DataError for more than `most_bytes` or MOST_MEMBERS and for an archive that is
+    damaged, encrypted or has names that cannot be files; WriteError where the disk has no room or cannot be written.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
             members = [member for member in opened.infolist() if not below_junk(member.filename)]
-            total = sum(member.file_size for member in members)
-            if total > most_bytes:
-                raise DataError("is too large unpacked", path=archive, found=total, allowed=f"{most_bytes:,} bytes")
+            _check_size(archive, members, target, most_bytes)
             for done, member in enumerate(members, start=1):
                 opened.extract(member, target)
                 tick(done, len(members))
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, zlib.error) as error:
-        raise DataError(
-            f"is not a complete zip file ({error})", path=archive, remedy="delete it and run the command again"
-        ) from error
+    except OSError as error:
+        if error.errno is not None and error.errno not in OF_NAMES:
+            raise write_error(target, error) from error
+        raise _damaged(archive, error) from error
+    except UNREADABLE as error:
+        raise _damaged(archive, error) from error
+
+
+# What zipfile and its decompressors raise; RuntimeError for an encrypted member.
+UNREADABLE = (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, RuntimeError, ValueError, zlib.error, lzma.LZMAError)
+
+
+def _damaged(archive: Path, error: Exception) -> DataError:
+    problem = f"is not a complete zip file ({error})"
+    return DataError(problem, path=archive, remedy="delete it and run the command again")
+
+
+def _check_size(archive: Path, members: Sequence[zipfile.ZipInfo], target: Path, most_bytes: int) -> None:
+    """Raise DataError for an archive above the limits, and WriteError where the disk has no room for it."""
+    total = sum(member.file_size for member in members)
+    if total > most_bytes:
+        raise DataError("is too large unpacked", path=archive, found=total, allowed=f"{most_bytes:,} bytes")
+    if len(members) > MOST_MEMBERS:
+        raise DataError("has too many members", path=archive, found=len(members), allowed=f"{MOST_MEMBERS:,} at most")
+    if (free := shutil.disk_usage(target).free) < total:
+        raise WriteError(
+            f"has no room for the dataset: {total:,} bytes are needed and {free:,} are free",
+            path=target.parent,
+            remedy="free space there, or choose another --data-root",
+        )
 
 
 def _top_folder(unpacked: Path, dataset: Dataset, archive: Path) -> Path:

@@ -87,12 +87,12 @@ def images_below(folder: Path, report: Report = lambda event: None) -> ImageSet:
     return images
 
 
-def open_below(root: Path, key: str) -> Image.Image:
-    """The RGB image at a path below a folder. Raises UnreadableImage."""
+def open_below(root: Path, key: str, most_pixels: int | None = None) -> Image.Image:
+    """The RGB image at a path below a folder. most_pixels: see `open_image`. Raises UnreadableImage."""
     path = root / key
     if path.exists() and not path.is_file():  # opening a pipe would block forever
         raise UnreadableImage(f"{path}: {NO_REGULAR_FILE}")
-    return open_image(path)
+    return open_image(path, most_pixels)
 
 
 @dataclass(frozen=True)

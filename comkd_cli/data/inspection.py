@@ -20,7 +20,7 @@ from comkd_cli.data.image_files import find_images, is_junk, suffix_of
 from comkd_cli.data.same_files import same_contents
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.data.split_names import SPLITS
-from comkd_cli.edge.images import MOST_PIXELS
+from comkd_cli.edge.images import FORMATS, MOST_PIXELS, check_size, known_formats
 from comkd_cli.errors import DataError
 from comkd_cli.events import Event, Notice, Report, ignore_event
 from comkd_cli.recipe.model import DEFAULT_TEMPLATE
@@ -242,16 +242,18 @@ def _read_header(path: str) -> tuple[str, int, int] | str:
             return NO_REGULAR_FILE
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with Image.open(path, formats=known_formats()) as image:
                 kind, (width, height) = str(image.format), image.size
     except FileNotFoundError as error:
         return str(error.strerror)
     except UnidentifiedImageError:
-        return "is not an image of a format that Pillow can read"
+        return f"is not an image that can be read; the formats are {', '.join(FORMATS)}"
     except Exception as error:  # decoders by many authors, each with errors of its own
         return " ".join(str(error).split()) or type(error).__name__
-    if width < 1 or height < 1 or width * height > MOST_PIXELS:
-        return f"{width} x {height} pixels (allowed: 1 to {MOST_PIXELS:,})"
+    try:
+        check_size(width, height, MOST_PIXELS)
+    except ValueError as error:
+        return str(error)
     return kind, width, height
 
 

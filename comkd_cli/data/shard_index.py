@@ -97,17 +97,18 @@ class ShardIndex:
             "keys": self._keys[first : int(ends[-1])],
         }
 
-    def open(self, index: int) -> Image.Image:
-        """An image as RGB. Raises UnreadableImage, naming the shard and the key."""
+    def open(self, index: int, most_pixels: int | None = None) -> Image.Image:
+        """An image as RGB. most_pixels: see `open_image`. Raises UnreadableImage, naming the shard and the key."""
         shard = self.shard_of(index)
         name, size = f"{shard}: {self.key(index)}", self.size_bytes(index)
         try:
             content = self._files.read(shard, int(self._offsets[index]), size)
-        except OSError as error:
-            raise UnreadableImage(f"{name}: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else None
+            raise UnreadableImage(f"{name}: {reason or error}") from error
         if len(content) < size:
             raise UnreadableImage(f"{name}: the shard ends within its bytes")
-        return open_image(_Member(name, content))
+        return open_image(_Member(name, content), most_pixels)
 
     def spaced(self, most: int) -> list[int]:
         """The positions of about `most` images, evenly spaced over the ranks, by rank."""
@@ -162,7 +163,8 @@ class _OpenFiles:
                 self._files.popitem(last=False)[1].close()
         file = self._files[path]
         file.seek(offset)
-        return file.read(size)
+        # A damaged index may state any size, and Python allocates what it is to read.
+        return file.read(max(0, min(size, os.fstat(file.fileno()).st_size - offset)))
 
     def _close(self) -> None:
         for file in self._files.values():

@@ -29,6 +29,8 @@ from comkd_cli.events import Progress, Report
 from comkd_cli.files import atomic_folder, atomic_write, remove_folder, sha256_of_data, write_text
 from comkd_cli.runtime import ranks
 
+DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What a damaged index raises when it is opened."""
 SHARDS_PER_PROCESS = 16  # an indexing process takes seconds to start, and a shard of 10,000 images a second
 
 
@@ -47,7 +49,7 @@ def open_index(shards: Sequence[Path], home: Path, report: Report, fingerprint: 
     if (folder / "index.json").is_file():
         try:
             return ShardIndex(folder)
-        except (FileNotFoundError, ValueError, KeyError, TypeError):  # damaged: made again
+        except (FileNotFoundError, *DAMAGE):  # made again
             remove_folder(folder)
     parts = home / f"{name}.parts"
     _make_parts(paths, parts, report, fingerprint)

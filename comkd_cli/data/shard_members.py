@@ -92,7 +92,8 @@ class _Shard:
                     file.seek(tar.offset)
                     if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                         raise tarfile.ReadError("it is truncated or damaged")
-        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
+        # RecursionError: of thousands of headers each of which describes the next.
+        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError) as error:
             where = "" if self._key is None else f" in or after the sample {self._key!r}"
             raise DataError(
                 f"could not be read as a tar{where}",

@@ -38,6 +38,8 @@ class ShardStore:
     """Fetch remote shards that are not in `home` yet, which runs the command of a `pipe:`."""
     fingerprint: Fingerprint = "contents"
     """What the index compares images by."""
+    most_pixels: int | None = None
+    """Of an image; see `open_image`."""
 
     def source(self, pattern: str, class_names: Sequence[str], template: str) -> Source:
         """The images of the shards that a pattern names, unlabelled.
@@ -50,7 +52,7 @@ class ShardStore:
         name = source_name(shards)
         for text in index.skipped.texts():
             self.report(Notice(f"{name}: {text}"))
-        return Source(name, tuple(names), template, shard_images(index), None)
+        return Source(name, tuple(names), template, shard_images(index, self.most_pixels), None)
 
     def find(self, pattern: str) -> list[Path]:
         """The local file of each shard that a pattern names, in its order.
@@ -162,10 +164,12 @@ class ShardImages(ImageSet):
     """The images of shards: opened by position, and nothing of them held in memory."""
 
     index: ShardIndex = field(kw_only=True)
+    most_pixels: int | None = field(default=None, kw_only=True)
+    """Of an image; see `open_image`."""
 
     def open(self, index: int) -> Image.Image:
         """The image at a position, as RGB. Raises UnreadableImage."""
-        return self.index.open(index)
+        return self.index.open(index, self.most_pixels)
 
     def subset(self, indices: list[int]) -> ImageSet:
         """The images at these positions, in this order; their keys are held in memory."""
@@ -173,7 +177,7 @@ class ShardImages(ImageSet):
         return ImageSet(
             keys=tuple(map(self.index.key, indices)),
             labels=None,
-            open_key=partial(_open_one, self.index, positions),
+            open_key=partial(_open_one, self.index, positions, self.most_pixels),
             contents=_ShardContents(self.index, positions),
         )
 
@@ -202,9 +206,9 @@ class ShardImages(ImageSet):
         return self.index.starts
 
 
-def shard_images(index: ShardIndex) -> ShardImages:
+def shard_images(index: ShardIndex, most_pixels: int | None = None) -> ShardImages:
     """Every image of an index, unlabelled."""
-    return ShardImages(ShardKeys(index), None, _open_by_position, index=index)
+    return ShardImages(ShardKeys(index), None, _open_by_position, index=index, most_pixels=most_pixels)
 
 
 @dataclass(frozen=True)
@@ -222,5 +226,5 @@ def _open_by_position(key: str) -> Image.Image:
     raise TypeError(f"{key}: an image of shards is opened by its position")
 
 
-def _open_one(index: ShardIndex, positions: dict[str, int], key: str) -> Image.Image:
-    return index.open(positions[key])
+def _open_one(index: ShardIndex, positions: dict[str, int], most_pixels: int | None, key: str) -> Image.Image:
+    return index.open(positions[key], most_pixels)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from comkd_cli.data.catalogued import catalogued_source
 from comkd_cli.data.class_names import missing_text, read_class_names
 from comkd_cli.data.contents import FileContents
 from comkd_cli.data.digits import digits_source
-from comkd_cli.data.folder import folder_source
+from comkd_cli.data.folder import folder_source, open_below
 from comkd_cli.data.held_out import hold_out, hold_out_again
 from comkd_cli.data.holdout import Holdout
 from comkd_cli.data.label_file import read_label_file
@@ -76,7 +78,9 @@ def _with_remembered_contents(data: Data, data_root: Path, runs: Path, report: R
     def remembered(images: ImageSet) -> ImageSet:
         if not isinstance(images.contents, FileContents):
             return images
-        return replace(images, contents=FileContents(images.contents.root, data.fingerprint, runs / INDEX, report))
+        contents = FileContents(images.contents.root, data.fingerprint, runs / INDEX, report)
+        limited = partial(open_below, contents.root, most_pixels=data.image_limit_pixels)
+        return replace(images, contents=contents, open_key=limited)
 
     return replace(
         source,
@@ -105,7 +109,7 @@ def _open_source(data: Data, data_root: Path, runs: Path, report: Report, fetch:
         return folder_source(folder, names, template, report, labels)
     assert data.shards is not None  # the recipe has one of the three
     assert names is not None  # and with shards it has classes
-    store = ShardStore(runs / "shards", data_root, report, fetch, data.fingerprint)
+    store = ShardStore(runs / "shards", data_root, report, fetch, data.fingerprint, data.image_limit_pixels)
     return store.source(data.shards, names, template)
 
 
@@ -125,8 +129,9 @@ def locate(path: str, data_root: Path, field: str, folder: Path | None = None) -
     """An existing path, from the current directory, the data root or then the folder. Raises DataError."""
     candidates = [Path(path).expanduser(), data_root / path, *([] if folder is None else [folder / path])]
     for candidate in candidates:
-        if candidate.exists():
-            return candidate
+        with suppress(OSError, ValueError):  # a path that no file system takes: too long, or with a NUL
+            if candidate.exists():
+                return candidate
     raise DataError(
         "no such file or folder",
         field=field,

@@ -16,6 +16,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from comkd_cli.data.batches import Batch, CropIndex, Item, collate
+from comkd_cli.data.reading import Reading
+from comkd_cli.errors import TrainingError, first_line
 
 DEATH_NOTICE_SECONDS = 2
 """How long the system may take to report the death of a worker whose connection is broken already."""
@@ -35,7 +37,7 @@ def data_loader(
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=partial(collate, sharing=sharing),
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=partial(_prepare_worker, Reading(workers)),
         persistent_workers=persistent and workers > 0,
         pin_memory=torch.cuda.is_available(),
         # DataLoader draws a seed each epoch; from the global generator that draw would make a resumed
@@ -50,7 +52,10 @@ def can_fork() -> bool:
 
 
 def batches_of(loader: DataLoader[Item]) -> Iterator[Batch]:
-    """The batches of a loader. Raises RuntimeError where a worker dies, even while it sends a batch.
+    """The batches of a loader.
+
+    Raises TrainingError, with the image, where a worker dies while it reads one; otherwise RuntimeError, even where it
+    dies while it sends a batch.
 
     torch raises such an error itself, with the cause, as soon as the system reports the death. A broken connection may
     be noticed before that; then wait for torch's error.
@@ -66,7 +71,25 @@ def batches_of(loader: DataLoader[Item]) -> Iterator[Batch]:
                 raise
             time.sleep(DEATH_NOTICE_SECONDS)
             raise RuntimeError("DataLoader worker (pid unknown) ended while it sent a batch") from error
+        except RuntimeError as error:
+            if (image := _image_of(loader, str(error))) is None:
+                raise
+            raise TrainingError(
+                "a process that decodes images died while it read this one",
+                path=image,
+                found=first_line(error),
+                remedy="remove or re-encode the image; if others follow, use fewer processes with data.workers",
+            ) from error
         yield batch
+
+
+def _image_of(loader: DataLoader[Item], message: str) -> str | None:
+    """The image that the worker was reading whose death torch reports in a message; None for any other error."""
+    if not isinstance(begin := loader.worker_init_fn, partial):
+        return None
+    items: Any = loader.dataset
+    index = begin.args[0].image_of(message)
+    return None if index is None else str(items.name_of(index))
 
 
 @cache
@@ -87,8 +110,9 @@ def _kill_workers() -> None:
             child.kill()
 
 
-def _prepare_worker(_worker: int) -> None:
+def _prepare_worker(now: Reading, worker: int) -> None:
     """A stop request reaches the whole process group; workers must live until the step is done and saved."""
+    now.begin(worker)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Only the first SIGTERM is ignored: the parent itself ends a worker so, if need be more than once.
     signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))

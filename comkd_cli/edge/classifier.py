@@ -32,6 +32,7 @@ from comkd_cli.edge.images import ImageSource, UnreadableImage, load_prepared
 from comkd_cli.edge.manifest import EXPORT_AGAIN, BundleProblem, read_manifest, read_preprocessing, verified_bytes
 from comkd_cli.edge.session import start_session
 from comkd_cli.edge.threshold import NONE_OF_THESE, read_confidence
+from comkd_cli.edge.visible import visible
 
 TOP = 5
 STANDARD_INPUT = "-"  # in the place of an image's path; a file of that name is ./-
@@ -275,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         records = predict_all(classifier, options.images, options.top)
     except (BundleProblem, UnreadableImage) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(visible(f"error: {error}"), file=sys.stderr)
         return 1
     _print_records(records, options.json)
     return 1 if any("error" in record for record in records) else 0
@@ -286,13 +287,13 @@ def _print_records(records: Sequence[dict[str, Any]], as_json: bool) -> None:
         print(json_text({"predictions": records}, sys.stdout.encoding))
     for record in records:
         if "error" in record:
-            print(f"error: {record['error']}", file=sys.stderr)
+            print(visible(f"error: {record['error']}"), file=sys.stderr)
         elif not as_json:
-            print(record["image"])
+            print(visible(record["image"]))
             if record["none_of_these"]:
                 print(f"  {none_text(record)}")
             for entry in record["classes"]:
-                print(f"  {entry['probability']:7.2%}  {entry['class']}")
+                print(f"  {entry['probability']:7.2%}  {visible(entry['class'], one_line=True)}")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

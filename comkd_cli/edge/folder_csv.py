@@ -30,6 +30,7 @@ from comkd_cli.edge.image_files import skipped_text, walk_images
 from comkd_cli.edge.images import Preprocessing, UnreadableImage, load_prepared
 from comkd_cli.edge.manifest import read_manifest
 from comkd_cli.edge.threshold import Confidence, read_confidence
+from comkd_cli.edge.visible import visible
 
 STATE_FORMAT = "comkd-predictions/1"
 BATCH_SIZE = 32
@@ -281,7 +282,7 @@ def _opened_table(job: CsvJob, made_of: Mapping[str, Any], header: Sequence[str]
 def _read_state(table: Path, path: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problem = f"exists, and {path.name} does not say what it was written from"
         raise CsvProblem(problem, path=table, remedy=RESTART) from error
     if not isinstance(state, dict) or state.get("format") != STATE_FORMAT or not _is_whole(state):
@@ -302,10 +303,10 @@ def folder_csv_command(classifier: ImageClassifier, job: CsvJob) -> int:
     try:
         summary = write_folder_csv(classifier, job, _ProgressLine())
     except CsvProblem as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(visible(f"error: {error}"), file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error.filename or job.table}: {error.strerror}", file=sys.stderr)
+        print(visible(f"error: {error.filename or job.table}: {error.strerror}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Interrupted; rerun the same command to resume.", file=sys.stderr)

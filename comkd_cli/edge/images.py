@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 MOST_PIXELS = 178_956_970  # of an image that is decoded; Pillow's own limit for a decompression bomb
-# The largest image that is resized whole; of a larger one only the crop is resized. A line of 65,000 x 1 pixels,
-# resized to 224 pixels on its short side, would take 13 GB, of which the crop shows 0.0015 %.
+MOST_ELONGATION = 1000  # longer side by shorter: of a more elongated image the crop would show less than a thousandth
+# What is decoded, whatever a file's name says. Pillow knows forty more formats, one of which starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "HEIF")
+# The largest image that is resized whole; of a larger one only the crop is resized. A strip of 65,000 x 65 pixels,
+# resized to 448 pixels on its short side, would take 800 MB, of which the crop shows 0.1 %.
 MOST_RESIZED_PIXELS = 2**26
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 ORIENTATION = 0x0112  # the EXIF tag
@@ -78,30 +82,33 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def open_image(file: ImageSource) -> Image.Image:
+def open_image(file: ImageSource, most_pixels: int | None = None) -> Image.Image:
     """An image file as 8-bit RGB, the way a viewer would show it.
 
     file: a path, an open binary file, or its content as bytes. The EXIF orientation is applied, transparency is
     composited on white, 16-bit grey is scaled to 8 bits, and an animation gives its first frame. Pillow's warnings are
-    ignored from the first call on. Raises UnreadableImage, with the file's name and the reason, whatever the decoder
-    raises.
+    ignored from the first call on. most_pixels: of the image, at most MOST_PIXELS, the default. Raises UnreadableImage,
+    with the file's name and the reason, whatever the decoder raises; also for a format that is not one of FORMATS.
     """
-    with _decoding(_name(file)), Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
-        return as_rgb(opened)
+    limit = MOST_PIXELS if most_pixels is None else most_pixels
+    source = io.BytesIO(file) if isinstance(file, bytes) else file
+    with _decoding(_name(file), limit), Image.open(source, formats=known_formats()) as opened:
+        return as_rgb(opened, limit)
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
+def known_formats() -> list[str]:
+    """Those of FORMATS that this Pillow can read, as `Image.open` takes them."""
+    Image.init()  # registers every format; returns at once where that was done before
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def as_rgb(image: Image.Image, most_pixels: int | None = None) -> Image.Image:
     """A Pillow image of any mode as 8-bit RGB; see `open_image`.
 
-    Raises what Pillow raises, or ValueError for an image without pixels, with too many, or without its palette.
+    Raises what Pillow raises, or ValueError for an image without pixels, with too many, much longer than wide, or
+    without its palette.
     """
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise ValueError(f"{width} x {height} pixels: the image is empty")
-    if width * height > MOST_PIXELS:
-        raise ValueError(
-            f"{width} x {height} pixels: the image size exceeds the limit of {MOST_PIXELS:,} pixels; make it smaller"
-        )
+    check_size(*image.size, MOST_PIXELS if most_pixels is None else most_pixels)
     if image.format == "TIFF" and image.mode in ("I", "F"):
         # The scale of 32-bit levels is unknown: those from 0 to 1, or from 0 to 255, would all become black.
         raise ValueError("32-bit TIFF, whose white level is not defined; save it with 8 or 16 bits")
@@ -110,6 +117,22 @@ def as_rgb(image: Image.Image) -> Image.Image:
     rgb = _on_white(image, low_bytes)
     transpose = _transpose(image)
     return rgb if transpose is None else rgb.transpose(transpose)
+
+
+def check_size(width: int, height: int, most_pixels: int) -> None:
+    """Raise ValueError for an image without pixels, with more than `most_pixels`, or above MOST_ELONGATION."""
+    if width < 1 or height < 1:
+        raise ValueError(f"{width} x {height} pixels: the image is empty")
+    if width * height > most_pixels:
+        raise ValueError(f"{width} x {height} pixels: the image {_too_large(most_pixels)}")
+    if max(width, height) > MOST_ELONGATION * min(width, height):
+        raise ValueError(
+            f"{width} x {height} pixels: one side is more than {MOST_ELONGATION:,} times the other; crop the image"
+        )
+
+
+def _too_large(most_pixels: int) -> str:
+    return f"size exceeds the limit of {most_pixels:,} pixels; make it smaller"
 
 
 def _on_white(image: Image.Image, low_bytes: np.ndarray | None) -> Image.Image:
@@ -183,13 +206,17 @@ def _transpose(image: Image.Image) -> Image.Transpose | None:
 
 
 @contextmanager
-def _decoding(name: str) -> Iterator[None]:
+def _decoding(name: str, most_pixels: int = MOST_PIXELS) -> Iterator[None]:
     """Silence Pillow's warnings in the block, and turn whatever it raises into UnreadableImage with that name."""
     _silence_pillow()
     try:
         yield
     except UnreadableImage:
         raise
+    except Image.DecompressionBombError as error:  # before `check_size`; the text has the number of pixels alone
+        count = re.search(r"\d+", str(error))
+        size = f"{int(count[0]):,} pixels: " if count else ""
+        raise UnreadableImage(f"{name}: {size}the image {_too_large(most_pixels)}") from error
     except Exception as error:  # each decoder has its own types of errors
         raise UnreadableImage(f"{name}: {_reason(error)}") from error
 
@@ -219,13 +246,13 @@ def _name(image: ImageSource | Image.Image) -> str:
 def _reason(error: Exception) -> str:
     """Why an image could not be decoded, in one line."""
     if isinstance(error, UnidentifiedImageError):
-        return "is not an image of a format that Pillow can read"
+        return f"is not an image that can be read; the formats are {', '.join(FORMATS)}"
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())
-    if text and isinstance(error, OSError | ValueError | SyntaxError | EOFError | Image.DecompressionBombError):
+    if text and isinstance(error, OSError | ValueError | SyntaxError | EOFError):
         return text  # Pillow's own decoders raise these for damaged files
     return f"its decoder failed: {type(error).__name__}" + (f": {text}" if text else "")
 

@@ -47,7 +47,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BundleProblem("is not a bundle: it has no manifest.json", path=folder) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleProblem(f"could not be read: {error}", path=path) from error
     if isinstance(manifest, dict) and _is_newer(manifest.get("format")):
         raise BundleProblem(

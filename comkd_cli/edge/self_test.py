@@ -172,7 +172,7 @@ class _Reference:
             if document["format"] == REFERENCE_FORMAT:
                 return cls(folder, manifest, document)
             found = document["format"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BundleProblem(f"is damaged: {error!r}", path=path, remedy=EXPORT_AGAIN) from error
         raise BundleProblem(
             "is of another format",

@@ -136,6 +136,6 @@ def _manifest(path: Path) -> Mapping[str, Any] | None:
     """The manifest of a bundle; None where there is none, or none that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

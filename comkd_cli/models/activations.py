@@ -104,7 +104,7 @@ def _recorded_activation(path: Path, held: Mapping[str, Any]) -> tuple[bool, str
                 # transformers leaves out a field that has its default, quick_gelu.
                 hidden_act = (config.get("vision_config") or {}).get("hidden_act", "quick_gelu")
                 return hidden_act == "quick_gelu", f"as {of_transformers} says"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # an unreadable config is no evidence
     return None
 

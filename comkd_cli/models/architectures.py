@@ -131,7 +131,7 @@ def _unsupported_folder(folder: Path) -> tuple[str, str]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         names = [str(name) for name in config.get("architectures") or [config.get("model_type", "")]]
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return f"it has no {OPEN_CLIP_CONFIG}", f"give a folder with an {OPEN_CLIP_CONFIG} beside the weights"
     if "CLIPModel" in names:
         return (

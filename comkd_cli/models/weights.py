@@ -18,6 +18,7 @@ from torch import Tensor
 from comkd_cli.errors import ComkdError, ModelError
 
 MOST_NAMED = 3
+MOST_REPEATED_BYTES = 2**24  # of a tensor that repeats what it stores, as torch's `expand` does
 SAME_MODEL_SHARE = 0.5  # of a model's tensors: a file with so many of them holds that model, under other names
 # By the names of their tensors, files of programs whose weights open_clip does not load.
 TRANSFORMERS_PREFIXES = ("vision_model.", "text_model.")
@@ -113,7 +114,10 @@ def is_torchscript(path: Path) -> bool:
         if file.read(4) != b"PK\x03\x04":  # torch.load recognises an archive by the same bytes
             return False
     # torch's own reader opens archives that Python's zipfile does not.
-    records: list[str] = torch._C.PyTorchFileReader(str(path)).get_all_records()
+    try:
+        records: list[str] = torch._C.PyTorchFileReader(str(path)).get_all_records()
+    except RuntimeError:  # torch.load opens archives by the same reader, and fails too
+        return False
     return "constants.pkl" in records
 
 
@@ -129,15 +133,32 @@ def tensors_of(held: Mapping[str, Any]) -> dict[str, Tensor]:
 def check_finite(tensors: Mapping[str, object], path: object, error: type[ComkdError] = ModelError) -> None:
     """Refuse tensors with NaN or infinite values: every score of such a model would be chance.
 
-    path: the file, or the name of the weights. Raises `error`, which names the first such tensor.
+    Also refuses tensors without values, and those that state far more values than they store, which would take any
+    amount of memory. path: the file, or the name of the weights. Raises `error`, which names the first such tensor.
     """
     for name, value in tensors.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+        if not isinstance(value, Tensor):
+            continue
+        if (problem := _unusable(value)) is not None:
+            raise error(f"{name} {problem}", path=path, remedy="use other weights")
+        if value.is_floating_point() and not bool(value.isfinite().all()):
             raise error(
                 f"holds NaN or infinite values, first in {name}: the file is damaged, or its training diverged",
                 path=path,
                 remedy="use other weights",
             )
+
+
+def _unusable(value: Tensor) -> str | None:
+    """Why the values of a tensor cannot be read; None where they can."""
+    if value.is_meta or value.layout != torch.strided or value.is_quantized:
+        return "is a tensor without values, a sparse or a quantised one"
+    if value.is_floating_point() and value.itemsize == 1:
+        return f"has the type {value.dtype}, in which no weights are computed"
+    stored = value.untyped_storage().nbytes()
+    if value.numel() * value.itemsize > max(stored, MOST_REPEATED_BYTES):
+        return f"states the shape {tuple(value.shape)}, but stores {stored:,} bytes"
+    return None
 
 
 def differences(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> str:

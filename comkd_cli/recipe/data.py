@@ -13,6 +13,7 @@ from comkd_cli.recipe.fields import Closed
 DATASETS = ("digits", *CATALOG)
 DEFAULT_TEMPLATE = "a photo of a {}."
 OPENAI_TEMPLATES = "openai"
+MOST_IMAGE_PIXELS = 178_956_970  # edge.images.MOST_PIXELS
 UNLABELLED = -1
 """The label of an image without one, in a set where others have labels, and in its batches."""
 
@@ -50,6 +51,10 @@ class Data(Closed):
     of that class. A relative path is taken as for `folder`."""
     unreadable_limit_percent: Annotated[float, Field(ge=0, le=100)] = 10.0
     """The share of images that may be unreadable; they are named and skipped. Above it the run stops."""
+    image_limit_pixels: Annotated[int, Field(ge=1, le=MOST_IMAGE_PIXELS)] = MOST_IMAGE_PIXELS
+    """The most pixels of an image, width times height, at most 178,956,970; a larger one counts as unreadable, as does
+    one whose longer side is more than 1,000 times the other. It bounds the memory of the processes that decode: about 8
+    bytes a pixel, 16 with transparency [C]."""
     holdout_percent: Annotated[float, Field(ge=0, lt=100)] = 10.0
     """The share of the images that is held out to measure on, where a `folder` or `shards` have no test split (nor a
     val/ that is scored). Neither the teacher nor the student is trained on them. An image is chosen by its content:

@@ -14,10 +14,13 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from comkd_cli.errors import MisuseError, RecipeError, did_you_mean
+from comkd_cli.recipe.bounds import check_brackets, check_plain_tree, is_file
 from comkd_cli.recipe.faults import describe_faults
 from comkd_cli.recipe.model import DATASETS, SCHEMA_VERSION, Data, Recipe
 
 COMMAND_LINE = "--set"
+MOST_CHARACTERS = 2**24
+"""Of a YAML file: a recipe has thousands, and descriptions of every class of ImageNet-21k about ten million."""
 
 # Setting one of these removes the base recipe's values of the others: they are alternatives, and a merge of two would
 # be a recipe that nobody wrote.
@@ -48,7 +51,7 @@ def bundled_recipes() -> dict[str, Path]:
 def find_recipe(name: str | Path) -> Path:
     """The file of a recipe given by path or by the name of a bundled one. Raises RecipeError."""
     path = Path(name)
-    if path.is_file():
+    if is_file(path):
         return path
     bundled = bundled_recipes()
     # `recipes/digits.yaml`, as in the documentation, works outside a checkout too.
@@ -108,6 +111,7 @@ def check_recipes(names: Sequence[str]) -> dict[str, str]:
 
 def parse_recipe(tree: Mapping[str, Any], origins: Mapping[str, str] | None = None, name: str = "recipe") -> Recipe:
     """A recipe from plain data. Raises RecipeError with every fault, a line each."""
+    check_plain_tree(tree, name)
     _check_version(tree, (origins or {}).get("schema_version", name))
     try:
         return Recipe.model_validate(tree)
@@ -145,9 +149,14 @@ def to_yaml(recipe: Recipe, ascii_only: bool = False) -> str:
 
 
 def read_yaml(text: str, name: str) -> Any:
-    """Plain data from YAML 1.2 (so 1e-3 is a number, `no` a word, a repeated key an error)."""
+    """Plain data from YAML 1.2 (so 1e-3 is a number, `no` a word, a repeated key an error). Raises RecipeError."""
+    if len(text) > MOST_CHARACTERS:
+        raise RecipeError("is too long", path=name, found=len(text), allowed=f"{MOST_CHARACTERS:,} characters")
+    check_brackets(text, name)
     try:
-        return _plain(YAML(typ="safe", pure=True).load(text), name)
+        tree = YAML(typ="safe", pure=True).load(text)
+        check_plain_tree(tree, name)
+        return _plain(tree, name)
     except (YAMLError, ValueError) as error:  # ValueError: what looks like a date or a number and is none
         raise RecipeError("is not valid YAML", path=name, found=" ".join(str(error).split())) from error
     except RecursionError as error:  # an alias of itself
@@ -179,7 +188,7 @@ def _extended(own: dict[str, Any], path: Path, seen: tuple[Path, ...]) -> tuple[
         if not isinstance(base, str):
             raise RecipeError("should be the path of one recipe", path=path, field="extends", found=repr(base))
         beside = path.parent / base
-        tree, origins = _read_extended(beside if beside.is_file() else _find_base(base, path), seen)
+        tree, origins = _read_extended(beside if is_file(beside) else _find_base(base, path), seen)
     _merge(tree, own, str(path), origins)
     return tree, origins
 

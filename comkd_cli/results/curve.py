@@ -12,6 +12,7 @@ from typing import Any, Literal
 NAME = "metrics.jsonl"
 SCORES = ("test_top1_percent", "test_agreement_percent")
 """Held-out figures of an epoch, the one to go by first."""
+MOST_COUNT = 2**53  # above it an integer is no exact float
 NOISE_POINTS = 0.5  # what a score moves by where nothing says of how many images it is
 IDLE_GATE = 0.01  # below this EduAttention adds less than a hundredth of a unit vector to a feature
 STILL_FALLING = 0.02  # of the loss, over the last fifth of the epochs
@@ -34,9 +35,21 @@ def read_curve(folder: Path) -> list[dict[str, Any]]:
     try:
         lines = (folder / NAME).read_text(encoding="utf-8").splitlines()
         epochs = [json.loads(line) for line in lines]
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
-    return epochs if all(isinstance(epoch, dict) and "epoch" in epoch for epoch in epochs) else []
+    return epochs if all(map(_is_epoch, epochs)) else []
+
+
+def _is_epoch(epoch: object) -> bool:
+    """Whether a line holds the number of an epoch, and numbers wherever figures are computed from it."""
+    if not isinstance(epoch, dict) or not isinstance(epoch.get("epoch"), int):
+        return False
+    figures = [epoch[name] for name in ("epoch", "loss", "test_images", *SCORES) if epoch.get(name) is not None]
+    return all(map(_is_number, figures)) and all(0 <= epoch.get(name, 0) <= 100 for name in SCORES)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < MOST_COUNT)
 
 
 def score_name(history: Sequence[Mapping[str, Any]]) -> str | None:

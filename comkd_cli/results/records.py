@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -119,6 +119,21 @@ def of_other_images(kept: Results, fresh: Results) -> list[Record]:
 
 def _differ(first: str | None, second: str | None) -> bool:
     return first is not None and second is not None and first != second
+
+
+def encodable(text: str) -> str:
+    """The text as UTF-8 can hold it: file names that are not UTF-8 reach Python as lone surrogates."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def encodable_results(results: Results) -> Results:
+    """The same results with texts that UTF-8 can hold."""
+
+    def changed(entry: Any) -> Any:
+        texts = {name: encodable(held) for name, held in asdict(entry).items() if isinstance(held, str)}
+        return replace(entry, **texts)
+
+    return Results(tuple(map(changed, results.records)), tuple(map(changed, results.missing)))
 
 
 def to_json(results: Results) -> str:

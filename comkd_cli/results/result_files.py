@@ -11,7 +11,15 @@ from filelock import FileLock, Timeout
 from comkd_cli.errors import ComkdError
 from comkd_cli.events import Notice, Report
 from comkd_cli.files import write_text
-from comkd_cli.results.records import Results, from_json, merged, of_other_images, to_json
+from comkd_cli.results.records import (
+    Results,
+    encodable,
+    encodable_results,
+    from_json,
+    merged,
+    of_other_images,
+    to_json,
+)
 from comkd_cli.results.tables import to_csv, to_latex, to_markdown
 
 NAME = "results.json"
@@ -25,6 +33,7 @@ def add_results(folder: Path, fresh: Results, report: Report) -> Results:
     Concurrent evaluations lose none of each other's results. An unreadable results.json is renamed, with a notice.
     Raises ComkdError where a file could not be written.
     """
+    fresh = encodable_results(fresh)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         kept = _kept(folder / NAME, report)
@@ -64,7 +73,7 @@ def forget_model(folder: Path, model: str, report: Report) -> None:
     try:
         with _locked(folder):
             kept = _kept(folder / NAME, report)
-            records = [record for record in kept.records if record.model != model]
+            records = [record for record in kept.records if record.model != encodable(model)]
             if len(records) < len(kept.records):
                 _write(folder, Results(records, kept.missing))
     except (ComkdError, OSError) as error:

@@ -55,8 +55,13 @@ def to_csv(records: Sequence[Record]) -> str:
     writer = csv.DictWriter(stream, [field.name for field in fields(Record)], lineterminator="\n")
     writer.writeheader()
     for record in records:
-        writer.writerow({name: "" if value is None else value for name, value in asdict(record).items()})
+        writer.writerow({name: _csv(value) for name, value in asdict(record).items()})
     return stream.getvalue()
+
+
+def _csv(value: object) -> object:
+    """A cell: a lone carriage return in a name would end the line for some readers."""
+    return "" if value is None else _one_line(value) if isinstance(value, str) else value
 
 
 def to_markdown(results: Results) -> str:

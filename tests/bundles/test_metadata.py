@@ -75,8 +75,9 @@ def test_the_graph_of_another_program_has_none(graph: Path) -> None:
     assert metadata_of(onnx.load(graph)) == {}
 
 
-def test_damaged_metadata_are_an_error(graph: Path) -> None:
+@pytest.mark.parametrize(("value", "problem"), [("fox", "Expecting value"), ("[" * 5000, "nested too deeply")])
+def test_damaged_metadata_are_an_error(graph: Path, value: str, problem: str) -> None:
     model = onnx.load(graph)
-    model.metadata_props[0].key = "comkd.classes"
-    with pytest.raises(ValueError, match="Expecting value"):
+    model.metadata_props[0].key, model.metadata_props[0].value = "comkd.classes", value
+    with pytest.raises(ValueError, match=problem):
         metadata_of(model)

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from comkd_cli.cli import terminal
 from comkd_cli.cli.commands.export import _print_latency, _print_parity
-from comkd_cli.cli.terminal import Column, figures_text, print_json, print_pairs, print_table
-from comkd_cli.events import Epoch, Progress, Stage
+from comkd_cli.cli.terminal import Column, figures_text, print_json, print_pairs, print_table, reporting
+from comkd_cli.events import Epoch, Notice, Progress, Stage
 
 COLUMNS = [Column("model", "text"), Column("state", "word"), Column("mean per class %"), Column("tower parameters")]
 ROWS = [
@@ -217,3 +217,21 @@ def test_no_figure_of_an_export_is_cut_at_any_width(shown, width: int | None) ->
     for figure in ("1.00", "0.987654", "100.00 %", "79.6 to 100.0 %", "98.76 %", "12.34", "1.23x", "456", "0.78"):
         assert any(figure in line for line in text.splitlines()), figure
     assert "…" not in text
+
+
+ESCAPE = "\x1b[2Jfox\x07\u202e"
+SHOWN = "\\x1b[2Jfox\\x07\\u202e"
+
+
+def test_names_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.output().print(f"report: {ESCAPE}", markup=False)
+    print_table([Column("model", "text"), Column("top-1")], [(f"{ESCAPE}\nforged", "1.00")], title=ESCAPE, note=ESCAPE)
+    print_pairs({ESCAPE: ESCAPE})
+    with reporting() as report:
+        report(Notice(ESCAPE))
+        report(Stage(ESCAPE))
+    captured = capsys.readouterr()
+    for text, times in ((captured.out, 6), (captured.err, 2)):
+        assert text.count(SHOWN) == times
+        assert all(line.isprintable() for line in text.split("\n"))
+    assert f"{SHOWN}\\nforged" in captured.out

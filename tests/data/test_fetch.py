@@ -1,5 +1,6 @@
 """Fetching from a Hub of our own on 127.0.0.1, found by HF_ENDPOINT, as a real process."""
 
+import errno
 import hashlib
 import io
 import json
@@ -9,12 +10,13 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from comkd_cli.data.fetch import MIRROR, unpack
-from comkd_cli.errors import DataError
+from comkd_cli.errors import DataError, WriteError
 from comkd_cli.recipe.catalog import CATALOG
 from tests.hub import Hub, hub
 
@@ -173,12 +175,23 @@ def understated(content: bytes, said: int) -> bytes:
     return content.replace(member.file_size.to_bytes(4, "little"), said.to_bytes(4, "little"))
 
 
+def encrypted(content: bytes) -> bytes:
+    """The archive with the flag of an encrypted member in both of its headers."""
+    changed = bytearray(content)
+    changed[content.index(b"PK\x03\x04") + 6] |= 1
+    changed[content.index(b"PK\x01\x02") + 8] |= 1
+    return bytes(changed)
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
         (archive({"big": bytes(2000)}), "is too large unpacked"),
         (understated(archive({"big": b"x" * 2000}), 10), "is not a complete zip file"),
         (b"PK\x03\x04 cut off", "is not a complete zip file"),
+        (encrypted(archive({"a.jpg": b"x"})), "is not a complete zip file .*encrypted"),
+        (archive({"a": b"x", "a/below": b"x"}), "is not a complete zip file .*Not a directory"),
+        (archive({"a" * 300: b"x"}), "is not a complete zip file .*name too long"),
     ],
 )
 def test_a_large_or_damaged_archive_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:
@@ -186,6 +199,35 @@ def test_a_large_or_damaged_archive_is_refused(tmp_path: Path, content: bytes, p
         unpacked(tmp_path, content)
     assert caught.value.path == tmp_path / "a.zip"
     assert sum(entry.stat().st_size for entry in (tmp_path / "target").rglob("*")) <= 1000
+
+
+def test_an_archive_of_too_many_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("comkd_cli.data.fetch.MOST_MEMBERS", 2)
+    with pytest.raises(DataError, match="has too many members") as caught:
+        unpacked(tmp_path, archive({"a": b"x", "b": b"x", "c": b"x"}))
+    assert (caught.value.found, caught.value.allowed) == (3, "2 at most")
+
+
+def test_a_disk_without_room_is_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2))
+    with pytest.raises(WriteError, match="3 bytes are needed and 2 are free") as caught:
+        unpacked(tmp_path, archive({"a": b"xyz"}))
+    assert caught.value.path == tmp_path
+    assert not any((tmp_path / "target").iterdir())
+
+
+def test_a_disk_that_fills_while_unpacking_is_no_damaged_archive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    with pytest.raises(WriteError, match="No space left on device") as caught:
+        unpacked(tmp_path, archive({"a": b"xyz"}))
+    assert caught.value.path == tmp_path / "target"
 
 
 def test_what_a_system_left_in_an_archive_is_not_unpacked(tmp_path: Path) -> None:

@@ -109,6 +109,28 @@ def test_a_damaged_shard_is_one_error_that_names_it(tmp_path: Path) -> None:
         assert ("in or after the sample" in caught.value.problem) == (name not in ("empty", "noise"))
 
 
+def test_thousands_of_headers_that_describe_the_next_are_one_error(tmp_path: Path) -> None:
+    member = tarfile.TarInfo("a.png")
+    member.type, member.size = tarfile.GNUTYPE_LONGNAME, 4
+    (tmp_path / "a.tar").write_bytes((member.tobuf(tarfile.GNU_FORMAT) + b"a".ljust(512, b"\0")) * 2000)
+    with pytest.raises(DataError, match="could not be read as a tar") as caught:
+        list(read_members(tmp_path / "a.tar"))
+    assert caught.value.path == tmp_path / "a.tar"
+
+
+@pytest.mark.parametrize(("size", "offset"), [(2**62, 0), (-1, 0), (9, -5)])
+def test_an_index_with_other_sizes_than_the_shards_reads_no_more_than_there_is(
+    three: list[Path], tmp_path: Path, size: int, offset: int
+) -> None:
+    index = open_index(three, tmp_path / "home", silent)
+    for name, value in (("sizes", size), ("offsets", offset)):
+        numbers = np.fromfile(index.folder / f"{name}.bin", np.int64)
+        numbers[0] = value
+        numbers.tofile(index.folder / f"{name}.bin")
+    with pytest.raises(UnreadableImage):
+        open_index(three, tmp_path / "home", silent).open(0)
+
+
 def test_shards_without_images_or_compressed_ones_are_told(tmp_path: Path) -> None:
     none = write(tmp_path / "none.tar", {"__key__": "a", "txt": "words"})
     with pytest.raises(DataError, match=r"none\.tar: contains no images; .*comkd reads .*KEY\.jpg"):
@@ -210,7 +232,12 @@ def test_a_damaged_index_is_made_anew(three: list[Path], tmp_path: Path) -> None
     home = tmp_path / "home"
     whole = open_index(three, home, silent)
     expected, digest = list(shard_images(whole).keys), whole.digest
-    for name, content in (("offsets.bin", b"x"), ("index.json", b"{"), ("index.json", b'{"format": "other"}')):
+    for name, content in (
+        ("offsets.bin", b"x"),
+        ("index.json", b"{"),
+        ("index.json", b'{"format": "other"}'),
+        ("index.json", b"[" * 5000),
+    ):
         (whole.folder / name).write_bytes(content)
         again = open_index(three, home, silent)
         assert (list(shard_images(again).keys), again.digest) == (expected, digest)

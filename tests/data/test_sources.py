@@ -5,6 +5,7 @@ import pytest
 import webdataset
 
 from comkd_cli.data.sources import locate, open_source
+from comkd_cli.edge.images import UnreadableImage
 from comkd_cli.errors import DataError
 from comkd_cli.events import Event, Notice
 from comkd_cli.recipe.model import Data
@@ -178,3 +179,23 @@ def test_shards_are_looked_for_as_a_folder_is_and_indexed_below_the_runs(
     with pytest.raises(DataError) as caught:
         open_source(Data(shards="set-{0..0}.tar", classes="no.txt"), root)
     assert caught.value.field == "data.classes"
+
+
+@pytest.mark.parametrize("where", ["folder", "shards"])
+def test_an_image_above_the_recipes_limit_of_pixels_is_unreadable(
+    root: Path, write_image: WriteImage, where: str
+) -> None:
+    image = write_image(root / "images/large.png", size=(12, 9))
+    write_image(root / "images/small.png", size=(4, 3))
+    if where == "folder":
+        data = Data(folder="images", classes=("a", "b"), image_limit_pixels=107)
+    else:
+        with webdataset.TarWriter(str(root / "set-0.tar")) as writer:
+            for name in ("large", "small"):
+                writer.write({"__key__": name, "png": image.with_stem(name).read_bytes()})
+        data = Data(shards=str(root / "set-0.tar"), classes=("a", "b"), image_limit_pixels=107)
+    source = open_source(data.model_copy(update={"holdout_percent": 0.0}), root, root / "runs")
+    for images in (source.train, source.train.subset([0, 1])):
+        assert images.open(1).size == (4, 3)
+        with pytest.raises(UnreadableImage, match=r"large.*: 12 x 9 pixels: .* limit of 107 pixels"):
+            images.open(0)

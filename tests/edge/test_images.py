@@ -470,7 +470,7 @@ def test_a_picture_that_would_fill_the_memory_is_unreadable_by_name(tmp_path: Pa
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     path = tmp_path / "bomb.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")))
-    with pytest.raises(UnreadableImage, match=r"bomb\.png: .*3600000000 pixels.*exceeds limit"):
+    with pytest.raises(UnreadableImage, match=r"bomb\.png: 3,600,000,000 pixels: .* make it smaller$"):
         open_image(path)
 
 
@@ -487,6 +487,43 @@ def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(
     with pytest.raises(ValueError, match="4 x 3 pixels"):
         as_rgb(Image.new("RGB", (4, 3)))
     assert as_rgb(Image.new("RGB", (11, 1))).size == (11, 1)
+
+
+@pytest.mark.parametrize(("size", "allowed"), [((1, 20_000), False), ((1001, 1), False), ((1000, 1), True)])
+def test_an_image_much_longer_than_wide_is_refused_with_a_remedy(
+    tmp_path: Path, size: tuple[int, int], allowed: bool
+) -> None:
+    path = tmp_path / "line.png"
+    Image.new("RGB", size).save(path)
+    if allowed:
+        assert open_image(path).size == size
+        return
+    with pytest.raises(UnreadableImage, match=r"line\.png: \d+ x \d+ pixels: one side .* 1,000 times .*; crop"):
+        open_image(path)
+
+
+def test_a_lower_limit_of_pixels_can_be_set(tmp_path: Path) -> None:
+    path = tmp_path / "one.png"
+    Image.new("RGB", (4, 3)).save(path)
+    assert open_image(path, most_pixels=12).size == (4, 3)
+    with pytest.raises(UnreadableImage, match=r"4 x 3 pixels: .* limit of 11 pixels; make it smaller"):
+        open_image(path, most_pixels=11)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "DDS", "PCX", "TGA", "ICO"])
+def test_a_format_that_no_image_file_of_comkd_has_is_not_decoded(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EPS is decoded by Ghostscript, which runs the program in the file."""
+
+    def start(*command: object, **_options: object) -> None:
+        raise AssertionError(f"a program was started: {command}")
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    Image.new("RGB", (16, 16)).save(tmp_path / "image", kind)
+    (tmp_path / "image").rename(tmp_path / "image.png")
+    with pytest.raises(UnreadableImage, match=r"image\.png: is not an image that can be read; the formats are JPEG, "):
+        open_image(tmp_path / "image.png")
 
 
 def test_an_image_without_pixels_is_unreadable() -> None:
@@ -618,19 +655,19 @@ import resource, sys
 from comkd_cli.edge.images import Preprocessing, open_image, prepare
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sys.argv[1:]:
-    prepare(open_image(path), Preprocessing(224, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)))
+    prepare(open_image(path), Preprocessing(448, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
 def test_a_line_of_a_picture_takes_little_memory(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("wide.png", "high.png")]
-    Image.new("RGB", (65000, 1), "red").save(paths[0])
-    Image.new("RGB", (1, 65000), "red").save(paths[1])
+    Image.new("RGB", (65000, 65), "red").save(paths[0])
+    Image.new("RGB", (65, 65000), "red").save(paths[1])
     done = subprocess.run(
         [sys.executable, "-c", LINE, *map(str, paths)], capture_output=True, text=True, check=True, timeout=60
     )
-    assert int(done.stdout) < 50_000  # KiB; the whole resized line would be 13 GB
+    assert int(done.stdout) < 150_000  # KiB; the whole resized strip would be 800 MB, the decoded one is 17 MB
     shown = prepare(open_image(paths[0]), Preprocessing(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
     assert np.array_equal(shown, np.broadcast_to(np.array([1, 0, 0], np.float32)[:, None, None], (3, 8, 8)))
 

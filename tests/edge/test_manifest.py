@@ -56,6 +56,7 @@ def test_a_folder_without_a_manifest_is_no_bundle(colour_bundle: Path, tmp_path:
     [
         (b"{", None, "could not be read: "),
         (b"", None, "could not be read: "),
+        (b"[" * 5000, None, "could not be read: "),
         (b'{"format": "\xff"}', None, "could not be read: "),
         (b"[]", None, "is not a manifest of format comkd-bundle/1"),
         (b"{}", None, "is not a manifest of format comkd-bundle/1"),

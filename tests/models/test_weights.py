@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from comkd_cli.errors import CheckpointError, ModelError
 from comkd_cli.models.backbones import build_clip, build_image_tower, state_sha256
 from comkd_cli.models.checkpoints import load_student, load_teacher
-from comkd_cli.models.weights import read_weights
+from comkd_cli.models.weights import check_finite, is_torchscript, read_weights
 from comkd_cli.recipe.model import Model
 from comkd_cli.teachers.promptsrc_checkpoint import read_released
 from tests import tiny
@@ -198,6 +199,28 @@ def test_weights_with_nan_or_infinity_are_refused(clip: torch.nn.Module, tmp_pat
     with pytest.raises(ModelError, match=r"first in proj:") as caught:
         build_image_tower(Model(config=alone, weights=path))
     assert caught.value.path == path
+
+
+@pytest.mark.parametrize(
+    ("tensor", "problem"),
+    [
+        (torch.zeros(1).expand(10**6, 10**6), "states the shape (1000000, 1000000), but stores 4 bytes"),
+        (torch.empty(3, device="meta"), "without values"),
+        (torch.zeros(3).to_sparse(), "without values"),
+        (torch.zeros(3, dtype=torch.float8_e4m3fn), "has the type torch.float8_e4m3fn"),
+    ],
+)
+def test_tensors_whose_values_cannot_be_read_are_refused(tensor: torch.Tensor, problem: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        check_finite({"a": torch.zeros(2).expand(3, 2), "b": tensor}, "w.pt", CheckpointError)
+    assert caught.value.problem.startswith("b ")
+    assert problem in caught.value.problem
+
+
+def test_an_archive_that_torch_cannot_open_is_no_program(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+        archive.writestr("a/data.pkl", b"")
+    assert not is_torchscript(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("read", [load_student, load_teacher, read_released, build_clip])

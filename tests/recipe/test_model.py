@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from comkd_cli.edge.images import MOST_PIXELS
 from comkd_cli.recipe import Recipe
 from comkd_cli.recipe.model import AdamW, Closed, Data, EduAttention, FullAdapt, NoAdapt, Prompts, Sgd
 
@@ -268,3 +269,9 @@ def test_data_teacher_and_student_must_be_given(minimal_recipe: dict[str, Any], 
     with pytest.raises(ValidationError) as caught:
         Recipe.model_validate(minimal_recipe)
     assert [(e["type"], e["loc"]) for e in caught.value.errors()] == [("missing", (missing,))]
+
+
+def test_the_largest_limit_of_pixels_is_that_of_the_decoder() -> None:
+    assert Data.model_fields["image_limit_pixels"].default == MOST_PIXELS
+    with pytest.raises(ValidationError, match="less than or equal to"):
+        Data(dataset="digits", image_limit_pixels=MOST_PIXELS + 1)

@@ -83,6 +83,12 @@ def test_a_curve_is_read_back_and_what_is_none_is_empty(tmp_path: Path) -> None:
     assert read_curve(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_curve(tmp_path) == lines
-    for damaged in ('{"epoch": 1', "[1]\n", '{"loss": 1}\n'):
+    other = (
+        '{"epoch": "x"}',
+        '{"epoch": 1, "loss": []}',
+        '{"epoch": 1, "test_top1_percent": 101}',
+        f'{{"epoch": {10**400}}}',
+    )
+    for damaged in ('{"epoch": 1', "[1]\n", '{"loss": 1}\n', "[" * 5000, *other):
         (tmp_path / "metrics.jsonl").write_text(damaged)
         assert read_curve(tmp_path) == []

@@ -158,3 +158,14 @@ def test_what_failed_names_its_model_once(tmp_path: Path) -> None:
     add_results(tmp_path, Results([RECORD], [nameless, named]), ignore)
     text = (tmp_path / "results.md").read_text()
     assert "- pets: runs/a/student.pt: data.folder: no such folder\n- pets: runs/b/student.pt: is damaged\n" in text
+
+
+def test_names_that_are_not_utf_8_are_written_as_escapes_and_replaced_by_the_next_score(tmp_path: Path) -> None:
+    odd = replace(RECORD, model="m\udcff/student.pt")
+    add_results(tmp_path, Results([odd], [Missing("dtd", "no such folder: \udcfe")]), ignore)
+    add_results(tmp_path, Results([replace(odd, top1_percent=50.0)]), ignore)
+    (record,) = read(tmp_path).records
+    assert (record.model, record.top1_percent) == ("m\\udcff/student.pt", 50.0)
+    assert "m\\udcff/student.pt" in (tmp_path / "results.csv").read_text(encoding="utf-8")
+    forget_model(tmp_path, "m\udcff/student.pt", ignore)
+    assert not read(tmp_path).records

@@ -99,6 +99,7 @@ def split(name: str, shots: int | None, seed: int, half: str, data_root: Path, a
     from comkd_cli.cli.terminal import print_json
     from comkd_cli.data.split_files import read_splits
     from comkd_cli.data.splits import sample_shots, select_half
+    from comkd_cli.edge.visible import visible
 
     (dataset,) = _chosen((name,))
     splits = read_splits(dataset, data_root)
@@ -110,7 +111,7 @@ def split(name: str, shots: int | None, seed: int, half: str, data_root: Path, a
         return
     for part, entries in plain.items():
         for path, label, class_name in entries:
-            click.echo(f"{part}\t{label}\t{class_name}\t{path}")
+            click.echo("\t".join(visible(str(cell), one_line=True) for cell in (part, label, class_name, path)))
 
 
 @command.command()

@@ -124,5 +124,5 @@ def _saved(path: Path, key: str) -> Inspection | None:
         if document.pop("made_of") != key:
             return None
         return Inspection.from_plain(document)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged: made again
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # none, or damaged: made again
         return None

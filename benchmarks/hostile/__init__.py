@@ -1,0 +1,1 @@
+"""A hundred thousand hostile inputs, and what the readers of comkd do with them."""
