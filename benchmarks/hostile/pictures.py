@@ -33,6 +33,7 @@ def image(rng: random.Random, folder: Path) -> None:
     path.write_bytes(content)
     picture = open_image(path)
     assert picture.mode == "RGB"
+    del picture  # so that a large image is in memory once
     prepared = load_prepared(rng.choice((path, content, io.BytesIO(content))), PREPROCESSING)
     assert prepared.shape == (3, 16, 16)
     assert np.isfinite(prepared).all()
@@ -87,7 +88,7 @@ def _made() -> list[bytes]:
             found.append(struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 54, 0, 0, 54, 40, width, height, 1, 24, *(0,) * 6))
             found.append(b"GIF89a" + struct.pack("<HHBBB", width % 2**16, height % 2**16, 0xF7, 0, 0) + bytes(800))
             found.append(_jpeg(width % 2**16, height % 2**16))
-    for size in ((1, 20_000), (20_000, 1), (13_000, 13_000)):
+    for size in ((1, 20_000), (20_000, 1), (9_000, 9_000)):
         buffer = io.BytesIO()
         Image.new("L", size).save(buffer, "PNG")
         found.append(buffer.getvalue())
