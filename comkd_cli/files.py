@@ -24,6 +24,7 @@ REMEDIES = {
     errno.EDQUOT: "free space in your quota, or choose another folder",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f), or choose another folder",
     errno.EIO: "check the disk, or choose another folder",
+    **dict.fromkeys((errno.ENODEV, errno.ENXIO, errno.ESTALE), "connect the drive again, or choose another folder"),
     errno.EROFS: "choose a folder on a file system that is not read-only",
     errno.EACCES: "choose a folder that you may write to",
     errno.EPERM: "choose a folder that you may write to",
@@ -34,7 +35,10 @@ REMEDIES = {
 }
 UNFINISHED = ".tmp"
 MOST_SECONDS_OF_A_TURN = 10.0
-ERRORS_WITHOUT_FILENAME = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+ERRORS_WITHOUT_FILENAME = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE),
+)
 """Errors of a write to an open file; Python does not name the file in them."""
 
 
@@ -245,6 +249,22 @@ def _sync(file: Path) -> None:
     """Wait until the content is on the disk; some file systems notice only then that it is full."""
     with file.open("r+b") as written:
         os.fsync(written.fileno())
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Give an open file so many bytes on the disk: on a full one, a write to a map of it would kill the process.
+
+    Raises OSError.
+    """
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            # Some network file systems do not support it.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.ENOSYS):
+                raise
+    os.ftruncate(descriptor, size)
 
 
 def write_text(path: Path, text: str) -> None:

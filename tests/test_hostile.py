@@ -105,11 +105,11 @@ def crash(_random: Random, _folder: Path) -> None:
 def test_each_outcome_is_noticed_and_the_run_continues(
     monkeypatch: pytest.MonkeyPatch, kind: Callable[..., None], outcome: str
 ) -> None:
-    monkeypatch.setattr(guard, "SECONDS", 0.5)
+    monkeypatch.setattr(guard, "SECONDS", 0.5 if outcome in ("slow", "hang") else 20.0)
     monkeypatch.setattr(guard, "MOST_BYTES", 2**26)
     monkeypatch.setattr(guard, "STOP_BYTES", 2**28)
-    monkeypatch.setattr(running, "STOP_SECONDS", 1.0)
-    monkeypatch.setattr(running, "START_SECONDS", 20.0 if outcome != "hang" else 5.0)
+    monkeypatch.setattr(running, "STOP_SECONDS", 20.0)
+    monkeypatch.setattr(running, "START_SECONDS", 4.0 if outcome == "hang" else 20.0)
     monkeypatch.setitem(kinds.KINDS, "tested", (kind, 1))
     monkeypatch.setitem(kinds.KINDS, "accepted", (accept, 1))
     names = ["tested", "accepted"]

@@ -15,6 +15,7 @@ from comkd_cli.bundles.text_card import text_section
 from comkd_cli.data.class_names import some
 from comkd_cli.evaluation.metrics import wilson_interval_percent
 from comkd_cli.models.checkpoints import StudentRecord
+from comkd_cli.results.tables import markdown_text
 
 FILES = {
     "class_vectors.npy": "one L2-normalised vector per class; logits = logit_scale * features @ vectors.T",
@@ -28,13 +29,18 @@ FILES = {
     "index.html": "classifies images in a browser; serve this folder with `python -m http.server`",
 }
 MOST_CLASSES = 20
+MOST_CHARACTERS = 100  # of a class name
+OF_ANY_ORIGIN = ("recipe", "data", "teacher", "student", "license")
+"""Fields of the manifest that users and files name."""
 NO_SCORE = "no held-out labelled images"
 
 
 def model_card(manifest: Mapping[str, Any], record: StudentRecord, sizes: Mapping[str, int]) -> str:
     """Markdown with the Hub's metadata as front matter. sizes: bytes of each file of the bundle."""
+    metadata = _metadata(manifest)
+    manifest = {**manifest, **{name: markdown_text(str(manifest[name])) for name in OF_ANY_ORIGIN}}
     sections = [
-        f"---\n{_metadata(manifest)}---",
+        f"---\n{metadata}---",
         f"# {manifest['recipe']}: an image classifier for {manifest['classes']} classes",
         _summary(manifest, record),
         _use(manifest),
@@ -234,8 +240,13 @@ def _compared(manifest: Mapping[str, Any]) -> str:
     return f"The graphs were compared with PyTorch on {gate.words(scored=True)}{skipped}{labels}."
 
 
+def class_text(name: str) -> str:
+    """A class name, shortened, as text that Markdown and HTML show as it is."""
+    return markdown_text(name if len(name) <= MOST_CHARACTERS else f"{name[:MOST_CHARACTERS]}...")
+
+
 def _limits(manifest: Mapping[str, Any], record: StudentRecord) -> str:
-    names = ", ".join(record.class_names[:MOST_CLASSES])
+    names = ", ".join(map(class_text, record.class_names[:MOST_CLASSES]))
     more = f" and {len(record.class_names) - MOST_CLASSES} more" if len(record.class_names) > MOST_CLASSES else ""
     everything = manifest["threshold"]["value"] is None
     lines = [
@@ -246,14 +257,15 @@ def _limits(manifest: Mapping[str, Any], record: StudentRecord) -> str:
         "use it on other images.",
     ]
     if record.classes_added:
-        lines.append(f"It was not trained on these classes, which were added by name: {some(record.classes_added)}.")
+        added = some([class_text(name) for name in record.classes_added])
+        lines.append(f"It was not trained on these classes, which were added by name: {added}.")
     if record.recipe.selection == "promptkd":
         lines.append(
             "Its score is optimistically biased because its epoch was selected on test images, as in PromptKD's "
             "released code."
         )
     for precision, reason in manifest["failed"].items():
-        lines.append(f"{precision} is not in the bundle: {reason}.")
+        lines.append(f"{precision} is not in the bundle: {markdown_text(reason)}.")
     license_note = (
         "No licence was given for this model; those of its data, its teacher and its backbone apply."
         if manifest["license"] == "unknown"

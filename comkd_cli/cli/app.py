@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import importlib
 import io
 import os
@@ -20,13 +19,14 @@ from comkd_cli.cli.examples import add_examples
 from comkd_cli.cli.quiet import quiet_libraries
 from comkd_cli.edge.visible import visible
 from comkd_cli.errors import ComkdError
+from comkd_cli.files import ERRORS_WITHOUT_FILENAME, REMEDIES
 from comkd_cli.runtime import ranks
 from comkd_cli.runtime.cores import sharing_cores
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 FIRST_SIGNAL = 129  # 128 + SIGHUP, the lowest: from here on a code means a stop that was requested
 OTHER_RANKS_WAIT_SECONDS = 3
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+NO_SPACE = ERRORS_WITHOUT_FILENAME  # of a disk that is full, read-only or lost
 
 
 class CommandFolder(click.Group):
@@ -87,7 +87,8 @@ class CommandFolder(click.Group):
                 raise
             if error.filename is None:
                 _drop_output()
-            _fail(f"{error.filename or 'output'}: {error.strerror}", 1)
+            remedy = f"; {REMEDIES[error.errno]}" if error.errno in NO_SPACE else ""
+            _fail(f"{error.filename or 'output'}: {error.strerror}{remedy}", 1)
 
 
 def _drop_output() -> None:

@@ -11,6 +11,8 @@ from typing import Any
 from comkd_cli.edge.class_names import clean_class_name
 from comkd_cli.errors import DataError
 
+MOST_SHOWN = 100  # characters of a name in an error
+
 
 def clean_class_names(names: Sequence[str], origin: Path | str, lines: Sequence[int] | None = None) -> list[str]:
     """Class names as prompts use them (`edge.class_names.clean_class_name`), in the same order.
@@ -43,7 +45,7 @@ def clean_name(name: str, origin: Path | str, position: str) -> str:
         raise DataError(
             str(error),
             **_place(origin, position),
-            found=repr(name),
+            found=repr(name if len(name) <= MOST_SHOWN else f"{name[:MOST_SHOWN]}..."),
             remedy="give it a name of one line of visible text",
         ) from error
 

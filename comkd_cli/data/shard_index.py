@@ -19,6 +19,7 @@ from PIL import Image
 
 from comkd_cli.data.shard_members import SkippedFiles
 from comkd_cli.edge.images import UnreadableImage, open_image
+from comkd_cli.files import allocate
 
 INDEX_FORMAT = "comkd-shards/2"
 OPEN_SHARDS = 64  # files that a process holds open: more than a window of the order has
@@ -128,8 +129,13 @@ def blocks(count: int) -> Iterator[slice]:
 
 
 def map_array(path: Path, dtype: Any, count: int, new: bool = False, writable: bool = False) -> np.memmap:
-    """A file as an array of `count` numbers. Raises ValueError where it is too short."""
-    return np.memmap(path, dtype=dtype, mode="w+" if new else "r+" if writable else "r", shape=(count,))
+    """A file as an array of `count` numbers. Raises ValueError where it is too short, OSError where a new one has no
+    room on the disk.
+    """
+    if new:
+        with path.open("wb") as file:
+            allocate(file.fileno(), count * np.dtype(dtype).itemsize)
+    return np.memmap(path, dtype=dtype, mode="r+" if new or writable else "r", shape=(count,))
 
 
 class _Member(BytesIO):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from comkd_cli.edge.visible import visible
 from comkd_cli.report import details, figures, scores
 from comkd_cli.report.findings import findings
 from comkd_cli.report.run import ScoredRun
@@ -61,7 +62,7 @@ def render(runs: Sequence[ScoredRun], making: details.Making) -> str:
         marks=CLASSES_OF_NUMBERS,
     )
     # Names that are not UTF-8 reach Python as lone surrogates, which no page can hold.
-    return page.encode("utf-8", "backslashreplace").decode("utf-8")
+    return visible(page.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def _section(run: ScoredRun, number: int, making: details.Making) -> Section:

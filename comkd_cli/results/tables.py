@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from tabulate import tabulate
 
+from comkd_cli.edge.visible import visible
 from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.results.published import BASE_TO_NOVEL, CROSS_DATASET, DOMAIN_GENERALIZATION, Halves
 from comkd_cli.results.records import Record, Results
@@ -69,7 +70,8 @@ def to_markdown(results: Results) -> str:
     parts = ["# Results\n"]
     parts += map(table_as_markdown, tables(results.records))
     if results.missing:
-        lines = "\n".join(f"- {entry.dataset}: {entry.line}".replace("\n", "\n  ") for entry in results.missing)
+        entries = (f"{entry.dataset}: {entry.line}".split("\n") for entry in results.missing)
+        lines = "\n".join("- " + "\n  ".join(map(markdown_text, texts)) for texts in entries)
         parts.append(f"## Not scored\n\n{lines}\n")
     return "\n".join(parts)
 
@@ -77,7 +79,7 @@ def to_markdown(results: Results) -> str:
 def table_as_markdown(table: Table) -> str:
     """A table below its title, with its note."""
     note = f"\n{table.note}\n" if table.note else ""
-    return f"## {table.title}\n\n{_tabulated(table, 'pipe', _markdown)}\n{note}"
+    return f"## {table.title}\n\n{_tabulated(table, 'pipe', markdown_text)}\n{note}"
 
 
 def to_latex(results: Results) -> str:
@@ -98,10 +100,11 @@ def _tabulated(table: Table, style: str, escape: Callable[[str], str]) -> str:
 
 
 def _one_line(cell: str) -> str:
-    return " ".join(cell.split())
+    return " ".join(visible(cell).split())
 
 
-def _markdown(cell: str) -> str:
+def markdown_text(cell: str) -> str:
+    """A text of any origin as one line that Markdown and HTML show as it is."""
     return MARKDOWN_SPECIAL.sub(r"\\\g<0>", _one_line(cell))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import mmap
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from comkd_cli.errors import CheckpointError
-from comkd_cli.files import write_text
+from comkd_cli.files import allocate, write_text
 from comkd_cli.runtime.locks import in_turn_with_others
 
 CACHE_FORMAT = "comkd-teacher-cache/1"
@@ -178,7 +177,7 @@ class TeacherCache:
                         remedy=f"delete {self.folder} to rebuild the cache",
                     )
                 if found != size:
-                    _allocate_on_disk(descriptor, size)
+                    allocate(descriptor, size)
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -195,16 +194,3 @@ class TeacherCache:
                 return mmap.mmap(file.fileno(), 0)
         except OSError as error:
             raise CheckpointError(f"could not be opened ({error.strerror or error})", path=path) from error
-
-
-def _allocate_on_disk(descriptor: int, size: int) -> None:
-    """Allocate a new file at once: on a full disk a later write to the map would kill the process."""
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-            return
-        except OSError as error:
-            # Some network file systems do not support it.
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.ENOSYS):
-                raise
-    os.ftruncate(descriptor, size)

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import struct
 import tarfile
 import threading
 import warnings
@@ -23,7 +24,7 @@ from PIL import Image
 from comkd_cli.bundles import web
 from comkd_cli.bundles.web import INTEGRITY, PAGE, PAGE_FILES, RUNTIME_FILES, VERSION, add_web_page
 from comkd_cli.edge.classifier import Classifier
-from comkd_cli.edge.images import Preprocessing, open_image, prepare
+from comkd_cli.edge.images import Preprocessing, UnreadableImage, open_image, prepare
 from comkd_cli.errors import ExportError
 from tests.chromium import NAMES, Chromium, Tab, find_chromium
 
@@ -760,6 +761,39 @@ def test_an_image_that_cannot_be_read_is_named_and_the_next_is_classified(bundle
     assert elsewhere["error"] == "//127.0.0.1:1/x.png: is missing from the folder of this page"
     assert odd["error"].startswith("odd.png: could not be read as an image")
     agree(record, Classifier(bundle).predict(bundle / "photo.jpg"))
+
+
+def stated(kind: str, width: int, height: int) -> bytes:
+    """A small file whose header states a size; a PNG that holds as many pixels as it states."""
+    buffer = io.BytesIO()
+    if kind == "png":
+        Image.new("RGB", (width, height)).save(buffer, kind)
+        return buffer.getvalue()
+    Image.new("RGB", (8, 8)).save(buffer, kind, **({"exif": Image.Exif()} if kind == "jpeg" else {}))
+    content = bytearray(buffer.getvalue())
+    order, place = {"jpeg": (">HH", content.find(b"\xff\xc0") + 5), "gif": ("<HH", 6), "bmp": ("<ii", 18)}[kind]
+    sides = (height, width) if kind == "jpeg" else (width, height)
+    content[place : place + struct.calcsize(order)] = struct.pack(order, *sides)
+    return bytes(content)
+
+
+@slow
+@NEEDS_BROWSER
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp"])
+def test_an_image_that_the_predictor_refuses_for_its_size_is_refused_with_the_same_words(
+    bundle: Path, browser: Chromium, kind: str
+) -> None:
+    size = (1, 20_000) if kind == "png" else (65_500, 65_500)
+    name = f"odd.{kind}"
+    (bundle / name).write_bytes(stated(kind, *size))
+    with served(bundle) as address:
+        record = answer(browser, named(address, name))
+    with pytest.raises(UnreadableImage) as caught:
+        Classifier(bundle).predict(bundle / name)
+    remedy = "crop the image" if kind == "png" else "make it smaller"
+    assert record["error"].endswith(remedy)
+    assert str(caught.value).endswith(remedy)
+    assert record["error"].startswith(f"{name}: {size[0]} x {size[1]} pixels: ")
 
 
 @slow

@@ -128,3 +128,11 @@ def test_classes_without_images_are_named_for_each_split_that_has_labels() -> No
     )
     many = [str(n) for n in range(9)]
     assert missing_text(many, {"training": [0]}) == "no training images of: 1, 2, 3, 4, 5 and 3 more"
+
+
+def test_a_name_of_ten_thousand_characters_is_refused_and_shown_shortened() -> None:
+    assert clean_class_name("x" * 1000) == "x" * 1000
+    with pytest.raises(DataError, match="has 10,000 characters, more than 1,000") as caught:
+        clean_class_names(["fox", "x" * 10_000], "data.classes")
+    assert caught.value.field == "data.classes: class 2"
+    assert len(str(caught.value)) < 400

@@ -179,6 +179,15 @@ def test_every_table_keeps_its_rows_whatever_the_names() -> None:
     assert r"\textbackslash{}" in line
 
 
+def test_control_characters_are_written_as_escapes_in_markdown_and_latex() -> None:
+    results = Results([record(model="\x1b[2Jfox\u202e")], [Missing("dtd", "no \x07 <b>")])
+    markdown, latex = to_markdown(results), to_latex(results)
+    assert "\\\\x1b\\[2Jfox\\\\u202e" in markdown
+    assert "- dtd: no \\\\x07 \\<b>" in markdown
+    assert r"\textbackslash{}x1b[2Jfox" in latex
+    assert all(line.isprintable() for line in (markdown + latex).split("\n"))
+
+
 def test_spreads_are_written_as_latex_symbols() -> None:
     latex = to_latex(Results([*halves("eurosat", 1, 90.0, 60.0), *halves("eurosat", 2, 94.0, 66.0)]))
     assert r"92.00 $\pm$ 2.00" in latex

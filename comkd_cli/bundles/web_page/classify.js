@@ -308,13 +308,17 @@ async function classify(file) {
   await new Promise((painted) => setTimeout(painted, 30)); // what follows keeps the page from being drawn
   let bitmap;
   try {
+    checkSize(...((await statedSize(file)) ?? [1, 1])); // before the browser decodes it
     bitmap = await decode(file);
-  } catch {
+  } catch (error) {
+    if (error instanceof RangeError) throw new Problem(`${file.name}: ${error.message}`);
     throw new Problem(`${file.name}: could not be read as an image; browsers read ${KINDS}`);
   }
   try {
     const classes = likeliest(await logits(prepare(bitmap, preprocessing)), names, confidence.temperature);
     return { image: file.name, classes, none_of_these: isNone(classes[0], confidence) };
+  } catch (error) {
+    throw error instanceof RangeError ? new Problem(`${file.name}: ${error.message}`) : error;
   } finally {
     bitmap.close();
   }

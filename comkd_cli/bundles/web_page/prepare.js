@@ -9,6 +9,9 @@ const KERNELS = {
 };
 
 const PRECISION = 22; // bits after the point of a weight
+const MOST_PIXELS = 178956970; // of an image, and the longer side by the shorter: those of predict.py
+const MOST_ELONGATION = 1000;
+const HEADER_BYTES = 1 << 20; // which hold the size of an image, behind a JPEG's EXIF data and profiles too
 const STRIP_PIXELS = 1 << 22; // read at once: a canvas of a whole photo is more than some phones allow
 
 /** Keys' cubic convolution with a = -1/2, in the order of operations that Pillow rounds by. */
@@ -107,6 +110,34 @@ function clipped(sum) {
   return Math.min(255, Math.max(0, sum >> PRECISION));
 }
 
+/** Throw for an image that predict.py does not decode either: of too many pixels, or much longer than wide. */
+function checkSize(width, height) {
+  const size = `${width} x ${height} pixels`;
+  if (width * height > MOST_PIXELS) {
+    throw new RangeError(`${size}: the image size exceeds the limit of ${MOST_PIXELS.toLocaleString("en")} pixels; make it smaller`);
+  }
+  if (Math.max(width, height) > MOST_ELONGATION * Math.min(width, height)) {
+    throw new RangeError(`${size}: one side is more than ${MOST_ELONGATION.toLocaleString("en")} times the other; crop the image`);
+  }
+}
+
+/** The width and height that the header of a PNG, JPEG, GIF or BMP file states; null for any other file. */
+async function statedSize(file) {
+  const view = new DataView(await file.slice(0, HEADER_BYTES).arrayBuffer());
+  const starts = (...bytes) => view.byteLength >= 26 && bytes.every((byte, at) => view.getUint8(at) === byte);
+  if (starts(0x89, 0x50, 0x4e, 0x47)) return [view.getUint32(16), view.getUint32(20)];
+  if (starts(0x47, 0x49, 0x46)) return [view.getUint16(6, true), view.getUint16(8, true)];
+  if (starts(0x42, 0x4d)) return [view.getInt32(18, true), Math.abs(view.getInt32(22, true))];
+  if (!starts(0xff, 0xd8)) return null;
+  // A JPEG is a row of segments: a marker, then their length. The frame's has the size.
+  for (let at = 2; at + 9 <= view.byteLength && view.getUint8(at) === 0xff; at += 2 + view.getUint16(at + 2)) {
+    const marker = view.getUint8(at + 1);
+    const isFrame = marker >= 0xc0 && marker <= 0xcf && ![0xc4, 0xc8, 0xcc].includes(marker);
+    if (isFrame) return [view.getUint16(at + 7), view.getUint16(at + 5)];
+  }
+  return null;
+}
+
 /** The image in a file, upright; rejects a file that the browser cannot decode. */
 function decode(file) {
   return createImageBitmap(file, {
@@ -163,6 +194,7 @@ function squareOf(bitmap, preprocessing) {
 
 /** An ImageBitmap as the model's input: float32 (3, size, size), less the mean, over the deviation. */
 function prepare(bitmap, preprocessing) {
+  checkSize(bitmap.width, bitmap.height);
   const { size, mean, std } = preprocessing;
   const square = squareOf(bitmap, preprocessing);
   const input = new Float32Array(3 * size * size);
