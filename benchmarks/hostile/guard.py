@@ -24,8 +24,9 @@ from comkd_cli.errors import ComkdError
 
 REFUSALS = (ComkdError, click.ClickException, UnreadableImage, BundleProblem, CsvProblem)
 """What a reader may raise; the last three are those of predict.py, which cannot import ComkdError."""
-SECONDS, STOP_SECONDS = 10.0, 30.0
-"""Of one input: above the first it is a finding; at the second the process is killed, as where C code hangs."""
+SECONDS, STOP_SECONDS = 10.0, 60.0
+"""Of one input: of the processor, above which it is a finding; and of the clock, after which the process is killed, as
+where code waits or C code hangs."""
 MOST_BYTES, STOP_BYTES = 2**30, 4 * 2**30
 """By which memory may grow for one input, and where the system refuses more."""
 STARTS = {"os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "os.fork", "pty.spawn"}
@@ -67,7 +68,7 @@ class Guard:
 
     def __post_init__(self) -> None:
         self._roots = (*map(os.path.realpath, (self.folder, tempfile.gettempdir())), os.devnull)
-        signal.signal(signal.SIGALRM, _raise_too_slow)
+        signal.signal(signal.SIGPROF, _raise_too_slow)
         # Audit events come from the interpreter, whichever library calls it; a hook cannot be removed.
         sys.addaudithook(self._audit)
 
@@ -99,13 +100,13 @@ class Guard:
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         self._active = True
         try:
             yield
         finally:
             self._active = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self._active:

@@ -31,7 +31,8 @@ def describe_faults(error: ValidationError, root: type[BaseModel], origins: Mapp
 def _reason(fault: Any, location: Location, siblings: list[str]) -> str:
     """What is wrong, in words. siblings: the field names that are valid beside it."""
     if fault["type"] == "extra_forbidden":
-        return "unknown field" + _nearest(str(location[-1]), siblings)
+        name = str(fault["loc"][-1])
+        return ("unknown field" if location else f"unknown field {name!r}") + _nearest(name, siblings)
     if fault["type"] == "missing":
         return "is missing"
     if fault["type"] == "value_error":
