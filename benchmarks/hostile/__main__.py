@@ -4,11 +4,11 @@
     python -m benchmarks.hostile --inputs 1 --first NUMBER --kinds KIND --seed 1
 
 An input is one file or folder of a kind, such as a recipe or a checkpoint, that its seed, kind and number determine. It
-is in order if it is read, or refused with an error of comkd or of click. A traceback, ten seconds of the processor or a minute of the clock, a GiB of memory, a
-program that is started, a connection to a host, a payload that is executed, a file written anywhere but in the input's
-own folder, or a process that dies is a finding; the second command repeats it. Prints one JSON document; exit status 1
-where there are findings. With --log, blocks of 1,000 inputs are added to a file as they are done, and a run with the
-same file, seed and kinds skips them.
+is in order if it is read, or refused with an error of comkd or of click. A traceback, ten seconds of the processor, a
+minute of the clock, a GiB of memory, a program that is started, a connection to a host, a payload that is executed, a
+file written anywhere but in the input's own folder, or a process that dies is a finding; the second command repeats it.
+Prints one JSON document; exit status 1 where there are findings. With --log, blocks of 1,000 inputs are added to a file
+as they are done, and a run with the same file, seed and kinds skips them.
 """
 
 from __future__ import annotations

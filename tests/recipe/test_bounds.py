@@ -77,3 +77,8 @@ def test_a_path_that_no_file_system_takes_is_no_such_recipe(tmp_path: Path, name
     with pytest.raises(RecipeError, match="no such recipe") as caught:
         load_recipe(tmp_path / "own.yaml")
     assert caught.value.field == "extends"
+
+
+def test_a_field_without_a_name_is_an_unknown_field(minimal_recipe: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="unknown field ''; "):
+        parse_recipe({**minimal_recipe, "": 1})
