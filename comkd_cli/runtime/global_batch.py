@@ -95,17 +95,28 @@ def _normalised(norm: nn.modules.batchnorm._BatchNorm, values: Tensor) -> Tensor
 
 
 def _shared_moments(values: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance, and the number of values that each was taken over."""
-    kept = [axis for axis in range(values.ndim) if axis not in axes]
+    """Mean, biased variance, and the number of values that each was taken over, by one exchange.
+
+    The moments of the processes are combined as in Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm
+    for computing sample variances" (1979): the squares around each part's own mean, and those of the means around the
+    common one. E[x^2] - E[x]^2 would lose digits where the mean is large.
+    """
+    shape = [size for axis, size in enumerate(values.shape) if axis not in axes]
     count = math.prod(values.shape[axis] for axis in axes)
-    sums = torch.cat([values.sum(axes).flatten(), values.new_full((1,), count)])
-    totals = _summed(sums)
-    number = totals[-1].detach()
-    mean = (totals[:-1] / number).view([values.shape[axis] for axis in kept])
-    shape = [1 if axis in axes else values.shape[axis] for axis in range(values.ndim)]
-    # Around the mean, not as E[x^2] - E[x]^2, which loses digits where the mean is large.
-    squares = _summed((values - mean.view(shape)).square().sum(axes))
-    return mean, squares / number, number
+    mean = values.mean(axes, keepdim=True)
+    squares = (values - mean).square().sum(axes)
+    mine = torch.cat([values.new_full((1,), count), mean.flatten(), squares.flatten()])
+    counts, means, squared = _of_processes(mine).tensor_split([1, 1 + mean.numel()], dim=1)
+    number = counts.sum()
+    common = (counts * means).sum(0) / number
+    total = squared.sum(0) + (counts * (means - common).square()).sum(0)
+    return common.view(shape), (total / number).view(shape), number
+
+
+def _of_processes(row: Tensor) -> Tensor:
+    """A row of each process, (processes, len(row)), with gradients to all of them; a sum exchanges them."""
+    before, after = ranks.rank(), ranks.world_size() - ranks.rank() - 1
+    return _summed(torch.cat([row.new_zeros(before, len(row)), row[None], row.new_zeros(after, len(row))]))
 
 
 class _Sum(torch.autograd.Function):

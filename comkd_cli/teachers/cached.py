@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice, repeat
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from comkd_cli.events import Notice, Progress, Report
 from comkd_cli.method.teacher import Teacher, TeacherOutput
 from comkd_cli.recipe import Recipe
 from comkd_cli.runtime import collectives, ranks
-from comkd_cli.runtime.devices import failures_explained, to_device
+from comkd_cli.runtime.devices import failures_explained, to_device, to_host
 from comkd_cli.teachers.feature_cache import TeacherCache
 from comkd_cli.teachers.loading import ReadyTeacher
 
@@ -27,6 +28,8 @@ TORCH_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 FEWEST_AT_ONCE = 16
 """The teacher sees at least as many crops at once, or as many as the batch has where that is less. With 16 or more, the
 CLIPs that were tried (ViT-B/32 and the small ones of the tests) gave each crop the same bits in any batch."""
+Encoded = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
+"""The indices of a batch's images, their features, and a line for each unreadable image."""
 IMAGES_AT_ONCE = 2**18  # images whose indices are in memory while a cache is filled
 
 
@@ -38,8 +41,8 @@ class CachedTeacher:
         self._teacher = teacher
         self._computed = self._read = 0  # crops
         self._started = time.monotonic()
-        self._clock = _Clock(teacher.class_vectors.device)
-        self._pending: list[tuple[int, np.ndarray, Tensor]] = []
+        self._clock = Clock(teacher.class_vectors.device)
+        self._pending: list[tuple[int, np.ndarray, Callable[[], np.ndarray]]] = []
         self._marks: tuple[int, np.ndarray] | None = None
 
     def is_cached(self, view: int, indices: np.ndarray) -> np.ndarray:
@@ -67,28 +70,40 @@ class CachedTeacher:
         device = self._teacher.class_vectors.device
         indices = batch.indices.numpy()
         missing = np.ones(len(indices), bool) if batch.uncached is None else batch.uncached.numpy()
-        features = torch.empty(len(indices), self.cache.key.dim, device=device)
-        if missing.any():
-            with self._clock:
-                images = _padded(batch.inputs[0], min(len(indices), FEWEST_AT_ONCE))
-                computed = self._teacher.encode(images)[: int(missing.sum())].to(TORCH_DTYPES[self.cache.key.dtype])
-            self._pending.append((batch.view, indices[missing], computed))
-            features[_indices_of(missing, device)] = computed.float()
-            if device.type == "cpu" and ranks.world_size() == 1:
-                self.flush()  # costs nothing here: there is no device or process to wait for
-        if not missing.all():
-            cached = torch.from_numpy(self.cache.read(batch.view, indices[~missing]))
-            self.cache.release()
-            features[_indices_of(~missing, device)] = to_device(cached, device)
         self._computed += int(missing.sum())
         self._read += int((~missing).sum())
+        if missing.all():
+            return self._teacher.answer(self._compute(batch, indices))
+        if not missing.any():
+            return self._teacher.answer(self._cached(batch.view, indices))
+        features = torch.empty(len(indices), self.cache.key.dim, device=device)
+        features[_indices_of(missing, device)] = self._compute(batch, indices[missing])
+        features[_indices_of(~missing, device)] = self._cached(batch.view, indices[~missing])
         return self._teacher.answer(features)
+
+    def _compute(self, batch: Batch, indices: np.ndarray) -> Tensor:
+        """The features of the images in the teacher's input, rounded, float32 (len(indices), dim)."""
+        assert self.cache is not None
+        with self._clock:
+            images = _padded(batch.inputs[0], min(len(batch), FEWEST_AT_ONCE))
+            computed = self._teacher.encode(images)[: len(indices)].to(TORCH_DTYPES[self.cache.key.dtype])
+        self._pending.append((batch.view, indices, to_host(computed)))
+        if computed.device.type == "cpu" and ranks.world_size() == 1:
+            self.flush()  # costs nothing here: there is no device or process to wait for
+        return computed.float()
+
+    def _cached(self, view: int, indices: np.ndarray) -> Tensor:
+        """Features of the cache on the teacher's device, float32 (len(indices), dim)."""
+        assert self.cache is not None
+        features = torch.from_numpy(self.cache.read(view, indices))
+        self.cache.release()
+        return to_device(features, self._teacher.class_vectors.device)
 
     def flush(self, epoch_ended: bool = False) -> None:
         """Write new features to the cache. All processes call it together, and the main one writes."""
         if self.cache is None:
             return
-        mine = [(view, indices, features.cpu().numpy()) for view, indices, features in self._pending]
+        mine = [(view, indices, features()) for view, indices, features in self._pending]
         self._pending.clear()
         self._clock.seconds()
         _write(self.cache, [entry for of_rank in collectives.gather(mine) for entry in of_rank])
@@ -128,7 +143,7 @@ def fill_cache(
     assert settings is not None  # since the recipe has a cache
     unreadable: dict[str, None] = {}
     workers = worker_count(recipe.data)
-    clock, computed = _Clock(accelerator.device), 0
+    clock, computed = Clock(accelerator.device), 0
     with failures_explained():
         for view in range(settings.views):
             starts = range(0, len(images), IMAGES_AT_ONCE)
@@ -145,8 +160,9 @@ def fill_cache(
                     workers,
                 )
                 # Every process makes as many rounds, also where its share is a batch shorter than another's.
-                for _ in range(0, math.ceil(len(missing) / ranks.world_size()), BATCH_SIZE):
-                    mine = _encode(ready.teacher, next(batches, None), accelerator, clock)
+                rounds = math.ceil(math.ceil(len(missing) / ranks.world_size()) / BATCH_SIZE)
+                inputs = islice(chain(batches, repeat(None)), rounds)
+                for mine in encoded_batches(ready.teacher, inputs, accelerator, clock):
                     computed += len(mine[0])
                     of_ranks = collectives.gather(mine)
                     _write(cache, [(view, indices, features) for indices, features, _ in of_ranks])
@@ -170,16 +186,28 @@ def _missing(cache: TeacherCache, view: int, start: int) -> list[int]:
     return found
 
 
-def _encode(
-    teacher: Teacher, batch: Batch | None, accelerator: Accelerator, clock: _Clock
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """The indices of a batch's images, their features, and a line for each unreadable image."""
+def encoded_batches(
+    teacher: Teacher, batches: Iterable[Batch | None], accelerator: Accelerator, clock: Clock
+) -> Iterator[Encoded]:
+    """What becomes of each batch, one batch behind: a GPU computes the next one while these features are written."""
+    started: Callable[[], Encoded] | None = None
+    for batch in batches:
+        before, started = started, _encode(teacher, batch, accelerator, clock)
+        if before is not None:
+            yield before()
+    if started is not None:
+        yield started()
+
+
+def _encode(teacher: Teacher, batch: Batch | None, accelerator: Accelerator, clock: Clock) -> Callable[[], Encoded]:
+    """Start to encode a batch; the result waits for the device."""
     if batch is None or not len(batch):
         empty = np.empty((0, teacher.class_vectors.shape[1]), np.float32)
-        return np.empty(0, np.int64), empty, () if batch is None else batch.unreadable
+        return lambda: (np.empty(0, np.int64), empty, () if batch is None else batch.unreadable)
     with clock, accelerator.autocast():
-        features = teacher.encode(_padded(batch.to(accelerator.device).inputs[0], FEWEST_AT_ONCE))[: len(batch)]
-    return batch.indices.numpy(), features.cpu().numpy(), batch.unreadable
+        encoded = teacher.encode(_padded(batch.to(accelerator.device).inputs[0], FEWEST_AT_ONCE))
+    features = to_host(encoded[: len(batch)])
+    return lambda: (batch.indices.numpy(), features(), batch.unreadable)
 
 
 def _padded(images: Tensor, rows: int) -> Tensor:
@@ -204,7 +232,7 @@ def _write(cache: TeacherCache, entries: Sequence[tuple[int, np.ndarray, np.ndar
         cache.mark(view, indices)
 
 
-def _record_cost(cache: TeacherCache, clock: _Clock, computed: int) -> int:
+def _record_cost(cache: TeacherCache, clock: Clock, computed: int) -> int:
     """Record the teacher's time for the crops that it computed; returns their number over all processes."""
     rows = collectives.all_gather((clock.seconds(), computed))
     crops = sum(row[1] for row in rows)
@@ -213,7 +241,7 @@ def _record_cost(cache: TeacherCache, clock: _Clock, computed: int) -> int:
     return crops
 
 
-class _Clock:
+class Clock:
     """Adds up the time that blocks take, on a GPU without making the CPU wait for it."""
 
     def __init__(self, device: torch.device) -> None:

@@ -18,6 +18,7 @@ from comkd_cli.method.student import learned_state
 from comkd_cli.models.plain_data import save_plain
 from comkd_cli.recipe.identity import Identity, described
 from comkd_cli.runtime import collectives, ranks
+from comkd_cli.training.optimizer import load_optimizer_state
 from comkd_cli.training.position import Position
 from comkd_cli.training.task import Task
 
@@ -104,7 +105,7 @@ class Checkpoint:
                 remedy=_restart(folder),
             )
         self.task.model.load_state_dict(state["model"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self._restore_random_state(state)

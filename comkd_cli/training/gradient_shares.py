@@ -17,11 +17,12 @@ def gradient_shares(terms: dict[str, Tensor], projected: Tensor) -> dict[str, fl
     features of all processes; the graph is retained for the backward pass. Weights alone do not show this: at a weight
     of 1000, KL / (batch * classes) can pull less or far more than IFAlign at a weight of 1.
     """
-    squares = {}
-    for name, term in terms.items():
+    found = []
+    for term in terms.values():
         (gradient,) = torch.autograd.grad(term, projected, retain_graph=True, allow_unused=True)
-        squares[name] = 0.0 if gradient is None else float(gradient.square().sum())
+        found.append(projected.new_zeros(()) if gradient is None else gradient.square().sum())
+    squares = dict(zip(terms, torch.stack(found).tolist(), strict=True))  # waits for a GPU once
     of_ranks = collectives.all_gather(squares)
-    norms = {name: math.sqrt(sum(found[name] for found in of_ranks)) for name in squares}
+    norms = {name: math.sqrt(sum(of_rank[name] for of_rank in of_ranks)) for name in squares}
     total = sum(norms.values())
     return {name: norm / total if total else 0.0 for name, norm in norms.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,4 +29,19 @@ def make_optimizer(model: nn.Module, optim: Sgd | AdamW, rate_factors: Mapping[s
     ]
     if isinstance(optim, Sgd):
         return torch.optim.SGD(settings, lr=optim.learning_rate, momentum=optim.momentum)
-    return torch.optim.AdamW(settings, lr=optim.learning_rate)
+    on_gpu = all(parameter.device.type == "cuda" for parameters in groups.values() for parameter in parameters)
+    # One kernel for all parameters; on a CPU PyTorch's choice stays as it is, and with it the bits of earlier runs.
+    return torch.optim.AdamW(settings, lr=optim.learning_rate, fused=True if on_gpu and groups else None)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the state of the same optimizer from a machine that may have had another device.
+
+    How a step is computed (`fused`) is that of this machine's optimizer; the state would overwrite it.
+    """
+    own = [group.get("fused") for group in optimizer.param_groups]
+    groups = [
+        {**group, "fused": fused} if "fused" in group else group
+        for group, fused in zip(state["param_groups"], own, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})

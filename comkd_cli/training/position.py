@@ -50,7 +50,10 @@ class Position:
 
     def averages(self) -> dict[str, float]:
         """The averages of the epoch's figures so far."""
-        return {name: float(total) / self.counted_steps for name, total in self.sums.items()}
+        if not self.sums:
+            return {}
+        totals = torch.stack(list(self.sums.values())).tolist()  # waits for a GPU once, not for each figure
+        return {name: total / self.counted_steps for name, total in zip(self.sums, totals, strict=True)}
 
     def average_over_ranks(self) -> None:
         """Make the sums those of all processes: their average, since each process counts by its share."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from comkd_cli.runtime import ranks
 from comkd_cli.runtime.global_batch import batch_moments
 from tests import together
 
@@ -15,6 +16,28 @@ def test_alone_the_moments_are_those_of_the_batch() -> None:
     mean, variance = batch_moments(values)
     assert mean.tolist() == [2, 4]
     assert variance.tolist() == [1, 4]
+
+
+def test_the_moments_of_unequal_parts_take_one_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = 1000 + torch.randn(7, 3, 2, dtype=torch.float64)
+    parts, exchanged = values.split([5, 2]), []
+
+    def moments_of(rank: int, other: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        def all_reduce(table: torch.Tensor) -> None:
+            exchanged.append(table.clone())
+            if other is not None:
+                table += other
+
+        monkeypatch.setattr(ranks, "rank", lambda: rank)
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+        return batch_moments(parts[rank], (0, 2))
+
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    moments_of(1, None)  # for what the other process sends
+    mean, variance = moments_of(0, exchanged[0])
+    assert len(exchanged) == 2  # one of each process
+    torch.testing.assert_close(mean, values.mean((0, 2)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(variance, values.var((0, 2), correction=0), rtol=1e-10, atol=0)
 
 
 @pytest.fixture(scope="module")
