@@ -99,3 +99,53 @@ def test_a_neighbour_counts_its_images(monkeypatch: pytest.MonkeyPatch, capsys: 
     ready, rate = capsys.readouterr().out.split()
     assert ready == "ready"
     assert 0 < float(rate) < 1e6
+
+
+@pytest.mark.slow
+def test_every_section_for_a_gpu_runs_with_small_models_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.gpu import __main__ as gpu
+
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--seconds", "0.01"])
+    gpu.main()
+    document = json.loads(capsys.readouterr().out)
+    assert document["left_out"] == []
+    assert not [name for name in gpu.SECTIONS if "failed" in (document[name] or {})]
+    for pair in document["steps"].values():
+        rows, arithmetic = pair["batches"]["8"], pair["flops_per_image"]
+        rates = {name: rows[name]["images_per_second"] for name in arithmetic}
+        assert min(*rates.values(), rows["loop"]["images_per_second"]) > 0
+        assert rows["over_student_only"]["cache_warm"] == pytest.approx(rates["cache_warm"] / rates["student_only"])
+        # A warm cache computes nothing of the teacher; the reference also encodes the prompts.
+        assert arithmetic["cache_warm"] == arithmetic["student_only"] < arithmetic["no_cache"] < arithmetic["reference"]
+    assert document["cache"]["filling"]["images_per_second"] > 0
+    assert document["stage_1"].keys() == {"5", "70"}
+    assert document["few_shot"].keys() == {"linear-probe", "tip-adapter", "tip-adapter-f"}
+
+
+def test_a_gpu_benchmark_without_time_lists_what_it_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.gpu import __main__ as gpu
+
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--minutes", "0", "--only", "cache", "few_shot"])
+    gpu.main()
+    document = json.loads(capsys.readouterr().out)
+    assert document["left_out"] == ["cache", "few-shot"]
+    assert "steps" not in document
+
+
+@pytest.mark.parametrize(
+    ("card", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("unknown", None),
+    ],
+)
+def test_the_peak_of_a_card_is_found_by_its_name(card: str, peak: float | None) -> None:
+    from benchmarks.gpu.measure import bf16_peak
+
+    assert bf16_peak(card) == peak

@@ -5,7 +5,7 @@
 
 In bf16, images per second, peak memory and the share of the card's dense bf16 rate (arithmetic counted by PyTorch) of:
 
-- `steps`: a step of stage 2 from ViT-L/14 to ViT-B/16 (prompts), MobileCLIP2-S0 and MobileNetV4 small (every weight), by
+- `steps`: a step of stage 2 from ViT-L/14 to ViT-B/16 (prompts), MobileCLIP2-S0 and MobileNetV4 small (all weights), by
   batch size from 8 to the largest that fits: the reference procedure (at batch 8: the teacher encodes the images and
   the prompts of 100 classes at each step), the teacher without and with a warm cache, the student alone, the training
   loop itself (`loop`, a warm cache and images in page-locked memory), and with torch.compile;
@@ -15,8 +15,8 @@ In bf16, images per second, peak memory and the share of the card's dense bf16 r
 - `loss_scaling`: fp16 with its scaler beside bf16;
 - `sync_batch_norm`: SyncBatchNorm beside batch norms in one process.
 
-Images are not decoded: `python -m benchmarks.loader` measures that. What has no time left within --minutes is listed under
-`left_out`. Prints one JSON document.
+Images are not decoded: `python -m benchmarks.loader` measures that. What has no time left within --minutes is listed
+under `left_out`. Prints one JSON document.
 """
 
 from __future__ import annotations
@@ -35,57 +35,33 @@ from benchmarks.gpu.measure import Budget, Meter
 from benchmarks.gpu.others import as_numbers, cache_filling, few_shot, loss_scaling, shared_batch_norm, stage_1
 from benchmarks.gpu.steps import MOST_BATCH, Pair, measure_steps
 from comkd_cli.edge.machine import cpu_name
+from comkd_cli.recipe.model import Model
 from comkd_cli.training.accelerator import make_accelerator
 
-TEACHER = {"arch": "ViT-L-14", "adapt": {"method": "none"}}
-FULL = {"name": "adamw", "learning_rate": 1e-4}
+TEACHER = Model(arch="ViT-L-14")
+SGD, ADAMW = {"name": "sgd"}, {"name": "adamw", "learning_rate": 1e-4}
+MOBILENET = {"image_size": 224, "timm_model_name": "mobilenetv4_conv_small", "timm_pool": "avg", "timm_proj": "none"}
 PAIRS = {
-    "ViT-B-16": Pair(
-        TEACHER,
-        {"arch": "ViT-B-16", "weights": "random", "train": "prompts"},
-        {"name": "sgd"},
-        {"vision_depth": 9, "text_depth": 9, "tokens": 4},
-    ),
-    "MobileCLIP2-S0": Pair(
-        TEACHER,
-        {"arch": "MobileCLIP2-S0", "weights": "random", "train": "full"},
-        FULL,
-        {"vision_depth": 9, "text_depth": 9, "tokens": 4},
-    ),
-    "MobileNetV4": Pair(
-        TEACHER,
-        {
-            "train": "full",
-            "config": {
-                "embed_dim": 1280,
-                "vision_cfg": {
-                    "image_size": 224,
-                    "timm_model_name": "mobilenetv4_conv_small",
-                    "timm_pool": "avg",
-                    "timm_proj": "none",
-                },
-            },
-        },
-        FULL,
-        {"vision_depth": 9, "text_depth": 9, "tokens": 4},
-    ),
+    "ViT-B-16": Pair(TEACHER, Model(arch="ViT-B-16"), {"train": "prompts"}, SGD),
+    "MobileCLIP2-S0": Pair(TEACHER, Model(arch="MobileCLIP2-S0"), {"train": "full"}, ADAMW),
+    "MobileNetV4": Pair(TEACHER, Model(config={"embed_dim": 1280, "vision_cfg": MOBILENET}), {"train": "full"}, ADAMW),
 }
-CLIP = {
+TRANSFORMERS = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2},
     "text_cfg": {"context_length": 10, "width": 16, "heads": 2, "layers": 2},
 }
-CONVOLUTIONS = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 4, "head_width": 32}}
-TINY_TEACHER = {"config": CLIP, "adapt": {"method": "none"}}
-TINY_PROMPTS = {"vision_depth": 2, "text_depth": 2, "tokens": 2}
+CONVOLUTIONS = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 4, "head_width": 32}
+TINY_TEACHER, TINY_PROMPTS = Model(config=TRANSFORMERS), {"tokens": 2, "depth": 2}
 TINY = {
-    "prompts": Pair(
+    "prompts": Pair(TINY_TEACHER, TINY_TEACHER, {"train": "prompts", "prompts": TINY_PROMPTS}, SGD, **TINY_PROMPTS),
+    "convolutions": Pair(
         TINY_TEACHER,
-        {"config": CLIP, "train": "prompts", "prompts": {"tokens": 2, "depth": 2}},
-        {"name": "sgd"},
-        TINY_PROMPTS,
+        Model(config={"embed_dim": 16, "vision_cfg": CONVOLUTIONS}),
+        {"train": "full"},
+        ADAMW,
+        **TINY_PROMPTS,
     ),
-    "convolutions": Pair(TINY_TEACHER, {"config": CONVOLUTIONS, "train": "full"}, FULL, TINY_PROMPTS),
 }
 SECTIONS = ("steps", "cache", "stage_1", "few_shot", "loss_scaling", "sync_batch_norm")
 
@@ -128,8 +104,8 @@ class Benchmark:
         work: Callable[[], Any] = getattr(self, f"_{name}")
         try:
             return work()
-        except RuntimeError as error:  # such as a card without bf16; the other sections still run
-            return {"failed": str(error).splitlines()[0]}
+        except Exception as error:  # the figures of the other sections are not lost
+            return {"failed": f"{type(error).__name__}: {error}"}
 
     def _steps(self) -> dict[str, Any]:
         most, compiles = (8, False) if self._tiny else (MOST_BATCH, True)
@@ -162,12 +138,10 @@ class Benchmark:
         return loss_scaling(pair, batch, precisions, self._accelerator, self._meter)
 
     def _sync_batch_norm(self) -> Any:
+        if self.device.type != "cuda" or not self.budget.allows("SyncBatchNorm", 10):  # it refuses CPU tensors
+            return None
         pair, batch = self._pairs[self._last], 8 if self._tiny else 64
-        return (
-            shared_batch_norm(pair, batch, self._accelerator, self._meter)
-            if self.budget.allows("SyncBatchNorm", 10)
-            else None
-        )
+        return shared_batch_norm(pair, batch, self._accelerator, self._meter)
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

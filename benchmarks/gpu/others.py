@@ -23,11 +23,10 @@ from comkd_cli.evaluation.linear_probe import linear_probe
 from comkd_cli.evaluation.tip_adapter import tip_adapter
 from comkd_cli.method.linear_probe import Classifier, Labelled
 from comkd_cli.method.prompt_src import prompt_src_terms
-from comkd_cli.models.backbones import build_clip, build_image_tower
+from comkd_cli.models.backbones import build_image_tower
 from comkd_cli.recipe.model import PromptSrcAdapt
 from comkd_cli.teachers.cached import BATCH_SIZE, Clock, encoded_batches
 from comkd_cli.teachers.feature_cache import CacheKey, TeacherCache
-from comkd_cli.teachers.prompted import prompted_clip
 from comkd_cli.training.optimizer import make_optimizer
 
 
@@ -65,7 +64,7 @@ def cache_filling(pair: Pair, accelerator: Accelerator, meter: Meter, batches: i
 def stage_1(pair: Pair, classes: int, batch: int, accelerator: Accelerator, meter: Meter) -> dict[str, Any] | None:
     """A step of PromptSRC."""
     adapt = PromptSrcAdapt()
-    prompted = prompted_clip(build_clip(pair.recipe(batch).teacher), **pair.prompts)
+    prompted = pair.prompted()
     module = prompted.module.to(accelerator.device).train()
     tokens = prompted.tokens([f"thing number {number}" for number in range(classes)]).to(accelerator.device)
     optimizer = make_optimizer(module, adapt, {})
@@ -119,7 +118,7 @@ def few_shot(classes: int, shots: int, test: int, dim: int, device: torch.device
 def loss_scaling(
     pair: Pair, batch: int, precisions: Sequence[str], accelerator: Accelerator, meter: Meter
 ) -> dict[str, Any]:
-    """Full steps of the student alone by precision; fp16's scaler reads back once a step whether gradients overflowed."""
+    """Steps of the student alone by precision; fp16's scaler reads back in each step whether gradients overflowed."""
     setup = Setup(pair, 10, accelerator)
     optimizer = make_optimizer(setup.student, pair.recipe(batch).optim, {})
     images = setup.images(batch)[1].to(accelerator.device)
@@ -142,8 +141,7 @@ def loss_scaling(
 
 def shared_batch_norm(pair: Pair, batch: int, accelerator: Accelerator, meter: Meter) -> dict[str, Any]:
     """Forward and backward of a convolutional tower with its own batch norms and with SyncBatchNorm, in one process."""
-    on_gpu = accelerator.device.type == "cuda"
-    tower = build_image_tower(pair.recipe(batch).student)
+    tower = build_image_tower(pair.student)
     size = tower.preprocessing.size
     images = torch.randn(batch, 3, size, size, device=accelerator.device)
     module = tower.module.to(accelerator.device).train()
@@ -156,7 +154,7 @@ def shared_batch_norm(pair: Pair, batch: int, accelerator: Accelerator, meter: M
 
     found = {"batch_norm": meter.rate(step, batch)}
     store = distributed.HashStore()
-    distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1)
+    distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
     try:
         module = convert_sync_batchnorm(module)
         found["sync_batch_norm"] = meter.rate(step, batch)

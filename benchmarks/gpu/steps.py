@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.gpu.measure import Budget, Meter, flops
 from comkd_cli.data.loaders import Batch
 from comkd_cli.edge.images import Preprocessing
+from comkd_cli.events import Epoch, Event
 from comkd_cli.flows.distill.stage_2 import Distillation
 from comkd_cli.method.objective import loss_terms
 from comkd_cli.method.student import Student
@@ -23,6 +24,7 @@ from comkd_cli.method.teacher import Teacher, TeacherOutput
 from comkd_cli.models.backbones import build_clip, build_image_tower
 from comkd_cli.recipe import Recipe, parse_recipe
 from comkd_cli.recipe.identity import Identity
+from comkd_cli.recipe.model import Model
 from comkd_cli.teachers.cached import CachedTeacher
 from comkd_cli.teachers.feature_cache import CacheKey, TeacherCache
 from comkd_cli.teachers.prompted import Prompted, prompted_clip
@@ -38,20 +40,33 @@ COMPILE_SECONDS = 90.0
 
 @dataclass(frozen=True)
 class Pair:
-    """A teacher and a student, as a recipe without data has them."""
+    """A teacher and a student with random weights."""
 
-    teacher: dict[str, Any]
-    student: dict[str, Any]
+    teacher: Model
+    student: Model
+    trained: dict[str, Any]
+    """What of the student is trained, as fields of a recipe's `student`."""
     optim: dict[str, Any]
-    prompts: dict[str, int]
-    """Of the teacher: depths of both encoders, and tokens."""
+    depth: int = 9
+    """Prompted layers of both encoders of the teacher."""
+    tokens: int = 4
+    """Of each of these layers."""
 
     def recipe(self, batch: int, epochs: int = 1) -> Recipe:
         """The recipe for a batch size."""
-        optim = {**self.optim, "batch_size": batch, "epochs": epochs}
+        teacher, student = (model.model_dump(exclude_none=True) for model in (self.teacher, self.student))
         return parse_recipe(
-            {"data": {"dataset": "digits"}, "teacher": self.teacher, "student": self.student, "optim": optim}
+            {
+                "data": {"dataset": "digits"},
+                "teacher": {**teacher, "adapt": {"method": "full"}},
+                "student": {**student, "weights": "random", **self.trained},  # weights that are not loaded
+                "optim": {**self.optim, "batch_size": batch, "epochs": epochs},
+            }
         )
+
+    def prompted(self) -> Prompted:
+        """The teacher's CLIP with prompts."""
+        return prompted_clip(build_clip(self.teacher), self.depth, self.depth, self.tokens)
 
 
 class Setup:
@@ -60,7 +75,7 @@ class Setup:
     def __init__(self, pair: Pair, classes: int, accelerator: Accelerator) -> None:
         self.pair, self.device, self._accelerator = pair, accelerator.device, accelerator
         recipe = pair.recipe(FIRST_BATCH)
-        self.prompted: Prompted = prompted_clip(build_clip(recipe.teacher), **pair.prompts)
+        self.prompted = pair.prompted()
         self.module = self.prompted.module.eval().to(self.device)
         names = [f"thing number {number}" for number in range(classes)]
         self.tokens = self.prompted.tokens(names).to(self.device)
@@ -74,7 +89,7 @@ class Setup:
 
     def _new_student(self, recipe: Recipe) -> tuple[Student, Preprocessing]:
         """With a tower of its own: prompts are hooks on it."""
-        tower, teacher = build_image_tower(recipe.student), self.teacher
+        tower, teacher = build_image_tower(self.pair.student), self.teacher
         attention = recipe.loss.edu_attention
         student = Student(
             tower.module, tower.width, teacher.class_vectors, teacher.logit_scale, recipe.student, attention
@@ -151,8 +166,14 @@ class Setup:
             resume_line="",
             unreadable_limit_percent=0.0,
         )
-        history = Trainer(task, self._accelerator, lambda event: None).fit()
-        return history[-1]["images_per_second"]
+        rates: list[float] = []
+        Trainer(task, self._accelerator, lambda event: _note_rate(event, rates)).fit()
+        return rates[-1]
+
+
+def _note_rate(event: Event, rates: list[float]) -> None:
+    if isinstance(event, Epoch):
+        rates.append(event.images_per_second)
 
 
 class _Unscored(Distillation):
@@ -189,7 +210,7 @@ def measure_steps(  # noqa: PLR0913 - the options of the command
 ) -> dict[str, Any]:
     """Rates by batch size, from 8 to the largest that fits, doubling; then with compiled towers."""
     setup = Setup(pair, classes, accelerator)
-    found: dict[str, Any] = {"student_flops_per_image": None, "batches": {}, "compiled": {}}
+    found: dict[str, Any] = {"batches": {}, "compiled": {}}
     batch = FIRST_BATCH
     while batch <= most_batch and budget.allows(f"batch {batch}", 8 * meter.seconds):
         with tempfile.TemporaryDirectory() as folder:
@@ -197,7 +218,6 @@ def measure_steps(  # noqa: PLR0913 - the options of the command
             if batch == FIRST_BATCH:
                 arithmetic = {name: flops(way) / batch for name, way in ways.items()}
                 found["flops_per_image"] = arithmetic
-                found["student_flops_per_image"] = arithmetic["student_only"]
             else:
                 ways.pop("reference")  # its arithmetic hardly depends on the batch
             rows = {name: _row(meter, way, batch, arithmetic[name]) for name, way in ways.items()}
