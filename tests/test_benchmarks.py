@@ -117,7 +117,7 @@ def test_every_section_for_a_gpu_runs_with_small_models_on_a_cpu(
         rates = {name: rows[name]["images_per_second"] for name in arithmetic}
         assert min(*rates.values(), rows["loop"]["images_per_second"]) > 0
         assert rows["over_student_only"]["cache_warm"] == pytest.approx(rates["cache_warm"] / rates["student_only"])
-        # Of the teacher a warm cache leaves the logits, 100 classes of 16 dimensions; the reference encodes prompts too.
+        # Of the teacher a warm cache leaves the logits, 100 classes of 16 dimensions; the reference has prompts too.
         assert arithmetic["cache_warm"] - arithmetic["student_only"] == 2 * 100 * 16
         assert arithmetic["cache_warm"] < arithmetic["no_cache"] < arithmetic["reference"]
     assert document["cache"]["filling"]["images_per_second"] > 0
