@@ -70,6 +70,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def remove_unfinished(path: Path) -> None:
+    """Remove what processes left that were killed while they wrote `path`, where it may not be written again."""
+    if path.parent.is_dir():
+        with _in_turn(path.parent):
+            _remove_unfinished(path)
+
+
 def _remove_unfinished(path: Path) -> None:
     """Remove the files of processes that were killed while they wrote `path`; a running process has its file locked."""
     for file in path.parent.glob(f".{glob.escape(path.name)}.????????{UNFINISHED}"):

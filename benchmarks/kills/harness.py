@@ -67,7 +67,7 @@ def planned(seed: int, number: int, kinds: Sequence[str]) -> Case:
 class Harness:
     """Runs cases in a folder of its own, which it fills with what they need."""
 
-    def __init__(self, root: Path, kinds: Sequence[str], hub_address: str) -> None:
+    def __init__(self, root: Path, hub_address: str) -> None:
         self._root = root
         self._runner = Runner(root, hub_address)
         self._usual: dict[str, Usual] = {}
@@ -76,8 +76,6 @@ class Harness:
         write_inputs(root)
         (root / "exported").mkdir()
         self._make_student()
-        for name in kinds:
-            self._observe(name)
 
     def _make_student(self) -> None:
         """A finished student in `made`, its scores in `scored`, its bundle in `bundle`."""
@@ -107,6 +105,8 @@ class Harness:
     def run(self, case: Case, seed: int) -> None:
         """Run a case, and note what it found."""
         kind, landed = KINDS[case.kind], []
+        if case.kind not in self._usual:
+            self._observe(case.kind)
         start_with(kind, self._root)
         self.tally.cases[case.kind] += 1
         try:
@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="comkd-kills-"))).resolve()
         address, handler = stack.enter_context(hub())
         handler.files[ARCHIVE] = eurosat()
-        harness = Harness(root, options.kinds, address)
+        harness = Harness(root, address)
         for case in cases(options.seed, options.first, options.kinds):
             harness.run(case, options.seed)
             summary = _summary(options, harness.tally, case.number + 1, time.monotonic() - started)

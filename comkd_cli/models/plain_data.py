@@ -67,15 +67,31 @@ def check_tensors(path: Path, data: Mapping[str, Any], class_names: Sequence[str
 def save_plain(path: Path, data: dict[str, Any]) -> None:
     """Write plain data and tensors atomically, to be read with weights_only=True. Raises ComkdError.
 
-    Equal data gives equal bytes: given a path, torch would store the name of the temporary file.
+    Equal data gives equal bytes. Given a path, torch would store the name of the temporary file.
     """
+    plain = _without_identities(data, {})
     with atomic_write(path) as unfinished:
         try:
             with unfinished.open("wb") as stream:
-                torch.save(data, stream)
+                torch.save(plain, stream)
         except RuntimeError as error:  # torch's writer hides the error of the system
             problem = f"could not be written ({str(error).splitlines()[0]})"
             raise ComkdError(problem, path=path, remedy="is the disk full?") from error
+
+
+def _without_identities(value: Any, texts: dict[str, str]) -> Any:
+    """The value with each text as one object, and each list, tuple and mapping as one of its own.
+
+    Pickle writes an object once, and refers to it where it comes again, so its bytes depend on which equal texts are
+    the same object. Those of a resumed run are others than those of an undisturbed one.
+    """
+    if type(value) is str:
+        return texts.setdefault(value, value)
+    if type(value) is dict:
+        return {_without_identities(key, texts): _without_identities(item, texts) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_without_identities(item, texts) for item in value)
+    return value
 
 
 def load_plain(path: Path, expected: str, kind: str) -> dict[str, Any]:

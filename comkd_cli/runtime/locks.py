@@ -92,6 +92,22 @@ def in_turn_with_others(target: Path, report: Report = ignore_event) -> Iterator
         yield
 
 
+@contextmanager
+def if_free(target: Path) -> Iterator[bool]:
+    """As `sole_writer`, but where another process is in such a block, this one says False at once and has no lock."""
+    lock = _Lock(target)
+    if not lock.acquired():
+        yield False
+        return
+    with lock.held():
+        yield True
+
+
+def has_lock_files(target: Path) -> bool:
+    """Whether another process is in such a block, or was killed in one: the next block removes what that one left."""
+    return _Lock(target).has_files
+
+
 class _Lock:
     """The lock of a file or folder, with the note on its holder."""
 
@@ -108,6 +124,11 @@ class _Lock:
     def holder(self) -> Holder | None:
         """Who holds it, as far as the note says."""
         return Holder.read(self._note)
+
+    @property
+    def has_files(self) -> bool:
+        """Whether the lock or the note exists; the lock does as long as anything else does."""
+        return self._path.exists() or self._note.exists()
 
     def acquired(self) -> bool:
         """Whether this process has the lock now. Raises WriteError."""

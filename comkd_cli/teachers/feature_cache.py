@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from comkd_cli.errors import CheckpointError
-from comkd_cli.files import allocate, write_text
-from comkd_cli.runtime.locks import in_turn_with_others
+from comkd_cli.files import allocate, remove_unfinished, write_text
+from comkd_cli.runtime.locks import has_lock_files, if_free, in_turn_with_others
 
 CACHE_FORMAT = "comkd-teacher-cache/1"
 DTYPES: dict[str, type[np.generic]] = {"fp16": np.float16, "fp32": np.float32}
@@ -63,6 +63,9 @@ class TeacherCache:
             raise CheckpointError(f"could not be created ({error.strerror or error})", path=self.folder) from error
         with in_turn_with_others(self.folder / "cache.json"):
             self._create_or_check()
+        if has_lock_files(self._cost_file):
+            with if_free(self._cost_file):  # a run that computes nothing would not write the costs again
+                remove_unfinished(self._cost_file)
         self.reopen()
 
     def reopen(self) -> None:

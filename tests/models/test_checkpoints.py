@@ -83,9 +83,13 @@ def test_a_checkpoint_that_lacks_a_part_is_damaged(
 
 
 def test_equal_data_give_equal_files(tmp_path: Path) -> None:
-    data = {"format": "comkd-test/1", "weights": torch.arange(12.0).reshape(3, 4)}
-    for name in ("first.pt", "second.pt"):
-        save_plain(tmp_path / name, data)
+    weights, loss = torch.arange(12.0).reshape(3, 4), "a loss"
+    other = "".join(["a ", "loss"])  # another object
+    assert other is not loss
+    first = {"format": "comkd-test/1", "weights": weights, "kept": [loss], "history": ({loss: 0.5}, {loss: 0.25})}
+    second = {"format": "comkd-test/1", "weights": weights, "kept": [loss], "history": ({other: 0.5}, {loss: 0.25})}
+    save_plain(tmp_path / "first.pt", first)
+    save_plain(tmp_path / "second.pt", second)
     assert (tmp_path / "first.pt").read_bytes() == (tmp_path / "second.pt").read_bytes()
 
 

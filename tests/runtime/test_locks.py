@@ -11,7 +11,7 @@ import pytest
 from comkd_cli.errors import InUseError, WriteError
 from comkd_cli.events import Event, Notice
 from comkd_cli.runtime import locks
-from comkd_cli.runtime.locks import Holder, in_turn_with_others, sole_writer
+from comkd_cli.runtime.locks import Holder, has_lock_files, if_free, in_turn_with_others, sole_writer
 
 CONTEXT = multiprocessing.get_context("spawn")
 
@@ -136,3 +136,18 @@ def test_blocks_of_many_processes_never_overlap_though_the_lock_is_removed_each_
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4
     assert (tmp_path / "count").read_text() == "200"
+
+
+def test_what_a_killed_holder_left_is_seen_and_removed_and_a_living_one_is_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    assert not has_lock_files(target)
+    other = Other(target)
+    assert has_lock_files(target)
+    with if_free(target) as free:
+        assert not free
+    assert names(tmp_path) == {".run.lock", ".run.holder"}
+    other.kill()
+    assert has_lock_files(target)
+    with if_free(target) as free:
+        assert free
+    assert names(tmp_path) == set()

@@ -38,10 +38,10 @@ from comkd_cli.results.curve import IDLE_GATE, judge
 from comkd_cli.results.result_files import forget_model
 from comkd_cli.runtime import collectives, ranks
 from comkd_cli.runtime.cores import step_threads
-from comkd_cli.runtime.locks import sole_writer
+from comkd_cli.runtime.locks import has_lock_files, if_free, sole_writer
 from comkd_cli.teachers.cached import CachedTeacher
 from comkd_cli.teachers.loading import ReadyTeacher, TeacherSource
-from comkd_cli.training.checkpoint import delete_checkpoint, has_checkpoint
+from comkd_cli.training.checkpoint import checkpoint_file, delete_checkpoint, has_checkpoint
 from comkd_cli.training.gradient_shares import gradient_shares
 from comkd_cli.training.loop import Trainer
 from comkd_cli.training.task import Objective, StepResult, Task
@@ -184,8 +184,11 @@ def _save(run: Run, student: Student, record: StudentRecord, report: Report) -> 
 
 
 def remove_leftovers(run: Run) -> None:
-    """Delete the checkpoint of a finished run, which is there where the process was killed before it could do so."""
-    delete_checkpoint(run.folder)
+    """Delete the checkpoint and the lock of a finished run, left by a process that was killed before it could do so."""
+    if ranks.is_main() and (checkpoint_file(run.folder).parent.exists() or has_lock_files(run.folder)):
+        with if_free(run.folder) as free:
+            if free:
+                delete_checkpoint(run.folder)
 
 
 def _as_subject(ready: ReadyTeacher) -> Subject:
