@@ -6,7 +6,8 @@ Contents are bytes, apart from these fields, which hold times:
 - a teacher cache's cost.json, which has measured seconds for messages alone, and is absent where a killed run
   computed all features;
 - .ses, onnxruntime's own note of when it was used, in the folder for temporary files: left out;
-- empty files and folders `tmp*` with which the Hub's client tries out its cache: left out;
+- in the Hub's cache, what the Hub's client leaves when it is killed: empty files and folders `tmp*` and references
+  `*.tmp` of 40 bytes; its parts of downloads are compared;
 - image_digests.sqlite: the pages of the database; its rows are compared instead.
 """
 
@@ -24,7 +25,9 @@ State = Mapping[str, str]
 """By path: the permissions and a digest of the content, or `folder`."""
 SHOWN = 8
 MEASURED = ("cost.json",)
-OF_OTHERS = re.compile(r"temporary/\.ses|hub/.*/tmp\w+(-\w+)*(/dummy_file_\w+)?|hub/tmp\w+(/dummy_file_\w+)?")
+OF_OTHERS = re.compile(
+    r"temporary/\.ses|hub/.*/refs/\w+\.\w+\.tmp|hub/.*/tmp\w+(-\w+)*(/dummy_file_\w+)?|hub/tmp\w+(/dummy_file_\w+)?"
+)
 
 
 def state_of(root: Path, folders: Sequence[str]) -> State:
