@@ -18,6 +18,8 @@ INDIFFERENT: dict[str, Any] = {
     "about": True,
     "data": True,
     "evaluate_every_epochs": True,
+    "track": True,
+    "track_every_steps": True,
     "checkpointing": True,
     "collective_timeout_minutes": True,
     "teacher": {"adapt": {"data": True, "classes_at_once": True}},

@@ -127,6 +127,12 @@ class Recipe(Closed):
     collective_timeout_minutes: Annotated[float, Field(gt=0, le=MINUTES_A_WEEK)] = 30.0
     """How long one of several processes waits for the others in a step before the run fails, at most a week.
     Downloads, indexing and saving have no limit [C]."""
+    track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Trackers that get the figures of metrics.jsonl after each epoch, each an extra of comkd (`pip install
+    'comkd[tensorboard]'`). TensorBoard's files are in RUN/tensorboard, MLflow's in RUN/mlflow unless its environment
+    variables name a server. A tracker that fails is one notice; the result does not depend on them [C]."""
+    track_every_steps: Annotated[int, Field(ge=0)] = 0
+    """With `track`: also send the averages so far of the epoch every so many steps; 0: epochs alone [C]."""
     evaluate_every_epochs: Annotated[int, Field(ge=0)] = 1
     """Epochs between scores of the test images, where they have labels; 0 scores at the end only. Scores are always
     computed in fp32, as by `comkd evaluate`; `selection: promptkd` needs a score after every epoch."""

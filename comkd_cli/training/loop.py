@@ -26,6 +26,7 @@ from comkd_cli.training.optimizer import make_optimizer
 from comkd_cli.training.position import Position
 from comkd_cli.training.schedule import learning_rate
 from comkd_cli.training.task import Task
+from comkd_cli.training.tracking import Tracking
 
 REPORT_EVERY_SECONDS = 0.5
 FLUSH_EVERY_STEPS = 50
@@ -50,6 +51,7 @@ class Trainer:
         self.position = Position()
         self._stop_code: Callable[[], int | None] = lambda: None  # set while fit runs
         self._reported_at = 0.0
+        self._tracking: Tracking  # set while fit runs
 
     def fit(self) -> list[dict[str, float]]:
         """Train to the last epoch and return the figures of every epoch (see `Task.kept_figures`).
@@ -60,11 +62,19 @@ class Trainer:
         unreadable images) or CheckpointError (a checkpoint of another run).
         """
         self._start()
+        steps_done = self.position.epoch * self.task.loader.steps_per_epoch + self.position.step
+        self._tracking = Tracking(self.task, steps_done, self.report)
+        try:
+            self._train()
+        finally:
+            self._tracking.finish()
+        self._finish()
+        return [{name: value for name, value in line.items() if name != RATE} for line in self.position.history]
+
+    def _train(self) -> None:
         with limited_threads(self.task.threads), stop_requests() as self._stop_code, failures_explained():
             while self.position.epoch < self.task.optim.epochs:
                 self._train_epoch()
-        self._finish()
-        return [{name: value for name, value in line.items() if name != RATE} for line in self.position.history]
 
     def _start(self) -> None:
         """Resume from the checkpoint, or seed a new run."""
@@ -109,6 +119,7 @@ class Trainer:
                 self._step(parts, sizes)
             position.step += 1
             self._report_progress()
+            self._tracking.step(position.epoch * loader.steps_per_epoch + position.step, position.averages)
             if position.step % FLUSH_EVERY_STEPS == 0:
                 self.task.objective.flush(epoch_ended=False)
             code = self._stop_code() if alone else code
@@ -180,6 +191,7 @@ class Trainer:
         position.history.append(line)
         if ranks.is_main():
             write_text(task.folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in position.history))
+        self._tracking.epoch(epoch * steps, line)
         self.report(Epoch(epoch, task.optim.epochs, images_per_second, figures, task.held_out, task.unit))
         position.next_epoch()
 

@@ -99,6 +99,10 @@ class Task:
     """Of an exponential moving average of the weights over the steps, which is kept instead of the last weights."""
     unit: str = "images"
     """What the loader has, for messages."""
+    track: Sequence[str] = ()
+    """The trackers that get the figures, as in the recipe."""
+    track_every_steps: int = 0
+    """Between the figures of steps; 0 sends those of epochs alone."""
     threads: int | None = None
     """Threads of a CPU that compute the steps, as `runtime.cores.step_threads` gives them."""
     uses_all_parameters: bool = False

@@ -103,6 +103,8 @@ class TeacherPreparation:
             resume_line=self.resume_line,
             unreadable_limit_percent=recipe.data.unreadable_limit_percent,
             evaluate_every_epochs=recipe.evaluate_every_epochs,
+            track=recipe.track,
+            track_every_steps=recipe.track_every_steps,
             held_out=adaptation.source.holdout is not None,
             average=adaptation.average,
             uses_all_parameters=adaptation.uses_all_parameters,

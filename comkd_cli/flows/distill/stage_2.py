@@ -274,6 +274,8 @@ def _task(
         unreadable_limit_percent=recipe.data.unreadable_limit_percent,
         rate_factors={} if attention is None else {"edu_attention.gate": attention.gate_learning_rate_factor},
         evaluate_every_epochs=recipe.evaluate_every_epochs,
+        track=recipe.track,
+        track_every_steps=recipe.track_every_steps,
         held_out=run.source.holdout is not None,
         select_by=SELECTION_SCORE if selection_classes(recipe) else None,
         ema_decay=recipe.ema_decay,
