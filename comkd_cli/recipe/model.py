@@ -127,7 +127,7 @@ class Recipe(Closed):
     collective_timeout_minutes: Annotated[float, Field(gt=0, le=MINUTES_A_WEEK)] = 30.0
     """How long one of several processes waits for the others in a step before the run fails, at most a week.
     Downloads, indexing and saving have no limit [C]."""
-    track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    track: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], Field(strict=False)] = ()
     """Trackers that get the figures of metrics.jsonl after each epoch, each an extra of comkd (`pip install
     'comkd[tensorboard]'`). TensorBoard's files are in RUN/tensorboard, MLflow's in RUN/mlflow unless its environment
     variables name a server. A tracker that fails is one notice; the result does not depend on them [C]."""

@@ -56,6 +56,8 @@ def test_a_changed_setting_is_named(minimal_recipe: dict[str, Any], path: str, v
         ("about", "another text"),
         ("evaluate_every_epochs", 7),
         ("checkpointing", True),
+        ("track", ["tensorboard"]),
+        ("track_every_steps", 10),
         ("data", {"folder": "elsewhere", "unreadable_limit_percent": 50.0, "workers": 3}),
     ],
 )
