@@ -150,3 +150,18 @@ def test_the_peak_of_a_card_is_found_by_its_name(card: str, peak: float | None) 
     from benchmarks.gpu.measure import bf16_peak
 
     assert bf16_peak(card) == peak
+
+
+def test_the_few_shot_benchmark_compares_equal_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--classes", "6", "--dim", "32", "--test", "300", "--shots", "1", "2", "--seeds", "1"]
+    monkeypatch.setattr(sys, "argv", ["few_shot", *sizes, "--no-val", "--reference-shots", "2"])
+    importlib.import_module("benchmarks.few_shot").main()
+    document = json.loads(capsys.readouterr().out)
+    assert document["seconds_in_all"] == pytest.approx(sum(document["seconds"].values()))
+    for figures in document["compared"]["2"].values():
+        assert figures["over_reference"] == pytest.approx(figures["seconds"] / figures["reference_seconds"])
+        assert figures["equal_answers_percent"] >= 99
+        assert abs(figures["top1_difference_points"]) <= 1
+        assert figures["top1_percent"] > 1.3 * 100 / 6  # there is something to learn
