@@ -86,7 +86,7 @@ def make_contenders(
 ) -> dict[str, Callable[[int], Iterable[int]]]:
     """Each contender as a function from an epoch's number to the sizes of its batches."""
     plain = DataLoader(
-        _PlainImages([root / key for key in images.keys]),
+        PlainImages([root / key for key in images.keys], TEACHER.size, AUGMENT.min_scale),
         batch_size=min(batch, len(images)),
         shuffle=True,
         num_workers=workers,
@@ -111,16 +111,17 @@ def make_contenders(
     }
 
 
-class _PlainImages(Dataset[torch.Tensor]):
+class PlainImages(Dataset[torch.Tensor]):
     """The images as a training script without comkd reads them."""
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: list[Path], size: int, min_scale: float) -> None:
+        """size: of a crop, in pixels. min_scale: the least share of an image's area in it."""
         self._paths = paths
         self._transform = transforms.Compose(
             [
                 transforms.RandomResizedCrop(
-                    TEACHER.size,
-                    scale=(AUGMENT.min_scale, 1.0),
+                    size,
+                    scale=(min_scale, 1.0),
                     interpolation=transforms.InterpolationMode.BICUBIC,
                 ),
                 transforms.RandomHorizontalFlip(),

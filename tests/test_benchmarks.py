@@ -27,6 +27,23 @@ def test_each_benchmark_loads_and_says_its_own_command(name: str) -> None:
     assert f"python -m benchmarks.{name.removesuffix('.__main__')}" in module.__doc__
 
 
+def test_copies_of_photos_are_compared_with_torchvision_over_the_same_files(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--photos", "6", "--photo-width", "1280", "--small", "6", "--small-width", "480", "--workers", "0"]
+    monkeypatch.setattr(sys, "argv", ["photos", *sizes])
+    importlib.import_module("benchmarks.photos").main()
+    document = json.loads(capsys.readouterr().out)
+    for name, copy in (("photos", 355 * 473), ("small", 480 * 360)):  # 355 = ceil(224 / sqrt(0.4)); 360 is kept whole
+        found = document[name]
+        assert found["images"] == 6
+        assert found["bytes_of_a_copy"] == copy * 3 + 28
+        rates, ratios = found["images_per_second"], found["over_torchvision"]
+        assert ratios["first_epoch"] == pytest.approx(rates["first_epoch"] / rates["torchvision"][0])
+        assert ratios["later_epochs"] == pytest.approx(rates["later_epochs"] / rates["torchvision"][1])
+        assert 0 < found["difference_of_crops"]["copies"] < found["difference_of_crops"]["jpeg_95"]
+
+
 def test_the_loaders_ratios_are_quotients_of_the_rates_beside_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

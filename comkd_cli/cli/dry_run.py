@@ -15,7 +15,19 @@ if TYPE_CHECKING:
     from comkd_cli.flows.distill import Outline, Run
     from comkd_cli.recipe import Recipe
 
-ROWS = ("images", "teacher", "stage 1", "teacher check", "student", "stage 2", "cache", "device", "writes", "state")
+ROWS = (
+    "images",
+    "teacher",
+    "stage 1",
+    "teacher check",
+    "student",
+    "stage 2",
+    "cache",
+    "copies",
+    "device",
+    "writes",
+    "state",
+)
 
 
 class DryRun:
@@ -76,6 +88,8 @@ class DryRun:
         rows["stage 1"] = adapt.describe_stage(stage)
         run = distill.Run(recipe, self._name, drawn, self._runs, stage.contents, stage.key)
         plan = distill.plan(run)
+        if run.copy_plan is not None:
+            rows["copies"] = run.copy_plan.text(train, self._runs / "resized")
         rows["teacher check"] = self._teacher_check(run, stage, report)
         steps = recipe.optim.epochs * plan.steps_per_epoch
         rows["stage 2"] = f"{recipe.optim.epochs} epochs of {plan.steps_per_epoch:,} steps, {steps:,} in all"

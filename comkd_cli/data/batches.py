@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
@@ -104,21 +103,22 @@ class TrainingItems(Dataset[Item]):
         index, view, for_first = crop
         preprocessings = self._preprocessings if for_first else self._preprocessings[1:]
 
-        def prepare(image: Image) -> tuple[Tensor | None, ...]:
-            inputs = self._inputs(image, index, view, preprocessings)
+        def prepare() -> tuple[Tensor | None, ...]:
+            inputs = self._inputs(index, view, preprocessings)
             return tuple(inputs) if for_first else (None, *inputs)
 
         return replace(_item(self._images, index, prepare), view=view)
 
-    def _inputs(self, image: Image, index: int, view: int, preprocessings: Sequence[Preprocessing]) -> list[Tensor]:
+    def _inputs(self, index: int, view: int, preprocessings: Sequence[Preprocessing]) -> list[Tensor]:
         """The crop of an image in a view, mixed with another image's where the recipe mixes."""
+        image = self._images.open_to_crop(index)
         inputs = training_inputs(image, preprocessings, self._crops.augment, self._seed("crop", index, view))
         settings = self._crops.augment.mix
         mixture = None if settings is None else draw_mixture(settings, self._seed("mix", index, view), len(self))
         if mixture is None:
             return inputs
         try:
-            other = self._images.open(mixture.partner)
+            other = self._images.open_to_crop(mixture.partner)
         except UnreadableImage:  # reported where its own turn comes; this image is still of use
             return inputs
         seed = self._seed("crop", mixture.partner, view)
@@ -143,7 +143,7 @@ class ScoringItems(Dataset[Item]):
         return self._images.keys[index]
 
     def __getitem__(self, index: int) -> Item:
-        return _item(self._images, index, lambda image: (scoring_input(image, self._preprocessing),))
+        return _item(self._images, index, lambda: (scoring_input(self._images.open(index), self._preprocessing),))
 
 
 def collate(items: list[Item], sharing: Sequence[int]) -> Batch:
@@ -173,11 +173,11 @@ def shared_inputs(preprocessings: Sequence[Preprocessing]) -> tuple[int, ...]:
     return tuple(list(preprocessings).index(preprocessing) for preprocessing in preprocessings)
 
 
-def _item(images: ImageSet, index: int, prepare: Callable[[Image], tuple[Tensor | None, ...]]) -> Item:
+def _item(images: ImageSet, index: int, prepare: Callable[[], tuple[Tensor | None, ...]]) -> Item:
     label = None if images.labels is None else images.labels[index]
     try:
         with reading(index):
-            return Item(index, prepare(images.open(index)), label)
+            return Item(index, prepare(), label)
     except UnreadableImage as error:
         return Item(index, None, label, str(error))
     except MemoryError:

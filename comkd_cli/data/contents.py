@@ -134,6 +134,11 @@ def _state(path: str) -> State | str:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, _signed(found.st_ino)
 
 
+def digest_of_state(path: str) -> bytes:
+    """A digest of a file's size and modification time, as of now."""
+    return _digest_of_state(_state(path))
+
+
 def _digest_of_state(state: State | str) -> bytes:
     # The change time and the inode differ between copies of a file, which are the same image.
     return hashlib.sha256(repr(state if isinstance(state, str) else state[:2]).encode()).digest()

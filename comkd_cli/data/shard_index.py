@@ -6,17 +6,18 @@ that are mapped.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
+from comkd_cli.data.named_bytes import NamedBytes
 from comkd_cli.data.shard_members import SkippedFiles
 from comkd_cli.edge.images import UnreadableImage, open_image
 from comkd_cli.files import allocate
@@ -100,6 +101,10 @@ class ShardIndex:
 
     def open(self, index: int, most_pixels: int | None = None) -> Image.Image:
         """An image as RGB. most_pixels: see `open_image`. Raises UnreadableImage, naming the shard and the key."""
+        return open_image(self.read(index), most_pixels)
+
+    def read(self, index: int) -> NamedBytes:
+        """An image's file. Raises UnreadableImage, naming the shard and the key."""
         shard = self.shard_of(index)
         name, size = f"{shard}: {self.key(index)}", self.size_bytes(index)
         try:
@@ -109,7 +114,7 @@ class ShardIndex:
             raise UnreadableImage(f"{name}: {reason or error}") from error
         if len(content) < size:
             raise UnreadableImage(f"{name}: the shard ends within its bytes")
-        return open_image(_Member(name, content), most_pixels)
+        return NamedBytes(name, content)
 
     def spaced(self, most: int) -> list[int]:
         """The positions of about `most` images, evenly spaced over the ranks, by rank."""
@@ -120,6 +125,16 @@ class ShardIndex:
             for index in (block.start + np.flatnonzero(self.rows[block] % step == 0)).tolist()
         }
         return [found[rank] for rank in sorted(found)]
+
+
+def content_digest(content: bytes) -> bytes:
+    """What an index holds of an image's bytes, 16 bytes."""
+    return hashlib.blake2b(content, digest_size=CONTENT_BYTES).digest()
+
+
+def state_digest(state: os.stat_result) -> bytes:
+    """What an index holds of an image whose bytes are not read: of its shard's size and modification time, 16 bytes."""
+    return content_digest(repr((state.st_size, state.st_mtime_ns)).encode())
 
 
 def blocks(count: int) -> Iterator[slice]:
@@ -136,17 +151,6 @@ def map_array(path: Path, dtype: Any, count: int, new: bool = False, writable: b
         with path.open("wb") as file:
             allocate(file.fileno(), count * np.dtype(dtype).itemsize)
     return np.memmap(path, dtype=dtype, mode="r+" if new or writable else "r", shape=(count,))
-
-
-class _Member(BytesIO):
-    """An image's bytes, with the name that messages show."""
-
-    def __init__(self, name: str, content: bytes) -> None:
-        super().__init__(content)
-        self._name = name
-
-    def __repr__(self) -> str:
-        return self._name
 
 
 class _OpenFiles:

@@ -22,7 +22,7 @@ import numpy as np
 
 from comkd_cli.data.contents import Fingerprint
 from comkd_cli.data.image_files import SUFFIXES
-from comkd_cli.data.shard_index import CONTENT_BYTES, INDEX_FORMAT, ShardIndex, blocks, map_array
+from comkd_cli.data.shard_index import INDEX_FORMAT, ShardIndex, blocks, content_digest, map_array, state_digest
 from comkd_cli.data.shard_members import ImageMember, SkippedFiles, read_members
 from comkd_cli.errors import DataError
 from comkd_cli.events import Progress, Report
@@ -145,19 +145,14 @@ def _content_digests(path: Path, found: Sequence[ImageMember], fingerprint: Fing
     try:
         with path.open("rb") as file:
             if fingerprint == "size_and_time":
-                state = os.fstat(file.fileno())
-                shard = _content_digest(repr((state.st_size, state.st_mtime_ns)).encode())
+                shard = state_digest(os.fstat(file.fileno()))
                 yield from (shard for _ in found)
                 return
             for _, offset, size in found:
                 file.seek(offset)
-                yield _content_digest(file.read(size))
+                yield content_digest(file.read(size))
     except OSError as error:
         raise DataError(f"could not be read: {error.strerror or error}", path=path) from error
-
-
-def _content_digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=CONTENT_BYTES).digest()
 
 
 def key_bytes(key: str) -> bytes:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from comkd_cli.data.contents import Contents
+from comkd_cli.data.copies import Copies, Copy
 from comkd_cli.data.holdout import Holdout
 from comkd_cli.data.prompts import Prompts
 from comkd_cli.edge.images import UnreadableImage
@@ -32,6 +33,8 @@ class ImageSet:
     """The RGB image of a key; picklable, so that worker processes can open images too."""
     contents: Contents | None = field(default=None, compare=False)
     """Digests of what the images contain. None: of their decoded pixels."""
+    copies: Copies | None = field(default=None, compare=False)
+    """What random crops are cut from; None: from the images. A subset has none."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -39,6 +42,10 @@ class ImageSet:
     def open(self, index: int) -> Image.Image:
         """The image at a position, as RGB. Raises UnreadableImage."""
         return self.open_key(self.keys[index])
+
+    def open_to_crop(self, index: int) -> Image.Image | Copy:
+        """What random crops of the image at a position are cut from. Raises UnreadableImage."""
+        return self.open(index) if self.copies is None else self.copies.open(index)
 
     def subset(self, indices: list[int]) -> ImageSet:
         """The images at these positions, in this order."""

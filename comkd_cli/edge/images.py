@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
@@ -82,17 +82,24 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def open_image(file: ImageSource, most_pixels: int | None = None) -> Image.Image:
+def open_image(
+    file: ImageSource,
+    most_pixels: int | None = None,
+    before_decoding: Callable[[Image.Image], object] | None = None,
+) -> Image.Image:
     """An image file as 8-bit RGB, the way a viewer would show it.
 
     file: a path, an open binary file, or its content as bytes. The EXIF orientation is applied, transparency is
     composited on white, 16-bit grey is scaled to 8 bits, and an animation gives its first frame. Pillow's warnings are
-    ignored from the first call on. most_pixels: of the image, at most MOST_PIXELS, the default. Raises UnreadableImage,
-    with the file's name and the reason, whatever the decoder raises; also for a format that is not one of FORMATS.
+    ignored from the first call on. most_pixels: of the image, at most MOST_PIXELS, the default. before_decoding: gets
+    the opened image, of which the header alone is read. Raises UnreadableImage, with the file's name and the reason,
+    whatever the decoder raises; also for a format that is not one of FORMATS.
     """
     limit = MOST_PIXELS if most_pixels is None else most_pixels
     source = io.BytesIO(file) if isinstance(file, bytes) else file
     with _decoding(_name(file), limit), Image.open(source, formats=known_formats()) as opened:
+        if before_decoding is not None:
+            before_decoding(opened)
         return as_rgb(opened, limit)
 
 
@@ -281,8 +288,11 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
     return image.crop((left, top, left + size, top + size))
 
 
-def normalise(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """A square RGB image as float32 (3, size, size): scaled to 0..1, minus the mean, divided by the deviation."""
+def normalise(image: Image.Image | np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """A square RGB image as float32 (3, size, size): scaled to 0..1, minus the mean, divided by the deviation.
+
+    image: or its levels, uint8 (size, size, 3).
+    """
     # Bytes are transposed before they become floats, four times as large, and these are changed in place.
     pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).astype(np.float32)
     pixels /= np.float32(255)

@@ -14,6 +14,7 @@ DATASETS = ("digits", *CATALOG)
 DEFAULT_TEMPLATE = "a photo of a {}."
 OPENAI_TEMPLATES = "openai"
 MOST_IMAGE_PIXELS = 178_956_970  # edge.images.MOST_PIXELS
+LEAST_SHORT_SIDE = 32
 UNLABELLED = -1
 """The label of an image without one, in a set where others have labels, and in its batches."""
 
@@ -65,6 +66,12 @@ class Data(Closed):
     its sha256 in RUNS/image_digests.sqlite as long as its path, size and times stay. `size_and_time` reads no file, for
     datasets that take too long to read: it does not notice a file that was replaced by another of the same size and
     modification time [C]."""
+    resized: Literal["auto", "off"] | Annotated[int, Field(ge=LEAST_SHORT_SIDE)] = "auto"
+    """Decode each training image once, and keep a copy of its pixels in RUNS/resized, from which later epochs, runs and
+    students crop. A number is the short side of the copies in pixels; an image of up to 1.5 times that size is kept in
+    its own. `auto`: ceil(input / sqrt(augment.min_scale)), with the larger input of teacher and student, where at least
+    a tenth of the images of a `folder` or of `shards` is larger than that and than 128 pixels; `off` for a `dataset`.
+    Images that are scored are never copies. The folder can be deleted at any time [C]."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that decode images, for each training process. Default: one less than its cores, at most 8; at most
     one for `digits`, and none in short runs on them."""
@@ -78,6 +85,8 @@ class Data(Closed):
             raise ValueError(f"unknown dataset {self.dataset!r}; {hint}")
         if self.dataset is not None and self.classes is not None:
             raise ValueError(f"`classes` needs `folder` or `shards`; the dataset {self.dataset} has its own")
+        if self.dataset == "digits" and isinstance(self.resized, int):
+            raise ValueError("`resized` needs images in files; the digits are in memory")
         if self.labels is not None and self.folder is None:
             raise ValueError("`labels` needs `folder`: it gives labels to images of a folder")
         if self.shards is not None and self.classes is None:

@@ -89,7 +89,7 @@ class TeacherPreparation:
             model=adaptation.model,
             objective=adaptation,
             loader=TrainingLoader(
-                adaptation.source.train,
+                stage.images_to_crop(adaptation.source.train, self.report),
                 [adaptation.clip.preprocessing],
                 Crops(recipe.augment.crops, adapt.seed),
                 Steps(adapt.batch_size, adapt.seed, adapt.accumulation_steps),

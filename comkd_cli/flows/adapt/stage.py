@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from comkd_cli.data.copy_plan import CopyPlan, plan_copies, with_copies
 from comkd_cli.data.held_out import without_images_of
-from comkd_cli.data.source import Source
+from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.data.sources import open_source
 from comkd_cli.data.splits import draw_shots, halves
 from comkd_cli.errors import DataError
@@ -18,6 +19,7 @@ from comkd_cli.events import Notice, Report, ignore_event
 from comkd_cli.files import sha256_of_data
 from comkd_cli.models.backbones import Clip, weights_sha256
 from comkd_cli.models.checkpoints import TeacherRecord
+from comkd_cli.models.input_size import input_size
 from comkd_cli.recipe import Recipe
 from comkd_cli.recipe.model import Adapt, Data, FullAdapt, LinearProbeAdapt, Model, NoAdapt, PromptSrcAdapt, Teacher
 
@@ -43,6 +45,25 @@ class Stage1:
     def adapts(self) -> bool:
         """Whether anything is trained."""
         return self.settings.adapt.method != "none"
+
+    @property
+    def data(self) -> Data:
+        """The section of the recipe that names the images that the teacher is adapted to."""
+        adapt = self.settings.adapt
+        own = adapt.data if isinstance(adapt, PromptSrcAdapt) else None
+        return own or self.recipe.data
+
+    @cached_property
+    def copy_plan(self) -> CopyPlan | None:
+        """The copies that random crops are cut from, by the teacher's input alone: students of any input share it."""
+        if not isinstance(self.settings.adapt, FullAdapt | PromptSrcAdapt):  # which see no random crops
+            return None
+        min_scale = self.recipe.augment.min_scale
+        return plan_copies(self.adaptation_source.train, self.data, lambda: input_size(self.settings), min_scale)
+
+    def images_to_crop(self, images: ImageSet, report: Report) -> ImageSet:
+        """The images that the teacher is trained on, with their copies where it uses some, which is reported."""
+        return with_copies(images, self.copy_plan, self.data, self.runs, report)
 
     def prompt_source(self, adapt: PromptSrcAdapt) -> Source:
         """The labelled images that prompts are trained on: the shots of all classes, then the chosen half of these.
@@ -104,6 +125,8 @@ class Stage1:
         if isinstance(adapt, FullAdapt | PromptSrcAdapt):  # a probe sees centre crops in fp32
             crops = self.recipe.augment.crops.model_dump(mode="json", exclude_none=True)
             parts |= {"augment": crops, "precision": self.recipe.precision}
+            if self.copy_plan is not None:  # without it as in versions without copies
+                parts["resized"] = self.copy_plan.short_side
         return parts
 
     @cached_property

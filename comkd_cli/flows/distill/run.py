@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from comkd_cli.data.copy_plan import CopyPlan, plan_copies, with_copies
 from comkd_cli.data.loaders import check_shares
-from comkd_cli.data.source import Source
+from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.data.splits import draw_shots
 from comkd_cli.errors import CheckpointError, DataError, ModelError
 from comkd_cli.events import Notice, Report, ignore_event
@@ -18,6 +19,7 @@ from comkd_cli.files import sha256_of_data
 from comkd_cli.method.objective import labels_missing
 from comkd_cli.models.backbones import weights_sha256
 from comkd_cli.models.checkpoints import StudentRecord, load_student_record
+from comkd_cli.models.input_size import input_size
 from comkd_cli.recipe import Recipe
 from comkd_cli.recipe.identity import Identity, described, recipe_settings
 from comkd_cli.recipe.model import PromptSrcAdapt
@@ -55,6 +57,20 @@ class Run:
         return min(self.recipe.optim.batch_size, len(self.source.train))
 
     @cached_property
+    def copy_plan(self) -> CopyPlan | None:
+        """The copies that teacher and student see crops of; None where they see crops of the images."""
+        recipe = self.recipe
+
+        def larger_input() -> int:
+            return max(input_size(recipe.teacher), input_size(recipe.student))
+
+        return plan_copies(self.source.train, recipe.data, larger_input, recipe.augment.min_scale)
+
+    def images_to_crop(self, report: Report) -> ImageSet:
+        """The training images, with their copies where the run uses some, which is reported."""
+        return with_copies(self.source.train, self.copy_plan, self.recipe.data, self.runs, report)
+
+    @cached_property
     def identity(self) -> Identity:
         """All that decides the student. Reads the images whose contents are not in the index."""
         recipe, test = self.recipe, self.source.test
@@ -62,6 +78,8 @@ class Run:
         data: dict[str, Any] = {"fingerprint": recipe.data.fingerprint, **self.source.identity()}
         if self.source.holdout is not None:
             data["holdout_percent"] = self.source.holdout.percent
+        if self.copy_plan is not None:
+            data["resized"] = self.copy_plan.short_side
         if recipe.selection == "promptkd" and test is not None:
             labels = None if test.labels is None else sha256_of_data(list(test.labels))
             data |= {

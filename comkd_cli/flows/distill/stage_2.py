@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from comkd_cli.data.loaders import Batch, Crops, Steps, TrainingLoader, training_workers, worker_count
+from comkd_cli.data.source import ImageSet
 from comkd_cli.data.transforms import stable_seed
 from comkd_cli.edge.images import Preprocessing
 from comkd_cli.evaluation.subjects import Subject, live_student, live_teacher
@@ -160,7 +161,7 @@ def _distill(
     )
     cache = open_cache(run, ready, report) if recipe.loss.needs_teacher else None
     objective = Distillation(recipe, student, CachedTeacher(ready.teacher, cache), scorer, tower.preprocessing)
-    task = _task(run, objective, ready.preprocessing, resume_line, threads)
+    task = _task(run, run.images_to_crop(report), objective, ready.preprocessing, resume_line, threads)
     history = Trainer(task, accelerator, report).fit()
 
     objective.teacher.report_savings(report)
@@ -250,15 +251,21 @@ def _workers(run: Run) -> int:
 
 
 def _task(
-    run: Run, objective: Distillation, teacher_preprocessing: Preprocessing, resume_line: str, threads: int | None
+    run: Run,
+    images: ImageSet,
+    objective: Distillation,
+    teacher_preprocessing: Preprocessing,
+    resume_line: str,
+    threads: int | None,
 ) -> Task:
+    """images: to train on, with their copies."""
     recipe, cache = run.recipe, run.recipe.teacher_cache
     attention = recipe.loss.edu_attention
     return Task(
         model=objective.student,
         objective=objective,
         loader=TrainingLoader(
-            run.source.train,
+            images,
             [teacher_preprocessing, objective.preprocessing],
             Crops(recipe.augment, cache.seed, cache.views) if cache else Crops(recipe.augment, recipe.seed),
             Steps(recipe.optim.batch_size, recipe.seed, recipe.optim.accumulation_steps),

@@ -35,7 +35,7 @@ def precompute(run: Run, teacher: TeacherSource, accelerator: Accelerator, repor
     assert cache is not None  # since the recipe has settings for it
     ready.teacher.to(accelerator.device)
     with collectives.main_holds(in_turn_with_others(cache.folder, report)):
-        fill_cache(cache, ready, run.source.train, run.recipe, accelerator, report)
+        fill_cache(cache, ready, run.images_to_crop(report), run.recipe, accelerator, report)
 
 
 def open_cache(run: Run, ready: ReadyTeacher, report: Report) -> TeacherCache | None:
@@ -55,6 +55,8 @@ def open_cache(run: Run, ready: ReadyTeacher, report: Report) -> TeacherCache | 
         # Training with the same settings need not give the same teacher.
         "checkpoint_sha256": sha256_of_file(ready.checkpoint) if ready.checkpoint else None,
     }
+    if run.copy_plan is not None:  # without it as in versions without copies
+        made_of["resized"] = run.copy_plan.short_side
     dim = ready.teacher.class_vectors.shape[1]
     key = CacheKey(sha256_of_data(made_of), len(images), dim, settings.views, settings.dtype)
     with collectives.main_first():  # it creates the files
