@@ -50,7 +50,7 @@ def train(run: distill.Run, stage: adapt.Stage1) -> dict[str, torch.Tensor]:
     accelerator = make_accelerator("fp32")
     teacher = adapt.TeacherPreparation(stage, accelerator, lambda event: None, "again")
     file = distill.distill(run, teacher, accelerator, lambda event: None, "again")
-    return load_student(file).student.state_dict()
+    return load_student(file)[0].state_dict()
 
 
 def copies_of(runs: Path) -> list[Path]:
