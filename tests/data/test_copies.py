@@ -127,7 +127,7 @@ def test_a_photo_decoded_at_a_half_is_upright(orientation: int, size: tuple[int,
     copy = make_copy(file, 60)
     assert copy.size == upright.size
     reference = np.asarray(upright.resize(copy.pixels.shape[1::-1], Image.Resampling.LANCZOS))
-    assert np.abs(copy.pixels.astype(int) - reference).mean() < 3
+    assert np.abs(copy.pixels.astype(int) - reference).mean() < 5  # of 255; turned by 90 degrees it is 50
 
 
 @pytest.mark.parametrize("size", [(90, 60), (600, 400)])

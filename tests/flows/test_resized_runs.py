@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of four JPEG images of 180 x 150 pixels: crops of 70 % for 16 pixels need 20."""
+    """Two classes of four JPEG images of 180 x 150 pixels: crops of 20 % for 16 pixels need 36."""
     home = tmp_path_factory.mktemp("photos")
     for number in range(8):
         path = home / "train" / "ab"[number % 2] / f"{number}.jpg"
@@ -35,6 +35,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(folder: Path, runs: Path, **data: Any) -> tuple[distill.Run, adapt.Stage1]:
     recipe = parse_recipe(
         tiny.recipe(
+            augment={"min_scale": 0.2},
             data={"folder": str(folder), "workers": 0, "holdout_percent": 0, **data},
             optim={**tiny.OPTIM, "batch_size": 4},
             teacher={"config": tiny.CLIP, "adapt": {"method": "full", "epochs": 1, "batch_size": 4}},
@@ -74,14 +75,14 @@ def test_a_run_has_one_student_whatever_copies_exist(photos: Path, tmp_path: Pat
 def test_crops_of_copies_are_a_part_of_what_identifies_runs_teachers_and_caches(photos: Path, tmp_path: Path) -> None:
     run, stage = make(photos, tmp_path)
     train(run, stage)
-    assert run.identity.parts["data"]["resized"] == 20  # ceil(16 / sqrt(0.7))
+    assert run.identity.parts["data"]["resized"] == 36  # ceil(16 / sqrt(0.2))
     other, other_stage = make(photos, tmp_path, resized="off")
     assert "resized" not in other.identity.parts["data"]
     assert other_stage.key != stage.key
     with pytest.raises(CheckpointError) as error:
         distill.finished(other)
-    assert error.value.found == "data.resized: 20 in the finished run, not set now"
-    same, same_stage = make(photos, tmp_path, resized=20)
+    assert error.value.found == "data.resized: 36 in the finished run, not set now"
+    same, same_stage = make(photos, tmp_path, resized=36)
     assert same_stage.key == stage.key
     assert distill.finished(same)
     shutil.rmtree(tmp_path / "it")
