@@ -68,6 +68,7 @@ class DryRun:
 
     def _data_rows(self, recipe: Recipe, source: Source, outline: Outline, report: Report) -> dict[str, str]:
         """The rows that depend on the images."""
+        from comkd_cli.data.copies import FOLDER
         from comkd_cli.errors import DataError
         from comkd_cli.flows import adapt, distill
         from comkd_cli.teachers.feature_cache import CacheKey
@@ -89,7 +90,7 @@ class DryRun:
         run = distill.Run(recipe, self._name, drawn, self._runs, stage.contents, stage.key)
         plan = distill.plan(run)
         if run.copy_plan is not None:
-            rows["copies"] = run.copy_plan.text(train, self._runs / "resized")
+            rows["copies"] = run.copy_plan.text(len(run.source.train), self._runs / FOLDER)
         rows["teacher check"] = self._teacher_check(run, stage, report)
         steps = recipe.optim.epochs * plan.steps_per_epoch
         rows["stage 2"] = f"{recipe.optim.epochs} epochs of {plan.steps_per_epoch:,} steps, {steps:,} in all"

@@ -56,7 +56,7 @@ class Stage1:
     @cached_property
     def copy_plan(self) -> CopyPlan | None:
         """The copies that random crops are cut from, by the teacher's input alone: students of any input share it."""
-        if not isinstance(self.settings.adapt, FullAdapt | PromptSrcAdapt):  # which see no random crops
+        if not isinstance(self.settings.adapt, FullAdapt | PromptSrcAdapt):  # the others see no random crops
             return None
         min_scale = self.recipe.augment.min_scale
         return plan_copies(self.adaptation_source.train, self.data, lambda: input_size(self.settings), min_scale)
