@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from comkd_cli.data.named_bytes import NamedBytes
-from comkd_cli.edge.images import MOST_PIXELS, ORIENTATION, open_image
+from comkd_cli.edge.images import MOST_PIXELS, ORIENTATION, check_size, open_image
 
 FOLDER = "resized"
 """Of all copies, below the folder of runs."""
@@ -103,16 +103,18 @@ class Copies:
     originals: Originals
     share: float = 1.0
     """Of the images, whose copies are kept; those of the others are made each time."""
+    most_pixels: int = MOST_PIXELS
+    """Of an image; see `open_image`."""
 
     def open(self, index: int) -> Copy:
         """The copy of the image at a position. Raises UnreadableImage where there is none and the image is damaged."""
         key = self.originals.key(index)
         path = self.path(key)
         found = _read(path)
-        if found is not None:
+        if found is not None and math.prod(found.size) <= self.most_pixels:  # it may be of a run with another limit
             return found
         file = self.originals.read(index)
-        copy = make_copy(file, self.short_side)
+        copy = make_copy(file, self.short_side, self.most_pixels)
         if self._is_kept(key) and self.originals.has_key(index, file.getvalue()):
             _write(path, copy)
         return copy
@@ -127,7 +129,7 @@ class Copies:
         return int.from_bytes(key[KEY_BYTES - 8 : KEY_BYTES], "big") < self.share * 2**64
 
 
-def make_copy(file: NamedBytes, short_side: int) -> Copy:
+def make_copy(file: NamedBytes, short_side: int, most_pixels: int = MOST_PIXELS) -> Copy:
     """The copy of an image file: RGB and upright, as `open_image` gives it. Raises UnreadableImage.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves DECODED times the short side.
@@ -136,12 +138,13 @@ def make_copy(file: NamedBytes, short_side: int) -> Copy:
 
     def draft(opened: Image.Image) -> None:
         width, height = opened.size
+        check_size(width, height, most_pixels)  # of the file, not of what it is decoded to
         factor = next((f for f in JPEG_FACTORS if min(width, height) >= f * DECODED * short_side), 1)
-        if opened.format in ("JPEG", "MPO") and factor > 1 and width * height <= MOST_PIXELS:
+        if opened.format in ("JPEG", "MPO") and factor > 1:
             opened.draft(None, (width // factor, height // factor))
             drafted.append((height, width) if _is_turned(opened) else (width, height))
 
-    image = open_image(file, draft)
+    image = open_image(file, most_pixels, draft)
     size = drafted[0] if drafted else image.size
     return Copy(size, np.array(_reduced(image, size, short_side)))
 

@@ -16,7 +16,7 @@ from PIL import Image
 from comkd_cli.data.copies import FOLDER, HEADER, UNFINISHED, Copies, copy_size
 from comkd_cli.data.originals import has_files, open_original, originals_of
 from comkd_cli.data.source import ImageSet, evenly_spaced
-from comkd_cli.edge.images import UnreadableImage
+from comkd_cli.edge.images import UnreadableImage, known_formats
 from comkd_cli.events import Notice, Report
 from comkd_cli.recipe.model import Data
 from comkd_cli.runtime import ranks
@@ -85,7 +85,9 @@ def with_copies(images: ImageSet, plan: CopyPlan | None, data: Data, runs: Path,
         return images
     originals = originals_of(images, data.fingerprint)
     assert originals is not None  # plan_copies made sure that there are files
-    copies = Copies(runs / FOLDER / str(plan.short_side), plan.short_side, originals)
+    copies = Copies(
+        runs / FOLDER / str(plan.short_side), plan.short_side, originals, most_pixels=data.image_limit_pixels
+    )
     stored = Stored.below(runs / FOLDER)
     existing = sum(copies.path(originals.key(index)) in stored.files for index in range(len(images)))
     missing = len(images) - existing
@@ -152,7 +154,7 @@ def _sizes(images: ImageSet) -> Iterator[tuple[int, int]]:
         warnings.simplefilter("ignore")  # Pillow's, of sizes and metadata
         for index in evenly_spaced(images, SAMPLE):
             try:
-                with open_original(images, index) as file, Image.open(file) as opened:
+                with open_original(images, index) as file, Image.open(file, formats=known_formats()) as opened:
                     yield opened.size
             except (UnreadableImage, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
                 continue  # named when the image is decoded

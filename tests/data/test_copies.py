@@ -263,3 +263,13 @@ def test_a_damaged_image_is_named(folder: Path, tmp_path: Path) -> None:
     (folder / "2.jpg").unlink()
     with pytest.raises(UnreadableImage, match=r"\d\.jpg: No such file"):
         images.open_to_crop(1)
+
+
+def test_an_image_above_the_limit_is_refused_also_where_a_run_with_another_limit_made_its_copy(
+    folder: Path, tmp_path: Path
+) -> None:
+    epoch_of(with_copies(folder, tmp_path / "store"))
+    images = with_copies(folder, tmp_path / "store", most_pixels=640 * 426 - 1)  # 0.jpg has 640 x 426
+    with pytest.raises(UnreadableImage, match=r"0\.jpg: 640 x 426 pixels: the image size exceeds the limit of 272,639"):
+        images.open_to_crop(0)
+    images.open_to_crop(1)
