@@ -22,6 +22,7 @@ from comkd_cli.errors import ComkdError
 from comkd_cli.files import ERRORS_WITHOUT_FILENAME, REMEDIES
 from comkd_cli.runtime import ranks
 from comkd_cli.runtime.cores import sharing_cores
+from comkd_cli.runtime.imports import defer_compiler
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 FIRST_SIGNAL = 129  # 128 + SIGHUP, the lowest: from here on a code means a stop that was requested
@@ -71,6 +72,7 @@ class CommandFolder(click.Group):
         """Run the command behind the error boundary."""
         debug = ctx.params["debug"]
         try:
+            defer_compiler()
             with sharing_cores(), nullcontext() if debug else quiet_libraries():
                 result = super().invoke(ctx)
                 sys.stdout.flush()  # raises on a full disk here, not at exit

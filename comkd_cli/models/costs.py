@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
+
+from comkd_cli.runtime.imports import without_compiler
 
 Tower = tuple[nn.Module, int]
 """A module and the side of its square images, in pixels."""
@@ -22,12 +23,15 @@ def text_parameters(clip: nn.Module) -> int:
     return sum(parameter.numel() for name, parameter in clip.named_parameters() if not name.startswith(image))
 
 
+@without_compiler()
 def multiply_adds(module: nn.Module, size: int) -> int:
     """Multiply-adds of the matrix products, convolutions and attention for one image of `size` by `size` pixels.
 
     Half of the floating point operations that torch counts. Counted on the meta device, where nothing is computed and
     attention is counted independently of the kernel that the module's own device would use.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, for a fifth of a second
+
     tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     outline = {name: tensor.to("meta") for name, tensor in tensors.items()}
     was_training = module.training

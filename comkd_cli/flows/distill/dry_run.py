@@ -16,6 +16,7 @@ from comkd_cli.models.backbones import outline_clip, outline_image_tower
 from comkd_cli.models.costs import multiply_adds, parameters
 from comkd_cli.recipe import Recipe
 from comkd_cli.recipe.model import PromptSrcAdapt, Teacher
+from comkd_cli.runtime.imports import without_compiler
 from comkd_cli.teachers.prompted import prompted_clip
 from comkd_cli.training.checkpoint import has_checkpoint
 
@@ -55,6 +56,7 @@ class _TeacherOutline:
     dim: int
 
 
+@without_compiler()
 def outline(recipe: Recipe, classes: int) -> Outline:
     """What the recipe's models cost; they are built without weights, so that nothing is fetched. Raises ModelError."""
     teacher = _outline_teacher(recipe.teacher.model_dump_json())
