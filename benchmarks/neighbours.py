@@ -1,11 +1,13 @@
 """Two processes of comkd on the same cores: each kind of work alone and beside another process of the same work.
 
-    python -m benchmarks.neighbours [--works teacher student vit graph] [--seconds 8] [--rounds 3] [--spin-count N]
+    python -m benchmarks.neighbours [--works teacher student cifar vit graph] [--seconds 8] [--rounds 3]
+                                    [--spin-count N]
 
 Images per second, as the libraries' own settings have them (`default`: every core's threads, which spin while they
 wait) and as comkd has them (`comkd`, see docs/performance.md), in turn. The works: stage 1 and stage 2 of the recipe
-`digits` by their own training loops (stage 2 with a teacher of random weights); steps of a ViT-B/16 student with
-prompts, batch 4, on tensors in memory; and an onnxruntime session of the size of a ViT-Ti/16, as a bundle starts it.
+`digits` by their own training loops (stage 2 with a teacher of random weights); steps of the student of `cifar10`,
+batch 128, and of a ViT-B/16 student with prompts, batch 4, on tensors in memory; and an onnxruntime session of the size
+of a ViT-Ti/16, as a bundle starts it.
 `--spin-count` gives GOMP_SPINCOUNT another value than comkd's. Prints one JSON document: medians over the rounds, and
 the medians of two ratios of each round: `alone`, comkd over default, and `together`, both processes' sum over one
 process alone, both with comkd's settings.
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from comkd_cli.data.source import Source
     from comkd_cli.events import Event
     from comkd_cli.recipe import Recipe
+    from comkd_cli.recipe.model import Student
     from comkd_cli.teachers.loading import ReadyTeacher
 
 SETTINGS = ("default", "comkd")
@@ -211,29 +214,47 @@ def _student(setting: str, folder: Path) -> Work:
     return work
 
 
-def _vit(_setting: str, _folder: Path) -> Work:
+def _cifar(setting: str, _folder: Path) -> Work:
+    from comkd_cli.recipe import load_recipe
+
+    recipe = load_recipe("cifar10", [])
+    return _steps_of(recipe.student, recipe.optim.batch_size, setting)
+
+
+def _vit(setting: str, _folder: Path) -> Work:
+    from comkd_cli.recipe.model import Student
+
+    return _steps_of(Student(arch="ViT-B-16", weights="random", train="prompts"), VIT_BATCH, setting)
+
+
+def _steps_of(settings: Student, batch: int, setting: str) -> Work:
+    """Steps of a student of random weights on the same images, in as many threads as a run would take."""
     import torch
 
-    from comkd_cli.method.student import Student
+    from comkd_cli.method import student as method
     from comkd_cli.models.backbones import build_image_tower
+    from comkd_cli.models.costs import step_multiply_adds
     from comkd_cli.recipe.model import EduAttention, Model
-    from comkd_cli.recipe.model import Student as Settings
+    from comkd_cli.runtime.cores import step_threads
+    from comkd_cli.runtime.devices import limited_threads
     from comkd_cli.training.accelerator import make_accelerator
 
     make_accelerator("fp32")
-    tower = build_image_tower(Model(arch="ViT-B-16"))
+    tower = build_image_tower(Model(arch=settings.arch, config=settings.config))
+    size = tower.preprocessing.size
     vectors = torch.nn.functional.normalize(torch.randn(100, 512), dim=-1)
-    settings = Settings(arch="ViT-B-16", weights="random", train="prompts")
-    student = Student(tower.module, tower.width, vectors, torch.tensor(100.0), settings, EduAttention()).train()
+    student = method.Student(tower.module, tower.width, vectors, torch.tensor(100.0), settings, EduAttention()).train()
     optimizer = torch.optim.SGD([each for each in student.parameters() if each.requires_grad], lr=0.01)
-    images = torch.randn(VIT_BATCH, 3, 224, 224)
+    images = torch.randn(batch, 3, size, size)
+    multiply_adds = step_multiply_adds(batch, (student.backbone, size))
 
     def work(count: Callable[[int], None]) -> None:
-        for done in _steps():
-            student(images).logits.square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            count(done * VIT_BATCH)
+        with limited_threads(step_threads(multiply_adds) if setting == "comkd" else None):
+            for done in _steps():
+                student(images).logits.square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                count(done * batch)
 
     return work
 
@@ -289,6 +310,7 @@ def _layers(width: int = 192, layers: int = 12, tokens: int = 197) -> bytes:
 WORKS: dict[str, Callable[[str, Path], Work]] = {
     "teacher": _teacher,
     "student": _student,
+    "cifar": _cifar,
     "vit": _vit,
     "graph": _graph,
 }
