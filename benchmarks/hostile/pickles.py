@@ -151,6 +151,7 @@ class _Make:
             self._payload,
             self._raw_payload,
             self._tensors,
+            self._large,
             self._zip,
         )
         return self.rng.choice(kinds)()
@@ -163,6 +164,15 @@ class _Make:
 
     def _changed(self) -> bytes:
         return _saved(self.rng, mutations.changed(self.rng, self.content, times=3))
+
+    def _large(self) -> bytes:
+        """A file whose model is described as far larger, or smaller, than it is."""
+        found = mutations.copy.deepcopy(self.content)
+        model = found["recipe"]["student"] if "recipe" in found else found.get("model", {})
+        vision = model.get("config", {}).get("vision_cfg", {})
+        name = self.rng.choice(("layers", "width", "image_size", "patch_size", "head_width", "mlp_ratio"))
+        vision[name] = self.rng.choice((0, -1, 1, 7, 10**3, 10**5, 10**6, 2**31, 10**30))
+        return _saved(self.rng, found)
 
     def _payload(self) -> bytes:
         """A valid file with a call in one of its fields."""

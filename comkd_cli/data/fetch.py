@@ -92,7 +92,10 @@ def unpack(archive: Path, target: Path, tick: Tick, most_bytes: int) -> None:
 
 
 # What zipfile and its decompressors raise; RuntimeError for an encrypted member.
-UNREADABLE = (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, RuntimeError, ValueError, zlib.error, lzma.LZMAError)
+UNREADABLE = (
+    *(zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, RuntimeError, ValueError, LookupError),
+    *(zlib.error, lzma.LZMAError),
+)
 
 
 def _damaged(archive: Path, error: Exception) -> DataError:

@@ -51,6 +51,8 @@ class ShardIndex:
         """Whether the name of its shard is part of each key."""
         self.starts = np.asarray(about["starts"], dtype=np.int64)
         """Where each shard begins, and where the last ends, (shards + 1,)."""
+        if len(self.starts) != len(self.shards) + 1 or self.starts[0] != 0 or (np.diff(self.starts) < 0).any():
+            raise ValueError(f"{folder}: its shards and their starts do not go together")
         count = int(self.starts[-1])
         self._offsets = map_array(folder / "offsets.bin", np.int64, count)
         self._sizes = map_array(folder / "sizes.bin", np.int64, count)

@@ -30,7 +30,10 @@ from comkd_cli.models.plain_data import (
 )
 from comkd_cli.models.weights import differences_in_error, is_torchscript
 from comkd_cli.recipe import Recipe, parse_recipe
+from comkd_cli.recipe.architecture import weights_of_transformer
+from comkd_cli.recipe.model import Student as StudentSettings
 
+SMALL_WEIGHTS = 2**24  # a model that any machine builds
 STUDENT_FORMAT = "comkd-student/1"
 TEACHER_FORMAT = "comkd-teacher/1"
 
@@ -159,6 +162,7 @@ def load_student(path: Path, allow_download: bool = False) -> tuple[Student, Stu
     """
     record, data = _read_student(path)
     settings = record.recipe.student
+    _check_described_size(path, settings, data["state_dict"])
     with downloads.forbidden(unless=allow_download):
         # A student trained in full holds every weight, so its initial weights are not needed.
         # `weights` may name the student that this one continued from; its own backbone is on record.
@@ -190,6 +194,22 @@ def load_student(path: Path, allow_download: bool = False) -> tuple[Student, Stu
         reason = f"compared to the student of its own recipe, it {found}" if found else repr(error)
         raise CheckpointError(f"is a damaged student checkpoint: {reason}", path=path) from error
     return student.eval(), record
+
+
+def _check_described_size(path: Path, settings: StudentSettings, state: dict[str, Tensor]) -> None:
+    """Raise CheckpointError for a small file that describes a huge model, before that is built.
+
+    A student that was trained in full stores every weight.
+    """
+    described = weights_of_transformer((settings.config or {}).get("vision_cfg"))
+    stored = sum(tensor.numel() for tensor in state.values())
+    if settings.train == "full" and described > 4 * stored + SMALL_WEIGHTS:
+        raise CheckpointError(
+            "is a damaged student checkpoint: it describes far more weights than it stores",
+            path=path,
+            found=f"about {described:,}",
+            allowed=f"{stored:,}",
+        )
 
 
 def load_student_record(path: Path) -> StudentRecord:

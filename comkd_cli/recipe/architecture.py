@@ -9,6 +9,9 @@ from pydantic import AfterValidator, model_validator
 
 from comkd_cli.recipe.fields import Closed
 
+MOST_WEIGHTS = 2**34
+"""Of a transformer that a config describes, as `weights_of_transformer` estimates them; the largest CLIP has about
+2**32."""
 # Prefixes of open_clip names that include weights.
 SCHEMES = ("hf-hub:", "local-dir:")
 
@@ -19,6 +22,18 @@ def _only_json(config: dict[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"should contain only numbers, words, lists and mappings: {error}") from error
     return config
+
+
+def weights_of_transformer(part: Any) -> int:
+    """About how many weights the transformer of a `vision_cfg` or a `text_cfg` has: 12 layers width^2, of the attention
+    and of an MLP of four times the width. 0 for anything else.
+    """
+    if not isinstance(part, dict):
+        return 0
+    layers, width = part.get("layers"), part.get("width")
+    if not (isinstance(layers, int) and isinstance(width, int) and layers > 0):
+        return 0
+    return 12 * layers * width**2
 
 
 class Model(Closed):
@@ -44,6 +59,8 @@ class Model(Closed):
             for part in ("vision_cfg", "text_cfg"):
                 if not isinstance(self.config.get(part, {}), dict):
                     raise ValueError(f"`config.{part}` should be a mapping of fields")
+                if (count := weights_of_transformer(self.config.get(part))) > MOST_WEIGHTS:
+                    raise ValueError(f"`config.{part}` describes about {count:,} weights, more than {MOST_WEIGHTS:,}")
         if self.weights is not None and self.arch is not None and self.arch.startswith(SCHEMES):
             raise ValueError(f"{self.arch} includes weights: leave `weights` out")
         return self

@@ -192,6 +192,7 @@ def encrypted(content: bytes) -> bytes:
         (encrypted(archive({"a.jpg": b"x"})), "is not a complete zip file .*encrypted"),
         (archive({"a": b"x", "a/below": b"x"}), "is not a complete zip file .*Not a directory"),
         (archive({"a" * 300: b"x"}), "is not a complete zip file .*name too long"),
+        (archive({"named": b"x"}).replace(b"named", b"\0amed"), "is not a complete zip file"),
     ],
 )
 def test_a_large_or_damaged_archive_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:

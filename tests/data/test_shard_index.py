@@ -1,4 +1,5 @@
 import io
+import json
 import multiprocessing
 import os
 import pickle
@@ -232,12 +233,10 @@ def test_a_damaged_index_is_made_anew(three: list[Path], tmp_path: Path) -> None
     home = tmp_path / "home"
     whole = open_index(three, home, silent)
     expected, digest = list(shard_images(whole).keys), whole.digest
-    for name, content in (
-        ("offsets.bin", b"x"),
-        ("index.json", b"{"),
-        ("index.json", b'{"format": "other"}'),
-        ("index.json", b"[" * 5000),
-    ):
+    about = json.loads((whole.folder / "index.json").read_text())
+    starts = [json.dumps({**about, "starts": value}).encode() for value in ([0, 10], [5, 5, 5, 10], [0, 9, 3, 10], [])]
+    documents = (b"{", b'{"format": "other"}', b"[" * 5000, *starts)
+    for name, content in (("offsets.bin", b"x"), *(("index.json", document) for document in documents)):
         (whole.folder / name).write_bytes(content)
         again = open_index(three, home, silent)
         assert (list(shard_images(again).keys), again.digest) == (expected, digest)

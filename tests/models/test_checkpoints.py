@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from comkd_cli.errors import CheckpointError
+from comkd_cli.errors import CheckpointError, ComkdError
 from comkd_cli.method.student import Student
 from comkd_cli.models.backbones import build_clip, build_image_tower
 from comkd_cli.models.checkpoints import (
@@ -228,3 +228,15 @@ def test_class_vectors_in_half_precision_still_answer(student_file: Path) -> Non
     student, record = load_student(student_file)
     size = record.preprocessing.size
     assert student(torch.zeros(1, 3, size, size)).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("changes", [{"layers": 10**5}, {"width": 10**6}, {"layers": 10**4, "width": 10**4}])
+def test_a_small_file_that_describes_a_huge_model_is_refused_before_it_is_built(
+    student_file: Path, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = torch.load(student_file, weights_only=True)
+    data["recipe"]["student"]["config"]["vision_cfg"] |= changes
+    torch.save(data, student_file)
+    monkeypatch.setattr("comkd_cli.models.checkpoints.build_image_tower", None)
+    with pytest.raises(ComkdError, match=r"describes (far more|about [\d,]+) weights"):
+        load_student(student_file)
