@@ -51,10 +51,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 def fill(disk: Path) -> Path:
     """Leave no room; returns the file that takes it."""
-    with (disk / "filler").open("wb") as file, suppress(OSError):
+    with (disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
         for _ in range(2 * DISK_KIB):
             file.write(bytes(1024))
-            file.flush()
     assert shutil.disk_usage(disk).free == 0
     return disk / "filler"
 
