@@ -207,7 +207,7 @@ def _check_described_size(path: Path, settings: StudentSettings, state: dict[str
         raise CheckpointError(
             "is a damaged student checkpoint: it describes far more weights than it stores",
             path=path,
-            found=f"about {described:,}",
+            found=f"about {described:,.0f}",
             allowed=f"{stored:,}",
         )
 

@@ -61,6 +61,8 @@ def check_tensors(path: Path, data: Mapping[str, Any], class_names: Sequence[str
         raise CheckpointError("is damaged: its logit scale should be one number", path=path, field="logit_scale")
     if not (vectors.is_floating_point() and scale.is_floating_point()):
         raise CheckpointError("is damaged: its class vectors and its logit scale should be real numbers", path=path)
+    if others := [name for name, value in data["state_dict"].items() if not isinstance(value, Tensor)]:
+        raise CheckpointError("is damaged: its state_dict should hold tensors alone", path=path, found=others[0])
     check_finite({**data["state_dict"], "class_vectors": vectors, "logit_scale": scale}, path, CheckpointError)
 
 

@@ -12,6 +12,7 @@ from comkd_cli.recipe.fields import Closed
 MOST_WEIGHTS = 2**34
 """Of a transformer that a config describes, as `weights_of_transformer` estimates them; the largest CLIP has about
 2**32."""
+MOST_COUNT = 1e9  # of any number in a config
 # Prefixes of open_clip names that include weights.
 SCHEMES = ("hf-hub:", "local-dir:")
 
@@ -24,16 +25,25 @@ def _only_json(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def weights_of_transformer(part: Any) -> int:
-    """About how many weights the transformer of a `vision_cfg` or a `text_cfg` has: 12 layers width^2, of the attention
-    and of an MLP of four times the width. 0 for anything else.
+def weights_of_transformer(part: Any) -> float:
+    """About how many weights the transformer of a `vision_cfg` or a `text_cfg` has; 0 for anything else.
+
+    Each layer has 4 width^2 of attention and 2 mlp_ratio width^2 of its MLP; then there are the patches, their
+    positions, and the vocabulary.
     """
     if not isinstance(part, dict):
         return 0
-    layers, width = part.get("layers"), part.get("width")
-    if not (isinstance(layers, int) and isinstance(width, int) and layers > 0):
-        return 0
-    return 12 * layers * width**2
+    layers, width = (_count(part.get(name), 0) for name in ("layers", "width"))
+    ratio, patch = (_count(part.get(name), default) for name, default in (("mlp_ratio", 4), ("patch_size", 16)))
+    sides = part.get("image_size")
+    side = max((_count(each, 0) for each in sides), default=0) if isinstance(sides, list) else _count(sides, 0)
+    positions = (side / patch) ** 2 + 3 * patch**2 + _count(part.get("vocab_size"), 0)
+    return layers * width**2 * (4 + 2 * ratio) + positions * width
+
+
+def _count(value: Any, default: float) -> float:
+    """A positive number of a config, at most MOST_COUNT; the default for anything else, which is left to open_clip."""
+    return float(min(value, MOST_COUNT)) if isinstance(value, int | float) and value > 0 else default
 
 
 class Model(Closed):
@@ -60,7 +70,9 @@ class Model(Closed):
                 if not isinstance(self.config.get(part, {}), dict):
                     raise ValueError(f"`config.{part}` should be a mapping of fields")
                 if (count := weights_of_transformer(self.config.get(part))) > MOST_WEIGHTS:
-                    raise ValueError(f"`config.{part}` describes about {count:,} weights, more than {MOST_WEIGHTS:,}")
+                    raise ValueError(
+                        f"`config.{part}` describes about {count:,.0f} weights, more than {MOST_WEIGHTS:,}"
+                    )
         if self.weights is not None and self.arch is not None and self.arch.startswith(SCHEMES):
             raise ValueError(f"{self.arch} includes weights: leave `weights` out")
         return self

@@ -230,7 +230,19 @@ def test_class_vectors_in_half_precision_still_answer(student_file: Path) -> Non
     assert student(torch.zeros(1, 3, size, size)).logits.dtype == torch.float32
 
 
-@pytest.mark.parametrize("changes", [{"layers": 10**5}, {"width": 10**6}, {"layers": 10**4, "width": 10**4}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": 10**5},
+        {"width": 10**6},
+        {"layers": 10**4, "width": 10**4},
+        {"image_size": 10**5},
+        {"image_size": [16, 10**5]},
+        {"patch_size": 10**5},
+        {"mlp_ratio": 10**30},
+        {"layers": 10**400},
+    ],
+)
 def test_a_small_file_that_describes_a_huge_model_is_refused_before_it_is_built(
     student_file: Path, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,3 +252,13 @@ def test_a_small_file_that_describes_a_huge_model_is_refused_before_it_is_built(
     monkeypatch.setattr("comkd_cli.models.checkpoints.build_image_tower", None)
     with pytest.raises(ComkdError, match=r"describes (far more|about [\d,]+) weights"):
         load_student(student_file)
+
+
+@pytest.mark.parametrize("value", [{}, "weights", 3])
+def test_a_state_dict_of_anything_but_tensors_is_damaged(student_file: Path, value: object) -> None:
+    data = torch.load(student_file, weights_only=True)
+    data["state_dict"]["more"] = value
+    torch.save(data, student_file)
+    with pytest.raises(CheckpointError) as caught:
+        load_student(student_file)
+    assert caught.value.found == "more"
