@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -72,13 +72,33 @@ def save_plain(path: Path, data: dict[str, Any]) -> None:
     Equal data gives equal bytes. Given a path, torch would store the name of the temporary file.
     """
     plain = _without_identities(data, {})
-    with atomic_write(path) as unfinished:
+    with atomic_write(path) as unfinished, unfinished.open("wb") as file:
+        stream = _Stream(file)
         try:
-            with unfinished.open("wb") as stream:
-                torch.save(plain, stream)
+            torch.save(plain, stream)
         except RuntimeError as error:  # torch's writer hides the error of the system
+            if stream.error is not None:
+                raise stream.error from error
             problem = f"could not be written ({str(error).splitlines()[0]})"
             raise ComkdError(problem, path=path, remedy="is the disk full?") from error
+
+
+class _Stream:
+    """A file that torch writes, which remembers why it could not be written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def _without_identities(value: Any, texts: dict[str, str]) -> Any:
