@@ -781,15 +781,16 @@ def stated(kind: str, width: int, height: int) -> bytes:
 @NEEDS_BROWSER
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp"])
 def test_an_image_that_the_predictor_refuses_for_its_size_is_refused_with_the_same_words(
-    bundle: Path, browser: Chromium, kind: str
+    colour_bundle: Path, browser: Chromium, kind: str
 ) -> None:
     size = (1, 20_000) if kind == "png" else (65_500, 65_500)
     name = f"odd.{kind}"
-    (bundle / name).write_bytes(stated(kind, *size))
-    with served(bundle) as address:
+    add_web_page(colour_bundle)
+    (colour_bundle / name).write_bytes(stated(kind, *size))
+    with served(colour_bundle) as address:
         record = answer(browser, named(address, name))
     with pytest.raises(UnreadableImage) as caught:
-        Classifier(bundle).predict(bundle / name)
+        Classifier(colour_bundle).predict(colour_bundle / name)
     remedy = "crop the image" if kind == "png" else "make it smaller"
     assert record["error"].endswith(remedy)
     assert str(caught.value).endswith(remedy)
