@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL import Image
+
 from comkd_cli.data.class_names import missing_text, some
 from comkd_cli.data.split_files import read_splits
 from comkd_cli.data.splits import Splits, select_half
-from comkd_cli.edge.images import UnreadableImage, open_image
+from comkd_cli.edge.images import UnreadableImage, open_image, transpose_of
 from comkd_cli.errors import DataError
 from comkd_cli.recipe.catalog import Dataset
 
 MOST_NAMED = 3
+KINDS = {
+    "oriented_images": "images with an EXIF orientation",
+    "transparent_images": "images with transparency",
+    "sixteen_bit_images": "images of 16 bits",
+}
 
 State = Literal["ready", "incomplete", "missing"]
 
@@ -40,6 +48,11 @@ class Check:
     """Notices that leave a dataset ready, a line each."""
     remedy: str
     """What to do; empty for a dataset that is ready."""
+    oriented_images: int | None = None
+    """With an EXIF orientation that turns them, and so on; None where images were not decoded. `data.images` says how
+    such images are read."""
+    transparent_images: int | None = None
+    sixteen_bit_images: int | None = None
 
     def as_plain(self) -> dict[str, Any]:
         """The same as plain data, for JSON."""
@@ -64,12 +77,15 @@ def check_dataset(
     entries = [*splits.train, *splits.val, *splits.test]
     absent: list[str] = []
     unreadable: list[str] = []
+    kinds: Counter[str] = Counter()
     for done, entry in enumerate(entries, start=1):
         path = folder / entry.path
         if not path.is_file():
             absent.append(entry.path)
         elif deep and (problem := _decoding_problem(path)):
             unreadable.append(problem)
+        elif deep:
+            kinds.update(_kinds_of(path))
         tick(done, len(entries))
     problems = _count_problems(dataset, splits)
     if absent:
@@ -86,8 +102,9 @@ def check_dataset(
         missing_images=len(absent),
         unreadable_images=len(unreadable) if deep else None,
         problems=tuple(problems),
-        notes=_notes(splits),
+        notes=_notes(splits, kinds),
         remedy=nothing.remedy if problems else "",
+        **({name: kinds[name] for name in KINDS} if deep else {}),
     )
 
 
@@ -98,6 +115,18 @@ def _decoding_problem(path: Path) -> str:
     except UnreadableImage as error:
         return str(error)
     return ""
+
+
+def _kinds_of(path: Path) -> list[str]:
+    """Which of KINDS an image is that can be decoded; its pixels are not read again."""
+    with Image.open(path) as image:
+        layout = str(image.tile[0][3]) if getattr(image, "tile", None) else ""
+        found = {
+            "oriented_images": transpose_of(image) is not None,
+            "transparent_images": image.has_transparency_data,
+            "sixteen_bit_images": image.mode.startswith("I") or "16" in layout,
+        }
+    return [name for name, holds in found.items() if holds]
 
 
 def _count_problems(dataset: Dataset, splits: Splits) -> list[str]:
@@ -118,12 +147,14 @@ def _count_problems(dataset: Dataset, splits: Splits) -> list[str]:
     ]
 
 
-def _notes(splits: Splits) -> tuple[str, ...]:
-    """The notices that opening the dataset reports: on its lists, and classes without images."""
+def _notes(splits: Splits, kinds: Mapping[str, int]) -> tuple[str, ...]:
+    """The notices that opening the dataset reports: on its lists, and classes without images; images of KINDS."""
     parts = {"training": splits.train, "validation": splits.val, "test": splits.test}
     labels = {name: [entry.label for entry in entries] for name, entries in parts.items()}
     absent = missing_text(list(splits.class_names.values()), labels)
-    return (*splits.notices, absent) if absent else splits.notices
+    counted = [f"{kinds[name]:,} {text}" for name, text in KINDS.items() if kinds.get(name)]
+    reading = f"{', '.join(counted)}: `data.images` of a recipe says how they are read" if counted else ""
+    return tuple(filter(None, (*splits.notices, absent, reading)))
 
 
 def _remedy(dataset: Dataset, folder: Path) -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 from comkd_cli.data.copies import FOLDER, HEADER, UNFINISHED, Copies, copy_size
 from comkd_cli.data.originals import has_files, open_original, originals_of
 from comkd_cli.data.source import ImageSet, evenly_spaced
-from comkd_cli.edge.images import UnreadableImage, known_formats
+from comkd_cli.edge.images import CONVERSION, UnreadableImage, known_formats
 from comkd_cli.events import Notice, Report
 from comkd_cli.recipe.model import Data
 from comkd_cli.runtime import ranks
@@ -64,6 +64,8 @@ def plan_copies(images: ImageSet, data: Data, input_size: Callable[[], int], min
     The same images always give the same plan, since it is a part of what identifies a run.
     """
     if data.resized == "off" or (data.resized == "auto" and data.dataset is not None) or not has_files(images):
+        return None
+    if images.conversion != CONVERSION:  # copies are upright and on white
         return None
     short_side = short_side_of_crops(input_size(), min_scale) if data.resized == "auto" else data.resized
     assert isinstance(short_side, int)  # the recipe has one of the three

@@ -17,7 +17,7 @@ from comkd_cli.data.image_files import SUFFIXES, find_images, image_names, skipp
 from comkd_cli.data.label_file import LabelFile
 from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.data.split_names import SPLITS, check_split_names, check_splits_further_down
-from comkd_cli.edge.images import UnreadableImage, open_image
+from comkd_cli.edge.images import CONVERSION, Conversion, UnreadableImage, open_image
 from comkd_cli.errors import DataError
 from comkd_cli.events import Notice, Report
 from comkd_cli.recipe.data import UNLABELLED
@@ -87,12 +87,17 @@ def images_below(folder: Path, report: Report = lambda event: None) -> ImageSet:
     return images
 
 
-def open_below(root: Path, key: str, most_pixels: int | None = None) -> Image.Image:
-    """The RGB image at a path below a folder. most_pixels: see `open_image`. Raises UnreadableImage."""
+def open_below(
+    root: Path,
+    key: str,
+    most_pixels: int | None = None,
+    conversion: Conversion = CONVERSION,
+) -> Image.Image:
+    """The RGB image at a path below a folder. most_pixels, conversion: see `open_image`. Raises UnreadableImage."""
     path = root / key
     if path.exists() and not path.is_file():  # opening a pipe would block forever
         raise UnreadableImage(f"{path}: {NO_REGULAR_FILE}")
-    return open_image(path, most_pixels)
+    return open_image(path, most_pixels, conversion=conversion)
 
 
 @dataclass(frozen=True)

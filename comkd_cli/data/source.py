@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from comkd_cli.data.contents import Contents
 from comkd_cli.data.copies import Copies, Copy
 from comkd_cli.data.holdout import Holdout
 from comkd_cli.data.prompts import Prompts
-from comkd_cli.edge.images import UnreadableImage
+from comkd_cli.edge.images import CONVERSION, Conversion, UnreadableImage
 from comkd_cli.files import sha256_of_data
 from comkd_cli.recipe.data import UNLABELLED
 
@@ -35,6 +35,8 @@ class ImageSet:
     """Digests of what the images contain. None: of their decoded pixels."""
     copies: Copies | None = field(default=None, compare=False)
     """What random crops are cut from; None: from the images. A subset has none."""
+    conversion: Conversion = CONVERSION
+    """How `open_key` converts the files."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -54,6 +56,7 @@ class ImageSet:
             labels=None if self.labels is None else tuple(self.labels[i] for i in indices),
             open_key=self.open_key,
             contents=self.contents,
+            conversion=self.conversion,
         )
 
     @property
@@ -73,9 +76,12 @@ class ImageSet:
     def digest(self) -> str:
         """A sha256 of the names and contents of the images, in order, by which sets of images are compared.
 
-        It does not depend on the folder or on labels. Reads every file whose digest is not remembered.
+        It does not depend on the folder or on labels, but on `conversion` where that is not the default. Reads every
+        file whose digest is not remembered.
         """
         digest = hashlib.sha256()
+        if self.conversion != CONVERSION:
+            digest.update(sha256_of_data(asdict(self.conversion)).encode())
         for key, content in zip(self.keys, self.content_digests(), strict=True):
             name = key.encode("utf-8", "surrogatepass")  # names that are not UTF-8 reach Python as lone surrogates
             digest.update(len(name).to_bytes(4, "big") + name + content)
@@ -158,7 +164,7 @@ class Source:
     def identity(self) -> dict[str, Any]:
         """What determines training on it, as named plain data: classes, prompts, and the images with their labels.
 
-        `templates` and `descriptions` exist only where a recipe sets them.
+        `templates`, `descriptions` and `conversion` exist only where a recipe sets them.
         """
         labels = self.train.labels
         prompts = self.wording
@@ -169,6 +175,7 @@ class Source:
             "template": self.template,
             **several,
             **({"descriptions": described} if described else {}),
+            **({"conversion": asdict(self.train.conversion)} if self.train.conversion != CONVERSION else {}),
             "training_images": self.train.digest,
             "training_labels": None if labels is None else sha256_of_data(list(labels)),
         }

@@ -18,6 +18,7 @@ from comkd_cli.data.label_file import read_label_file
 from comkd_cli.data.prompts import Prompts, openai_templates, read_prompts
 from comkd_cli.data.shards import ShardStore
 from comkd_cli.data.source import ImageSet, Source
+from comkd_cli.edge.images import Conversion
 from comkd_cli.errors import DataError
 from comkd_cli.events import Notice, Report
 from comkd_cli.recipe.catalog import CATALOG
@@ -79,8 +80,9 @@ def _with_remembered_contents(data: Data, data_root: Path, runs: Path, report: R
         if not isinstance(images.contents, FileContents):
             return images
         contents = FileContents(images.contents.root, data.fingerprint, runs / INDEX, report)
-        limited = partial(open_below, contents.root, most_pixels=data.image_limit_pixels)
-        return replace(images, contents=contents, open_key=limited)
+        conversion = Conversion(**data.images.model_dump())
+        limited = partial(open_below, contents.root, most_pixels=data.image_limit_pixels, conversion=conversion)
+        return replace(images, contents=contents, open_key=limited, conversion=conversion)
 
     return replace(
         source,

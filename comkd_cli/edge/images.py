@@ -59,6 +59,21 @@ class Preprocessing:
     """`shortest` resizes the short side and crops the centre; `squash` resizes both sides."""
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """How the content of an image file becomes 8-bit RGB; the default is the way a viewer would show it."""
+
+    orient: bool = True
+    """Apply the EXIF orientation."""
+    alpha: str = "white"
+    """`white` composites transparency on white, `drop` keeps the colours as they are stored."""
+    grey16: str = "scale"
+    """`scale` maps 16-bit grey to 8 bits, `clip` makes every level above 255 white, as Pillow's own conversion does."""
+
+
+CONVERSION = Conversion()  # the default
+
+
 def checked_preprocessing(plain: Any) -> Preprocessing:
     """The pre-processing of plain data, such as a manifest's. Raises ValueError, naming the invalid field."""
     try:
@@ -86,8 +101,9 @@ def open_image(
     file: ImageSource,
     most_pixels: int | None = None,
     before_decoding: Callable[[Image.Image], object] | None = None,
+    conversion: Conversion = CONVERSION,
 ) -> Image.Image:
-    """An image file as 8-bit RGB, the way a viewer would show it.
+    """An image file as 8-bit RGB, by default the way a viewer would show it.
 
     file: a path, an open binary file, or its content as bytes. The EXIF orientation is applied, transparency is
     composited on white, 16-bit grey is scaled to 8 bits, and an animation gives its first frame. Pillow's warnings are
@@ -100,7 +116,7 @@ def open_image(
     with _decoding(_name(file), limit), Image.open(source, formats=known_formats()) as opened:
         if before_decoding is not None:
             before_decoding(opened)
-        return as_rgb(opened, limit)
+        return as_rgb(opened, limit, conversion)
 
 
 def known_formats() -> list[str]:
@@ -109,7 +125,7 @@ def known_formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def as_rgb(image: Image.Image, most_pixels: int | None = None) -> Image.Image:
+def as_rgb(image: Image.Image, most_pixels: int | None = None, conversion: Conversion = CONVERSION) -> Image.Image:
     """A Pillow image of any mode as 8-bit RGB; see `open_image`.
 
     Raises what Pillow raises, or ValueError for an image without pixels, with too many, much longer than wide, or
@@ -119,10 +135,15 @@ def as_rgb(image: Image.Image, most_pixels: int | None = None) -> Image.Image:
     if image.format == "TIFF" and image.mode in ("I", "F"):
         # The scale of 32-bit levels is unknown: those from 0 to 1, or from 0 to 255, would all become black.
         raise ValueError("32-bit TIFF, whose white level is not defined; save it with 8 or 16 bits")
-    low_bytes = _prepare_transparency(image)
+    is_composited = conversion.alpha == "white"
+    low_bytes = _prepare_transparency(image) if is_composited else None
     image.load()
-    rgb = _on_white(image, low_bytes)
-    transpose = _transpose(image)
+    if not is_composited:
+        image.info.pop("transparency", None)
+    is_deep = image.mode == "I" or image.mode.startswith("I;16")
+    is_stored = conversion.grey16 == "clip" if is_deep else not is_composited
+    rgb = _as_stored(image) if is_stored else _on_white(image, low_bytes)
+    transpose = transpose_of(image) if conversion.orient else None
     return rgb if transpose is None else rgb.transpose(transpose)
 
 
@@ -162,6 +183,11 @@ def _on_white(image: Image.Image, low_bytes: np.ndarray | None) -> Image.Image:
         return image.convert("RGB")
     coloured = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured).convert("RGB")
+
+
+def _as_stored(image: Image.Image) -> Image.Image:
+    """A loaded image by Pillow's own conversion to RGB, which drops an alpha channel and clips 16-bit grey."""
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGB")
 
 
 def _erased(rgb: Image.Image, transparent: np.ndarray) -> Image.Image:
@@ -204,7 +230,7 @@ def _low_bytes(image: Image.Image) -> np.ndarray:
         return np.array(swapped)
 
 
-def _transpose(image: Image.Image) -> Image.Transpose | None:
+def transpose_of(image: Image.Image) -> Image.Transpose | None:
     """The transpose for an image's EXIF orientation; None if it has none or its EXIF data are damaged."""
     try:
         return UPRIGHT.get(image.getexif().get(ORIENTATION, 1))

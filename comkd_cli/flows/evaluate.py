@@ -248,7 +248,8 @@ def _score_student(path: Path, bench: Bench) -> Results:
     """
     student, record = collectives.on_every_rank(partial(load_student, path, bench.allow_download))
     _report_other_settings(path, record, bench)
-    data = bench.data or record.recipe.data
+    own = record.recipe.data
+    data = bench.data.model_copy(update={"images": own.images}) if bench.data else own  # read as in its training
     source = bench.reopen_source(data, record)
     check_classes(record, source, bench.report)
     scorer = _without_unfit_protocols(record, bench).scorer(source, data)

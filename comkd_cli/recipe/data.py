@@ -19,6 +19,20 @@ UNLABELLED = -1
 """The label of an image without one, in a set where others have labels, and in its batches."""
 
 
+class Images(Closed):
+    """How image files are read. The defaults show an image as a viewer does; the recipes of the papers read them as the
+    public code does, `{orient: false, alpha: drop, grey16: clip}`."""
+
+    orient: bool = True
+    """Apply the EXIF orientation. PromptKD's code does not."""
+    alpha: Literal["white", "drop"] = "white"
+    """Of transparent pixels: `white` composites them on white, `drop` shows the colours that they are stored with, as
+    PromptKD's code does."""
+    grey16: Literal["scale", "clip"] = "scale"
+    """Of 16-bit grey: `scale` maps its levels to 8 bits, `clip` makes every level above 255 white, as PromptKD's code
+    does."""
+
+
 class Data(Closed):
     """The images and the classes: a named `dataset`, a `folder`, or `shards`."""
 
@@ -72,6 +86,9 @@ class Data(Closed):
     its own. `auto`: ceil(input / sqrt(augment.min_scale)), with the larger input of teacher and student, where at least
     a tenth of the images of a `folder` or of `shards` is larger than that and than 128 pixels; `off` for a `dataset`.
     Images that are scored are never copies. The folder can be deleted at any time [C]."""
+    images: Images = Images()
+    """How image files are read, with `dataset` and `folder`. Bundles always read as the defaults say, and with other
+    values no copies are kept (`resized`)."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that decode images, for each training process. Default: one less than its cores, at most 8; at most
     one for `digits`, and none in short runs on them."""
@@ -85,10 +102,14 @@ class Data(Closed):
             raise ValueError(f"unknown dataset {self.dataset!r}; {hint}")
         if self.dataset is not None and self.classes is not None:
             raise ValueError(f"`classes` needs `folder` or `shards`; the dataset {self.dataset} has its own")
+        if self.images != Images() and isinstance(self.resized, int):
+            raise ValueError("`resized` keeps upright copies on white: leave out `resized` or `images`")
         if self.dataset == "digits" and isinstance(self.resized, int):
             raise ValueError("`resized` needs images in files; the digits are in memory")
         if self.labels is not None and self.folder is None:
             raise ValueError("`labels` needs `folder`: it gives labels to images of a folder")
+        if self.shards is not None and self.images != Images():
+            raise ValueError("`images` needs `dataset` or `folder`: images of shards are always read upright")
         if self.shards is not None and self.classes is None:
             raise ValueError("`shards` have no labels: give `classes`, a list or a text file with a name on each line")
         return self

@@ -39,7 +39,7 @@ CONTENTS = {
     "teacher.labels": "the labels of the images that the teacher is trained on",
 }
 # Parts that exist only where a recipe sets them: an earlier run without them had the default.
-OPTIONAL = frozenset({"data.templates", "data.descriptions", "data.resized"})
+OPTIONAL = frozenset({"data.templates", "data.descriptions", "data.resized", "data.conversion"})
 
 
 # What follows from `data.holdout_percent`.

@@ -27,7 +27,7 @@ MOST_CHARACTERS = 2**24
 SUPERSEDES = {
     "data.dataset": ("folder", "labels", "shards", "classes", "template", "templates", "prompts"),
     "data.folder": ("dataset", "labels", "shards", "classes", "template", "templates", "prompts"),
-    "data.shards": ("dataset", "folder", "labels", "classes", "template", "templates", "prompts"),
+    "data.shards": ("dataset", "folder", "labels", "classes", "template", "templates", "prompts", "images"),
     "data.template": ("templates",),
     "data.templates": ("template",),
     "teacher.arch": ("config", "weights", "format", "backbone_weights", "context"),

@@ -18,6 +18,7 @@ from comkd_cli.recipe.data import (
     UNLABELLED,
     Augment,
     Data,
+    Images,
     Mix,
     RandAugment,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "FullAdapt",
     "Gaussian",
     "IFAlign",
+    "Images",
     "Labels",
     "LinearProbeAdapt",
     "Loss",

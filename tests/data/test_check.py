@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from comkd_cli.errors import DataError
 from comkd_cli.events import Event, Notice
 from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.recipe.model import Data
+from tests.data.test_conversion import pictures
+from tests.flows.test_suite import fill
 
 SMALL = replace(CATALOG["eurosat"], classes=2, train=2, val=1, test=2, base_test=1, new_test=1)
 
@@ -130,3 +133,16 @@ def test_a_data_set_of_one_class_is_refused(root: Path) -> None:
 def listed(path: Path) -> dict[str, list[tuple[str, int, str]]]:
     found: dict[str, list[tuple[str, int, str]]] = json.loads(path.read_text())
     return found
+
+
+def test_a_deep_check_counts_images_that_can_be_read_in_more_than_one_way(tmp_path: Path) -> None:
+    fill(CATALOG["dtd"], tmp_path)
+    folder = tmp_path / "dtd/images/kind_0"
+    made = pictures(tmp_path)
+    for number, kind in enumerate(("oriented", "alpha", "deep")):
+        shutil.copy(made[kind], folder / f"train_{number}.jpg")
+    shallow, deep = (check_dataset(CATALOG["dtd"], tmp_path, deep=each) for each in (False, True))
+    assert (deep.oriented_images, deep.transparent_images, deep.sixteen_bit_images) == (1, 1, 1)
+    assert any("1 images with an EXIF orientation, 1 images with transparency" in note for note in deep.notes)
+    assert shallow.oriented_images is None
+    assert deep.unreadable_images == 0

@@ -44,7 +44,11 @@ def list_(as_json: bool) -> None:
 
 @command.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete_dataset)
-@click.option("--deep", is_flag=True, help="Decode every image as well, which takes long.")
+@click.option(
+    "--deep",
+    is_flag=True,
+    help="Decode every image as well, which takes long, and count those with an EXIF orientation and the like.",
+)
 @data_root_option
 @json_option
 def check(names: tuple[str, ...], deep: bool, data_root: Path, as_json: bool) -> None:
