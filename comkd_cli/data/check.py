@@ -104,7 +104,9 @@ def check_dataset(
         problems=tuple(problems),
         notes=_notes(splits, kinds),
         remedy=nothing.remedy if problems else "",
-        **({name: kinds[name] for name in KINDS} if deep else {}),
+        oriented_images=kinds["oriented_images"] if deep else None,
+        transparent_images=kinds["transparent_images"] if deep else None,
+        sixteen_bit_images=kinds["sixteen_bit_images"] if deep else None,
     )
 
 
