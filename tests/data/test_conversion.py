@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
+from comkd_cli.data.copy_plan import plan_copies
 from comkd_cli.data.sources import open_source
 from comkd_cli.edge.images import Conversion, open_image
 from comkd_cli.recipe import parse_recipe
@@ -81,3 +83,15 @@ def test_shards_have_no_other_reading() -> None:
     fields = {"shards": "a.tar", "classes": ["x", "y"], "images": {"orient": False}}
     with pytest.raises(Exception, match="`images` needs `dataset` or `folder`"):
         parse_recipe(tiny.recipe(data=fields))
+
+
+def test_no_copies_are_kept_of_images_that_are_converted_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    Image.new("RGB", (300, 300)).save(tmp_path / "train/a.png")
+    Image.new("RGB", (300, 300)).save(tmp_path / "train/b.png")
+    for how, is_planned in ((Images(), True), (Images(orient=False), False)):
+        data = Data(folder=str(tmp_path), images=how)
+        images = open_source(Data(folder=str(tmp_path), images=how, holdout_percent=0), tmp_path).train
+        assert (plan_copies(images, data, lambda: 32, 0.08) is not None) == is_planned
+    with pytest.raises(ValidationError, match="`resized` keeps upright copies"):
+        Data(folder=str(tmp_path), images=Images(orient=False), resized=64)
