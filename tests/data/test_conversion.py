@@ -86,12 +86,12 @@ def test_shards_have_no_other_reading() -> None:
 
 
 def test_no_copies_are_kept_of_images_that_are_converted_otherwise(tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
-    Image.new("RGB", (300, 300)).save(tmp_path / "train/a.png")
-    Image.new("RGB", (300, 300)).save(tmp_path / "train/b.png")
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (300, 300)).save(tmp_path / "train" / name / "image.png")
     for how, is_planned in ((Images(), True), (Images(orient=False), False)):
-        data = Data(folder=str(tmp_path), images=how)
-        images = open_source(Data(folder=str(tmp_path), images=how, holdout_percent=0), tmp_path).train
+        data = Data(folder=str(tmp_path), images=how, holdout_percent=0)
+        images = open_source(data, tmp_path, tmp_path / "runs").train
         assert (plan_copies(images, data, lambda: 32, 0.08) is not None) == is_planned
     with pytest.raises(ValidationError, match="`resized` keeps upright copies"):
         Data(folder=str(tmp_path), images=Images(orient=False), resized=64)
