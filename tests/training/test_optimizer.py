@@ -16,8 +16,22 @@ def test_adamw_decays_matrices_alone_and_sgd_everything() -> None:
     assert sum(len(group["params"]) for group in sgd.param_groups) == 6
 
 
-def test_a_cpu_keeps_pytorchs_own_choice_of_how_a_step_is_computed() -> None:
-    assert {group["fused"] for group in make_optimizer(Net(), AdamW(), {}).param_groups} == {None}
+def test_steps_of_adamw_are_those_of_its_formula() -> None:
+    """Decoupled weight decay and bias-corrected moments (arXiv 1711.05101, algorithm 2), in double precision."""
+    model = Net()
+    optimizer = make_optimizer(model, AdamW(learning_rate=0.01, weight_decay=0.1), {})
+    matrix = model.layers[0].weight
+    expected, first, second = matrix.detach().double(), 0.0, 0.0
+    for step in range(1, 6):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        assert matrix.grad is not None
+        gradient = matrix.grad.double()
+        optimizer.step()
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient.square()
+        unbiased, spread = first / (1 - 0.9**step), second / (1 - 0.999**step)
+        expected = expected * (1 - 0.01 * 0.1) - 0.01 * unbiased / (spread.sqrt() + 1e-8)
+    torch.testing.assert_close(matrix.detach().double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("saved_as", [True, False, None])
@@ -31,7 +45,7 @@ def test_the_state_of_another_device_does_not_decide_how_a_step_is_computed(save
     for group in state["param_groups"]:
         group["fused"] = saved_as
     load_optimizer_state(later, state)
-    assert {group["fused"] for group in later.param_groups} == {None}
+    assert {group["fused"] for group in later.param_groups} == {True}
     assert all(torch.equal(later.state[p]["exp_avg"], earlier.state[p]["exp_avg"]) for p in earlier.state)
 
 
