@@ -12,7 +12,6 @@ import pytest
 
 from comkd_cli.flows.doctor import machine, packages, storage, torch_build
 from comkd_cli.recipe.catalog import CATALOG
-from tests import warm
 
 
 @pytest.mark.parametrize(
@@ -155,10 +154,11 @@ def test_datasets_and_weights_are_found(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_this_machine_can_run_and_one_without_a_place_for_runs_cannot(tmp_path: Path) -> None:
+def test_this_machine_can_run_and_one_without_a_place_for_runs_cannot(
+    tmp_path: Path, run_comkd: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     (tmp_path / "file").touch()
-    environment = {"HF_HUB_OFFLINE": ""}
-    done = warm.run("doctor", "--json", "--runs", tmp_path / "file/runs", cwd=tmp_path, env=environment)
+    done = run_comkd("doctor", "--json", "--runs", tmp_path / "file/runs", cwd=tmp_path, timeout=280)
     document = json.loads(done.stdout)
     states = {check["name"]: check["state"] for check in document["checks"]}
     assert (done.returncode, document["can_run"], states["disk"]) == (1, False, "error")
