@@ -14,6 +14,7 @@ from comkd_cli.api.folders import RUNS, PathLike, data_root_or_default
 from comkd_cli.api.student import LoadedStudent, load_student
 from comkd_cli.data.source import Source
 from comkd_cli.data.sources import open_source
+from comkd_cli.errors import MisuseError
 from comkd_cli.events import Report, ignore_event
 from comkd_cli.files import check_writable
 from comkd_cli.flows import adapt
@@ -77,7 +78,9 @@ def distill(  # noqa: PLR0913 - each is a keyword of a public function
     accelerator = make_accelerator(found.precision)
     run, stage = place.prepare(found, report)
     was_finished = not fresh and flow.finished(run, report)
-    if not was_finished:
+    if was_finished:
+        flow.remove_leftovers(run)
+    else:
         for folder in (run.folder, stage.folder) if stage.adapts else (run.folder,):
             collectives.in_turn(partial(check_writable, folder, "give another folder with runs"))
         with failures_explained():
@@ -111,11 +114,18 @@ class Place:
 
 
 def _recipe(recipe: RecipeLike, settings: Mapping[str, object]) -> Recipe:
-    # JSON is YAML, so that each value is read as it is.
-    texts = [f"{field}={json.dumps(value, default=os.fspath)}" for field, value in settings.items()]
+    texts = [f"{field}={_yaml(field, value)}" for field, value in settings.items()]
     if isinstance(recipe, Recipe):
         return recipe_of(recipe.model_dump(mode="json"), texts)
     return recipe_of(recipe, texts) if isinstance(recipe, Mapping) else load_recipe(os.fspath(recipe), texts)
+
+
+def _yaml(field: str, value: object) -> str:
+    """A value as the command line would have it: JSON is YAML. Raises MisuseError."""
+    try:
+        return json.dumps(value, default=os.fspath)
+    except (TypeError, ValueError) as error:  # an object, such as a number of numpy; a list that holds itself
+        raise MisuseError("is not plain data", field=field, found=repr(value)) from error
 
 
 def _name(recipe: RecipeLike) -> str:

@@ -7,7 +7,7 @@ import torch
 from ruamel.yaml import YAML
 
 import comkd_cli as comkd
-from comkd_cli.errors import CheckpointError, RecipeError
+from comkd_cli.errors import CheckpointError, MisuseError, RecipeError
 from tests import tiny
 
 pytestmark = [pytest.mark.usefixtures("few_digits"), pytest.mark.slow]
@@ -73,3 +73,6 @@ def test_recipes_of_every_kind_are_one(tmp_path: Path, monkeypatch: pytest.Monke
     assert [_name(kind) for kind in kinds] == ["own", "own", "recipe", "recipe"]
     with pytest.raises(RecipeError):
         _recipe({"extends": "digits", "optim": {"epochs": 0}}, {})
+    with pytest.raises(MisuseError) as caught:
+        _recipe("digits", {"optim.epochs": torch.tensor(3)})
+    assert caught.value.field == "optim.epochs"
