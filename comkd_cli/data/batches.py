@@ -129,11 +129,11 @@ class TrainingItems(Dataset[Item]):
 
 
 class ScoringItems(Dataset[Item]):
-    """Images by position, resized and centre-cropped for one model."""
+    """Images by position, each decoded once, and resized and centre-cropped for each of several models."""
 
-    def __init__(self, images: ImageSet, preprocessing: Preprocessing) -> None:
+    def __init__(self, images: ImageSet, preprocessings: Sequence[Preprocessing]) -> None:
         self._images = images
-        self._preprocessing = preprocessing
+        self._preprocessings = tuple(preprocessings)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -143,7 +143,13 @@ class ScoringItems(Dataset[Item]):
         return self._images.keys[index]
 
     def __getitem__(self, index: int) -> Item:
-        return _item(self._images, index, lambda: (scoring_input(self._images.open(index), self._preprocessing),))
+        return _item(self._images, index, lambda: self._inputs(index))
+
+    def _inputs(self, index: int) -> tuple[Tensor, ...]:
+        """For each model; those with one pre-processing share the tensor."""
+        image = self._images.open(index)
+        inputs = {settings: scoring_input(image, settings) for settings in dict.fromkeys(self._preprocessings)}
+        return tuple(inputs[settings] for settings in self._preprocessings)
 
 
 def collate(items: list[Item], sharing: Sequence[int]) -> Batch:

@@ -25,6 +25,7 @@ __all__ = [
     "TrainingLoader",
     "check_shares",
     "scoring_batches",
+    "shared_scoring_batches",
     "training_workers",
     "view_batches",
     "worker_count",
@@ -107,8 +108,16 @@ def check_shares(batch_size: int, parts: int) -> None:
 
 def scoring_batches(images: ImageSet, preprocessing: Preprocessing, batch_size: int, workers: int) -> Iterator[Batch]:
     """Every image once, in order, as the input of one model."""
+    return shared_scoring_batches(images, [preprocessing], batch_size, workers)
+
+
+def shared_scoring_batches(
+    images: ImageSet, preprocessings: Sequence[Preprocessing], batch_size: int, workers: int
+) -> Iterator[Batch]:
+    """Every image once, in order, as the input of each of several models: it is decoded once for all of them."""
     batches = [list(range(i, min(i + batch_size, len(images)))) for i in range(0, len(images), batch_size)]
-    yield from batches_of(data_loader(ScoringItems(images, preprocessing), batches, (0,), workers))
+    items = ScoringItems(images, preprocessings)
+    yield from batches_of(data_loader(items, batches, shared_inputs(preprocessings), workers))
 
 
 def view_batches(

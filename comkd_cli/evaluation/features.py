@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from comkd_cli.data.loaders import scoring_batches
+from comkd_cli.data.loaders import shared_scoring_batches
 from comkd_cli.data.source import ImageSet
 from comkd_cli.edge.images import Preprocessing
 from comkd_cli.errors import ComkdError, ModelError, TrainingError
@@ -52,10 +52,14 @@ class FeatureStore:
     """Stores features, and computes those that it lacks."""
 
     folder: Path | None
-    """None stores nothing."""
+    """None: nothing is stored."""
     device: torch.device
     workers: int
     report: Report
+    companions: tuple[Encoder, ...] = ()
+    """Models that will be asked for the same images: each image is decoded once for all."""
+    _ready: dict[str, Features] = field(default_factory=dict)
+    """Features of companions, by their file's name, until they are asked for."""
 
     def features(self, encoder: Encoder, images: ImageSet, label: str) -> Features:
         """The features of a set, from the folder if they were computed before.
@@ -75,22 +79,46 @@ class FeatureStore:
         return found
 
     def _features(self, encoder: Encoder, images: ImageSet, label: str) -> Features:
-        if self.folder is None:
+        if self.folder is None and not self.companions:
             return self._compute(encoder, images, label)
         with collectives.without_timeout():  # it reads the images whose digests are not cached
-            path = self.folder / f"{store_key(encoder, images)}.safetensors"
-        kept = _read(path)
-        if len({row[0] for row in collectives.all_gather_ints([-1 if kept is None else len(kept.indices)])}) > 1:
-            kept = None  # in all processes, since they compute together
+            key = store_key(encoder, images)
+        if key in self._ready:
+            return self._ready.pop(key)
+        kept = self._kept(key)
         if kept is not None and len(kept.indices) == len(images):
             return kept
-        made = self._compute(encoder, images, label) if kept is None else self._completed(kept, encoder, images, label)
-        if made is kept:
-            return kept
-        with collectives.without_timeout():  # disks can be slow
-            if ranks.is_main():
-                self._write(path, made)
+        if kept is None:
+            return self._computed_with_companions(encoder, images, label)
+        made = self._completed(kept, encoder, images, label)
+        if made is not kept:
+            self._store(key, made)
         return made
+
+    def _kept(self, key: str) -> Features | None:
+        """Stored features; None in all processes where one lacks them, since they compute together."""
+        kept = None if self.folder is None else _read(self.folder / f"{key}.safetensors")
+        found = collectives.all_gather_ints([-1 if kept is None else len(kept.indices)])
+        return kept if len({row[0] for row in found}) == 1 else None
+
+    def _computed_with_companions(self, encoder: Encoder, images: ImageSet, label: str) -> Features:
+        """Features that are not stored, and from the same pass over the images those that companions lack."""
+        lacking = {store_key(encoder, images): encoder}
+        for companion in self.companions:
+            key = store_key(companion, images)
+            if key not in lacking and key not in self._ready and self._kept(key) is None:
+                lacking[key] = companion
+        found = self._compute_together(list(lacking.values()), images, label)
+        for key, made in zip(lacking, found, strict=True):
+            if made is not None:
+                self._store(key, made)
+                self._ready[key] = made
+        return self._ready.pop(next(iter(lacking)))
+
+    def _store(self, key: str, made: Features) -> None:
+        with collectives.without_timeout():  # disks can be slow
+            if self.folder is not None and ranks.is_main():
+                self._write(self.folder / f"{key}.safetensors", made)
 
     def _write(self, path: Path, made: Features) -> None:
         """Write features. A failure is a notice: the next evaluation takes longer, and no score is lost."""
@@ -122,40 +150,81 @@ class FeatureStore:
         return Features(values[order], indices[order], found.unreadable)
 
     def _compute(self, encoder: Encoder, images: ImageSet, label: str) -> Features:
+        (found,) = self._compute_together([encoder], images, label)
+        assert found is not None
+        return found
+
+    def _compute_together(self, encoders: Sequence[Encoder], images: ImageSet, label: str) -> list[Features | None]:
+        """The features of each model; None for a model that failed, but for the first, whose error is raised."""
         if ranks.world_size() == 1:
-            return self._compute_alone(encoder, images, label)
+            return self._compute_alone(encoders, images, label)
         mine = np.asarray(ranks.share(range(len(images))))
-        found = self._compute_alone(encoder, images.subset(mine.tolist()), label)
-        everywhere = collectives.all_gather((store_key(encoder, images), replace(found, indices=mine[found.indices])))
-        if len({key for key, _ in everywhere}) > 1:
+        found = self._compute_alone(encoders, images.subset(mine.tolist()), label)
+        placed = [None if part is None else replace(part, indices=mine[part.indices]) for part in found]
+        keys = [store_key(encoder, images) for encoder in encoders]
+        everywhere = collectives.all_gather((keys, placed))
+        if any(others != keys for others, _ in everywhere):
             raise TrainingError(
                 f"{label}: the processes read different images or models", remedy="give all of them the same files"
             )
-        parts = [part for _, part in everywhere]
-        filled = [part.values for part in parts if len(part.indices)]
-        indices = np.concatenate([part.indices for part in parts])
-        order = np.argsort(indices)
-        values = np.concatenate(filled)[order] if filled else found.values
-        return Features(values, indices[order], tuple(problem for part in parts for problem in part.unreadable))
+        return [_joined([parts[position] for _, parts in everywhere]) for position in range(len(encoders))]
 
     @torch.inference_mode()
-    def _compute_alone(self, encoder: Encoder, images: ImageSet, label: str) -> Features:
-        values = np.empty((0, 0), np.float32)
+    def _compute_alone(self, encoders: Sequence[Encoder], images: ImageSet, label: str) -> list[Features | None]:
+        collected: list[_Collected | None] = [_Collected(len(images)) for _ in encoders]
         indices = np.empty(len(images), np.int64)
         unreadable: list[str] = []
         done = read = 0
-        for batch in scoring_batches(images, encoder.preprocessing, BATCH_SIZE, self.workers):
+        preprocessings = [encoder.preprocessing for encoder in encoders]
+        for batch in shared_scoring_batches(images, preprocessings, BATCH_SIZE, self.workers):
             unreadable += [" ".join(problem.split()) for problem in batch.unreadable]
             done += len(batch) + len(batch.unreadable)
             if len(batch):
-                encoded = encoder.encode(batch.to(self.device).inputs[0]).float().cpu().numpy()
-                if not read:  # in one piece: joining parts at the end would take the memory twice
-                    values = np.empty((len(images), encoded.shape[1]), np.float32)
-                values[read : read + len(batch)] = encoded
+                inputs = batch.to(self.device).inputs
+                for position, (encoder, rows) in enumerate(zip(encoders, collected, strict=True)):
+                    if rows is not None and not rows.add(encoder, inputs[position], may_fail=position > 0):
+                        collected[position] = None
                 indices[read : read + len(batch)] = batch.indices.numpy()
                 read += len(batch)
             self.report(Progress(label, done, len(images)))
-        return Features(values[:read], indices[:read], tuple(unreadable))
+        return [
+            None if rows is None else Features(rows.values[:read], indices[:read], tuple(unreadable))
+            for rows in collected
+        ]
+
+
+class _Collected:
+    """The features of one model, batch by batch."""
+
+    def __init__(self, images: int) -> None:
+        self.values = np.empty((0, 0), np.float32)
+        self._images, self._read = images, 0
+
+    def add(self, encoder: Encoder, inputs: Tensor, may_fail: bool) -> bool:
+        """Encode a batch. Returns whether that succeeded; a model that may not fail raises its error instead."""
+        try:
+            encoded = encoder.encode(inputs).float().cpu().numpy()
+        except (RuntimeError, MemoryError):
+            if not may_fail:
+                raise
+            return False
+        if not self._read:  # in one piece: joining parts at the end would take the memory twice
+            self.values = np.empty((self._images, encoded.shape[1]), np.float32)
+        self.values[self._read : self._read + len(encoded)] = encoded
+        self._read += len(encoded)
+        return True
+
+
+def _joined(parts: Sequence[Features | None]) -> Features | None:
+    """The features of all processes, in the order of the set; None where the model failed in one of them."""
+    complete = [part for part in parts if part is not None]
+    if len(complete) < len(parts):
+        return None
+    filled = [part.values for part in complete if len(part.indices)]
+    indices = np.concatenate([part.indices for part in complete])
+    order = np.argsort(indices)
+    values = np.concatenate(filled)[order] if filled else complete[0].values
+    return Features(values, indices[order], tuple(problem for part in complete for problem in part.unreadable))
 
 
 def store_key(encoder: Encoder, images: ImageSet) -> str:

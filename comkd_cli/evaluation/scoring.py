@@ -11,7 +11,7 @@ from comkd_cli.data.source import ImageSet, Source
 from comkd_cli.data.unreadable import MOST_NAMED, check_unreadable
 from comkd_cli.errors import DataError
 from comkd_cli.evaluation.answers import Observation
-from comkd_cli.evaluation.features import FeatureStore
+from comkd_cli.evaluation.features import Encoder, FeatureStore
 from comkd_cli.evaluation.few_shot import Draws, few_shot
 from comkd_cli.evaluation.metrics import agreement_percent, top_answer
 from comkd_cli.evaluation.protocols import Evaluation, base_to_novel, zero_shot
@@ -69,6 +69,10 @@ class DatasetScorer:
                 records += few_shot(evaluation, self.store, self.draws, self.unreadable_limit_percent)
         answers = dict(zip(test.indices.tolist(), scored.predicted.tolist(), strict=True))
         return Scores(records, answers)
+
+    def beside(self, encoders: Sequence[Encoder]) -> DatasetScorer:
+        """The scorer where features of these models are computed in the same pass over the images as another's."""
+        return replace(self, store=replace(self.store, companions=tuple(encoders)))
 
     @property
     def images_name(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,21 +16,22 @@ from comkd_cli.data.sources import open_source, reopen_source
 from comkd_cli.errors import CheckpointError, ComkdError, DataError, MisuseError, ModelError
 from comkd_cli.evaluation.answers import Observation
 from comkd_cli.evaluation.classes import check_classes
-from comkd_cli.evaluation.features import FeatureStore
+from comkd_cli.evaluation.features import Encoder, FeatureStore
 from comkd_cli.evaluation.few_shot import STANDARD_SEEDS, STANDARD_SHOTS, Draws
 from comkd_cli.evaluation.protocols import zero_shot
 from comkd_cli.evaluation.scoring import IMAGENET_FAMILY, DatasetScorer, agreement_of, images_to_score
 from comkd_cli.evaluation.subjects import Subject, student_subject, teacher_subject
 from comkd_cli.events import Notice, Report, once
-from comkd_cli.files import sha256_of_data, sha256_of_file
+from comkd_cli.files import sha256_of_file
 from comkd_cli.method.student import Student
 from comkd_cli.models.architectures import named_model
-from comkd_cli.models.backbones import IMAGENET_TEMPLATES, Clip, build_clip, weights_sha256
-from comkd_cli.models.checkpoints import StudentRecord, load_student, load_student_record
+from comkd_cli.models.backbones import IMAGENET_TEMPLATES, Clip, build_clip
+from comkd_cli.models.checkpoints import StudentRecord, load_student
+from comkd_cli.models.finished import is_student, newest_students
 from comkd_cli.recipe import Recipe
 from comkd_cli.recipe.catalog import CATALOG
 from comkd_cli.recipe.identity import Identity, described, recipe_settings
-from comkd_cli.recipe.model import Data, Model, Teacher
+from comkd_cli.recipe.model import Data
 from comkd_cli.results.records import Missing, Results, merged
 from comkd_cli.results.tables import ONE_ANSWER_PERCENT
 from comkd_cli.runtime import collectives, ranks
@@ -38,6 +39,7 @@ from comkd_cli.runtime.devices import failures_explained
 from comkd_cli.teachers.class_vectors import encode_ensemble
 from comkd_cli.teachers.loading import teacher_of_clip
 from comkd_cli.teachers.of_student import teacher_of_student
+from comkd_cli.teachers.subjects import scored_teacher, weights_digest
 
 IMAGENET = Prompts(IMAGENET_TEMPLATES)
 MEMORY_REMEDY = "end other programs, or use a machine with more memory"
@@ -69,6 +71,8 @@ class Bench:
     """Called with each model that was scored, and its answers."""
     clips: dict[str, Clip] = field(default_factory=dict)
     """Loaded plain CLIPs by argument, each used for every dataset."""
+    students: dict[Path, tuple[Student, StudentRecord]] = field(default_factory=dict)
+    """Students that were loaded to be encoded beside another, until they are scored."""
     recipes: dict[Path, tuple[Path, Recipe]] = field(default_factory=dict)
     """The first scored student and its recipe, by the folder of its seeds."""
 
@@ -149,30 +153,6 @@ def home_of(model: str | None, runs: Path, own_data: bool) -> Path:
     return runs
 
 
-def timeout_minutes(model: str | None, runs: Path) -> float:
-    """How long processes wait for one another: the longest `collective_timeout_minutes` of the students to score.
-
-    Of students that could not be read, and of a plain CLIP, the default.
-    """
-    students: Iterable[Path] = (path for seeds in newest_students(runs).values() for path in seeds)
-    if model is not None:
-        students = [Path(model)] if _is_student(model) else []
-    found = []
-    for path in students if ranks.world_size() > 1 else ():
-        try:
-            found.append(load_student_record(path).recipe.collective_timeout_minutes)
-        except (ComkdError, OSError):  # reported when it is scored
-            continue
-    return max(found, default=collectives.DEFAULT_TIMEOUT_MINUTES)
-
-
-def newest_students(runs: Path) -> dict[str, list[Path]]:
-    """For each dataset, by name, the students of all seeds of the recipe that was finished last on it."""
-    found = sorted(runs.glob("*/*/seed*/student.pt"), key=lambda path: path.stat().st_mtime)
-    newest = {path.parent.parent.name: path.parent.parent for path in found}
-    return {name: sorted(folder.glob("seed*/student.pt")) for name, folder in newest.items()}
-
-
 def _recoverable() -> tuple[type[Exception], ...]:
     """The errors of one model on one dataset after which the others can still be scored.
 
@@ -200,16 +180,12 @@ def _jobs(model: str | None, runs: Path, bench: Bench) -> list[Job]:
     """The pairs of model and dataset to score."""
     if model is None:
         return _student_jobs(runs, bench)
-    scored = partial(_score_student, Path(model)) if _is_student(model) else partial(_score_baseline, model)
+    scored = partial(_score_student, Path(model)) if is_student(model) else partial(_score_baseline, model)
     score: Callable[[Bench], Results] = scored
     if not bench.datasets:
         return [Job(partial(score, bench), model=model)]
     own = {name: replace(bench, data=Data(dataset=name)) for name in bench.datasets}
     return [Job(partial(score, own[name]), name, model, _data_is_absent(name, bench)) for name in bench.datasets]
-
-
-def _is_student(model: str) -> bool:
-    return Path(model).exists() or (model.endswith(".pt") and ":" not in model)
 
 
 def _student_jobs(runs: Path, bench: Bench) -> list[Job]:
@@ -218,9 +194,9 @@ def _student_jobs(runs: Path, bench: Bench) -> list[Job]:
         if not students:
             raise DataError("holds no finished student", path=runs, remedy="train one with `comkd distill digits`")
         return [
-            Job(partial(_score_student, path, bench), name, str(path))
+            Job(partial(_score_student, path, bench, seeds[position:]), name, str(path))
             for name, seeds in students.items()
-            for path in seeds
+            for position, path in enumerate(seeds, 1)
         ]
 
     def no_student(name: str) -> Results:
@@ -230,7 +206,11 @@ def _student_jobs(runs: Path, bench: Bench) -> list[Job]:
     jobs: list[Job] = []
     for name in bench.datasets:
         absent = _data_is_absent(name, bench)
-        jobs += [Job(partial(_score_student, path, bench), name, str(path), absent) for path in students.get(name, [])]
+        seeds = students.get(name, [])
+        jobs += [
+            Job(partial(_score_student, path, bench, seeds[position:]), name, str(path), absent)
+            for position, path in enumerate(seeds, 1)
+        ]
         if name not in students:
             jobs.append(Job(partial(no_student, name), name, absent=True))
     return jobs
@@ -240,25 +220,30 @@ def _data_is_absent(name: str, bench: Bench) -> bool:
     return name in CATALOG and not (bench.data_root / CATALOG[name].folder).is_dir()
 
 
-def _score_student(path: Path, bench: Bench) -> Results:
+def _score_student(path: Path, bench: Bench, others: Sequence[Path] = ()) -> Results:
     """A student and its teacher on the test images of its data, or of the bench's.
 
     Without test images, or without labels, only the agreement of the two is measured. If the teacher could not be
-    loaded, that is a notice, and the student is scored alone.
+    loaded, that is a notice, and the student is scored alone. others: students that are scored next; images that they
+    share are decoded once.
     """
-    student, record = collectives.on_every_rank(partial(load_student, path, bench.allow_download))
+    student, record = _student(path, bench)
     _report_other_settings(path, record, bench)
     own = record.recipe.data
     data = bench.data.model_copy(update={"images": own.images}) if bench.data else own  # read as in its training
     source = bench.reopen_source(data, record)
     check_classes(record, source, bench.report)
     scorer = _without_unfit_protocols(record, bench).scorer(source, data)
-    subject = student_subject(student, record, sha256_of_file(path), str(path), bench.device)
-    scores = scorer.score(_among_classes_of(source, subject))
+    subject = _subject_of(path, student, record, bench)
+    teacher, beside = None, _encoders_beside(others, record, bench)
     try:
         teacher = collectives.on_every_rank(partial(_teacher_of, path, student, record, bench))
+        beside.append(teacher.encoder)
     except (ComkdError, OSError) as error:
         bench.report(Notice(f"the teacher could not be scored with the student: {_message(error)}"))
+    scorer = scorer.beside(beside)
+    scores = scorer.score(_among_classes_of(source, subject))
+    if teacher is None:
         return Results(scores.records)
     try:
         with failures_explained(MEMORY_REMEDY):
@@ -272,6 +257,30 @@ def _score_student(path: Path, bench: Bench) -> Results:
         bench.report(Notice(f"{teacher.model}: {share}, so that an agreement with it says little"))
     records = agreement.added_to(scores.records, name)
     return Results([*records, *teacher_scores.records])
+
+
+def _student(path: Path, bench: Bench) -> tuple[Student, StudentRecord]:
+    if path in bench.students:
+        return bench.students.pop(path)
+    return collectives.on_every_rank(partial(load_student, path, bench.allow_download))
+
+
+def _subject_of(path: Path, student: Student, record: StudentRecord, bench: Bench) -> Subject:
+    return student_subject(student, record, sha256_of_file(path), str(path), bench.device)
+
+
+def _encoders_beside(paths: Sequence[Path], record: StudentRecord, bench: Bench) -> list[Encoder]:
+    """The encoders of other students that are scored on the same images as the one of a record."""
+    encoders = []
+    for path in paths:
+        try:
+            student, other = _student(path, bench)
+        except (ComkdError, OSError):  # reported when it is scored
+            continue
+        bench.students[path] = student, other
+        if (bench.data or other.recipe.data, other.holdout) == (bench.data or record.recipe.data, record.holdout):
+            encoders.append(_subject_of(path, student, other, bench).encoder)
+    return encoders
 
 
 def _among_classes_of(source: Source, subject: Subject) -> Subject:
@@ -304,7 +313,7 @@ def _score_baseline(argument: str, bench: Bench) -> Results:
         bench.clips[argument] = collectives.on_every_rank(partial(build_clip, model, report=bench.report))
     clip = bench.clips[argument]
     ready = teacher_of_clip(clip, source.class_names, source.wording, bench.device, bench.report)
-    identity = _weights_digest(model)
+    identity = weights_digest(model)
     subject = teacher_subject(ready.teacher, ready.preprocessing, identity, argument, "baseline", bench.device)
     records = scorer.score(subject).records
     if source.name in IMAGENET_FAMILY:
@@ -327,22 +336,8 @@ def _without_unfit_protocols(record: StudentRecord, bench: Bench) -> Bench:
     return replace(bench, protocols=tuple(name for name in bench.protocols if name not in elsewhere))
 
 
-def _weights_digest(model: Model) -> str:
-    """A digest of the weights that a model loads."""
-    parts = [model.arch, model.config, model.weights, weights_sha256(model)]
-    if isinstance(model, Teacher) and model.format != "clip":
-        parts.append(model.format)
-    return sha256_of_data(parts)
-
-
 def _teacher_of(path: Path, student: Student, record: StudentRecord, bench: Bench) -> Subject:
     """The teacher that a student was trained with. Raises CheckpointError or ModelError if it could not be loaded."""
     # With the prompts of the student's training, not with the template of the bench's data.
     ready = teacher_of_student(path, student, record, bench.device, bench.allow_download, bench.report)
-    if ready.checkpoint is not None:
-        name, identity = str(ready.checkpoint), sha256_of_file(ready.checkpoint)
-    else:
-        settings = record.recipe.teacher
-        name = ":".join(part for part in (settings.arch or "inline model", settings.weights) if part)
-        identity = _weights_digest(settings)
-    return teacher_subject(ready.teacher, ready.preprocessing, identity, name, "teacher", bench.device)
+    return scored_teacher(ready, record.recipe.teacher, bench.device)

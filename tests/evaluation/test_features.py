@@ -68,6 +68,51 @@ def test_other_weights_preparation_or_files_are_another_key(encoder: Encoder, im
     assert store_key(encoder, images) != store_key(Encoder("a", INPUT, Counting()), IMAGES)
 
 
+class Opened:
+    """The images, counting how often one is opened."""
+
+    def __init__(self) -> None:
+        self.times = 0
+        self.images = replace(IMAGES, open_key=self._open)
+
+    def _open(self, key: str) -> Image.Image:
+        self.times += 1
+        return IMAGES.open_key(key)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("size", [8, 16])
+def test_models_that_are_asked_for_the_same_images_decode_them_once(size: int, stored: bool, tmp_path: Path) -> None:
+    folder = tmp_path if stored else None
+    first, second = Encoder("a", INPUT, Counting()), Encoder("b", replace(INPUT, size=size), Counting())
+    expected = [store(None).features(encoder, IMAGES, "it").values for encoder in (first, second)]
+    opened = Opened()
+    shared = replace(store(folder), companions=(second, first))
+    found = [shared.features(encoder, opened.images, "it").values for encoder in (first, second)]
+    assert opened.times == 2 * len(IMAGES)  # once for their digest
+    assert all(np.array_equal(values, alone) for values, alone in zip(found, expected, strict=True))
+    assert len(list(tmp_path.iterdir())) == (2 if stored else 0)
+
+
+def test_a_companion_whose_features_are_stored_is_not_computed_again(tmp_path: Path) -> None:
+    first, second = Encoder("a", INPUT, Counting()), Encoder("b", INPUT, counting := Counting())
+    store(tmp_path).features(second, IMAGES, "it")
+    replace(store(tmp_path), companions=(second,)).features(first, IMAGES, "it")
+    assert counting.seen == len(IMAGES)
+
+
+def test_a_companion_that_fails_costs_the_other_nothing_and_fails_when_it_is_asked_for(tmp_path: Path) -> None:
+    def fail(_images: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    failing = Encoder("b", INPUT, fail)
+    shared = replace(store(tmp_path), companions=(failing,))
+    found = shared.features(Encoder("a", INPUT, Counting()), IMAGES, "it")
+    assert len(found.indices) == len(IMAGES)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        shared.features(failing, IMAGES, "it")
+
+
 def test_unreadable_images_are_stored(tmp_path: Path) -> None:
     def open_key(key: str):  # type: ignore[no-untyped-def]
         if key == IMAGES.keys[3]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
+from comkd_cli.data.batches import ScoringItems
 from comkd_cli.data.digits import digits_source
 from comkd_cli.edge.images import prepare
 from comkd_cli.errors import CheckpointError, ComkdError, DataError, ModelError
@@ -20,8 +21,9 @@ from comkd_cli.evaluation.scoring import DatasetScorer, Scores
 from comkd_cli.evaluation.subjects import Subject
 from comkd_cli.events import Event, Notice
 from comkd_cli.flows import evaluate as flow
-from comkd_cli.flows.evaluate import Bench, evaluate, home_of, newest_students, timeout_minutes
+from comkd_cli.flows.evaluate import Bench, evaluate, home_of
 from comkd_cli.models.checkpoints import load_student
+from comkd_cli.models.finished import newest_students, timeout_minutes
 from comkd_cli.recipe.model import Data
 from comkd_cli.results.records import Results
 from comkd_cli.runtime import collectives
@@ -48,6 +50,27 @@ def test_student_and_teacher_are_scored_as_scikit_learn_scores_them(tiny_student
     assert student_record.image_tower_parameters == sum(p.numel() for p in student.parameters())
     assert student_record.top1_percent == pytest.approx(record.metrics["test_top1_percent"])
     assert student_record.agreement_percent is not None
+
+
+def test_students_of_several_seeds_and_their_teacher_decode_each_image_once(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(tiny_student.parents[3], runs)
+    home = runs / tiny_student.relative_to(tiny_student.parents[3]).parent
+    shutil.copytree(home, home.parent / "seed9")
+    other = torch.load(home.parent / "seed9/student.pt", weights_only=True)
+    other["metrics"]["test_top1_percent"] = 0.0  # so that it is another file, with features of its own
+    torch.save(other, home.parent / "seed9/student.pt")
+    decoded: list[int] = []
+    item = ScoringItems.__getitem__
+    monkeypatch.setattr(
+        ScoringItems, "__getitem__", lambda items, index: (decoded.append(index), item(items, index))[1]
+    )
+    records = evaluate(None, runs, replace(bench(), features=tmp_path / "features")).records
+    assert [record.role for record in records].count("student") == 2
+    assert len(decoded) == 360
+    assert len(list((tmp_path / "features").iterdir())) == 3
 
 
 def test_a_student_without_its_teacher_is_scored_alone(tiny_student: Path, tmp_path: Path) -> None:

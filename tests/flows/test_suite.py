@@ -136,7 +136,7 @@ def test_a_second_call_with_other_shots_or_protocols_reads_no_image(
     def refuse(*arguments: object) -> None:
         raise AssertionError("an image is read")
 
-    monkeypatch.setattr(features_module, "scoring_batches", refuse)
+    monkeypatch.setattr(features_module, "shared_scoring_batches", refuse)
     again = evaluate(clip, Path("runs"), bench(root, kept, EVERY, some))
     assert again == first
     other = bench(root, kept, ("few-shot",), some)

@@ -24,7 +24,6 @@ from comkd_cli.runtime import ranks
 if TYPE_CHECKING:
     from comkd_cli.flows.evaluate import Bench
     from comkd_cli.recipe.model import Data
-    from comkd_cli.report.details import Making
     from comkd_cli.results.records import Missing, Results
     from comkd_cli.results.result_files import ResultFiles
 
@@ -103,12 +102,12 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
 
     with starting():
         from comkd_cli.flows import evaluate
-        from comkd_cli.report.details import Making
+        from comkd_cli.models.finished import timeout_minutes
         from comkd_cli.runtime import collectives
         from comkd_cli.runtime.devices import best_device
 
     home = out or evaluate.home_of(model, runs, own_data=selected == Selection())
-    collectives.set_timeout(evaluate.timeout_minutes(model, runs))
+    collectives.set_timeout(timeout_minutes(model, runs))
     with reporting(quiet=as_json) as report:
         bench = evaluate.Bench(
             device=best_device(),
@@ -125,7 +124,7 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
         )
         collectives.in_turn(partial(check_writable, home, "give another folder for the results with --out"))
         files = ResultFiles(home, report)
-        results = _evaluate(model, bench, files, Making(typed_command(), runs, data_root))
+        results = _evaluate(model, runs, bench, files)
     collectives.destroy()
     if ranks.is_main():
         _finish(results, files, whole_suite, as_json)
@@ -157,21 +156,22 @@ def _select(
     return Selection(names)
 
 
-def _evaluate(model: str | None, bench: Bench, files: ResultFiles, making: Making) -> Results:
+def _evaluate(model: str | None, runs: Path, bench: Bench, files: ResultFiles) -> Results:
     """Score, and write the report of the students beside the results; the scores stand where that fails."""
     from comkd_cli.errors import WriteError
     from comkd_cli.events import Notice, Stage
     from comkd_cli.flows.evaluate import evaluate
     from comkd_cli.flows.report import NAME, RunCollector
+    from comkd_cli.report.details import Making
 
     collector = RunCollector(bench.report)
     listening = replace(bench, report=collector.report, on_scored=collector.observe)
-    results = evaluate(model, making.runs, listening, collector.closing(files.add))
+    results = evaluate(model, runs, listening, collector.closing(files.add))
     if collector.runs:
         path = files.folder / NAME
         bench.report(Stage(f"Report: {path}"))
         try:
-            collector.write(path, making)
+            collector.write(path, Making(typed_command(), runs, bench.data_root))
         except WriteError as error:
             bench.report(Notice(str(error)))
     return results
