@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks.ablation import pairs, rows, running, tables
+from benchmarks.ablation import pairs, plots, rows, running, tables
 from benchmarks.ablation.__main__ import main
 from benchmarks.ablation.figures import calibration_error_percent, interval
 from comkd_cli.data.digits import digits_source
@@ -378,3 +378,28 @@ def test_a_small_study_from_end_to_end(digits: Path, tmp_path: Path, capfd: pyte
     other.write_text(json.dumps(document))
     assert main([*first, "--adopt", str(other)], {"convnets": TINY}) == 1
     assert "its figures cannot be compared" in capfd.readouterr().err
+
+
+def test_figures_show_every_seed_and_give_the_same_bytes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    top1 = {"refinement": 70.0, "comkd": 71.0}
+    finished = [
+        {"study": study, "row": f"{name}{end}", "seed": seed, "figures": {"top1_percent": score + seed}}
+        for study, end in (("objectives", ""), ("images", "_1000_equal_epochs"), ("images", "_1000_equal_steps"))
+        for name, score in top1.items()
+        for seed in (2, 1)
+    ]
+    (tmp_path / "ablation.json").write_text(json.dumps({"runs": finished}))
+    written = []
+    for folder in ("once", "again"):
+        monkeypatch.setattr("sys.argv", ["plots", str(tmp_path / "ablation.json"), str(tmp_path / folder)])
+        plots.main()
+        written.append({path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()})
+    assert written[0] == written[1]
+    assert set(written[0]) == {"objectives.svg", "images.svg"}
+    scores = plots.scores_of({"runs": finished}, "objectives")
+    assert scores == {"refinement": [71.0, 72.0], "comkd": [72.0, 73.0]}
+    points = [line for line in plots.objectives(scores).axes[0].lines if line.get_marker() == "o"]
+    assert [list(line.get_xdata()) for line in points] == list(scores.values())
+    (refinement, _) = plots.images(plots.scores_of({"runs": finished}, "images"), scores).axes[0].lines
+    assert list(refinement.get_xdata()) == [1000, 50_000]
+    assert list(refinement.get_ydata()) == [71.5, 71.5]

@@ -1,0 +1,122 @@
+"""Draw the study's figures from its results.
+
+    python -m benchmarks.ablation.plots STUDY/ablation.json FOLDER
+
+Writes FOLDER/objectives.svg, the top-1 of every seed of each objective beside the mean, and FOLDER/images.svg, the mean
+over seeds by the number of unlabelled images at equal epochs. The same results give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
+
+NAMES = {
+    "refinement": "refinement (PromptKD)",
+    "refinement_if_align": "+ IFAlign",
+    "refinement_edu_attention": "+ EduAttention",
+    "comkd": "+ both (ComKD)",
+    "refinement_labels": "refinement + labels",
+    "refinement_feature_cosine": "refinement + feature cosine",
+    "feature_cosine": "feature cosine alone",
+    "labels": "labels alone",
+}
+MARKERS = {"refinement": "o", "comkd": "s", "feature_cosine": "^", "labels": "D"}
+AT_EQUAL_EPOCHS = re.compile(r"(?P<objective>.+)_(?P<images>\d+)_equal_epochs")
+MOST_IMAGES = 50_000  # of the table of objectives
+# Legible on a white and on a dark page.
+INK = "#808890"
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "comkd",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "grid.color": INK,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+}
+
+
+def scores_of(document: Mapping[str, Any], study: str) -> dict[str, list[float]]:
+    """Test top-1 in percent of each finished run of a study, by row; the seeds in order."""
+    found: dict[str, list[float]] = {}
+    for run in sorted(document["runs"], key=lambda run: run["seed"]):
+        if run["study"] == study:
+            found.setdefault(run["row"], []).append(run["figures"]["top1_percent"])
+    return found
+
+
+def objectives(scores: Mapping[str, Sequence[float]]) -> Figure:
+    """A line for each objective: its seeds as points, their mean as a bar."""
+    names = [name for name in NAMES if name in scores]
+    figure = Figure(figsize=(7, 0.45 * len(names) + 0.9), layout="constrained")
+    axes = figure.add_subplot()
+    for place, name in enumerate(names):
+        values = scores[name]
+        axes.plot(values, [place] * len(values), "o", color="#1f9e89", alpha=0.7)
+        axes.plot([sum(values) / len(values)], [place], "|", color="#d1495b", markersize=18, markeredgewidth=2)
+    axes.set_yticks(range(len(names)), [NAMES[name] for name in names])
+    axes.invert_yaxis()
+    axes.set_xlabel("test top-1, %: each seed a point, their mean a bar")
+    axes.grid(axis="x")
+    return figure
+
+
+def images(scores: Mapping[str, Sequence[float]], whole: Mapping[str, Sequence[float]]) -> Figure:
+    """Mean top-1 by the number of images, a line for each objective.
+
+    scores: of the study `images`. whole: of the study `objectives`, the right end of each line.
+    """
+    lines: dict[str, dict[int, float]] = {}
+    for row, values in scores.items():
+        if found := AT_EQUAL_EPOCHS.fullmatch(row):
+            lines.setdefault(found["objective"], {})[int(found["images"])] = sum(values) / len(values)
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for name, points in lines.items():
+        if name in whole:
+            points[MOST_IMAGES] = sum(whole[name]) / len(whole[name])
+        counts = sorted(points)
+        axes.plot(counts, [points[count] for count in counts], f"{MARKERS.get(name, 'x')}-", label=NAMES[name])
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(sorted({count for points in lines.values() for count in points})))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel("training images, 8 epochs")
+    axes.set_ylabel("test top-1, %")
+    axes.grid()
+    axes.legend()
+    return figure
+
+
+def main() -> None:
+    """Read the results and write the figures."""
+    source, folder = map(Path, sys.argv[1:])
+    document = json.loads(source.read_text(encoding="utf-8"))
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = scores_of(document, "objectives")
+    with matplotlib.rc_context(STYLE):
+        for name, figure in (
+            ("objectives", objectives(whole)),
+            ("images", images(scores_of(document, "images"), whole)),
+        ):
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
