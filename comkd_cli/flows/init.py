@@ -251,8 +251,8 @@ class _Settings:
 
     def _loss(self) -> list[Setting]:
         cosine = (
-            "The direction of the teacher's feature of each image. The best objective for a student that is trained in "
-            "full, in docs/experiments.md. Alone, its weight does not matter to Adam."
+            "The direction of the teacher's feature of each image: the best objective in docs/experiments.md for a "
+            "student that is trained in full, for thousands of steps. Alone, its weight does not matter to Adam."
         )
         return [
             Setting("refinement", None, "The teacher's class probabilities are matched through the features alone."),
