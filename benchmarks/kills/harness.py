@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kills.kinds import ARCHIVE, KINDS, Kind, eurosat, start_with, write_inputs
+from benchmarks.kills.kinds import ARCHIVE, BUNDLE, KINDS, Kind, eurosat, start_with, write_inputs
 from benchmarks.kills.processes import Ended, Kill, Runner, Usual, revision
 from benchmarks.kills.states import State, differences, part_of, state_of
 from comkd_cli.edge.machine import cpu_name
@@ -25,6 +25,7 @@ from tests.hub import hub
 
 MOST_KILLS = 4  # of a case
 MOST_DELAY_SECONDS = 0.003
+MADE_BY = {"made": ("distill", "work"), "scored": ("evaluate", "work"), "bundle": ("export", BUNDLE)}
 
 
 @dataclass(frozen=True)
@@ -75,20 +76,28 @@ class Harness:
         self.tally = Tally()
         write_inputs(root)
         (root / "exported").mkdir()
-        self._make_student()
 
-    def _make_student(self) -> None:
-        """A finished student in `made`, its scores in `scored`, its bundle in `bundle`."""
-        for name, target in (("distill", "made"), ("evaluate", "scored"), ("export", "bundle")):
-            start_with(KINDS[name], self._root)
-            _check(self._runner.run(KINDS[name]))
-            made = "work/tiny/few/seed1/bundle" if name == "export" else "work"
-            shutil.copytree(self._root / made, self._root / target)
+    def operations(self, name: str) -> tuple[str, ...]:
+        """The file operations of an undisturbed run."""
+        if name not in self._usual:
+            self._observe(name)
+        return self._usual[name].operations
+
+    def _make(self, name: str) -> None:
+        """What commands need, see Kind."""
+        if (self._root / name).exists():
+            return
+        made_by, source = MADE_BY[name]
+        start_with(KINDS[made_by], self._root)
+        _check(self._runner.run(KINDS[made_by]))
+        shutil.copytree(self._root / source, self._root / name)
         # The digests of the images are those of a place and a time; each run makes them itself.
-        (self._root / "made/image_digests.sqlite").unlink()
+        (self._root / name / "image_digests.sqlite").unlink(missing_ok=True)
 
     def _observe(self, name: str) -> None:
         """Two undisturbed runs, which must leave the same."""
+        for needed in KINDS[name].needs:
+            self._make(needed)
         states = []
         for _ in range(2):
             start_with(KINDS[name], self._root)
@@ -97,16 +106,15 @@ class Harness:
             states.append(self._state())
         if lines := differences(*states):
             raise Failure(f"{name}: two undisturbed runs differ: {'; '.join(lines)}")
-        self._usual[name], self._expected[name] = Usual(ended.seconds, len(ended.operations)), states[0]
+        self._usual[name], self._expected[name] = Usual(ended.seconds, ended.operations), states[0]
 
     def _state(self) -> State:
         return state_of(self._root, ("work", "temporary", "hub"))
 
     def run(self, case: Case, seed: int) -> None:
         """Run a case, and note what it found."""
+        self.operations(case.kind)
         kind, landed = KINDS[case.kind], []
-        if case.kind not in self._usual:
-            self._observe(case.kind)
         start_with(kind, self._root)
         self.tally.cases[case.kind] += 1
         try:

@@ -34,10 +34,9 @@ class Kind:
     arguments: tuple[str, ...]
     share: float
     """Of the cases, in proportion to those of the other kinds."""
-    student: bool = False
-    """Whether `work` starts with a finished student and its teacher."""
-    results: bool = False
-    """Whether that student has been scored."""
+    needs: tuple[str, ...] = ()
+    """Of `made`, a finished student and its teacher; `scored`, the same with results; and `bundle`, which is exported.
+    `work` starts as the last of `made` and `scored`."""
     whole: tuple[str, ...] = ()
     """Files and folders that must be absent or complete at any time."""
     exported: bool = False
@@ -60,17 +59,17 @@ SCORES = ("evaluate", STUDENT, "--runs", "work", "--protocol", "zero-shot", "--p
 KINDS = {
     "distill": Kind(("distill", "tiny.yaml", "--runs", "work"), 10, whole=(STUDENT,)),
     "distill_workers": Kind(("distill", "tiny.yaml", "--runs", "work", "--set", "data.workers=1"), 0.5),
-    "distill_fresh": Kind(("distill", "tiny.yaml", "--runs", "work", "--fresh"), 2, student=True, results=True),
-    "evaluate": Kind((*SCORES, "--shots", "1,2", "--seeds", "1"), 4, student=True),
+    "distill_fresh": Kind(("distill", "tiny.yaml", "--runs", "work", "--fresh"), 2, needs=("made", "scored")),
+    "evaluate": Kind((*SCORES, "--shots", "1,2", "--seeds", "1"), 4, needs=("made",)),
     "export": Kind(
         ("export", STUDENT, "--runs", "work", "--force"),
         3,
-        student=True,
+        needs=("made",),
         whole=(BUNDLE,),
         exported=True,
     ),
-    "export_torch": Kind(("export", STUDENT, "--runs", "work", "--force"), 0.5, student=True, whole=(BUNDLE,)),
-    "predict": Kind(("predict", "bundle", "pictures", "--csv", "work/table.csv"), 3),
+    "export_torch": Kind(("export", STUDENT, "--runs", "work", "--force"), 0.5, needs=("made",), whole=(BUNDLE,)),
+    "predict": Kind(("predict", "bundle", "pictures", "--csv", "work/table.csv"), 3, needs=("made", "bundle")),
     "fetch": Kind(
         ("datasets", "fetch", "eurosat", "--data-root", "work/data"),
         2,
@@ -78,7 +77,7 @@ KINDS = {
         setup={"fresh": READ_THE_ADDRESS},
         before=fetch_little,
     ),
-    "report": Kind(("report", "work/tiny/few/seed1", "--runs", "work"), 3, student=True),
+    "report": Kind(("report", "work/tiny/few/seed1", "--runs", "work"), 3, needs=("made",)),
 }
 
 
@@ -96,14 +95,13 @@ def write_inputs(root: Path) -> None:
 
 
 def start_with(kind: Kind, root: Path) -> None:
-    """Make `work` what it is before the kind's command; `made` holds a finished student."""
+    """Make `work` what it is before the kind's command."""
     for folder in ("work", "temporary", "hub"):
         shutil.rmtree(root / folder, ignore_errors=True)
         (root / folder).mkdir()
-    if kind.student:
-        shutil.copytree(root / "made", root / "work", dirs_exist_ok=True)
-    if kind.results:
-        shutil.copytree(root / "scored", root / "work", dirs_exist_ok=True)
+    for name in ("made", "scored"):
+        if name in kind.needs:
+            shutil.copytree(root / name, root / "work", dirs_exist_ok=True)
 
 
 def eurosat() -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import tempfile
@@ -35,7 +36,7 @@ class Usual:
     """An undisturbed run."""
 
     seconds: float
-    operations: int
+    operations: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ class Before:
     def __call__(self) -> None:
         """Do it."""
         tempfile.tempdir = None  # so that TMPDIR counts
+        self.watch()
         if self.kind.before is not None:
             self.kind.before()
-        self.watch()
 
 
 class Runner:
@@ -96,7 +97,7 @@ class Runner:
                 instant = kill.fraction * usual.seconds
             else:
                 delay = kill.delay if kill.mode == "during" else None
-                watch = replace(watch, kill_at=int(kill.fraction * usual.operations), delay=delay)
+                watch = replace(watch, kill_at=int(kill.fraction * len(usual.operations)), delay=delay)
         setup = {**kind.setup, "exported": self._root / "exported"} if kind.exported else kind.setup
         started = time.monotonic()
         process = warm.Process(
@@ -115,17 +116,19 @@ class Runner:
         return Ended(process.returncode or 0, time.monotonic() - started, tuple(operations), out + err)
 
     def orphans(self) -> list[str]:
-        """The processes of the runs so far that do not end by themselves, by their command lines."""
+        """The command lines of the processes of the runs so far that do not end by themselves, and end now."""
         deadline = time.monotonic() + ORPHAN_SECONDS
         while (left := _of_sessions(self._sessions)) and time.monotonic() < deadline:
             time.sleep(0.05)
+        for process in left:
+            os.kill(process, signal.SIGKILL)
         self._sessions.clear()
-        return left
+        return list(left.values())
 
 
-def _of_sessions(sessions: list[int]) -> list[str]:
-    """The command lines of the processes of these sessions."""
-    found = []
+def _of_sessions(sessions: list[int]) -> dict[int, str]:
+    """The command lines of the processes of these sessions, by process id."""
+    found = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
@@ -133,7 +136,8 @@ def _of_sessions(sessions: list[int]) -> list[str]:
             # pid (name) state ppid pgrp session ...; a name may hold spaces and brackets
             state, *_, session = (folder / "stat").read_text().rpartition(") ")[2].split()[:4]
             if int(session) in sessions and state != "Z":
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+                line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                found[int(folder.name)] = line.strip()
         except (OSError, ValueError):  # it ended meanwhile
             continue
     return found
