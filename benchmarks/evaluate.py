@@ -35,7 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        weights = options.weights or _random_weights(options.arch, scratch)
+        weights = options.weights or random_weights(options.arch, scratch)
         ours: list[tuple[float, float]] = []
         peers: list[tuple[float, float]] = []
         for pair in range(options.pairs):  # the order alternates, so that neither always reads warm files
@@ -53,7 +53,8 @@ def main() -> None:
     print(json.dumps(document, indent=2))
 
 
-def _random_weights(arch: str, scratch: Path) -> Path:
+def random_weights(arch: str, scratch: Path) -> Path:
+    """A file with random weights of an architecture of open_clip."""
     import torch
 
     from comkd_cli.models.backbones import build_clip
@@ -67,7 +68,7 @@ def _random_weights(arch: str, scratch: Path) -> Path:
 def _comkd(folder: Path, arch: str, weights: Path, scratch: Path, run: int) -> tuple[float, float]:
     """(top-1 as a share, seconds)."""
     command = ["-m", "comkd_cli", "evaluate", f"{arch}:{weights}", "--folder", str(folder), "--template", TEMPLATE]
-    said, seconds = _timed([*command, "--runs", str(scratch / f"runs{run}"), "--json"])
+    said, seconds = timed([*command, "--runs", str(scratch / f"runs{run}"), "--json"])
     (record,) = json.loads(said)["records"]
     return record["top1_percent"] / 100, seconds
 
@@ -84,12 +85,13 @@ def _peer(folder: Path, arch: str, weights: Path, scratch: Path, run: int) -> tu
     command = ["-m", "clip_benchmark.cli", "eval", "--dataset", PEER_DATASET, "--dataset_root", str(root)]
     command += ["--model", arch, "--pretrained", str(weights), "--task", "zeroshot_classification", "--no_amp"]
     command += ["--custom_classname_file", str(names), "--custom_template_file", str(templates)]
-    _, seconds = _timed([*command, "--output", str(found)])
+    _, seconds = timed([*command, "--output", str(found)])
     metrics: dict[str, Any] = json.loads(found.read_text())["metrics"]
     return metrics["acc1"], seconds
 
 
-def _timed(arguments: list[str]) -> tuple[str, float]:
+def timed(arguments: list[str]) -> tuple[str, float]:
+    """What a whole Python process printed, and its seconds. Ends this program if it failed."""
     started = time.perf_counter()
     finished = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     if finished.returncode:

@@ -15,7 +15,6 @@ from comkd_cli.files import write_text
 from comkd_cli.models.checkpoints import load_student_record
 from comkd_cli.models.costs import multiply_adds
 from comkd_cli.report.details import Making
-from comkd_cli.report.page import render
 from comkd_cli.report.run import ScoredModel, ScoredRun
 from comkd_cli.results.curve import read_curve
 from comkd_cli.results.records import Results
@@ -76,6 +75,8 @@ class RunCollector:
 
     def write(self, path: Path, making: Making) -> None:
         """Write the page of the collected runs. Raises WriteError."""
+        from comkd_cli.report.page import render  # imports matplotlib, which plain CLIPs need not wait for
+
         write_text(path, render(self.runs, making))
 
 

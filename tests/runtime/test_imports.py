@@ -28,7 +28,7 @@ import json, sys
 from comkd_cli.cli.app import main
 
 main(["distill", "digits", "--dry-run"], standalone_mode=False)
-import comkd_cli.flows.adapt, comkd_cli.flows.distill, comkd_cli.flows.evaluate
+import comkd_cli.flows.adapt, comkd_cli.flows.distill, comkd_cli.flows.evaluate, comkd_cli.flows.report
 print(json.dumps([name for name in json.loads(sys.argv[1]) if name in sys.modules]))
 """
 AFTER_THE_CONTEXT = """
