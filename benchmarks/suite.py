@@ -3,9 +3,9 @@
     python -m benchmarks.suite --splits FOLDER [--datasets dtd eurosat oxford_pets] [--arch ViT-S-32-alt]
 
 FOLDER holds CoOp's split files, such as split_zhou_DescribableTextures.json. The images are made: each path is a link
-to one of a few small JPEGs, so that scores mean nothing, and the numbers of images, classes and draws are the real ones.
-The model has random weights. The command runs twice as a whole process, by every protocol: first every image is encoded,
-then their features are read. Prints one JSON document: the seconds of both, and how many records each dataset has.
+to one of a few small JPEGs, so that scores mean nothing, and the numbers of images, classes and draws are the real
+ones. The model has random weights. The command runs twice as a whole process, by every protocol: first every image is
+encoded, then their features are read. Prints one JSON document: the seconds of both, and the records of each dataset.
 """
 
 from __future__ import annotations
