@@ -153,6 +153,7 @@ def test_two_thousand_hostile_inputs_are_read_or_refused() -> None:
     tally = Block(2026, list(kinds.KINDS), 0, 2000, min(2, os.cpu_count() or 1)).run()
     assert not tally.findings, tally.findings[:3]
     assert set(tally.outcomes) == set(kinds.KINDS)
-    for name, counts in tally.outcomes.items():
-        assert counts["refused"], name  # an input that nothing refuses is not hostile
-        assert counts["read"] or name in ("setting", "promptsrc"), name
+    # Inputs that are all read, or all refused, would test little. A damaged results.json is moved aside, and a damaged
+    # curve is none; most hostile settings, labels and prompts are refused.
+    assert {name for name, counts in tally.outcomes.items() if not counts["refused"]} <= {"results", "curve"}
+    assert {name for name, counts in tally.outcomes.items() if not counts["read"]} <= {"setting", "labels", "prompts"}
