@@ -3,11 +3,14 @@
 import gc
 import hashlib
 import json
+import multiprocessing.forkserver
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -65,6 +68,59 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 # The same examples in every run, and no deadline, since machines differ in speed.
 settings.register_profile("comkd", deadline=None, derandomize=True, database=None)
 settings.load_profile("comkd")
+
+
+LEFT_SECONDS = 20.0  # a loader's worker looks for a parent that was killed every 5 s
+SESSION = "COMKD_TEST_SESSION"
+# Processes of libraries that end with this one.
+OF_LIBRARIES = ("multiprocessing.resource_tracker", "torch/_inductor/compile_worker")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fails the run if its end has a process, a thread or a lock more than its start. Each worker of pytest-xdist looks
+    for its own."""
+    earlier = set(threading.enumerate())
+    with pytest.MonkeyPatch.context() as patch:
+        # Processes inherit the variable, also those whose parent has ended.
+        patch.setenv(SESSION, f"{os.getpid()}-{time.time_ns()}")
+        yield
+        deadline = time.monotonic() + LEFT_SECONDS
+        while (left := _left(os.environ[SESSION], earlier)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert not left, f"left behind by the tests: {'; '.join(left)}"
+
+
+def _left(session: str, earlier: set[threading.Thread]) -> list[str]:
+    """A line for each thing that the tests of this process left. Pools of libraries keep their threads."""
+    new = [thread for thread in threading.enumerate() if thread not in earlier and not thread.daemon]
+    return [
+        *(f"thread {thread.name}" for thread in new if not thread.name.startswith("ThreadPoolExecutor-")),
+        *(f"process {line}" for line in _processes_of(session)),
+        *(f"lock {line}" for line in _locks_of(os.getpid())),
+    ]
+
+
+def _processes_of(session: str) -> Iterator[str]:
+    """The processes with this value of SESSION, but for this one and those of multiprocessing that end with it."""
+    server = multiprocessing.forkserver._forkserver._forkserver_pid
+    marker = f"{SESSION}={session}".encode()
+    for entry in Path("/proc").glob("[0-9]*"):  # there is none on other systems than Linux
+        try:
+            if int(entry.name) in (os.getpid(), server) or marker not in (entry / "environ").read_bytes().split(b"\0"):
+                continue
+            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:  # it has ended, or belongs to somebody else
+            continue
+        if line and not any(name in line for name in OF_LIBRARIES):  # a zombie has no command line
+            yield f"{entry.name}: {line}"
+
+
+def _locks_of(process: int) -> list[str]:
+    """What the system says of the locks that a process holds."""
+    file = Path("/proc/locks")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return [line for line in lines if line.split()[1:2] == ["FLOCK"] and line.split()[4] == str(process)]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -33,6 +33,18 @@ def test_in_a_worker():
 """
 
 
+LEAVES = """
+import fcntl, subprocess, sys, threading, time
+
+def test_leaves_something():
+    subprocess.Popen(["sh", "-c", "sleep 6; exit"])
+    subprocess.run(["sh", "-c", "sleep 7 >/dev/null 2>&1 &"])
+    threading.Thread(target=time.sleep, args=(5,), name="forgotten").start()
+    sys.held = open(__file__)
+    fcntl.flock(sys.held, fcntl.LOCK_EX)
+"""
+
+
 @pytest.fixture
 def done(tmp_path: Path) -> subprocess.CompletedProcess[str]:
     """A run of four test files by two workers, in a process that ignores SIGINT, as a shell's background job does."""
@@ -60,3 +72,18 @@ def test_workers_receive_sigint_and_their_skips_are_counted(done: subprocess.Com
     assert last.startswith("4 tests were skipped: 2 because no-such-program is not installed; ")
     for number in (1, 2):
         assert f"1 because reason of test_skipped_{number}" in last
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="it finds processes and locks in /proc")
+def test_what_a_test_leaves_fails_the_run(tmp_path: Path) -> None:
+    own = Path(__file__).with_name("conftest.py").read_text()
+    (tmp_path / "conftest.py").write_text(own.replace("LEFT_SECONDS = 20.0", "LEFT_SECONDS = 0.5"))
+    (tmp_path / "test_leaves.py").write_text(LEAVES)
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q\n")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 1
+    message = next(line for line in done.stdout.splitlines() if "AssertionError" in line)
+    for found in ("thread forgotten", ": sh -c sleep 6; exit", ": sleep 7", "lock "):
+        assert found in message
