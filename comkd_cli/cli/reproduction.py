@@ -90,6 +90,7 @@ class Reproduction:
         from comkd_cli.cli.terminal import reporting
         from comkd_cli.events import Stage, once
         from comkd_cli.flows.estimate import measure
+        from comkd_cli.runtime.devices import failures_explained
 
         self.items = [Item(*pair) for pair in zip(choices, recipes, strict=True)]
         costs = None
@@ -101,7 +102,8 @@ class Reproduction:
                 report(Stage("Measuring a step of each stage, with random weights"))
                 classes, source = self._largest
                 images = None if source is None else source.train
-                costs = measure(unfinished[0].recipe, classes, images, self.accelerator)
+                with failures_explained():
+                    costs = measure(unfinished[0].recipe, classes, images, self.accelerator)
         if not self.as_json:
             self._print_plan(costs)
 
