@@ -11,7 +11,7 @@ from comkd_cli.runtime import ranks
 
 THREADS = "OMP_NUM_THREADS"
 SPIN_COUNT = "3000"
-"""Rounds that a thread of GNU OpenMP spins for before it sleeps, about 0.1 ms; its own default is 300,000."""
+"""Rounds that a thread of GNU OpenMP spins for before it sleeps, 0.15 ms on an EPYC; its own default is 300,000."""
 SPIN_MILLISECONDS = "1"
 """The same for the OpenMP of LLVM and Intel, whose default is 200."""
 LEAST_PER_THREAD = 250_000_000
