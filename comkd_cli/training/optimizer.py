@@ -39,7 +39,8 @@ def make_optimizer(model: nn.Module, optim: Sgd | AdamW, rate_factors: Mapping[s
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load the state of the same optimizer from a machine that may have had another device.
 
-    How a step is computed (`fused`) is that of this machine's optimizer; the state would overwrite it.
+    How a step is computed (`fused`) is that of this machine's optimizer; the state would overwrite it. Moments get the
+    memory layout of their parameter: the fused step of a CPU goes through both in the order of memory.
     """
     own = [group.get("fused") for group in optimizer.param_groups]
     groups = [
@@ -47,3 +48,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         for group, fused in zip(state["param_groups"], own, strict=True)
     ]
     optimizer.load_state_dict({**state, "param_groups": groups})
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            moments = optimizer.state.get(parameter, {})
+            for name, value in moments.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

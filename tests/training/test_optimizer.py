@@ -1,5 +1,8 @@
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from comkd_cli.recipe.model import AdamW, Sgd
 from comkd_cli.training.optimizer import load_optimizer_state, make_optimizer
@@ -58,3 +61,27 @@ def test_states_of_sgd_which_older_versions_wrote_without_the_field_still_load()
         group["momentum"] = 0.5
     load_optimizer_state(later, state)
     assert {group["momentum"] for group in later.param_groups} == {0.5}
+
+
+def test_moments_of_another_memory_layout_belong_to_the_same_weights() -> None:
+    """The fused step of a CPU goes through the memory of weights and moments side by side."""
+    torch.manual_seed(0)
+    tower = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    copied = copy.deepcopy(tower)
+    optimizer, later = make_optimizer(tower, AdamW(), {}), make_optimizer(copied, AdamW(), {})
+
+    def step(model: nn.Conv2d, images: torch.Tensor, chosen: torch.optim.Optimizer) -> None:
+        model(images).square().mean().backward()
+        chosen.step()
+        chosen.zero_grad()
+
+    first, second = torch.randn(2, 5, 3, 8, 8)
+    step(tower, first, optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    for moments in state["state"].values():
+        moments["exp_avg"], moments["exp_avg_sq"] = (moments[name].contiguous() for name in ("exp_avg", "exp_avg_sq"))
+    copied.load_state_dict(tower.state_dict())
+    load_optimizer_state(later, state)
+    step(tower, second, optimizer)
+    step(copied, second, later)
+    assert torch.equal(copied.weight, tower.weight)
