@@ -78,6 +78,7 @@ class TrainingLoader:
         # Where some features of the first model are cached, its input holds fewer images: a tensor of its own.
         shared = shared_inputs(preprocessings) if is_cached is None else tuple(range(len(preprocessings)))
         self._loader = data_loader(items, self._sampler, shared, workers, persistent=True)
+        self._images = images
 
     @property
     def steps_per_epoch(self) -> int:
@@ -90,6 +91,10 @@ class TrainingLoader:
         batches = batches_of(self._loader)
         while parts := tuple(islice(batches, self._parts)):
             yield parts
+
+    def name_of(self, index: int) -> str:
+        """The name of an image, by its index in `Batch.indices`."""
+        return self._images.keys[index]
 
 
 def check_shares(batch_size: int, parts: int) -> None:

@@ -22,6 +22,7 @@ INDIFFERENT: dict[str, Any] = {
     "track_every_steps": True,
     "checkpointing": True,
     "collective_timeout_minutes": True,
+    "checkpoint_every_minutes": True,
     "teacher": {"adapt": {"data": True, "classes_at_once": True}},
 }
 MOST_NAMED = 5

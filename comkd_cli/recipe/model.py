@@ -135,6 +135,9 @@ class Recipe(Closed):
     variables name a server. A tracker that fails is one notice; the result does not depend on them [C]."""
     track_every_steps: Annotated[int, Field(ge=0)] = 0
     """With `track`: also send the averages so far of the epoch every so many steps; 0: epochs alone [C]."""
+    checkpoint_every_minutes: Annotated[float, Field(gt=0, le=MINUTES_A_WEEK)] = 10.0
+    """How often a checkpoint is saved within an epoch, of teacher and student: what a kill or a power loss costs. One
+    is saved at the end of each epoch too, and where the run is stopped; the last two are kept [C]."""
     evaluate_every_epochs: Annotated[int, Field(ge=0)] = 1
     """Epochs between scores of the test images, where they have labels; 0 scores at the end only. Scores are always
     computed in fp32, as by `comkd evaluate`; `selection: promptkd` needs a score after every epoch."""

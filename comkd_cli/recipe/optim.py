@@ -18,6 +18,9 @@ class _InParts(Closed):
     """Gradient accumulation: parts that a batch is divided into, to save memory. IFAlign's and BatchNorm's statistics
     are then those of a part [C]."""
 
+    clip_gradient_norm: Positive | None = None
+    """Scale the gradient of a step down to this L2 norm where it is longer; null leaves it as it is [C]."""
+
     @model_validator(mode="after")
     def _parts_are_batches(self) -> _InParts:
         if self.batch_size < 2 * self.accumulation_steps:

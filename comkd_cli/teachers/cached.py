@@ -55,7 +55,7 @@ class CachedTeacher:
         if self._marks is None or self._marks[0] != view:
             self.cache.reopen()
             self._marks = view, self.cache.marks(view)
-        return self.cache.marked(self._marks[1], indices)
+        return self.cache.marked(view, self._marks[1], indices)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherOutput:
@@ -89,7 +89,7 @@ class CachedTeacher:
             computed = self._teacher.encode(images)[: len(indices)].to(TORCH_DTYPES[self.cache.key.dtype])
         self._pending.append((batch.view, indices, to_host(computed)))
         if computed.device.type == "cpu" and ranks.world_size() == 1:
-            self.flush()  # costs nothing here: there is no device or process to wait for
+            self._write_new()  # costs nothing here: there is no device or process to wait for
         return computed.float()
 
     def _cached(self, view: int, indices: np.ndarray) -> Tensor:
@@ -103,23 +103,29 @@ class CachedTeacher:
         """Write new features to the cache. All processes call it together, and the main one writes."""
         if self.cache is None:
             return
+        self._write_new()
+        # Steps before a checkpoint are not repeated after a kill, and other processes see the marks in the file alone.
+        self.cache.flush()
+        if epoch_ended:
+            self._marks = None
+
+    def _write_new(self) -> None:
+        assert self.cache is not None
         mine = [(view, indices, features()) for view, indices, features in self._pending]
         self._pending.clear()
         self._clock.seconds()
         _write(self.cache, [entry for of_rank in collectives.gather(mine) for entry in of_rank])
-        if epoch_ended:
-            self._marks = None
 
     def report_savings(self, report: Report) -> None:
         """Report how many crops came from the cache, over all processes, and the teacher's time that this saved."""
         if self.cache is None:
             return
         self.flush()
-        self.cache.flush()
         elapsed = time.monotonic() - self._started
         computed = _record_cost(self.cache, self._clock, self._computed)
-        rows = collectives.all_gather((self._read, elapsed))
-        read, elapsed = sum(row[0] for row in rows), sum(row[1] for row in rows)
+        rows = collectives.all_gather((self._read, elapsed, self.cache.damaged))
+        read, elapsed, damaged = (sum(column) for column in zip(*rows, strict=True))
+        _report_damaged(damaged, report)
         if not computed + read:
             return
         saved = read * (self.cache.seconds_per_crop() or 0)
@@ -147,9 +153,9 @@ def fill_cache(
     with failures_explained():
         for view in range(settings.views):
             starts = range(0, len(images), IMAGES_AT_ONCE)
-            total, done = collectives.broadcast(sum(len(_missing(cache, view, start)) for start in starts)), 0
+            total, done = sum(len(_missing(cache, view, start)) for start in starts), 0
             for start in starts:
-                missing = collectives.broadcast(_missing(cache, view, start))
+                missing = _missing(cache, view, start)
                 share = ranks.share(missing)
                 batches = view_batches(
                     images,
@@ -176,14 +182,22 @@ def fill_cache(
     _record_cost(cache, clock, computed)
     for problem in list(unreadable)[:MOST_NAMED]:
         report(Notice(f"unreadable, skipped: {problem}"))
+    _report_damaged(collectives.broadcast(cache.damaged), report)
     report(Notice(f"teacher cache: {cache.count():,} of {settings.views * len(images):,} crops cached"))
 
 
+def _report_damaged(features: int, report: Report) -> None:
+    if features:
+        report(Notice(f"teacher cache: {features:,} cached features were damaged and were computed again"))
+
+
 def _missing(cache: TeacherCache, view: int, start: int) -> list[int]:
-    """The images without a feature of this view, among IMAGES_AT_ONCE from an index on."""
+    """The images without a feature of this view, among IMAGES_AT_ONCE from an index on, as the main process finds."""
+    if not ranks.is_main():
+        return collectives.broadcast([])
     indices = np.arange(start, min(start + IMAGES_AT_ONCE, cache.key.images))
     found: list[int] = indices[cache.missing(view, indices)].tolist()
-    return found
+    return collectives.broadcast(found)
 
 
 def encoded_batches(
@@ -226,10 +240,10 @@ def _write(cache: TeacherCache, entries: Sequence[tuple[int, np.ndarray, np.ndar
     for view, indices, features in entries:
         cache.put(view, indices, features)
         cache.release()
-    if entries and ranks.on_several_machines():
-        cache.flush()  # so that no machine sees a mark before its feature
     for view, indices, _ in entries:
         cache.mark(view, indices)
+    if entries and ranks.on_several_machines():
+        cache.flush()
 
 
 def _record_cost(cache: TeacherCache, clock: Clock, computed: int) -> int:

@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,12 @@ from comkd_cli.errors import CheckpointError
 from comkd_cli.files import allocate, remove_unfinished, write_text
 from comkd_cli.runtime.locks import has_lock_files, if_free, in_turn_with_others
 
+SYNC_SECONDS = 5.0
+SYNC_CROPS = 4096
+"""Features wait for the disk together: what a kill can cost."""
+ROWS_AT_ONCE = 4096
+UNIT_TOLERANCE = 1e-2
+"""Of the length of a feature, far above the rounding of fp16."""
 CACHE_FORMAT = "comkd-teacher-cache/1"
 DTYPES: dict[str, type[np.generic]] = {"fp16": np.float16, "fp32": np.float32}
 
@@ -42,10 +49,12 @@ class CacheKey:
 
 
 class TeacherCache:
-    """The teacher's image features of (image, view), in two files that are mapped into memory.
+    """The teacher's image features of (image, view), of unit length, in two files that are mapped into memory.
 
-    A feature is written before it is marked as cached, so that a killed run leaves no marked feature half written. Runs
-    may share a cache at the same time: they write the same feature to the same row. rows: the row of each image, int64
+    A mark says that a feature is cached. It is written once the feature is on the disk, so that neither a kill nor a
+    loss of power leaves a mark without its feature. A feature that is not finite or not of unit length all the same, as
+    on a damaged disk, counts as missing. Runs may share a cache at the same time: they write the same feature to the
+    same row. rows: the row of each image, int64
     (images,); None: its index. made_of: named plain data that the key's identity is a digest of, written to cache.json
     for people to read. Raises CheckpointError for a directory that holds another cache.
     """
@@ -56,6 +65,11 @@ class TeacherCache:
         self.key = key
         self._made_of = dict(made_of or {})
         self._rows = rows
+        self._unmarked: list[tuple[int, np.ndarray]] = []  # views and rows of features that may not be on the disk yet
+        self._unmarked_since = 0.0
+        self.damaged = 0
+        """Marked features that were not finite or not of unit length, and so were found missing."""
+        self._maps: list[mmap.mmap] = []
         self.folder = folder / key.identity[:16]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -70,23 +84,43 @@ class TeacherCache:
 
     def reopen(self) -> None:
         """Map the files again: a network file system shows what other machines wrote when a file is opened."""
+        self._write_marks()
         shape = (self.key.views, self.key.images)
         self._maps = [self._map("features.bin"), self._map("there.bin")]
         self._features = np.frombuffer(self._maps[0], DTYPES[self.key.dtype]).reshape(*shape, self.key.dim)
         self._marks = np.frombuffer(self._maps[1], np.uint8).reshape(shape)
 
     def missing(self, view: int, indices: np.ndarray) -> np.ndarray:
-        """Which of these images have no feature of this view yet, bool (len(indices),)."""
-        return np.asarray(self._marks[view, self.rows(indices)] == 0)
+        """Which of these images have no feature of this view yet, or a damaged one, bool (len(indices),)."""
+        rows = self.rows(indices)
+        marked = self._marks[view, rows] != 0
+        marked[marked] = self._sound(view, rows[marked])
+        for of_view, new in self._unmarked:
+            if of_view == view:
+                marked |= np.isin(rows, new)
+        return np.asarray(~marked)
+
+    def _sound(self, view: int, rows: np.ndarray) -> np.ndarray:
+        """Which of these marked rows have a unit feature, bool (len(rows),); the marks of the others are removed."""
+        sound = np.empty(len(rows), bool)
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            features = self._features[view, rows[part]].astype(np.float32)
+            sound[part] = np.abs(np.linalg.norm(features, axis=1) - 1) < UNIT_TOLERANCE  # false for NaN
+        self._marks[view, rows[~sound]] = 0
+        self.damaged += int(np.count_nonzero(~sound))
+        return sound
 
     def marks(self, view: int) -> np.ndarray:
         """A snapshot of which rows of a view have a feature, one bit each; for `marked`."""
         return np.packbits(self._marks[view])
 
-    def marked(self, marks: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """Which of these images had a feature when the snapshot was taken, bool (len(indices),)."""
+    def marked(self, view: int, marks: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """Which of these images had a feature when the snapshot of the view was taken, bool (len(indices),)."""
         rows = self.rows(indices)
-        return np.asarray((marks[rows >> 3] >> (7 - (rows & 7)) & 1).astype(bool))
+        found = (marks[rows >> 3] >> (7 - (rows & 7)) & 1).astype(bool)
+        found[found] = self._sound(view, rows[found])
+        return np.asarray(found)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """The rows of these images within a view, (len(indices),)."""
@@ -101,8 +135,25 @@ class TeacherCache:
         self._features[view, self.rows(indices)] = features
 
     def mark(self, view: int, indices: np.ndarray) -> None:
-        """Mark features as cached, after `put`."""
-        self._marks[view, self.rows(indices)] = 1
+        """Mark features as cached, after `put`: in this object at once, in the file when they are on the disk.
+
+        That is at the latest at the first call after SYNC_SECONDS or SYNC_CROPS crops, or with `flush`.
+        """
+        now = time.monotonic()
+        if not self._unmarked:
+            self._unmarked_since = now
+        self._unmarked.append((view, self.rows(indices)))
+        crops = sum(len(rows) for _, rows in self._unmarked)
+        if crops >= SYNC_CROPS or now - self._unmarked_since >= SYNC_SECONDS:
+            self._write_marks()
+
+    def _write_marks(self) -> None:
+        """Wait until all features are on the disk, then write their marks."""
+        if self._unmarked:
+            self._maps[0].flush()
+            for view, rows in self._unmarked:
+                self._marks[view, rows] = 1
+            self._unmarked.clear()
 
     def seconds_per_crop(self) -> float | None:
         """The teacher's time for a crop, averaged over all crops in the cache; None where it was not recorded."""
@@ -126,10 +177,12 @@ class TeacherCache:
 
     def count(self) -> int:
         """The number of cached crops."""
+        self._write_marks()
         return int(np.count_nonzero(self._marks))
 
     def flush(self) -> None:
         """Write to disk what the system still holds in memory."""
+        self._write_marks()
         for mapping in self._maps:
             mapping.flush()
 

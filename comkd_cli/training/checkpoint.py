@@ -13,32 +13,29 @@ from torch import Tensor
 
 from comkd_cli.data.transforms import stable_seed
 from comkd_cli.errors import CheckpointError
-from comkd_cli.files import is_newer_format, remove_folder
+from comkd_cli.events import Notice, Report
 from comkd_cli.method.student import learned_state
-from comkd_cli.models.plain_data import save_plain
 from comkd_cli.recipe.identity import Identity, described
 from comkd_cli.runtime import collectives, ranks
 from comkd_cli.training.optimizer import load_optimizer_state
 from comkd_cli.training.position import Position
+from comkd_cli.training.state_files import (
+    STATE_FORMAT,
+    Found,
+    checkpoint_file,
+    delete_checkpoint,
+    read_state,
+    restart_remedy,
+    write_state,
+)
 from comkd_cli.training.task import Task
 
-STATE_FORMAT = "comkd-state/4"
-
-
-def checkpoint_file(folder: Path) -> Path:
-    """The checkpoint of the task whose files are in this folder."""
-    return folder / "state" / "state.pt"
+__all__ = ["Checkpoint", "checkpoint_file", "delete_checkpoint", "has_checkpoint", "seed_rank"]
 
 
 def has_checkpoint(folder: Path, identity: Identity) -> bool:
     """Whether a task's folder holds a checkpoint. Raises CheckpointError for a damaged one or another run's."""
     return _read(folder, identity) is not None
-
-
-def delete_checkpoint(folder: Path) -> None:
-    """Delete the checkpoint of a task's folder; of several processes the main one does."""
-    if ranks.is_main():
-        remove_folder(checkpoint_file(folder).parent)
 
 
 def seed_rank(seed: int) -> None:
@@ -62,7 +59,7 @@ class Checkpoint:
         random = collectives.all_gather((torch.get_rng_state(), _cuda_random_state()))
         with collectives.without_timeout():  # disks can be slow
             if ranks.is_main():
-                save_plain(checkpoint_file(self.task.folder), self._state(position, random))
+                write_state(self.task.folder, self._state(position, random))
 
     def _state(self, position: Position, random: Sequence[tuple[Tensor, Tensor | None]]) -> dict[str, Any]:
         scaler = self.accelerator.scaler
@@ -79,30 +76,38 @@ class Checkpoint:
             "sums": position.sums,
             "probed": position.probed,
             "counted_steps": position.counted_steps,
+            "overflows": int(position.overflows),
             "history": position.history,
             "unreadable": list(position.unreadable),
             "best_score": position.best_score,
             "kept": position.kept,
         }
 
-    def load(self) -> Position | None:
-        """Restore the run and return where it stopped; None where there is no checkpoint. Raises CheckpointError."""
+    def load(self, report: Report) -> Position | None:
+        """Restore the run and return where it stopped; None where there is no checkpoint.
+
+        A damaged checkpoint is reported and deleted, and the one before it is used. Raises CheckpointError.
+        """
         folder = self.task.folder
-        state = _read(folder, self.task.identity)
-        found = [bool(row[0]) for row in collectives.all_gather_ints([state is not None])]
-        if any(found) != all(found):
+        found = _read(folder, self.task.identity)
+        position = [-1, -1] if found is None else [found.state["epoch"], found.state["step"]]
+        if any(row != position for row in collectives.all_gather_ints(position)):
             raise CheckpointError(
-                "not every process finds the checkpoint",
+                "not every process finds the same checkpoint",
                 path=folder,
                 remedy="use a shared folder as --runs",
             )
-        if state is None:
+        if found is None:
             return None
+        for path, reason in found.damaged.items():
+            report(Notice(f"{path}: is damaged ({reason}); the checkpoint before it is used"))
+        found.delete_damaged()
+        state = found.state
         if set(state["model"]) != set(learned_state(self.task.model)):
             raise CheckpointError(
                 "holds other tensors than this version trains",
-                path=checkpoint_file(folder),
-                remedy=_restart(folder),
+                path=found.path,
+                remedy=restart_remedy(folder),
             )
         self.task.model.load_state_dict(state["model"], strict=False)
         load_optimizer_state(self.optimizer, state["optimizer"])
@@ -116,6 +121,7 @@ class Checkpoint:
             sums={name: value.to(device) for name, value in state["sums"].items()},
             probed=state["probed"],
             counted_steps=state["counted_steps"],
+            overflows=state.get("overflows", 0),  # absent in checkpoints of older versions
             history=state["history"],
             unreadable=dict.fromkeys(state["unreadable"]),
             best_score=state["best_score"],
@@ -132,46 +138,17 @@ class Checkpoint:
             torch.cuda.set_rng_state(on_cuda)
 
 
-def _read(folder: Path, identity: Identity) -> dict[str, Any] | None:
-    """The saved state of a task, or None. Raises CheckpointError for a damaged one or another run's."""
-    path = checkpoint_file(folder)
-    if not path.is_file():
-        return None
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        found = state["format"]
-    except Exception as error:  # torch and pickle raise many kinds for a damaged file
-        raise CheckpointError(
-            f"cannot resume from this checkpoint ({error})", path=path, remedy=_restart(folder)
-        ) from error
-    if is_newer_format(found, STATE_FORMAT):
-        raise CheckpointError(
-            "was written by a newer version of comkd",
-            path=path,
-            found=found,
-            allowed=[STATE_FORMAT],
-            remedy=f"upgrade comkd, or {_restart(folder)}",
-        )
-    if found != STATE_FORMAT:
-        raise CheckpointError(
-            "was written by another version of comkd",
-            path=path,
-            found=found,
-            allowed=[STATE_FORMAT],
-            remedy=_restart(folder),
-        )
-    if differences := identity.differences(state["identity"], "this checkpoint"):
+def _read(folder: Path, identity: Identity) -> Found | None:
+    """The newest whole checkpoint of a task. Raises CheckpointError where all are damaged, or it is another run's."""
+    found = read_state(folder)
+    if found is not None and (differences := identity.differences(found.state["identity"], "this checkpoint")):
         raise CheckpointError(
             "cannot resume from this checkpoint",
-            path=path,
+            path=found.path,
             found=described(differences),
-            remedy=f"{_restart(folder)}, or keep both with another --runs folder",
+            remedy=f"{restart_remedy(folder)}, or keep both with another --runs folder",
         )
-    return state
-
-
-def _restart(folder: Path) -> str:
-    return f"to start from scratch, delete {checkpoint_file(folder).parent}, or use --fresh for a student"
+    return found
 
 
 def _cuda_random_state() -> Tensor | None:

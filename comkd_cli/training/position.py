@@ -27,6 +27,8 @@ class Position:
     probed: dict[str, float] = field(default_factory=dict)
     counted_steps: int = 0
     """Steps in `sums`: those that had images."""
+    overflows: Tensor | int = 0
+    """Steps of the epoch that the gradient scaler skipped, since their gradients overflowed in fp16; on the device."""
     history: list[dict[str, float]] = field(default_factory=list)
     """The figures of each finished epoch."""
     unreadable: dict[str, None] = field(default_factory=dict)
@@ -105,4 +107,4 @@ class Position:
     def next_epoch(self) -> None:
         """Move to the first step of the next epoch."""
         self.epoch, self.step = self.epoch + 1, 0
-        self.sums, self.probed, self.counted_steps = {}, {}, 0
+        self.sums, self.probed, self.counted_steps, self.overflows = {}, {}, 0, 0

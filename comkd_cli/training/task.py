@@ -65,6 +65,10 @@ class Loader(Protocol):
         """The parts of each step of an epoch from a step on; both count from 0."""
         ...
 
+    def name_of(self, index: int) -> str:
+        """The name of one of the inputs, by its index in `Batch.indices`, for messages."""
+        ...
+
 
 @dataclass(frozen=True)
 class Task:
@@ -97,6 +101,8 @@ class Task:
     """A weight for each epoch, summing to 1: the weighted average of the epochs' weights is kept."""
     ema_decay: float | None = None
     """Of an exponential moving average of the weights over the steps, which is kept instead of the last weights."""
+    checkpoint_every_minutes: float = 10.0
+    """How often a checkpoint is saved within an epoch."""
     unit: str = "images"
     """What the loader has, for messages."""
     track: Sequence[str] = ()

@@ -114,6 +114,12 @@ def test_students_and_seeds_share_a_teacher(done: adapt.Stage1, weights: Path) -
     assert make_stage(done.runs, weights, adapt={"classes_at_once": 3}).folder == done.folder
 
 
+def test_teachers_of_versions_that_clipped_no_gradients_keep_their_key(tmp_path: Path, weights: Path) -> None:
+    stage = make_stage(tmp_path, weights)
+    assert "clip_gradient_norm" not in stage.made_of["adapt"]
+    assert make_stage(tmp_path, weights, adapt={"clip_gradient_norm": 1.0}).key != stage.key
+
+
 def test_a_teacher_of_one_dataset_classifies_among_the_classes_of_another(
     done: adapt.Stage1, weights: Path, tmp_path: Path
 ) -> None:

@@ -46,8 +46,9 @@ def cache(folder: Path, dtype: str = "fp16") -> TeacherCache:
 
 
 def write(filled: TeacherCache, view: int, indices: list[int]) -> None:
-    filled.put(view, np.array(indices), np.ones((len(indices), DIM)))
+    filled.put(view, np.array(indices), np.full((len(indices), DIM), 1 / np.sqrt(DIM)))
     filled.mark(view, np.array(indices))
+    filled.flush()
 
 
 def feature(view: int, index: int, dtype: torch.dtype) -> torch.Tensor:
@@ -126,3 +127,24 @@ def test_a_later_run_knows_the_teachers_time(tmp_path: Path, monkeypatch: pytest
     (notice,) = events
     assert isinstance(notice, Notice)
     assert "2 crops read, which saved about 600 s of the teacher's time, 86% of the run; 0 computed" in notice.text
+
+
+def test_damaged_features_are_computed_again_and_reported(tmp_path: Path) -> None:
+    first = CachedTeacher(teacher(), cache(tmp_path))
+    indices = list(range(IMAGES))
+    fresh = first(batch(1, indices, first.is_cached(1, np.array(indices)))).features
+    first.report_savings(lambda event: None)
+    damaged = cache(tmp_path)
+    for index, value in ((2, 0.0), (5, np.nan), (6, np.inf), (8, 0.4)):
+        damaged._features[1, index] = value
+    damaged.flush()
+    again = CachedTeacher(teacher(), cache(tmp_path))
+    known = again.is_cached(1, np.array(indices))
+    assert np.flatnonzero(~known).tolist() == [2, 5, 6, 8]
+    assert torch.equal(again(batch(1, indices, known)).features, fresh)
+    events: list[Event] = []
+    again.report_savings(events.append)
+    assert [event.text for event in events if isinstance(event, Notice) and "damaged" in event.text] == [
+        "teacher cache: 4 cached features were damaged and were computed again"
+    ]
+    assert cache(tmp_path).missing(1, np.array(indices)).sum() == 0

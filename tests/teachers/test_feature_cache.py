@@ -1,6 +1,8 @@
 import errno
+import mmap
 import multiprocessing
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +15,19 @@ from comkd_cli.teachers.feature_cache import CacheKey, TeacherCache
 KEY = CacheKey("a" * 64, images=10, dim=3, views=4, dtype="fp32")
 
 
+def unit(*shape: int, seed: int = 0) -> np.ndarray:
+    """Random features of unit length."""
+    features = np.random.default_rng(seed).normal(size=(*shape, KEY.dim)).astype(np.float32)
+    return np.asarray(features / np.linalg.norm(features, axis=-1, keepdims=True))
+
+
 def write(cache: TeacherCache, view: int, indices: np.ndarray, features: np.ndarray) -> None:
     cache.put(view, indices, features)
     cache.mark(view, indices)
 
 
 def test_features_are_read_back_also_when_the_cache_is_opened_again(tmp_path: Path) -> None:
-    features = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
+    features = unit(3)
     cache = TeacherCache(tmp_path, KEY)
     assert cache.missing(2, np.array([7, 1, 4])).all()
     write(cache, 2, np.array([7, 1, 4]), features)
@@ -32,7 +40,7 @@ def test_features_are_read_back_also_when_the_cache_is_opened_again(tmp_path: Pa
 
 
 def test_rows_map_images_to_their_features(tmp_path: Path) -> None:
-    features = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
+    features = unit(10)
     rows = np.random.default_rng(1).permutation(10)
     cache = TeacherCache(tmp_path, KEY, rows)
     write(cache, 1, np.arange(4), features[:4])
@@ -103,6 +111,7 @@ def _fill(folder: Path, start: int) -> None:
     for view in range(4):
         for index in range(start, 10, 2):
             write(cache, view, np.array([index]), np.full((1, 3), 10 * view + index, np.float32))
+    cache.flush()
 
 
 def test_two_processes_fill_one_cache(tmp_path: Path) -> None:
@@ -136,3 +145,75 @@ def test_a_cost_that_cannot_be_read_is_none(tmp_path: Path, content: str) -> Non
     assert cache.seconds_per_crop() is None
     cache.add_cost(3.0, 1)
     assert cache.seconds_per_crop() == 3.0
+
+
+class Disk(mmap.mmap):
+    """A mapped file that remembers what was on the disk for certain: its content when it was flushed last."""
+
+    durable = b""
+
+    def flush(self, *arguments: int) -> None:  # type: ignore[override]
+        super().flush(*arguments)
+        self.durable = self[:]
+
+
+PAGE = 4096
+
+
+def after_power_loss(before: bytes, now: bytes, written: Callable[[], bool]) -> bytes:
+    """What a disk holds: of each page what was flushed, or what was written since, as the system came to it."""
+    pages = [(now if written() else before)[start : start + PAGE] for start in range(0, len(now), PAGE)]
+    return b"".join(pages)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_mark_that_outlives_a_loss_of_power_has_its_feature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """At a random moment the power goes; the marks of the disk are all those written, its features the fewest."""
+    key = replace(KEY, images=500, dim=64, views=2)
+    random = np.random.default_rng(seed)
+    features = random.normal(size=(2, 500, 64)).astype(np.float32)
+    features /= np.linalg.norm(features, axis=-1, keepdims=True)
+    monkeypatch.setattr("comkd_cli.teachers.feature_cache.mmap.mmap", Disk)
+    monkeypatch.setattr("comkd_cli.teachers.feature_cache.SYNC_CROPS", int(random.integers(1, 300)))
+    cache = TeacherCache(tmp_path / "running", key)
+    for disk in cache._maps:
+        disk.durable = bytes(len(disk))
+    for _ in range(int(random.integers(1, 60))):
+        view, chosen = int(random.integers(2)), random.choice(500, int(random.integers(1, 40)), replace=False)
+        write(cache, view, chosen, features[view, chosen])
+        assert not cache.missing(view, chosen).any()
+    chance = random.choice([0.0, 0.5])
+    on_disk = [
+        after_power_loss(cache._maps[0].durable, cache._maps[0][:], lambda: random.random() < chance),
+        after_power_loss(cache._maps[1].durable, cache._maps[1][:], lambda: True),
+    ]
+    monkeypatch.undo()
+    after = TeacherCache(tmp_path / "after", key)
+    for name, content in zip(("features.bin", "there.bin"), on_disk, strict=True):
+        (after.folder / name).write_bytes(content)
+    after.reopen()
+    for view in range(2):
+        there = np.flatnonzero(~after.missing(view, np.arange(500)))
+        assert np.array_equal(after.read(view, there), features[view, there])
+    assert after.damaged == 0
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_features_of_lost_pages_are_missing(tmp_path: Path, dtype: str) -> None:
+    """Pages of zeros, as a file system leaves them whose journal has the size of a file alone."""
+    key = replace(KEY, images=500, dim=64, views=1, dtype=dtype)
+    features = np.random.default_rng(0).normal(size=(500, 64))
+    features /= np.linalg.norm(features, axis=-1, keepdims=True)
+    cache = TeacherCache(tmp_path, key)
+    write(cache, 0, np.arange(500), features)
+    cache.flush()
+    content = bytearray((cache.folder / "features.bin").read_bytes())
+    row = len(content) // 500
+    content[2 * PAGE : 3 * PAGE] = bytes(PAGE)
+    (cache.folder / "features.bin").write_bytes(content)
+    again = TeacherCache(tmp_path, key)
+    assert np.flatnonzero(again.missing(0, np.arange(500))).tolist() == list(range(2 * PAGE // row, 3 * PAGE // row))
+    assert again.damaged == PAGE // row
+    assert again.missing(0, np.arange(500)).sum() == again.damaged  # they are counted once

@@ -105,6 +105,7 @@ class TeacherPreparation:
             evaluate_every_epochs=recipe.evaluate_every_epochs,
             track=recipe.track,
             track_every_steps=recipe.track_every_steps,
+            checkpoint_every_minutes=recipe.checkpoint_every_minutes,
             held_out=adaptation.source.holdout is not None,
             average=adaptation.average,
             uses_all_parameters=adaptation.uses_all_parameters,

@@ -116,10 +116,13 @@ class Stage1:
     def made_of(self) -> dict[str, Any]:
         """All that decides the trained teacher, by name; students of other data can share it."""
         teacher, adapt = self.settings, self.settings.adapt
+        settings = adapt.model_dump(mode="json", exclude={"data", "classes_at_once"})
+        if settings.get("clip_gradient_norm") is None:  # the key of teachers of versions without this field
+            settings.pop("clip_gradient_norm", None)
         parts: dict[str, Any] = {
             "model": model_fields(teacher),
             "format": teacher.format,
-            "adapt": adapt.model_dump(mode="json", exclude={"data", "classes_at_once"}),
+            "adapt": settings,
             **self.contents,
         }
         if isinstance(adapt, FullAdapt | PromptSrcAdapt):  # a probe sees centre crops in fp32

@@ -283,6 +283,7 @@ def _task(
         evaluate_every_epochs=recipe.evaluate_every_epochs,
         track=recipe.track,
         track_every_steps=recipe.track_every_steps,
+        checkpoint_every_minutes=recipe.checkpoint_every_minutes,
         held_out=run.source.holdout is not None,
         select_by=SELECTION_SCORE if selection_classes(recipe) else None,
         ema_decay=recipe.ema_decay,

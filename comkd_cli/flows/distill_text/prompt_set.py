@@ -77,6 +77,10 @@ class PromptLoader:
             targets = torch.from_numpy(self._vectors[chosen.numpy()].astype(np.float32))
             yield (Batch(inputs=(tokens, targets), labels=None, indices=chosen),)
 
+    def name_of(self, index: int) -> str:
+        """The prompt at an index of `Batch.indices`."""
+        return self._texts[index]
+
     def _tokens(self, text: str, random: np.random.Generator) -> list[int]:
         """The encoder's tokens of a prompt, some of them split."""
         return [known for token in self._pruned.clip_tokens(text) for known in self._split(token, random)]
