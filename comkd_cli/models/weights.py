@@ -116,7 +116,8 @@ def is_torchscript(path: Path) -> bool:
     # torch's own reader opens archives that Python's zipfile does not.
     try:
         records: list[str] = torch._C.PyTorchFileReader(str(path)).get_all_records()
-    except RuntimeError:  # torch.load opens archives by the same reader, and fails too
+    # torch.load opens archives by the same reader, and fails too; UnicodeDecodeError for the name of a record.
+    except (RuntimeError, UnicodeDecodeError):
         return False
     return "constants.pkl" in records
 

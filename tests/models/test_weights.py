@@ -221,6 +221,9 @@ def test_an_archive_that_torch_cannot_open_is_no_program(tmp_path: Path) -> None
     with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
         archive.writestr("a/data.pkl", b"")
     assert not is_torchscript(tmp_path / "w.pt")
+    torch.save({"named": torch.zeros(1)}, tmp_path / "w.pt")
+    (tmp_path / "w.pt").write_bytes((tmp_path / "w.pt").read_bytes().replace(b"w/data/0", b"w/data/\xff"))
+    assert not is_torchscript(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("read", [load_student, load_teacher, read_released, build_clip])
