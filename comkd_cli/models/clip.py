@@ -22,6 +22,12 @@ class Origin:
     activation: str
     """`quick_gelu` or `gelu`: weights trained with one silently lose accuracy with the other."""
 
+    def __post_init__(self) -> None:
+        """Raise TypeError for fields that are not text, as of a damaged checkpoint."""
+        for name, value in vars(self).items():
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{name} should be text, not {value!r}")
+
 
 @dataclass(frozen=True)
 class Clip:

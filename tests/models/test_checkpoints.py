@@ -262,3 +262,11 @@ def test_a_state_dict_of_anything_but_tensors_is_damaged(student_file: Path, val
     with pytest.raises(CheckpointError) as caught:
         load_student(student_file)
     assert caught.value.found == "more"
+
+
+def test_a_backbone_whose_weights_are_no_text_is_damaged(student_file: Path) -> None:
+    data = torch.load(student_file, weights_only=True)
+    data["backbone"]["weights"] = [["a"]]
+    torch.save(data, student_file)
+    with pytest.raises(CheckpointError, match="weights should be text"):
+        load_student(student_file)
