@@ -403,7 +403,7 @@ if __name__ == "__main__":
     ("event", "said"),
     [
         ("raise", "KeyError: 'a bug'"),
-        ("die", "error: data.workers: a process that decodes images died"),
+        ("die", "error: 5: a process that decodes images died while it read this one"),
         ("stop", "error: no more of them"),
     ],
 )
@@ -417,7 +417,7 @@ def test_a_process_ends_whatever_happens_while_workers_decode(tmp_path: Path, us
     assert done.returncode == 1
     assert said in done.stderr
     if event == "die":
-        assert "data.workers=0" in done.stderr
+        assert "data.workers" in done.stderr
     if event != "raise":
         assert done.stderr.startswith("error: ")
         assert len(done.stderr.splitlines()) == 1
