@@ -137,17 +137,24 @@ def check_finite(tensors: Mapping[str, object], path: object, error: type[ComkdE
     Also refuses tensors without values, and those that state far more values than they store, which would take any
     amount of memory. path: the file, or the name of the weights. Raises `error`, which names the first such tensor.
     """
+    check_stored(tensors, path, error)
     for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            continue
-        if (problem := _unusable(value)) is not None:
-            raise error(f"{name} {problem}", path=path, remedy="use other weights")
-        if value.is_floating_point() and not bool(value.isfinite().all()):
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
             raise error(
                 f"holds NaN or infinite values, first in {name}: the file is damaged, or its training diverged",
                 path=path,
                 remedy="use other weights",
             )
+
+
+def check_stored(tensors: Mapping[str, object], path: object, error: type[ComkdError] = ModelError) -> None:
+    """Refuse tensors without values, and those that state far more values than they store. Computes nothing.
+
+    Raises `error`, which names the first such tensor.
+    """
+    for name, value in tensors.items():
+        if isinstance(value, Tensor) and (problem := _unusable(value)) is not None:
+            raise error(f"{name} {problem}", path=path, remedy="use other weights")
 
 
 def _unusable(value: Tensor) -> str | None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from comkd_cli.errors import CheckpointError
-from comkd_cli.models.weights import check_finite, is_torchscript
+from comkd_cli.models.weights import check_finite, check_stored, is_torchscript
 
 
 class Inert:
@@ -194,7 +194,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def as_float(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The tensors as float32. Raises CheckpointError for one that is larger than its storage."""
+    """The tensors as float32. Raises CheckpointError for one that states more than it stores."""
+    check_stored(state, path, CheckpointError)
     try:
         return {name: value.float() for name, value in state.items()}
     except RuntimeError as error:

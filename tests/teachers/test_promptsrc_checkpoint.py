@@ -420,3 +420,10 @@ def test_embeddings_of_another_width_are_refused(base: Path, tmp_path: Path) -> 
     state = {**released_state(base, 1), "prompt_learner.token_prefix": torch.zeros(7, 1, 24)}
     with pytest.raises(ModelError, match="token_prefix is 24 wide, and the table 16"):
         released_prompted(settings(base, write(tmp_path / "model.pt", state)))
+
+
+def test_prompts_that_state_more_than_they_store_are_refused_before_they_are_stacked(tmp_path: Path) -> None:
+    state = {"image_encoder.VPT": torch.zeros(1).expand(10**6, 10**6)}
+    torch.save({"state_dict": state}, tmp_path / "model.pth.tar")
+    with pytest.raises(CheckpointError, match=r"image_encoder\.VPT states the shape"):
+        read_released(tmp_path / "model.pth.tar")
