@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from comkd_cli.runtime import collectives, ranks
 
 BATCH_SIZE = 64  # on CPUs the activations of larger batches of 224 pixels fall out of the caches
 STORE_FORMAT = "comkd-features/2"
+METADATA = "comkd"
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ class FeatureStore:
                 save_file(
                     {"values": made.values, "indices": made.indices},
                     unfinished,
-                    {"format": STORE_FORMAT, "unreadable": unreadable},
+                    # One entry: safetensors writes several in an order that differs from process to process.
+                    {METADATA: json.dumps({"format": STORE_FORMAT, "unreadable": unreadable})},
                 )
         except (ComkdError, OSError, SafetensorError) as error:
             cause = error.__cause__ or error
@@ -238,10 +241,11 @@ def _read(path: Path) -> Features | None:
         return None
     try:
         with safe_open(path, framework="numpy") as opened:
-            metadata = opened.metadata() or {}
+            stored = opened.metadata() or {}
+            metadata = json.loads(stored[METADATA]) if METADATA in stored else stored  # as earlier versions wrote it
             if metadata.get("format") != STORE_FORMAT:
                 return None
             lines = metadata["unreadable"].splitlines()
             return Features(opened.get_tensor("values"), opened.get_tensor("indices"), tuple(lines))
-    except (SafetensorError, OSError, KeyError):
+    except (SafetensorError, OSError, KeyError, ValueError):
         return None

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import save_file
 
 from comkd_cli.data.digits import digits_source
 from comkd_cli.data.source import ImageSet
 from comkd_cli.edge.images import Preprocessing, UnreadableImage, prepare
 from comkd_cli.errors import ModelError
-from comkd_cli.evaluation.features import Encoder, FeatureStore, store_key
+from comkd_cli.evaluation.features import STORE_FORMAT, Encoder, FeatureStore, store_key
 
 INPUT = Preprocessing(size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 IMAGES = digits_source().train.subset(list(range(10)))
@@ -136,6 +137,22 @@ def test_an_unreadable_image_whose_name_is_not_utf8_is_stored(tmp_path: Path) ->
     store(tmp_path).features(Encoder("a", INPUT, Counting()), damaged, "it")
     kept = store(tmp_path).features(Encoder("a", INPUT, Counting()), damaged, "it")
     assert kept.unreadable[0].endswith(".png: cut off")
+
+
+def test_the_same_features_are_the_same_bytes_and_older_files_are_read(tmp_path: Path) -> None:
+    """Safetensors writes several entries of metadata in an order that changes from file to file."""
+    written = set()
+    for number in range(12):
+        store(tmp_path / str(number)).features(Encoder("a", INPUT, Counting()), IMAGES, "it")
+        (file,) = (tmp_path / str(number)).iterdir()
+        written.add(file.read_bytes())
+    assert len(written) == 1
+    save_file(
+        {"values": np.zeros((len(IMAGES), 2), np.float32), "indices": np.arange(len(IMAGES))},
+        file,
+        {"format": STORE_FORMAT, "unreadable": ""},
+    )
+    assert not store(file.parent).features(Encoder("a", INPUT, Counting()), IMAGES, "it").values.any()
 
 
 def test_a_damaged_file_is_recomputed(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from comkd_cli.flows.export import ExportOptions, export
 from comkd_cli.models.checkpoints import load_student
 
 pytestmark = pytest.mark.slow  # each of two bundles takes a while
-WIDE = {name: Gate(0.9, 90.0, 10.0, gate.difference_max) for name, gate in GATES.items()}
+WIDE = {name: Gate(0.9, 80.0, 20.0, gate.difference_max) for name, gate in GATES.items()}
 SIZES = [(30, 44), (51, 20), (16, 16), (9, 11)]
 
 

@@ -149,7 +149,7 @@ def test_both_stages_compute_in_as_many_threads_as_their_steps_are_worth(
     assert threads == [1, 1]  # a tiny CLIP
     monkeypatch.setattr(cores, "LEAST_PER_THREAD", 1)
     train(tmp_path / "again")
-    assert threads[2:] == [64, 64]
+    assert threads[2:] == [32, 32]  # a step of so few multiply-adds leaves half of the cores
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     train(tmp_path / "last")
     assert threads[4:] == [None, None]
