@@ -60,8 +60,8 @@ def test_a_misspelt_field_is_named_with_the_field_that_was_meant(path: tuple[str
 def test_a_field_like_no_other_is_answered_with_the_fields_that_fit_there() -> None:
     (line,) = faults({**WHOLE, "optim": {"name": "sgd", "qqqq": 1}})
     assert line == (
-        "r.yaml: optim.qqqq: unknown field; the fields here are accumulation_steps, batch_size, epochs, learning_rate, "
-        "momentum, name, warmup_epochs, warmup_learning_rate, weight_decay"
+        "r.yaml: optim.qqqq: unknown field; the fields here are accumulation_steps, batch_size, clip_gradient_norm, "
+        "epochs, learning_rate, momentum, name, warmup_epochs, warmup_learning_rate, weight_decay"
     )
 
 
