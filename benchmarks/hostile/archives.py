@@ -70,7 +70,7 @@ def _add_hostile_member(rng: random.Random, opened: zipfile.ZipFile) -> None:
         opened.writestr("zeros", bytes(rng.choice((10**5, 2 * 10**7))))
     elif kind == 3:
         name = mutations.text(rng).encode("utf-8", "replace").decode()[:60000]
-        opened.writestr(name or "a", b"x")
+        opened.writestr(name.partition("\0")[0] or "a", b"x")  # zipfile ends a name at its first zero
     elif kind == 4:
         opened.writestr("eurosat/split.json/below", b"a folder where a file is")
     else:

@@ -87,10 +87,14 @@ class Classifier:
         except Exception as error:  # onnxruntime's own types, for inputs that do not fit the graph
             problem = f"does not accept images as manifest.json describes them: {error}"
             raise BundleProblem(problem, path=self._folder / self._graphs["classifier"]) from error
-        if self._takes_vectors or self._class_vectors is None:
-            return np.asarray(output)
-        # Once classes are added, the session is the image encoder's.
-        return np.asarray(np.float32(self._scale) * output @ self._class_vectors.T)
+        logits = np.asarray(output)
+        if not self._takes_vectors and self._class_vectors is not None:
+            # Once classes are added, the session is the image encoder's.
+            logits = np.asarray(np.float32(self._scale) * output @ self._class_vectors.T)
+        if logits.ndim != 2 or logits.shape[1] != len(self.class_names):
+            problem = f"gives an output of the shape {logits.shape} for {len(self.class_names)} classes"
+            raise BundleProblem(problem, path=self._folder / self._graphs["classifier"], remedy=EXPORT_AGAIN)
+        return logits
 
     def add_classes(self, names: Sequence[str]) -> None:
         """Add classes that the student was not trained on.

@@ -91,7 +91,10 @@ def _mapping(value: Any, path: Path, name: str) -> dict[str, Any]:
 
 
 def _is_finite_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _damaged(path: Path, name: str, found: object, allowed: str) -> BundleProblem:

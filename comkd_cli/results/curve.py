@@ -45,7 +45,7 @@ def _is_epoch(epoch: object) -> bool:
     if not isinstance(epoch, dict) or not isinstance(epoch.get("epoch"), int):
         return False
     figures = [epoch[name] for name in ("epoch", "loss", "test_images", *SCORES) if epoch.get(name) is not None]
-    return all(map(_is_number, figures)) and all(0 <= epoch.get(name, 0) <= 100 for name in SCORES)
+    return all(map(_is_number, figures)) and all(0 <= (epoch.get(name) or 0) <= 100 for name in SCORES)
 
 
 def _is_number(value: object) -> bool:

@@ -62,6 +62,14 @@ class Sides(Classifier):
         return images[:, :, :, :4].mean(axis=(2, 3))
 
 
+def test_a_graph_with_more_classes_than_the_bundle_names_is_refused(colour_bundle: Path) -> None:
+    classifier = Classifier(colour_bundle)
+    classifier.class_names = classifier.class_names[:-1]
+    with pytest.raises(BundleProblem) as caught:
+        classifier.predict(Image.new("RGB", (8, 8)))
+    assert caught.value.path == colour_bundle / "classifier.onnx"
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 def test_a_picture_is_turned_alike_from_path_file_bytes_and_memory(
     colour_bundle: Path, tmp_path: Path, suffix: str

@@ -61,6 +61,8 @@ def test_a_manifest_is_read_and_that_of_an_older_bundle_changes_nothing() -> Non
         (manifest(temperature=0), "calibration.temperature"),
         (manifest(temperature=float("nan")), "calibration.temperature"),
         (manifest(temperature="1"), "calibration.temperature"),
+        (manifest(temperature=10**400), "calibration.temperature"),
+        (manifest(value=10**400), "threshold.value"),
         ({"calibration": []}, "calibration"),
         (manifest(score="energy"), "threshold.score"),
         (manifest(value=1.5), "threshold.value"),

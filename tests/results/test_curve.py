@@ -83,6 +83,9 @@ def test_a_curve_is_read_back_and_what_is_none_is_empty(tmp_path: Path) -> None:
     assert read_curve(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_curve(tmp_path) == lines
+    unscored = '{"epoch": 1, "test_top1_percent": null}'
+    (tmp_path / "metrics.jsonl").write_text(unscored)
+    assert read_curve(tmp_path) == [json.loads(unscored)]
     other = (
         '{"epoch": "x"}',
         '{"epoch": 1, "loss": []}',
