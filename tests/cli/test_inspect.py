@@ -155,12 +155,13 @@ def test_a_manifest_cannot_make_it_read_files_elsewhere(colour_bundle: Path, tmp
     (tmp_path / "secret").write_text("x")
     path = colour_bundle / "manifest.json"
     fields = json.loads(path.read_text())
-    fields["files"] |= {"../secret": {"sha256": "0"}, str(tmp_path / "secret"): {"sha256": "0"}}
+    too_long = "a/" * 5000
+    fields["files"] |= {name: {"sha256": "0"} for name in ("../secret", str(tmp_path / "secret"), too_long)}
     path.write_text(json.dumps({**fields, "opset": [HOSTILE], "recipe": HOSTILE}))
     result = inspect(colour_bundle, "--json")
     assert result.exit_code == 1
     files = json.loads(result.stdout)["files"]
-    assert (files["count"], len(files["missing"]), files["changed"]) == (2, 2, [])
+    assert (files["count"], len(files["missing"]), files["changed"]) == (2, 3, [])
     assert "opset" not in json.loads(result.stdout)  # not of the type that comkd writes
 
 

@@ -474,6 +474,13 @@ def test_yaml_writes_every_default_out_in_the_order_of_the_fields(write: Write) 
     }
 
 
+def test_a_number_without_digits_is_an_error_of_the_file() -> None:
+    """For which ruamel.yaml raises IndexError."""
+    with pytest.raises(RecipeError) as caught:
+        read_yaml("seed: !!float ''", "r.yaml")
+    assert caught.value.path == "r.yaml"
+
+
 # --- checking ------------------------------------------------------------------------------------------
 
 

@@ -81,7 +81,7 @@ def _files(folder: Path, entries: object) -> dict[str, Any]:
     recorded = entries if isinstance(entries, dict) else {}
     for name, entry in recorded.items():
         path = folder / name
-        if not _is_below(name) or not path.is_file():
+        if not _is_below(name) or not _is_file(path):
             found["missing"].append(name)
             continue
         found["count"] += 1
@@ -93,6 +93,14 @@ def _files(folder: Path, entries: object) -> dict[str, Any]:
         found["missing"] = [name for name in found["missing"] if name not in reference]
         found["reference"] = "removed"
     return found
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a file exists; a manifest can name one that no file system takes."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _is_below(name: str) -> bool:
