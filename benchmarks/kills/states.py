@@ -5,6 +5,7 @@ Contents are bytes, apart from these fields, which hold times:
 - metrics.jsonl: `images_per_second`;
 - a teacher cache's cost.json, which has measured seconds for messages alone, and is absent where a killed run
   computed all features;
+- torchinductor_USER, the cache of torch's compiler, which the exporter loads: left out;
 - .ses, onnxruntime's own note of when it was used, in the folder for temporary files: left out;
 - a file of 4 bytes with which Python's tempfile tries out that folder, and whose name is 8 random characters: left out;
 - in the Hub's cache, what the Hub's client leaves when it is killed: empty files and folders `tmp*` and references
@@ -27,7 +28,7 @@ State = Mapping[str, str]
 SHOWN = 8
 MEASURED = ("cost.json",)
 OF_OTHERS = re.compile(
-    r"temporary/(\.ses|[a-z0-9_]{8})|hub/.*/refs/\w+\.\w+\.tmp|hub/.*/tmp\w+(-\w+)*(/dummy_file_\w+)?|hub/tmp\w+(/dummy_file_\w+)?"
+    r"temporary/(\.ses|[a-z0-9_]{8}|torchinductor_\w+(/.*)?)|hub/.*/refs/\w+\.\w+\.tmp|hub/.*/tmp\w+(-\w+)*(/dummy_file_\w+)?|hub/tmp\w+(/dummy_file_\w+)?"
 )
 
 
