@@ -4,7 +4,9 @@ import importlib
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,6 +22,18 @@ MODULES = [
 ]
 
 
+@pytest.fixture
+def document_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs `python -m benchmarks.NAME ARGUMENTS` in this process and returns the JSON that it prints."""
+
+    def run(name: str, *arguments: str) -> Any:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        importlib.import_module(f"benchmarks.{name}").main()
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_each_benchmark_loads_and_says_its_own_command(name: str) -> None:
     module = importlib.import_module(f"benchmarks.{name}")
@@ -27,13 +41,9 @@ def test_each_benchmark_loads_and_says_its_own_command(name: str) -> None:
     assert f"python -m benchmarks.{name.removesuffix('.__main__')}" in module.__doc__
 
 
-def test_copies_of_photos_are_compared_with_torchvision_over_the_same_files(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_copies_of_photos_are_compared_with_torchvision_over_the_same_files(document_of: Callable[..., Any]) -> None:
     sizes = ["--photos", "6", "--photo-width", "1280", "--small", "6", "--small-width", "480", "--workers", "0"]
-    monkeypatch.setattr(sys, "argv", ["photos", *sizes])
-    importlib.import_module("benchmarks.photos").main()
-    document = json.loads(capsys.readouterr().out)
+    document = document_of("photos", *sizes)
     for name, copy in (("photos", 355 * 473), ("small", 480 * 360)):  # 355 = ceil(224 / sqrt(0.4)); 360 is kept whole
         found = document[name]
         assert found["images"] == 6
@@ -44,13 +54,9 @@ def test_copies_of_photos_are_compared_with_torchvision_over_the_same_files(
         assert 0 < found["difference_of_crops"]["copies"] < found["difference_of_crops"]["jpeg_95"]
 
 
-def test_the_loaders_ratios_are_quotients_of_the_rates_beside_them(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_loaders_ratios_are_quotients_of_the_rates_beside_them(document_of: Callable[..., Any]) -> None:
     sizes = ["--images", "8", "--side", "48", "--batch", "4", "--workers", "0", "--rounds", "1"]
-    monkeypatch.setattr(sys, "argv", ["loader", *sizes])
-    importlib.import_module("benchmarks.loader").main()
-    document = json.loads(capsys.readouterr().out)
+    document = document_of("loader", *sizes)
     rates, ratios = document["images_per_second"], document["over_torchvision"]
     assert set(rates) == set(ratios) > {"torchvision", "comkd"}
     assert all(rate > 0 for rate in rates.values())
@@ -119,14 +125,10 @@ def test_a_neighbour_counts_its_images(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 @pytest.mark.slow
-def test_every_section_for_a_gpu_runs_with_small_models_on_a_cpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_section_for_a_gpu_runs_with_small_models_on_a_cpu(document_of: Callable[..., Any]) -> None:
     from benchmarks.gpu import __main__ as gpu
 
-    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--seconds", "0.01"])
-    gpu.main()
-    document = json.loads(capsys.readouterr().out)
+    document = document_of("gpu.__main__", "--tiny", "--seconds", "0.01")
     assert document["left_out"] == []
     assert not [name for name in gpu.SECTIONS if "failed" in (document[name] or {})]
     for pair in document["steps"].values():
@@ -142,14 +144,8 @@ def test_every_section_for_a_gpu_runs_with_small_models_on_a_cpu(
     assert document["few_shot"].keys() == {"linear-probe", "tip-adapter", "tip-adapter-f"}
 
 
-def test_a_gpu_benchmark_without_time_lists_what_it_left_out(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from benchmarks.gpu import __main__ as gpu
-
-    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--minutes", "0", "--only", "cache", "few_shot"])
-    gpu.main()
-    document = json.loads(capsys.readouterr().out)
+def test_a_gpu_benchmark_without_time_lists_what_it_left_out(document_of: Callable[..., Any]) -> None:
+    document = document_of("gpu.__main__", "--tiny", "--minutes", "0", "--only", "cache", "few_shot")
     assert document["left_out"] == ["cache", "few-shot"]
     assert "steps" not in document
 
@@ -169,13 +165,9 @@ def test_the_peak_of_a_card_is_found_by_its_name(card: str, peak: float | None) 
     assert bf16_peak(card) == peak
 
 
-def test_the_few_shot_benchmark_compares_equal_work(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_few_shot_benchmark_compares_equal_work(document_of: Callable[..., Any]) -> None:
     sizes = ["--classes", "6", "--dim", "32", "--test", "300", "--shots", "1", "2", "--seeds", "1"]
-    monkeypatch.setattr(sys, "argv", ["few_shot", *sizes, "--no-val", "--reference-shots", "2"])
-    importlib.import_module("benchmarks.few_shot").main()
-    document = json.loads(capsys.readouterr().out)
+    document = document_of("few_shot", *sizes, "--no-val", "--reference-shots", "2")
     assert document["seconds_in_all"] == pytest.approx(sum(document["seconds"].values()))
     for figures in document["compared"]["2"].values():
         assert figures["over_reference"] == pytest.approx(figures["seconds"] / figures["reference_seconds"])

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from comkd_cli.data.digits import digits_source
 from comkd_cli.recipe import parse_recipe
 from tests import warm
+from tests.tiny import digits_folder
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -27,23 +28,15 @@ def blocks(page: Path) -> list[tuple[str, str | None, str]]:
     return [(block["language"], block["title"], block["text"]) for block in found]
 
 
-def pictures(folder: Path, unlabelled: int) -> None:
-    """Digits as PNGs: train/<class>/, test/<class>/, and a number of them in train/unlabelled/."""
-    digits = digits_source()
-    assert digits.test is not None
-    for images, split, count in ((digits.train, "train", 240), (digits.test, "test", 40)):
-        for index in range(count):
-            name = "unlabelled" if split == "train" and index < unlabelled else str((images.labels or ())[index])
-            (folder / split / name).mkdir(parents=True, exist_ok=True)
-            images.open(index).save(folder / split / name / f"{index:03}.png")
-
-
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which a reader follows the pages one after the other, with images of their own."""
     folder = tmp_path_factory.mktemp("reader")
-    pictures(folder / "pictures", unlabelled=0)
-    pictures(folder / "scans", unlabelled=160)
+    digits_folder(folder / "pictures", 240, 40)
+    unlabelled = digits_folder(folder / "scans", 240, 40) / "train/unlabelled"
+    unlabelled.mkdir()
+    for image in sorted((folder / "scans/train").glob("*/*.png"), key=lambda path: path.name)[:160]:
+        image.replace(unlabelled / image.name)
     for index, name in enumerate(("a.png", "b.png")):
         digits_source().train.open(index).save(folder / name)
     return folder

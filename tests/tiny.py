@@ -1,9 +1,14 @@
 """A distillation small enough to run in a test: a second, on real digits."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from comkd_cli.models.backbones import ImageTower
+    from comkd_cli.models.checkpoints import StudentRecord
+    from comkd_cli.recipe import Recipe
 
 CLIP = {
     "embed_dim": 16,
@@ -27,6 +32,23 @@ def recipe(**changes: Any) -> dict[str, Any]:
         "evaluate_every_epochs": 1,
     }
     return {**fields, **changes}
+
+
+def student_record(recipe: "Recipe", tower: "ImageTower", **fields: Any) -> "StudentRecord":
+    """The record of a student of three animals that was not trained, with fields changed."""
+    from comkd_cli.models.checkpoints import StudentRecord
+
+    plain: dict[str, Any] = {
+        "recipe_name": "tiny",
+        "source": "animals",
+        "class_names": ("cat", "dog", "fox"),
+        "template": "a {}",
+        "backbone_sha256": None,
+        "teacher": None,
+        "identity": "1",
+        "metrics": {},
+    }
+    return StudentRecord(recipe=recipe, preprocessing=tower.preprocessing, backbone=tower.origin, **{**plain, **fields})
 
 
 def digits_folder(root: Path, train: int, test: int) -> Path:

@@ -19,6 +19,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
+from benchmarks.ablation.pairs import CIFAR10
+
 NAMES = {
     "refinement": "refinement (PromptKD)",
     "refinement_if_align": "+ IFAlign",
@@ -31,7 +33,7 @@ NAMES = {
 }
 MARKERS = {"refinement": "o", "comkd": "s", "feature_cosine": "^", "labels": "D"}
 AT_EQUAL_EPOCHS = re.compile(r"(?P<objective>.+)_(?P<images>\d+)_equal_epochs")
-MOST_IMAGES = 50_000  # of the table of objectives
+MOST_IMAGES = CIFAR10.image_counts[-1]  # of the table of objectives
 # Legible on a white and on a dark page.
 INK = "#808890"
 STYLE: Any = {

@@ -18,6 +18,7 @@ from comkd_cli.bundles.runner import run_graph
 from comkd_cli.bundles.shapes import fixed_batch
 from comkd_cli.errors import ExportError, first_line
 from comkd_cli.evaluation.metrics import agreement_percent
+from comkd_cli.evaluation.text_encoders import cosine_rows
 from comkd_cli.events import Notice, Report
 from comkd_cli.runtime.quiet import quiet
 
@@ -197,7 +198,7 @@ class Quantiser:
     ) -> Quantisation:
         """timings: of this graph, and of the fp32 graph."""
         timing, fp32 = timings
-        cosines = _cosines(features, reference)
+        cosines = cosine_rows(features, reference)
         return Quantisation(
             method=method,
             cosine_mean=float(cosines.mean()),
@@ -233,13 +234,6 @@ class Quantiser:
             _static(source, target, self._images.calibrate, self._extra, how, per_channel)
 
         return write
-
-
-def _cosines(features: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Cosine similarity of each image's features with the L2-normalised reference, (images,); -1 if not finite."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found = np.sum(features * reference, axis=1) / np.linalg.norm(features, axis=1)
-    return np.where(np.isfinite(found), found, -1.0)
 
 
 def prepare_graph(source: Path, target: Path) -> None:

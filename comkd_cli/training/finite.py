@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -104,5 +105,5 @@ def check_weights(task: Task) -> None:
     """Raise TrainingError where a learned tensor is not finite, before a checkpoint with it replaces a good one."""
     weights = [value.detach() for value in learned_state(task.model).values() if value.is_floating_point()]
     found = float(largest(weights))
-    if not torch.isfinite(torch.tensor(found)):
+    if not math.isfinite(found):
         raise TrainingError(f"{task.label}: a weight is not finite", found=found, remedy=REMEDY)

@@ -15,6 +15,7 @@ from comkd_cli.errors import CheckpointError, ComkdError
 from comkd_cli.files import is_newer_format, remove_folder
 from comkd_cli.models.plain_data import save_plain
 from comkd_cli.runtime import ranks
+from comkd_cli.runtime.locks import has_lock_files
 
 STATE_FORMAT = "comkd-state/4"
 DIGEST = "sha256"
@@ -31,6 +32,11 @@ def delete_checkpoint(folder: Path) -> None:
     """Delete the checkpoints of a task's folder; of several processes the main one does."""
     if ranks.is_main():
         remove_folder(checkpoint_file(folder).parent)
+
+
+def has_leftovers(folder: Path) -> bool:
+    """Whether a checkpoint or a lock is beside a finished task: its process is about to delete it, or was killed."""
+    return checkpoint_file(folder).parent.exists() or has_lock_files(folder)
 
 
 def restart_remedy(folder: Path) -> str:

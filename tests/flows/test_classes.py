@@ -15,7 +15,7 @@ from comkd_cli.flows.classes import Added, AddOptions, add_classes, list_classes
 from comkd_cli.flows.evaluate import Bench, evaluate
 from comkd_cli.method.student import Student
 from comkd_cli.models.backbones import build_clip, build_image_tower
-from comkd_cli.models.checkpoints import StudentRecord, load_student, save_student
+from comkd_cli.models.checkpoints import load_student, save_student
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Data, Model
 from comkd_cli.teachers.loading import build_teacher
@@ -43,18 +43,11 @@ def zero_shot(tmp_path: Path, weights: Path) -> Callable[..., Path]:
         vectors = ready.teacher.class_vectors if vectors is None else vectors
         scale, attention = ready.teacher.logit_scale, recipe.loss.edu_attention
         student = Student(tower.module, tower.width, vectors, scale, recipe.student, attention)
-        record = StudentRecord(
-            recipe=recipe,
-            recipe_name="tiny",
-            source="animals",
+        record = tiny.student_record(
+            recipe,
+            tower,
             class_names=NAMES,
             template=PROMPTS.templates[0],
-            preprocessing=tower.preprocessing,
-            backbone=tower.origin,
-            backbone_sha256=None,
-            teacher=None,
-            identity="1",
-            metrics={},
             teacher_sha256=dict(ready.sha256),
             templates=PROMPTS.templates,
             descriptions=dict(PROMPTS.descriptions),

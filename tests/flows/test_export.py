@@ -42,7 +42,7 @@ from comkd_cli.flows.predict import predict, self_test
 from comkd_cli.method.student import Student
 from comkd_cli.method.teacher import encode_classes
 from comkd_cli.models.backbones import build_clip, build_image_tower
-from comkd_cli.models.checkpoints import StudentRecord, load_student, save_student
+from comkd_cli.models.checkpoints import load_student, save_student
 from comkd_cli.recipe import parse_recipe
 from comkd_cli.recipe.model import Model
 from comkd_cli.teachers.loading import build_teacher
@@ -290,17 +290,12 @@ def test_a_bundle_of_several_prompts_adds_classes_by_all_templates(weights: Path
     tower = build_image_tower(recipe.student, seed=2)
     vectors, scale = ready.teacher.class_vectors, ready.teacher.logit_scale
     student = Student(tower.module, tower.width, vectors, scale, recipe.student, recipe.loss.edu_attention)
-    record = StudentRecord(
-        recipe=recipe,
-        recipe_name="tiny",
+    record = tiny.student_record(
+        recipe,
+        tower,
         source="digits",
         class_names=names,
         template=prompts.templates[0],
-        preprocessing=tower.preprocessing,
-        backbone=tower.origin,
-        backbone_sha256=None,
-        teacher=None,
-        identity="1",
         metrics={"test_top1_percent": 100.0, "test_images": 360.0},
         teacher_sha256=dict(ready.sha256),
         templates=prompts.templates,

@@ -12,7 +12,6 @@ from comkd_cli.models.checkpoints import (
     STUDENT_FORMAT,
     TEACHER_FORMAT,
     SavedTeacher,
-    StudentRecord,
     TeacherRecord,
     load_student,
     load_teacher,
@@ -31,16 +30,12 @@ def student_file(tmp_path: Path) -> Path:
     tower = build_image_tower(recipe.student)
     vectors = torch.nn.functional.normalize(torch.ones(3, 16) + torch.eye(3, 16), dim=-1)
     student = Student(tower.module, tower.width, vectors, torch.tensor(10.0), recipe.student, recipe.loss.edu_attention)
-    record = StudentRecord(
-        recipe=recipe,
-        recipe_name="tiny",
+    record = tiny.student_record(
+        recipe,
+        tower,
         source="digits",
         class_names=("a", "b", "c"),
         template="a photo of a {}.",
-        preprocessing=tower.preprocessing,
-        backbone=tower.origin,
-        backbone_sha256=None,
-        teacher=None,
         identity="0",
         metrics={"loss": 1.0},
     )
@@ -132,22 +127,8 @@ def saved_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tower, clip = build_image_tower(recipe.student), build_clip(recipe.teacher)
     names, vectors = ("cat", "dog"), torch.nn.functional.normalize(torch.randn(2, 16), dim=-1)
     student = Student(tower.module, tower.width, vectors, torch.ones(()), recipe.student, recipe.loss.edu_attention)
-    of_both = {"class_names": names, "template": "{}", "preprocessing": tower.preprocessing, "metrics": {}}
-    save_student(
-        folder / "student.pt",
-        student,
-        StudentRecord(
-            **of_both,  # type: ignore[arg-type]
-            recipe=recipe,
-            recipe_name="tiny",
-            source="animals",
-            backbone=tower.origin,
-            backbone_sha256=None,
-            teacher=None,
-            identity="1",
-        ),
-    )
-    record = TeacherRecord(**of_both, key="1", model={"config": tiny.CLIP}, origin=clip.origin)  # type: ignore[arg-type]
+    save_student(folder / "student.pt", student, tiny.student_record(recipe, tower, class_names=names))
+    record = TeacherRecord("1", {"config": tiny.CLIP}, names, "{}", tower.preprocessing, clip.origin, {})
     save_teacher(folder / "teacher.pt", SavedTeacher(record, vectors, torch.ones(()), clip.model.state_dict()))
     return {"student": folder / "student.pt", "teacher": folder / "teacher.pt"}
 

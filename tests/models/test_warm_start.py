@@ -37,19 +37,8 @@ def finished(tmp_path: Path) -> Callable[..., tuple[Path, Student]]:
         recipe = parse_recipe(tiny.recipe(**changes))
         tower = build_image_tower(recipe.student, seed=7)
         student = build(recipe, tower)
-        record = StudentRecord(
-            recipe=recipe,
-            recipe_name="tiny",
-            source="animals",
-            class_names=("cat", "dog", "fox"),
-            template="a {}",
-            preprocessing=tower.preprocessing,
-            backbone=tower.origin,
-            backbone_sha256=state_sha256(tower.module) if recipe.student.train == "prompts" else None,
-            teacher=None,
-            identity="1",
-            metrics={},
-        )
+        frozen = state_sha256(tower.module) if recipe.student.train == "prompts" else None
+        record = tiny.student_record(recipe, tower, backbone_sha256=frozen)
         save_student(tmp_path / "student.pt", student, record)
         return tmp_path / "student.pt", student
 

@@ -45,20 +45,7 @@ def distilled(tmp_path: Path) -> Callable[..., tuple[Path, Student, StudentRecor
 
     def make(**changes: Any) -> tuple[Path, Student, StudentRecord]:
         tower = build_image_tower(recipe.student)
-        record = StudentRecord(
-            recipe=recipe,
-            recipe_name="tiny",
-            source="animals",
-            class_names=names,
-            template="a {}",
-            preprocessing=tower.preprocessing,
-            backbone=tower.origin,
-            backbone_sha256=None,
-            teacher=None,
-            identity="1",
-            metrics={},
-            teacher_sha256=dict(ready.sha256),
-        )
+        record = tiny.student_record(recipe, tower, class_names=names, teacher_sha256=dict(ready.sha256))
         vectors, scale = ready.teacher.class_vectors, ready.teacher.logit_scale
         student = Student(tower.module, tower.width, vectors, scale, recipe.student, recipe.loss.edu_attention)
         return tmp_path / "student.pt", student, replace(record, **changes)

@@ -17,10 +17,11 @@ from comkd_cli.recipe.identity import Identity
 from comkd_cli.recipe.model import FullAdapt, LinearProbeAdapt, NoAdapt, PromptSrcAdapt, Teacher
 from comkd_cli.runtime import collectives, ranks
 from comkd_cli.runtime.cores import step_threads
-from comkd_cli.runtime.locks import has_lock_files, in_turn_with_others
+from comkd_cli.runtime.locks import in_turn_with_others
 from comkd_cli.teachers.loading import ReadyTeacher, build_teacher, load_saved_teacher
-from comkd_cli.training.checkpoint import checkpoint_file, delete_checkpoint
+from comkd_cli.training.checkpoint import delete_checkpoint
 from comkd_cli.training.loop import Trainer
+from comkd_cli.training.state_files import has_leftovers
 from comkd_cli.training.task import Task
 
 
@@ -47,9 +48,7 @@ class TeacherPreparation:
             self.report(Stage(f"Teacher: {name}, {_prompts_of(settings)}"))
             prompts = stage.source.wording
             return collectives.on_every_rank(lambda: build_teacher(settings, names, prompts, device, self.report))
-        # A checkpoint or a lock beside teacher.pt: a process is about to delete it, or was killed before it could.
-        unfinished = checkpoint_file(stage.folder).parent.exists() or has_lock_files(stage.folder)
-        if collectives.broadcast(stage.file.is_file() and not unfinished):
+        if collectives.broadcast(stage.file.is_file() and not has_leftovers(stage.folder)):
             self.report(Stage(f"Teacher: reused from {stage.file}"))
         else:
             with collectives.main_holds(in_turn_with_others(stage.folder, self.report)):

@@ -39,12 +39,13 @@ from comkd_cli.results.curve import IDLE_GATE, judge
 from comkd_cli.results.result_files import forget_model
 from comkd_cli.runtime import collectives, ranks
 from comkd_cli.runtime.cores import step_threads
-from comkd_cli.runtime.locks import has_lock_files, if_free, sole_writer
+from comkd_cli.runtime.locks import if_free, sole_writer
 from comkd_cli.teachers.cached import CachedTeacher
 from comkd_cli.teachers.loading import ReadyTeacher, TeacherSource
-from comkd_cli.training.checkpoint import checkpoint_file, delete_checkpoint, has_checkpoint
+from comkd_cli.training.checkpoint import delete_checkpoint, has_checkpoint
 from comkd_cli.training.gradient_shares import gradient_shares
 from comkd_cli.training.loop import Trainer
+from comkd_cli.training.state_files import has_leftovers
 from comkd_cli.training.task import Objective, StepResult, Task
 
 
@@ -186,7 +187,7 @@ def _save(run: Run, student: Student, record: StudentRecord, report: Report) -> 
 
 def remove_leftovers(run: Run) -> None:
     """Delete the checkpoint and the lock of a finished run, left by a process that was killed before it could do so."""
-    if ranks.is_main() and (checkpoint_file(run.folder).parent.exists() or has_lock_files(run.folder)):
+    if ranks.is_main() and has_leftovers(run.folder):
         with if_free(run.folder) as free:
             if free:
                 delete_checkpoint(run.folder)
