@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from typing import Any
 from PIL import Image
 from ruamel.yaml import YAML
 
+from comkd_cli.data.contents import SETTLED_AFTER_SECONDS
 from tests import tiny
 from tests.hub import READ_THE_ADDRESS
 
@@ -92,6 +94,8 @@ def write_inputs(root: Path) -> None:
     with (root / "tiny.yaml").open("w") as stream:
         recipe = tiny.recipe(data=data, optim=optim, teacher=teacher, teacher_cache=cache)
         YAML(typ="safe", pure=True).dump(recipe, stream)
+    # A digest is remembered once its file is older than this: every run must find the images in the same state.
+    time.sleep(SETTLED_AFTER_SECONDS)
 
 
 def start_with(kind: Kind, root: Path) -> None:

@@ -7,10 +7,12 @@ import multiprocessing.util  # its handler at exit must be registered before our
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -18,9 +20,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from comkd_cli.data.batches import Batch, CropIndex, Item, collate
 from comkd_cli.data.reading import Reading
 from comkd_cli.errors import TrainingError, first_line
+from comkd_cli.runtime.devices import add_explanation
 
 DEATH_NOTICE_SECONDS = 2
 """How long the system may take to report the death of a worker whose connection is broken already."""
+
+_LOADERS: WeakSet[DataLoader[Item]] = WeakSet()
+"""Those in use, to find the image that a dead worker was reading."""
+_LEFT: deque[tuple[Reading, Any]] = deque(maxlen=4)
+"""What the workers read, and the images, of loaders that were left in the middle: perhaps by an error, which is
+explained when the loader is gone."""
 
 Batches = Sampler[list[CropIndex]] | list[list[CropIndex]] | list[list[int]]
 """What each batch is made of, as DataLoader's `batch_sampler` takes it."""
@@ -31,8 +40,8 @@ def data_loader(
 ) -> DataLoader[Item]:
     """A DataLoader of batches. persistent: keep the workers from one epoch to the next."""
     if workers:
-        _kill_workers_at_exit()
-    return DataLoader(
+        _prepare_for_workers()
+    loader = DataLoader(
         items,
         batch_sampler=batches,
         num_workers=workers,
@@ -44,6 +53,8 @@ def data_loader(
         # run differ from an uninterrupted one.
         generator=torch.Generator(),
     )
+    _LOADERS.add(loader)
+    return loader
 
 
 def can_fork() -> bool:
@@ -57,8 +68,9 @@ def batches_of(loader: DataLoader[Item]) -> Iterator[Batch]:
     Raises TrainingError, with the image, where a worker dies while it reads one; otherwise RuntimeError, even where it
     dies while it sends a batch.
 
-    torch raises such an error itself, with the cause, as soon as the system reports the death. A broken connection may
-    be noticed before that; then wait for torch's error.
+    torch raises such an error itself, with the cause, as soon as the system reports the death: also in the code that
+    uses a batch, where `failures_explained` finds the image. A broken connection may be noticed before that; then wait
+    for torch's error.
     """
     batches = iter(loader)
     while True:
@@ -72,33 +84,42 @@ def batches_of(loader: DataLoader[Item]) -> Iterator[Batch]:
             time.sleep(DEATH_NOTICE_SECONDS)
             raise RuntimeError("DataLoader worker (pid unknown) ended while it sent a batch") from error
         except RuntimeError as error:
-            if (image := _image_of(loader, str(error))) is None:
+            if (explained := _explained(error)) is None:
                 raise
-            raise TrainingError(
+            raise explained from error
+        try:
+            yield batch
+        except GeneratorExit:
+            _LEFT.extend(_readings([loader]))
+            raise
+
+
+def _explained(error: RuntimeError) -> TrainingError | None:
+    """The error that names the image which the worker was reading whose death torch reports; None for any other."""
+    for read, items in (*_readings(tuple(_LOADERS)), *_LEFT):
+        if (index := read.image_of(str(error))) is not None:
+            return TrainingError(
                 "a process that decodes images died while it read this one",
-                path=image,
+                path=str(items.name_of(index)),
                 found=first_line(error),
                 remedy="remove or re-encode the image; if others follow, use fewer processes with data.workers",
-            ) from error
-        yield batch
+            )
+    return None
 
 
-def _image_of(loader: DataLoader[Item], message: str) -> str | None:
-    """The image that the worker was reading whose death torch reports in a message; None for any other error."""
-    if not isinstance(begin := loader.worker_init_fn, partial):
-        return None
-    items: Any = loader.dataset
-    index = begin.args[0].image_of(message)
-    return None if index is None else str(items.name_of(index))
+def _readings(loaders: Sequence[DataLoader[Item]]) -> list[tuple[Reading, Any]]:
+    """What the workers of loaders read, and the images."""
+    return [(one.worker_init_fn.args[0], one.dataset) for one in loaders if isinstance(one.worker_init_fn, partial)]
 
 
 @cache
-def _kill_workers_at_exit() -> None:
-    """Let this process exit while workers live, as after an error in the middle of an epoch.
+def _prepare_for_workers() -> None:
+    """Explain a worker's death, and let this process exit while workers live, as after an error within an epoch.
 
     multiprocessing ends its children by one SIGTERM, then waits for them without a limit. Workers ignore the first
     SIGTERM (`_prepare_worker`), so they would never end.
     """
+    add_explanation(_explained)
     atexit.register(_kill_workers)
 
 

@@ -15,6 +15,10 @@ from comkd_cli.runtime.allocator import keep_freed_memory
 
 MEMORY_REMEDY = "lower the batch size, or use precision bf16 or fp16"
 
+Explanation = Callable[[RuntimeError], TrainingError | None]
+"""From an error to one that a user can act on; None for an error that it does not know."""
+_EXPLANATIONS: list[Explanation] = []
+
 
 def needs_cpu() -> bool:
     """Whether to set accelerate to the CPU: with several processes it does not detect that there is no GPU."""
@@ -69,6 +73,11 @@ def limited_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def add_explanation(explanation: Explanation) -> None:
+    """Let `failures_explained` try this one first: for errors that a signal handler raises wherever Python is."""
+    _EXPLANATIONS.append(explanation)
+
+
 @contextmanager
 def failures_explained(memory_remedy: str = MEMORY_REMEDY) -> Iterator[None]:
     """Turn common device and worker failures into errors with a remedy.
@@ -87,6 +96,8 @@ def failures_explained(memory_remedy: str = MEMORY_REMEDY) -> Iterator[None]:
 
 def _explained(error: RuntimeError, memory_remedy: str) -> TrainingError | None:
     """The error that a user can act on; None for any other, such as a bug."""
+    if found := next(filter(None, (explain(error) for explain in _EXPLANATIONS)), None):
+        return found
     message = str(error).strip()
     lines = message.splitlines() or [""]
     first, last = lines[0].rstrip("."), lines[-1].rstrip(".")

@@ -362,7 +362,7 @@ def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatc
 # --- workers that fail ---------------------------------------------------------------------------------
 
 ENDING = """
-import os, signal, sys, warnings
+import os, signal, sys, time, warnings
 from PIL import Image
 from comkd_cli.data.loaders import Crops, Steps, TrainingLoader, scoring_batches
 from comkd_cli.data.source import ImageSet
@@ -376,7 +376,7 @@ SETTINGS = Preprocessing(8, (0.5,) * 3, (0.5,) * 3)
 def open_key(key):
     if key == "5" and sys.argv[2] == "raise":
         raise KeyError("a bug")
-    if key == "5" and sys.argv[2] == "die":
+    if key == "5" and sys.argv[2].startswith("die"):
         os.kill(os.getpid(), signal.SIGKILL)
     return Image.new("RGB", (8, 8))
 
@@ -390,6 +390,8 @@ if __name__ == "__main__":
     try:
         with failures_explained():
             for batch in batches(ImageSet(tuple(map(str, range(40))), None, open_key)):
+                if sys.argv[2] == "die, noticed elsewhere":
+                    time.sleep(20)  # the death is noticed while a batch is used
                 if sys.argv[2] == "stop":
                     raise ComkdError("no more of them")
     except ComkdError as error:
@@ -404,6 +406,7 @@ if __name__ == "__main__":
     [
         ("raise", "KeyError: 'a bug'"),
         ("die", "error: 5: a process that decodes images died while it read this one"),
+        ("die, noticed elsewhere", "error: 5: a process that decodes images died while it read this one"),
         ("stop", "error: no more of them"),
     ],
 )
@@ -416,7 +419,7 @@ def test_a_process_ends_whatever_happens_while_workers_decode(tmp_path: Path, us
         done = warm.run(use, event, cwd=tmp_path, module="ending", package=tmp_path, few=False)
     assert done.returncode == 1
     assert said in done.stderr
-    if event == "die":
+    if event.startswith("die"):
         assert "data.workers" in done.stderr
     if event != "raise":
         assert done.stderr.startswith("error: ")
