@@ -40,10 +40,33 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     pytest.skip(reason)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with many slow tests come first, so that no worker of pytest-xdist is left alone with one at the end."""
+# The files that take longest, from the longest. tests/test_xdist.py holds that they exist.
+LONGEST = (
+    "tests/test_docs.py",
+    "tests/test_together.py",
+    "tests/flows/test_export.py",
+    "tests/test_kills.py",
+    "tests/test_evaluate_runs.py",
+    "tests/test_whole_runs.py",
+    "tests/test_suite_runs.py",
+    "tests/bundles/test_graphs.py",
+    "tests/data/test_loaders.py",
+    "tests/runtime/test_collectives.py",
+    "tests/test_reproduce.py",
+    "tests/test_hostile.py",
+    "tests/test_parallel_runs.py",
+    "tests/test_fresh_runs.py",
+    "tests/test_full_disk.py",
+    "tests/recipe/test_bundled.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest files come first, then those with most slow tests, so that no worker of pytest-xdist is left alone
+    with one at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    places = {config.rootpath / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (places.get(item.path, len(places)), -slow[item.path]))
 
 
 def pytest_collection_finish() -> None:

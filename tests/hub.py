@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-# For warm.Process: packages that read HF_ENDPOINT and HF_HOME when they are imported, or import what does.
-READ_THE_ADDRESS = ("huggingface_hub", "timm", "open_clip", "comkd_cli")
 TOKEN = "hf_test"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import conftest
+
 INTERRUPTED = """
 import os, signal, threading, time
 import pytest
@@ -72,6 +74,11 @@ def test_workers_receive_sigint_and_their_skips_are_counted(done: subprocess.Com
     assert last.startswith("4 tests were skipped: 2 because no-such-program is not installed; ")
     for number in (1, 2):
         assert f"1 because reason of test_skipped_{number}" in last
+
+
+def test_the_files_that_are_run_first_exist(pytestconfig: pytest.Config) -> None:
+    root = pytestconfig.rootpath
+    assert [name for name in conftest.LONGEST if not (root / name).is_file()] == []
 
 
 @pytest.mark.slow

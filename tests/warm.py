@@ -5,6 +5,7 @@ interpreter itself (what `--help` imports, the encoding of standard output, torc
 """
 
 import gc
+import importlib
 import multiprocessing
 import os
 import resource
@@ -30,17 +31,17 @@ PRELOADED = ["tests.preloaded"]
 
 
 @cache
-def _context() -> ForkServerContext:
-    """The process that forks, which ends with this one."""
+def context() -> ForkServerContext:
+    """Of multiprocessing: its processes are forked from one that has imported everything, and ends with this one."""
     from multiprocessing import forkserver
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(PRELOADED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
         forkserver.ensure_running()
-    return context
+    return found
 
 
 class _Stream:
@@ -77,6 +78,8 @@ class Setup:
     """The folder of another comkd_cli."""
     fresh: Sequence[str] = ()
     """Packages to import again."""
+    hub: bool = False
+    """Read HF_ENDPOINT, HF_HOME and the other variables of huggingface_hub again, which it reads when imported."""
     before: Callable[[], None] | None = None
     """Called last."""
 
@@ -86,6 +89,8 @@ class Setup:
             sys.path.insert(0, str(self.package))
         for name in [name for name in sys.modules if name.partition(".")[0] in self.fresh]:
             del sys.modules[name]
+        if self.hub:
+            importlib.reload(importlib.import_module("huggingface_hub.constants"))  # others look them up in it
         if self.most_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.most_bytes, self.most_bytes))
         patch = pytest.MonkeyPatch()
@@ -168,7 +173,7 @@ class Process:
             own = [os.dup(terminal) for _ in range(3)]
         streams = [_Stream(descriptor) for descriptor in own]
         settings = (Setup(**setup), self.args, cwd, variables, streams)
-        self._process = _context().Process(target=_become, args=settings)
+        self._process = context().Process(target=_become, args=settings)
         self._process.start()
         self._lock = threading.Lock()
         self.pid = self._process.pid or 0

@@ -19,7 +19,6 @@ from ruamel.yaml import YAML
 
 from comkd_cli.data.contents import SETTLED_AFTER_SECONDS
 from tests import tiny
-from tests.hub import READ_THE_ADDRESS
 
 TRAIN, TEST = 32, 16  # images to train on and to test on
 TO_NAME = 100  # images of `predict --csv`, in 4 batches
@@ -76,7 +75,7 @@ KINDS = {
         ("datasets", "fetch", "eurosat", "--data-root", "work/data"),
         2,
         whole=("work/data/eurosat",),
-        setup={"fresh": READ_THE_ADDRESS},
+        setup={"hub": True},
         before=fetch_little,
     ),
     "report": Kind(("report", "work/tiny/few/seed1", "--runs", "work"), 3, needs=("made",)),

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 from comkd_cli.data.fetch import MIRROR, unpack
 from comkd_cli.errors import DataError, WriteError
 from comkd_cli.recipe.catalog import CATALOG
+from tests import warm
 from tests.hub import Hub, hub
 
 
@@ -56,19 +56,9 @@ def hub_fixture() -> Iterator[tuple[str, type[Hub]]]:
 
 
 def fetch(url: str, folder: Path, *names: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "comkd_cli",
-        "datasets",
-        "fetch",
-        *names,
-        "--data-root",
-        str(folder / "data"),
-        "--json",
-    ]
-    environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(folder / "hub"), "HF_HUB_DISABLE_XET": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    environment = {"HF_ENDPOINT": url, "HF_HOME": str(folder / "hub"), "HF_HUB_DISABLE_XET": "1"}
+    command = ("datasets", "fetch", *names, "--data-root", folder / "data", "--json")
+    return warm.run(*command, cwd=folder, env=environment, hub=True)
 
 
 @pytest.mark.parametrize("top", ["eurosat/", "", "EuroSAT_full/", "outer/eurosat/"])

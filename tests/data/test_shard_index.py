@@ -1,6 +1,5 @@
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import tarfile
@@ -22,6 +21,7 @@ from comkd_cli.data.shards import (
 from comkd_cli.edge.images import UnreadableImage, open_image
 from comkd_cli.errors import DataError
 from comkd_cli.events import Event, Progress
+from tests import warm
 from tests.tars import encoded, opened, samples, silent, write, write_members
 
 
@@ -221,7 +221,7 @@ def test_processes_that_make_the_same_index_at_once_do_not_disturb_one_another(
     three: list[Path], tmp_path: Path
 ) -> None:
     # An executor, for a pool of multiprocessing would wait for ever for one that died.
-    with ProcessPoolExecutor(3, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(3, warm.context()) as pool:
         found = [
             future.result() for future in [pool.submit(open_index, three, tmp_path / "home", silent) for _ in range(3)]
         ]
@@ -248,6 +248,7 @@ def test_processes_side_by_side_make_the_same_index(
     alone = open_index(three, tmp_path / "alone", silent)
     monkeypatch.setattr(shard_indexing, "SHARDS_PER_PROCESS", 1)
     monkeypatch.setattr(shard_indexing.ranks, "usable_cores", lambda: 2)
+    monkeypatch.setattr(shard_indexing, "get_context", {"spawn": warm.context()}.__getitem__)
     together = open_index(three, tmp_path / "together", silent)
     names = sorted(path.name for path in alone.folder.iterdir())
     assert names == sorted(path.name for path in together.folder.iterdir())

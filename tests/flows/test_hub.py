@@ -3,7 +3,7 @@
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,8 @@ from PIL import Image
 from comkd_cli.cli.app import main
 from comkd_cli.errors import BundleError, MisuseError
 from comkd_cli.flows.hub import HubBundle, files_to_push
+from tests import warm
 from tests.hub import TOKEN, WritableHub, writable_hub
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
@@ -75,13 +74,13 @@ def test_a_dry_run_prints_the_files_and_uploads_nothing(colour_bundle: Path, mon
 
 @pytest.mark.slow
 def test_a_bundle_is_pushed_pulled_and_used(
-    served: tuple[str, type[WritableHub]], run_comkd: Run, colour_bundle: Path, tmp_path: Path
+    served: tuple[str, type[WritableHub]], colour_bundle: Path, tmp_path: Path
 ) -> None:
     url, handler = served
     own = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hub"), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
 
     def comkd(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-        return run_comkd(*arguments, cwd=tmp_path, env={**own, **variables})
+        return warm.run(*arguments, cwd=tmp_path, env={**own, **variables}, hub=True)
 
     pushed = comkd("push", colour_bundle, "me/colours")
     assert pushed.returncode == 0, pushed.stderr

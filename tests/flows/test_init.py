@@ -16,7 +16,6 @@ from comkd_cli.models.choice import Limit
 from comkd_cli.recipe import Recipe, load_recipe
 from comkd_cli.recipe.model import FullAdapt, PromptSrcAdapt
 from tests import warm
-from tests.hub import READ_THE_ADDRESS
 from tests.outlined import outline_once
 
 WriteImage = Callable[..., Path]
@@ -153,7 +152,7 @@ def test_the_latency_is_measured_and_the_recipe_trains_as_it_is(pets: Path, tmp_
     environment = {"HF_HUB_CACHE": str(tmp_path / "no cache"), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
 
     def run(*arguments: str) -> str:
-        done = warm.run(*arguments, cwd=tmp_path, env=environment, fresh=READ_THE_ADDRESS)
+        done = warm.run(*arguments, cwd=tmp_path, env=environment, hub=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -17,7 +17,7 @@ from comkd_cli.models.backbones import (
 )
 from comkd_cli.recipe.model import Model
 from tests import tiny, warm
-from tests.hub import READ_THE_ADDRESS, hub
+from tests.hub import hub
 
 CONVOLUTIONAL = {
     "embed_dim": 12,
@@ -140,7 +140,7 @@ def test_a_model_of_a_hub_is_scored(tmp_path: Path) -> None:
         handler.files["someone/tiny/open_clip_pytorch_model.bin"] = weights.read_bytes()
         environment = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1"}
         command = ("evaluate", "hf-hub:someone/tiny", "--dataset", "digits", "--json")
-        done = warm.run(*command, cwd=tmp_path, env=environment, fresh=READ_THE_ADDRESS)
+        done = warm.run(*command, cwd=tmp_path, env=environment, hub=True)
     assert done.returncode == 0, done.stderr
     (record,) = json.loads(done.stdout)["records"]
     assert (record["role"], record["images"]) == ("baseline", tiny.TEST)

@@ -18,7 +18,7 @@ from comkd_cli.models import downloads
 from comkd_cli.models.backbones import build_clip
 from comkd_cli.recipe.model import Model
 from tests import tiny, warm
-from tests.hub import READ_THE_ADDRESS, Hub, hub
+from tests.hub import Hub, hub
 
 CLIP_ON_THE_HUB = json.dumps({"model_cfg": tiny.CLIP, "preprocess_cfg": {}}).encode()
 
@@ -117,7 +117,7 @@ def test_what_a_student_names_is_fetched_only_where_that_is_allowed(
 
     def comkd(*arguments: object) -> CompletedProcess[str]:
         handler.requests.clear()
-        return warm.run(*arguments, cwd=tmp_path, env=environment, fresh=READ_THE_ADDRESS)
+        return warm.run(*arguments, cwd=tmp_path, env=environment, hub=True)
 
     assert comkd("distill", "far.yaml").returncode == 0  # a recipe that the user gave may fetch
     assert handler.requests

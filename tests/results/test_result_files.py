@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from comkd_cli.events import Event, Notice
 from comkd_cli.results import result_files
 from comkd_cli.results.records import Missing, Record, Results, from_json
 from comkd_cli.results.result_files import ResultFiles, add_results, forget_model
+from tests import warm
 
 RECORD = Record("m/student.pt", "student", "digits", 97.5, 97.25, 360, 1234)
 FILES = {"results.json", "results.csv", "results.md", "results.tex"}
@@ -67,8 +67,7 @@ def add_many(folder: Path, name: str) -> None:
 
 
 def test_evaluations_at_the_same_time_lose_no_record(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=add_many, args=(tmp_path, name)) for name in "abc"]
+    writers = [warm.context().Process(target=add_many, args=(tmp_path, name)) for name in "abc"]
     for writer in writers:
         writer.start()
     for writer in writers:

@@ -1,4 +1,3 @@
-import multiprocessing
 import os
 import signal
 import socket
@@ -12,8 +11,7 @@ from comkd_cli.errors import InUseError, WriteError
 from comkd_cli.events import Event, Notice
 from comkd_cli.runtime import locks
 from comkd_cli.runtime.locks import Holder, has_lock_files, if_free, in_turn_with_others, sole_writer
-
-CONTEXT = multiprocessing.get_context("spawn")
+from tests import warm
 
 
 def _hold(target: Path, pipe: Connection, forks: bool) -> None:
@@ -29,8 +27,8 @@ class Other:
     """Another process that holds the lock of a target until it is told to leave or is killed."""
 
     def __init__(self, target: Path, forks: bool = False) -> None:
-        self.pipe, theirs = CONTEXT.Pipe()
-        self.process = CONTEXT.Process(target=_hold, args=(target, theirs, forks))
+        self.pipe, theirs = warm.context().Pipe()
+        self.process = warm.context().Process(target=_hold, args=(target, theirs, forks))
         self.process.start()
         theirs.close()
         self.child: int | None = self.pipe.recv()
@@ -129,7 +127,7 @@ def _count(folder: Path, times: int) -> None:
 @pytest.mark.slow
 def test_blocks_of_many_processes_never_overlap_though_the_lock_is_removed_each_time(tmp_path: Path) -> None:
     (tmp_path / "count").write_text("0")
-    processes = [CONTEXT.Process(target=_count, args=(tmp_path, 50)) for _ in range(4)]
+    processes = [warm.context().Process(target=_count, args=(tmp_path, 50)) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:

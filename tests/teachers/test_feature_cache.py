@@ -1,6 +1,5 @@
 import errno
 import mmap
-import multiprocessing
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +10,7 @@ import pytest
 
 from comkd_cli.errors import CheckpointError
 from comkd_cli.teachers.feature_cache import CacheKey, TeacherCache
+from tests import warm
 
 KEY = CacheKey("a" * 64, images=10, dim=3, views=4, dtype="fp32")
 
@@ -115,8 +115,7 @@ def _fill(folder: Path, start: int) -> None:
 
 
 def test_two_processes_fill_one_cache(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_fill, args=(tmp_path, start)) for start in (0, 1)]
+    processes = [warm.context().Process(target=_fill, args=(tmp_path, start)) for start in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:
