@@ -21,8 +21,12 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+from comkd_cli.runtime.imports import defer_compiler
+
 # Before anything imports torch: several processes of pytest-xdist, with a thread for every core each, would compete.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As the command line does: torch's compiler takes half of the time of the imports, and few tests use it.
+defer_compiler()
 # With COMKD_REQUIRE_TOOLS=1, as .ci/run sets it, a test whose tool is not installed fails instead of being skipped.
 REQUIRE_TOOLS = "COMKD_REQUIRE_TOOLS"
 
