@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # A file of versions for pip to keep to, such as constraints.txt; empty: the newest that fit.
 CONSTRAINTS ?=
-# Worker processes of the tests, one more than the cores of a small machine: tests also wait. Each computes in one thread.
-JOBS ?= 3
+# Worker processes of the tests, more than the cores of a small machine: tests also wait. Each computes in one thread.
+JOBS ?= 4
 
 BIN := $(VENV)/bin
 # Installs again only if the dependencies have changed or the checkout has moved.

@@ -119,6 +119,7 @@ def test_equal_steps_show_as_many_images_as_all_of_them_do() -> None:
         assert equal, row.name
 
 
+@pytest.mark.slow
 def test_the_student_has_at_most_an_eighth_of_its_teachers_image_tower() -> None:
     (most,) = (row for row in EVERY_ROW if row.name == "comkd")
     found = outline(parse_recipe(rows.recipe_of(most, pairs.CIFAR10, CHOSEN, "data/all")), 10)

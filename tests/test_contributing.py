@@ -175,6 +175,7 @@ print("converted")
 """
 
 
+@pytest.mark.slow
 def test_an_export_precision_runs_in_onnxruntime(change: Callable[[str], Path]) -> None:
     folder = change("An export precision")
     (folder / "convert.py").write_text(CONVERT)

@@ -455,6 +455,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(), JSON, min_size=2), st.randoms(use_true_random=False))
 def test_the_order_of_keys_does_not_count(data: dict[str, object], dice: object) -> None:
     keys = list(data)

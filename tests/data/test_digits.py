@@ -60,6 +60,7 @@ def test_a_file_that_scikit_learn_has_moved_is_read_by_scikit_learn(monkeypatch:
     digits._scans.cache_clear()
 
 
+@pytest.mark.slow
 def test_reading_them_imports_no_scikit_learn() -> None:
     program = (
         "import sys; from comkd_cli.data.digits import digits_source; digits_source().train.open(0); "

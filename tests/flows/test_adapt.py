@@ -146,6 +146,7 @@ def stage_data() -> dict[str, Any]:
     return {"data": {"dataset": "digits"}}
 
 
+@pytest.mark.slow
 def test_a_changed_backbone_is_refused(done: adapt.Stage1, weights: Path, tmp_path: Path) -> None:
     moved = tmp_path / "clip.pt"
     moved.write_bytes(weights.read_bytes())
@@ -157,6 +158,7 @@ def test_a_changed_backbone_is_refused(done: adapt.Stage1, weights: Path, tmp_pa
     assert caught.value.path == stage.file
 
 
+@pytest.mark.slow
 def test_a_student_of_a_prompted_teacher_is_scored_beside_it(done: adapt.Stage1, tmp_path: Path) -> None:
     run = distill.Run(done.recipe, "tiny", done.source, done.runs, done.contents, done.key)
     accelerator = make_accelerator("fp32")
@@ -171,6 +173,7 @@ def test_a_student_of_a_prompted_teacher_is_scored_beside_it(done: adapt.Stage1,
     assert teacher.top1_percent == pytest.approx(load_teacher(done.file).record.metrics["test_top1_percent"])
 
 
+@pytest.mark.slow
 def test_truncated_prompts_are_reported_while_a_teacher_is_trained(
     done: adapt.Stage1, weights: Path, tmp_path: Path, write_image: Callable[..., Path]
 ) -> None:

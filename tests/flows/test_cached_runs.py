@@ -45,6 +45,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 FULL = {"views": EPOCHS, "dtype": "fp32"}
 
 
+@pytest.mark.slow
 def test_with_a_view_an_epoch_in_fp32_a_run_is_the_one_without_a_cache(
     tmp_path: Path, weights: Path, seen: list[int]
 ) -> None:
@@ -95,11 +96,13 @@ def test_other_students_and_seeds_read_what_one_has_filled(tmp_path: Path, weigh
     assert len(texts) == 2
 
 
+@pytest.mark.slow
 def test_fewer_views_than_epochs_repeat_them(tmp_path: Path, weights: Path, seen: list[int]) -> None:
     do(make(tmp_path, weights, "one", {"views": 1}))
     assert sum(seen) <= tiny.TRAIN
 
 
+@pytest.mark.slow
 def test_precomputing_leaves_nothing_to_compute(tmp_path: Path, weights: Path, seen: list[int]) -> None:
     run, stage = make(tmp_path, weights, "later", {"views": 2})
     accelerator = make_accelerator("fp32")
@@ -139,6 +142,7 @@ def folder_of(path: Path, first: int) -> dict[str, Any]:
     return {"folder": str(path), "classes": ("a", "b"), "holdout_percent": 0}
 
 
+@pytest.mark.slow
 def test_other_images_with_the_same_file_names_have_another_cache(
     tmp_path: Path, weights: Path, seen: list[int]
 ) -> None:
@@ -149,6 +153,7 @@ def test_other_images_with_the_same_file_names_have_another_cache(
         assert sum(seen) - before == EPOCHS * 12
 
 
+@pytest.mark.slow
 def test_precomputing_names_unreadable_images_and_stops_above_the_limit(tmp_path: Path, weights: Path) -> None:
     data = folder_of(tmp_path / "pictures", 0)
     (tmp_path / "pictures/3.bmp").write_bytes(b"no picture")

@@ -65,6 +65,7 @@ def by_hand(weights: Path, prompts: list[str]) -> torch.Tensor:
     return functional.normalize(features.mean(0), dim=0)
 
 
+@pytest.mark.slow
 def test_a_new_class_has_the_vector_of_the_runs_templates(zero_shot: Any, weights: Path) -> None:
     path = zero_shot()
     before, content = load_student(path)[0], path.read_bytes()
@@ -85,6 +86,7 @@ def test_a_new_class_has_the_vector_of_the_runs_templates(zero_shot: Any, weight
     torch.testing.assert_close(ready.teacher.class_vectors, student.class_vectors)
 
 
+@pytest.mark.slow
 def test_a_template_of_its_own_is_on_record(zero_shot: Any, weights: Path) -> None:
     options = AddOptions(templates=("one {}", "two {}"))
     target, _ = add_classes(zero_shot(), ["fox"], options, quietly)
@@ -96,6 +98,7 @@ def test_a_template_of_its_own_is_on_record(zero_shot: Any, weights: Path) -> No
     assert load_student(second)[1].classes_added == ("fox", "bee")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [CANDIDATES, {**CANDIDATES, "edu_attention": {"gate_start": 0.5}}])
 def test_the_memory_of_a_run_stays_and_that_of_candidates_grows(zero_shot: Any, loss: dict[str, Any]) -> None:
     path = zero_shot(loss=loss)
@@ -127,6 +130,7 @@ def test_names_that_cannot_be_added_are_refused(zero_shot: Any, names: list[str]
     assert not path.with_name("student-classes.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_name_that_the_text_encoder_reads_as_another_class_is_refused(zero_shot: Any) -> None:
     target, _ = add_classes(zero_shot(), ["fox & bee"], AddOptions(), quietly)
     with pytest.raises(DataError) as caught:  # the tokenizer reads the entities of HTML
@@ -171,6 +175,7 @@ def test_a_student_without_its_teacher_is_refused(zero_shot: Any, weights: Path,
     assert caught.value.path == path
 
 
+@pytest.mark.slow
 def test_a_student_of_a_trained_teacher_gets_classes_and_is_scored_as_before(
     tiny_student: Path, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from comkd_cli.flows.export import export
 from comkd_cli.results.records import to_json
 
 
+@pytest.mark.slow
 def test_the_summary_tells_what_the_run_wrote(
     tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

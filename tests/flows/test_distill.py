@@ -94,6 +94,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(done: distill
     assert not torch.equal(first.projector[0].weight, third.projector[0].weight)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_teacher_is_trained_once_for_students_of_several_seeds(done: distill.Run) -> None:
     (teacher,) = (done.runs / "teachers").glob("*/teacher.pt")
     written = teacher.stat().st_mtime_ns
@@ -127,6 +128,7 @@ def test_a_finished_run_is_known_and_another_recipe_in_its_place_refused(done: d
     assert "--fresh" in str(caught.value.remedy)
 
 
+@pytest.mark.slow
 def test_more_epochs_than_a_finished_run_has_can_start_from_its_student(done: distill.Run, tmp_path: Path) -> None:
     """By the commands of the refusal, as a shell reads them."""
     runs = tmp_path / "the runs"
@@ -160,6 +162,7 @@ def test_more_epochs_than_a_finished_run_has_can_start_from_its_student(done: di
     assert refused.value.field == "student.weights"
 
 
+@pytest.mark.slow
 def test_a_student_of_several_prompts_has_the_mean_vectors_and_they_count_in_its_identity(
     tmp_path: Path, weights: Path
 ) -> None:
@@ -191,6 +194,7 @@ def test_a_teacher_trained_in_full_learns_the_first_prompt_alone_and_says_so(don
     assert any(isinstance(event, Notice) and "learns the first prompt" in event.text for event in events)
 
 
+@pytest.mark.slow
 def test_fresh_replaces_the_finished_student(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     do(run)
@@ -201,6 +205,7 @@ def test_fresh_replaces_the_finished_student(tmp_path: Path) -> None:
     assert distill.finished(changed)
 
 
+@pytest.mark.slow
 def test_a_student_of_labels_alone_never_runs_the_teacher(tmp_path: Path, seen: list[int]) -> None:
     events: list[Event] = []
     loss = {"refinement": None, "if_align": None, "labels": {}, "edu_attention": {"gate_start": 0.1}}
@@ -214,6 +219,7 @@ def test_a_student_of_labels_alone_never_runs_the_teacher(tmp_path: Path, seen: 
     assert lines[-1]["gate"] != pytest.approx(0.1, abs=1e-7)  # the labels' logits reach EduAttention
 
 
+@pytest.mark.slow
 def test_labels_beside_the_teacher_make_another_student_of_the_same_teacher(done: distill.Run) -> None:
     run = make_run(done.runs, seed=8, loss={**tiny.recipe()["loss"], "labels": {"weight": 0.5}})
     last = json.loads((do(run).parent / "metrics.jsonl").read_text().splitlines()[-1])
@@ -251,6 +257,7 @@ def test_full_adaptation_without_labels_is_refused(tmp_path: Path) -> None:
     assert (caught.value.field, caught.value.found) == ("teacher.adapt", "full")
 
 
+@pytest.mark.slow
 def test_unlabelled_images_and_a_local_checkpoint_are_enough(done: distill.Run, tmp_path: Path) -> None:
     """The case that matters most: a folder, a class list, a pretrained teacher; no labels anywhere."""
     (saved,) = (done.runs / "teachers").glob("*/teacher.pt")
@@ -272,6 +279,7 @@ def test_unlabelled_images_and_a_local_checkpoint_are_enough(done: distill.Run, 
     assert student(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 10)
 
 
+@pytest.mark.slow
 def test_a_prompts_only_student_stores_what_it_learned_and_needs_its_backbone(
     done: distill.Run, tmp_path: Path
 ) -> None:
@@ -297,6 +305,7 @@ def test_a_prompts_only_student_stores_what_it_learned_and_needs_its_backbone(
         load_student(path)
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_named_and_skipped_within_the_limit(done: distill.Run, tmp_path: Path) -> None:
     for split in ("train", "test"):
         for index in range(60 if split == "train" else 10):
@@ -330,6 +339,7 @@ def test_a_plan_is_made_also_where_another_run_has_the_directory(done: distill.R
     assert "--fresh" in plan.state
 
 
+@pytest.mark.slow
 def test_an_outline_counts_what_the_built_models_have(done: distill.Run) -> None:
     outline = distill.outline(done.recipe, 10)
     student, _ = load_student(done.student_file)
@@ -341,6 +351,7 @@ def test_an_outline_counts_what_the_built_models_have(done: distill.Run) -> None
     assert outline.student_multiply_adds == multiply_adds(student, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss",
     [

@@ -119,6 +119,7 @@ def test_classes_that_the_student_does_not_know_are_refused(tiny_student: Path, 
     assert "the classes that it was trained on" in str(caught.value.remedy)
 
 
+@pytest.mark.slow
 def test_a_student_whose_names_have_underscores_is_scored_with_its_own_prompts(
     tiny_student: Path, tmp_path: Path
 ) -> None:
@@ -145,6 +146,7 @@ def test_a_student_whose_names_have_underscores_is_scored_with_its_own_prompts(
     ]
 
 
+@pytest.mark.slow
 def test_notices_about_a_dataset_are_reported_once_for_all_its_students(tiny_student: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_student.parents[3], tmp_path / "runs")
     home = tmp_path / "runs" / tiny_student.relative_to(tiny_student.parents[3]).parent

@@ -149,6 +149,7 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
     assert (caught.value.path, caught.value.problem) == (tmp_path, "is not a bundle: it has no manifest.json")
 
 
+@pytest.mark.slow
 def test_an_existing_bundle_is_kept_without_force(bundle: Path, tiny_student: Path) -> None:
     written = (bundle / "manifest.json").stat().st_ino
     with pytest.raises(ExportError) as caught:
@@ -419,6 +420,7 @@ def test_the_model_card_has_the_hubs_metadata_and_the_numbers(whole: Path) -> No
             assert name in text
 
 
+@pytest.mark.slow
 def test_a_precision_that_misses_its_gate_is_left_out_with_its_figures(
     tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -448,6 +450,7 @@ def test_a_crash_of_onnxruntime_is_a_failed_gate(
     assert list(exported.manifest["precisions"]) == ["fp32"]
 
 
+@pytest.mark.slow
 def test_a_quantisation_method_that_onnxruntime_cannot_run_leaves_the_others(
     tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -482,6 +485,7 @@ def test_data_with_other_classes_is_refused_as_evaluation_refuses_it(tiny_studen
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.slow
 def test_names_that_an_older_version_stored_are_a_line_each(tiny_student: Path, tmp_path: Path) -> None:
     stored = torch.load(tiny_student, weights_only=True)
     ends = ["\n", "\u2028", "\x85", "\x0b", "\r\n", "\x1c", " ", "\t", "\f", ""]
@@ -535,6 +539,7 @@ def test_class_names_that_cannot_be_added_are_refused(
     assert len(classifier.class_names) == 10
 
 
+@pytest.mark.slow
 def test_a_precision_can_be_exported_without_fp32(tiny_student: Path, tmp_path: Path) -> None:
     export(
         tiny_student,
@@ -584,6 +589,7 @@ def test_the_reference_logits_are_the_students_within_the_gate(bundle: Path, tin
     np.testing.assert_allclose(np.float32(document["logits"]["fp32"]["values"]), expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_graph_that_cannot_run_the_reference_images_is_left_out(
     tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -618,6 +624,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_flow, "measure_latency", stand_in)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize(
     ("speed", "reason"),
@@ -641,6 +648,7 @@ def test_a_precision_that_is_too_slow_is_left_out_with_its_figures(
     assert self_test(tmp_path / "bundle").differing == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("measured")
 def test_precisions_that_are_fast_enough_stay_with_their_measurements(tiny_student: Path, tmp_path: Path) -> None:
     speed = SpeedGate(max_latency_ms=10, min_speedup=2)
@@ -650,6 +658,7 @@ def test_precisions_that_are_fast_enough_stay_with_their_measurements(tiny_stude
     assert len(exported.manifest["latency"]) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("measured")
 def test_if_every_precision_is_too_slow_there_is_no_bundle(tiny_student: Path, tmp_path: Path) -> None:
     options = ExportOptions(speed=SpeedGate(max_latency_ms=1))
@@ -715,6 +724,7 @@ def test_if_int8_alone_has_too_few_images_the_remedy_is_fp32(tiny_student: Path,
     assert not (pictures.parent / "bundle").exists()
 
 
+@pytest.mark.slow
 def test_force_only_replaces_a_bundle(tiny_student: Path, tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "precious.bin").write_bytes(b"x")
@@ -775,6 +785,7 @@ def assert_three_disjoint_parts(seen: dict[str, list[set[bytes]]], sizes: dict[s
 INT8 = ExportOptions(precisions=("fp32", "int8"), gates=WIDE)
 
 
+@pytest.mark.slow
 def test_int8_is_calibrated_and_chosen_on_training_images_and_tested_on_test_images(
     tiny_student: Path, tmp_path: Path, seen: dict[str, list[set[bytes]]]
 ) -> None:
@@ -792,6 +803,7 @@ def test_int8_is_calibrated_and_chosen_on_training_images_and_tested_on_test_ima
     assert parity["top1_interval_percent"][0] < parity["top1_percent"] < parity["top1_interval_percent"][1]
 
 
+@pytest.mark.slow
 def test_a_folder_with_copies_gives_three_disjoint_parts(
     tiny_student: Path, tmp_path: Path, seen: dict[str, list[set[bytes]]]
 ) -> None:
@@ -876,6 +888,7 @@ def unscored_student(tiny_student: Path, tmp_path: Path) -> Path:
     return tmp_path / "unscored.pt"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_test_images")
 def test_without_test_images_no_accuracy_is_given(
     unscored_student: Path, tmp_path: Path, seen: dict[str, list[set[bytes]]]
@@ -904,6 +917,7 @@ def test_without_test_images_no_accuracy_is_given(
     assert "not held out" in str(events[-1])
 
 
+@pytest.mark.slow
 def test_the_card_gives_the_score_of_the_training_with_its_images(tiny_student: Path, tmp_path: Path) -> None:
     data = torch.load(tiny_student, weights_only=True)
     data["metrics"] = {"test_top1_percent": 90.0, "test_images": 10, "test_unreadable": 3}
@@ -935,6 +949,7 @@ def test_test_images_with_another_score_than_in_training_are_reported(
     assert (sentence in (tmp_path / "bundle/README.md").read_text()) is changed
 
 
+@pytest.mark.slow
 def test_int8_that_misses_its_gate_fails_and_no_other_method_is_tried(
     tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1001,6 +1016,7 @@ def test_class_names_and_vectors_go_together(
     assert caught.value.path == Path("student.pt")
 
 
+@pytest.mark.slow
 def test_a_text_encoder_whose_features_are_not_finite_is_refused(
     tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1038,6 +1054,7 @@ def test_a_folder_without_the_runtime_is_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step", ["export_image_encoder", "add_classifier", "measure_parity", "to_fp16", "complete_bundle"]
 )

@@ -72,6 +72,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, pictures: Path, weights: Path
     return stage, events
 
 
+@pytest.mark.slow
 def test_the_probed_teacher_is_the_fit_of_the_centre_crops(done: tuple[adapt.Stage1, list[Event]]) -> None:
     stage, _ = done
     clip = build_clip(stage.settings)
@@ -149,6 +150,7 @@ def test_the_whole_run_trains_scores_and_exports(
         export(path, tmp_path / "text", tmp_path, lambda event: None, options=ExportOptions(text=True))
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_batch_is_the_cross_entropy_of_its_labelled_images(
     done: tuple[adapt.Stage1, list[Event]], pictures: Path, weights: Path
 ) -> None:
@@ -204,6 +206,7 @@ def test_the_plan_names_the_labels_and_refuses_too_few(pictures: Path, weights: 
     assert not less.file.exists()
 
 
+@pytest.mark.slow
 def test_zero_shot_vectors_are_kept_where_no_strength_is_better(pictures: Path, weights: Path, tmp_path: Path) -> None:
     stage = make_stage(pictures, weights, tmp_path, adapt={**PROBE, "strengths": [1e9]})
     events: list[Event] = []
@@ -216,6 +219,7 @@ def test_zero_shot_vectors_are_kept_where_no_strength_is_better(pictures: Path, 
     assert any("zero-shot class vectors are kept" in event.text for event in events if isinstance(event, Notice))
 
 
+@pytest.mark.slow
 def test_a_probe_on_other_weights_is_refused(pictures: Path, weights: Path, tmp_path: Path) -> None:
     moved = tmp_path / "clip.pt"
     moved.write_bytes(weights.read_bytes())

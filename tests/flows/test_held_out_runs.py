@@ -131,6 +131,7 @@ def test_the_teacher_was_looked_at_before_the_student_and_the_file_says_what_was
         assert f"{finding['text']}; {finding['remedy']}" in lines
 
 
+@pytest.mark.slow
 def test_unlabelled_images_have_an_agreement_while_training(tmp_path: Path, weights: Path) -> None:
     teacher = {"config": tiny.CLIP, "weights": str(weights)}
     events: list[Event] = []
@@ -157,6 +158,7 @@ def without_field(student_file: Path) -> None:
     torch.save(data, student_file)
 
 
+@pytest.mark.slow
 def test_a_student_of_a_version_without_the_field_was_trained_on_every_image(tmp_path: Path, weights: Path) -> None:
     teacher = {"config": tiny.CLIP, "weights": str(weights)}
     folder = {"folder": str(write_digits(tmp_path / "photos", True)), "classes": None}
@@ -201,6 +203,7 @@ def test_a_dry_run_looks_at_a_teacher_whose_weights_are_there(tmp_path: Path, we
     assert "not on this machine" in str(distill.preview_teacher(absent, None, "cpu", lambda event: None))
 
 
+@pytest.mark.slow
 def test_test_images_that_are_training_images_are_counted(tmp_path: Path, weights: Path) -> None:
     folder = write_digits(tmp_path / "photos", True)
     for name in ("0", "1"):

@@ -128,6 +128,7 @@ def test_one_image_that_was_overwritten_in_place_is_noticed(done: distill.Run, t
     assert "the contents of the training images changed" in refusal(make(folder, done.runs)[0])
 
 
+@pytest.mark.slow
 def test_other_test_images_are_the_same_run_unless_they_select_the_epoch(done: distill.Run, tmp_path: Path) -> None:
     folder = write_digits(tmp_path / "pair")
     Image.new("RGB", (8, 8)).save(folder / "test/0/0.bmp")
@@ -139,6 +140,7 @@ def test_other_test_images_are_the_same_run_unless_they_select_the_epoch(done: d
     assert "the contents of the test images" in refusal(make(folder, runs, selection="promptkd")[0])
 
 
+@pytest.mark.slow
 def test_images_compared_by_size_and_time_are_not_read_and_differ_from_those_compared_by_contents(
     done: distill.Run, tmp_path: Path
 ) -> None:

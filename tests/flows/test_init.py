@@ -59,6 +59,7 @@ def test_a_labelled_folder_gets_a_teacher_by_prompts_and_a_student_a_tenth_of_it
     assert len(open_source(recipe.data, Path("data")).train) == 40
 
 
+@pytest.mark.slow
 def test_without_downloads_the_teacher_learns_from_the_labels(pets: Path) -> None:
     recipe = loaded(propose(Request(pets, download=False)).text)
     assert isinstance(recipe.teacher.adapt, FullAdapt)
@@ -69,6 +70,7 @@ def test_without_downloads_the_teacher_learns_from_the_labels(pets: Path) -> Non
     assert vision["image_size"] == 64
 
 
+@pytest.mark.slow
 def test_an_unlabelled_folder_keeps_the_teacher_zero_shot(tmp_path: Path, write_image: WriteImage) -> None:
     for i in range(10):
         write_image(tmp_path / f"my photos/{i}.jpg", seed=i, size=(300, 400))

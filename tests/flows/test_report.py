@@ -32,6 +32,7 @@ def values(page: str, name: str) -> list[float]:
     return [float(value) for value in re.findall(rf'<data value="([^"]+)" title="{name}:', page)]
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_the_records_to_the_last_digit(tiny_student: Path, tmp_path: Path) -> None:
     collector, results = collected(tiny_student)
     collector.write(tmp_path / "report.html", Making("comkd report x", Path("runs"), Path("data")))
@@ -56,6 +57,7 @@ def test_costs_are_those_of_the_models_that_were_scored(tiny_student: Path) -> N
     assert run.teacher.multiply_adds > run.student.multiply_adds
 
 
+@pytest.mark.slow
 def test_only_the_images_that_are_shown_are_opened(
     tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,6 +74,7 @@ def test_only_the_images_that_are_shown_are_opened(
     assert len(opened) == 2 * PICTURES
 
 
+@pytest.mark.slow
 def test_unlabelled_images_give_agreement_and_a_broken_one_is_counted(tiny_student: Path, tmp_path: Path) -> None:
     for index in range(12):
         digits_source().train.open(index).save(tmp_path / f"{index}.png")

@@ -100,6 +100,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[Features]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("changes", [{}, {"loss": CANDIDATES}], ids=["training", "candidates"])
 def test_training_and_evaluation_agree_to_the_last_bit_of_student_and_teacher(
@@ -322,6 +323,7 @@ def half_damaged(tmp_path: Path) -> Path:
     return tmp_path / "digits2"
 
 
+@pytest.mark.slow
 def test_scores_say_how_many_test_images_they_lack(half_damaged: Path, tmp_path: Path) -> None:
     data = {"folder": str(half_damaged), "unreadable_limit_percent": 30.0, "workers": 0}
     events: list[Event] = []
@@ -343,6 +345,7 @@ def test_the_line_of_an_epoch_tells_unreadable_test_images_where_there_are_some(
     assert figures_text({**figures, "test_unreadable": 0}) == "loss 0.152  test top-1 93.60 %"
 
 
+@pytest.mark.slow
 def test_where_no_test_image_can_be_read_there_is_a_count_and_no_score(half_damaged: Path, tmp_path: Path) -> None:
     for path in (half_damaged / "test").glob("*/*.png"):
         path.write_bytes(b"no picture")
@@ -356,6 +359,7 @@ def test_where_no_test_image_can_be_read_there_is_a_count_and_no_score(half_dama
     assert (caught.value.field, caught.value.remedy) == ("selection", "use selection: last")
 
 
+@pytest.mark.slow
 def test_too_many_unreadable_test_images_stop_training_and_evaluation(half_damaged: Path, tmp_path: Path) -> None:
     data = {"folder": str(half_damaged), "unreadable_limit_percent": 30.0, "workers": 0}
     run = train(tmp_path / "runs", data=data)

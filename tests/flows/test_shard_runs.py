@@ -98,11 +98,13 @@ def test_a_run_that_was_stopped_within_windows_ends_with_the_same_bits(
         assert any(isinstance(event, Notice) and "resuming from" in event.text for event in told)
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(tmp_path: Path, weights: Path, pattern: str) -> None:
     alone = do(make(tmp_path / "alone", weights, {"shards": pattern}))
     assert same(do(make(tmp_path / "two", weights, {"shards": pattern, "workers": 2})), alone)
 
 
+@pytest.mark.slow
 def test_the_same_images_in_other_shards_find_the_same_cache(
     tmp_path: Path, weights: Path, pattern: str, seen: list[int]
 ) -> None:
@@ -123,6 +125,7 @@ def test_the_same_images_in_other_shards_find_the_same_cache(
     )
 
 
+@pytest.mark.slow
 def test_what_a_repacked_cache_gives_for_a_key_is_what_the_teacher_says_of_it(
     tmp_path: Path, weights: Path, pattern: str
 ) -> None:
@@ -172,6 +175,7 @@ def test_a_plan_counts_the_images_of_shards(tmp_path: Path, weights: Path, patte
     assert planned.folder == tmp_path / "it/digits/seed1"
 
 
+@pytest.mark.slow
 def test_a_student_of_shards_is_scored_by_agreement_on_some_of_them(
     tmp_path: Path, weights: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +199,7 @@ def test_images_without_labels_cannot_adapt_a_teacher(tmp_path: Path, weights: P
     assert (caught.value.path, caught.value.field, caught.value.found) == ("digits", "teacher.adapt", "full")
 
 
+@pytest.mark.slow
 def test_held_out_images_of_shards_are_measured_on_alone_however_they_are_packed(
     tmp_path: Path, weights: Path, pattern: str
 ) -> None:

@@ -96,6 +96,7 @@ def test_timm_towers_can_recompute_and_others_are_refused() -> None:
         recompute_activations(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_train_a_student(runs: Path, plain: dict[str, torch.Tensor]) -> None:
     found = train(runs, optim={**tiny.OPTIM, "epochs": 1, "accumulation_steps": 4})
     # Statistics are those of a part, so that the student is another, though not by much.

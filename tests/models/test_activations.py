@@ -64,6 +64,7 @@ def test_an_unrecorded_activation_is_reported(
     assert notice.text.endswith(instead)
 
 
+@pytest.mark.slow
 def test_other_architectures_and_random_weights_cause_no_notice(file: Path) -> None:
     events: list[Event] = []
     build_clip(Model(config=tiny.CLIP, weights=str(file)), report=events.append)  # of sizes that open_clip has not
@@ -77,6 +78,7 @@ CONFIGS_BESIDE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS_BESIDE)
 def test_a_config_beside_the_file_records_its_activation(both_variants: str, file: Path, name: str) -> None:
     (file.parent / name).write_text(json.dumps(CONFIGS_BESIDE[name]))

@@ -114,6 +114,7 @@ def test_an_unknown_architecture_suggests_close_names() -> None:
     assert "ViT-B-32" in str(caught.value.remedy)
 
 
+@pytest.mark.slow
 def test_the_digest_of_a_folder_is_that_of_its_weights(tmp_path: Path) -> None:
     model = Model(arch=f"local-dir:{tmp_path}")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": tiny.CLIP, "preprocess_cfg": {}}))
@@ -160,6 +161,7 @@ def test_position_embeddings_of_another_size_are_interpolated_with_a_notice(tmp_
     assert "visual.positional_embedding is (17, 32) and the architecture's (5, 32)" in image
 
 
+@pytest.mark.slow
 def test_an_image_tower_needs_no_tokenizer() -> None:
     """SigLIP's comes from elsewhere, through a library that comkd does not depend on."""
     tower = outline_image_tower(Model(arch="ViT-B-16-SigLIP", weights="webli"))

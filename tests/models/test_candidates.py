@@ -34,6 +34,7 @@ def own_parameters(name: str) -> tuple[int, int]:
     return parameters(own), own.num_features
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [64, 128, 224])
 @pytest.mark.parametrize("candidate", STUDENTS, ids=lambda candidate: candidate.base_name)
 def test_a_student_is_the_whole_timm_tower_at_its_size(candidate: StudentCandidate, size: int) -> None:

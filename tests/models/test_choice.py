@@ -35,6 +35,7 @@ def test_the_input_is_twice_the_short_side_where_it_can_be(short_side: int, size
     assert proposed_image_size(short_side) == size
 
 
+@pytest.mark.slow
 def test_the_teacher_depends_on_the_gpu(tmp_path: Path) -> None:
     with_gpu, without = (
         choose_teacher(labelled=False, gpu=gpu, image_size=224, download=True) for gpu in (True, False)
@@ -84,6 +85,7 @@ def chooser(milliseconds: dict[int, float] | None = None, teacher: ChosenTeacher
     return StudentChooser(teacher, classes=3, image_size=224, download=True, measure=measure)
 
 
+@pytest.mark.slow
 def test_without_a_limit_the_student_has_a_tenth_of_the_teacher() -> None:
     chosen = chooser().choose(Limit())
     assert chosen.name == "vit_tiny_patch16_224"
@@ -92,6 +94,7 @@ def test_without_a_limit_the_student_has_a_tenth_of_the_teacher() -> None:
     assert "mobilenetv4_conv_medium" in chosen.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [30_000_000, 10_500_000, 5_000_000, 2_700_000, 1_200_000])
 def test_the_budget_is_kept_by_the_whole_student_and_used(most: int) -> None:
     chosen = chooser().choose(Limit(parameters=most))

@@ -101,6 +101,7 @@ def test_the_papers_settings() -> None:
     assert cross.teacher.adapt.data.dataset == "imagenet"  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
 def test_its_models_are_outlined_without_weights_or_images(name: str) -> None:
     outline = distill.outline(load_recipe(name), 10)
@@ -121,6 +122,7 @@ def planned(*arguments: object) -> str:
     return " ".join(result.stdout.split())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of libraries, which the command hides
 def test_the_command_prints_them_with_no_network_and_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was opened"))
@@ -133,6 +135,7 @@ def test_the_command_prints_them_with_no_network_and_no_data(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of libraries, which the command hides
 def test_a_dry_run_tells_of_each_kind_of_images_that_are_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -213,6 +216,7 @@ def reduced(tmp_path_factory: pytest.TempPathFactory, root: Path, small: dict[st
     return cache(lambda name: reduced_run(name, runs, root, small))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_two_steps_at_reduced_size(name: str, reduced: Reduced) -> None:
     run = reduced(name)
@@ -221,6 +225,7 @@ def test_two_steps_at_reduced_size(name: str, reduced: Reduced) -> None:
     assert json.loads(line)["loss"] > 0
 
 
+@pytest.mark.slow
 def test_a_student_of_imagenets_teacher_is_scored_as_cross_dataset_and_another_as_base_to_novel(
     reduced: Reduced, root: Path
 ) -> None:

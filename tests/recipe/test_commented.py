@@ -1,5 +1,6 @@
 """Recipes with reasons: whatever the values, they read back; whatever the reasons, they stay comments."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,6 +31,7 @@ ODD = [
 TEXTS = st.one_of(st.sampled_from(ODD), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00")))
 
 
+@pytest.mark.slow
 @given(st.lists(TEXTS), TEXTS, TEXTS)
 def test_every_text_reads_back_and_every_reason_is_a_comment(names: list[str], text: str, reason: str) -> None:
     settings = [
