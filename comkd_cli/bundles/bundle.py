@@ -28,6 +28,7 @@ from comkd_cli.models.checkpoints import StudentRecord
 from comkd_cli.recipe.catalog import CATALOG
 
 TEXT_ENCODER, MERGES, TEXT_VOCABULARY = "text_encoder.onnx", "bpe_merges.txt", "text_vocabulary.npy"
+TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,12 @@ class Text:
     precisions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The file of each precision, and its figures against fp32."""
     parameters: int = 0
+    merges: str | None = None
+    """The file of CLIP's merges; None if the tokenizer is another one."""
     vocabulary: str | None = None
     """The file of the tokens, if the vocabulary was pruned."""
+    tokenizer: Mapping[str, Any] | None = None
+    """The file of a tokenizer other than CLIP's, and the fields of edge.json_tokenizer.TokenizerRules."""
     distilled: Mapping[str, Any] | None = None
     """The figures of an encoder that was distilled from the teacher's."""
 
@@ -182,7 +187,7 @@ def _manifest(contents: Contents) -> dict[str, Any]:
     record = contents.record
     text = None
     if contents.text is not None:
-        text = {"file": contents.text.file, "merges": MERGES, **asdict(contents.text)}
+        text = {"file": contents.text.file, **asdict(contents.text)}
     return {
         "format": BUNDLE_FORMAT,
         "made_by": f"comkd {version('comkd')}",

@@ -25,6 +25,7 @@ FILES = {
     "text_encoder.fp16.onnx": "fp16: the same",
     "text_encoder.int8.onnx": "int8: the same",
     "bpe_merges.txt": "the merges of CLIP's tokenizer",
+    "tokenizer.json": "the text encoder's tokenizer, which predict.py reads with the tokenizers library",
     "text_vocabulary.npy": "int32, ascending: the tokens of CLIP that the text encoder has, which it counts from 1",
     "index.html": "classifies images in a browser; serve this folder with `python -m http.server`",
 }
@@ -121,6 +122,8 @@ def _use(manifest: Mapping[str, Any]) -> str:
     if len(manifest["precisions"]) > 1:
         lines.append(f"    python predict.py IMAGE... --precision {list(manifest['precisions'])[-1]}")
     if manifest["text"]:
+        if manifest["text"]["tokenizer"]:
+            lines.append("    pip install tokenizers")
         lines.append('    python predict.py IMAGE... --add-class "red fox"')
     if manifest["threshold"]["value"] is not None:
         lines.append("    python predict.py IMAGE... --no-threshold")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from comkd_cli.bundles.bundle import MERGES, TEXT_ENCODER, TEXT_VOCABULARY, Head, Text, graph_name
+from comkd_cli.bundles.bundle import TEXT_ENCODER, Head, Text, graph_name
 from comkd_cli.bundles.gates import TEXT_GATE, Gate, in_order
 from comkd_cli.bundles.graphs import GraphForm, TextEncoder, check_graph, export_text_encoder
 from comkd_cli.bundles.parity import BATCH_SIZES
@@ -26,13 +26,13 @@ from comkd_cli.bundles.text_precisions import (
     text_vectors,
     write_text_graph,
 )
+from comkd_cli.bundles.text_tokenizer import ClipTokenizerData, JsonTokenizerData, TokenizerData, tokenizer_data
 from comkd_cli.data.class_names import class_key
 from comkd_cli.data.prompts import Prompts
 from comkd_cli.errors import CheckpointError, ExportError, ModelError
 from comkd_cli.evaluation.text_encoders import cosine_rows, least_agreement_percent
 from comkd_cli.events import Notice, Report, Stage
-from comkd_cli.files import write_text
-from comkd_cli.models.backbones import bpe_merges, context_length
+from comkd_cli.models.backbones import context_length
 from comkd_cli.models.checkpoints import StudentRecord
 from comkd_cli.models.costs import text_parameters
 from comkd_cli.models.text_student import load_text_student
@@ -52,12 +52,10 @@ class TextTower:
     tokenize: Callable[[Sequence[str]], Tensor]
     """From texts to token ids (texts, context)."""
     context_length: int
-    merges: str
+    tokenizer: TokenizerData
     prompts: Prompts
     """Of the classes that a device adds."""
     parameters: int
-    vocabulary: Sequence[int] | None = None
-    """The tokens of CLIP that it has, if its vocabulary was pruned."""
     distilled: Mapping[str, Any] | None = None
     """How close it is to the teacher's text encoder, if it was distilled from that."""
 
@@ -87,7 +85,7 @@ class TextOptions:
 def choose_tower(
     student_file: Path, record: StudentRecord, head: Head, options: TextOptions, report: Report
 ) -> TextTower | None:
-    """The text encoder that the options ask for. Raises ExportError or CheckpointError."""
+    """The text encoder that the options ask for. Raises ExportError, ModelError or CheckpointError."""
     if not options.text:
         return None
     if options.text_student is not None:
@@ -96,24 +94,30 @@ def choose_tower(
 
 
 def teacher_tower(student_file: Path, record: StudentRecord, allow_download: bool, report: Report) -> TextTower:
-    """The text half of a student's teacher. Raises ExportError if it or CLIP's vocabulary is not available."""
+    """The text half of a student's teacher. Raises ExportError if it is not available.
+
+    Raises ModelError or ExportError for a tokenizer that predict.py cannot have.
+    """
     try:
         teacher = class_encoder(record, student_file, allow_download, report)
-        merges = bpe_merges(teacher.clip)
     except (CheckpointError, ModelError) as error:
         raise ExportError(
             f"--text needs the student's teacher: {error}",
             path=student_file,
             remedy="keep the runs folder as it was, or export without --text",
         ) from error
+    clip, length = teacher.clip, context_length(teacher.clip)
+    tokenizer = tokenizer_data(clip, length)
+    if isinstance(tokenizer, JsonTokenizerData):
+        names = (*record.class_names, *GATE_NAMES)
+        tokenizer.check(clip.tokenize, [text for name in names for text in teacher.prompts.of(name)])
     teacher.tokens_of_all(record.class_names, report)  # reports the prompts that are truncated
-    clip = teacher.clip
     return TextTower(
         name="the teacher's text encoder",
         module=TextEncoder(clip.model),
         tokenize=clip.tokenize,
-        context_length=context_length(clip),
-        merges=merges,
+        context_length=length,
+        tokenizer=tokenizer,
         prompts=teacher.prompts,
         parameters=text_parameters(clip.model),
     )
@@ -146,10 +150,9 @@ def distilled_tower(path: Path, record: StudentRecord, class_vectors: np.ndarray
         module=module,
         tokenize=lambda texts: torch.from_numpy(tokenizer(list(texts))),
         context_length=content.context_length,
-        merges=content.merges,
+        tokenizer=ClipTokenizerData(content.merges, content.vocabulary),
         prompts=Prompts(content.templates, record.descriptions),
         parameters=content.parameters,
-        vocabulary=content.vocabulary,
         distilled={"teacher_parameters": content.teacher_parameters, **content.metrics},
     )
 
@@ -177,9 +180,7 @@ class TextExporter:
         """
         tower = self.tower
         self.report(Stage(f"Exporting {tower.name}"))
-        write_text(self.folder / MERGES, tower.merges)
-        if tower.vocabulary is not None:
-            np.save(self.folder / TEXT_VOCABULARY, np.asarray(tower.vocabulary, dtype=np.int32))
+        files = tower.tokenizer.write(self.folder)
         difference, vectors = self._add_fp32()
         entries = {"fp32": self._entry("fp32")}
         if reduced := [precision for precision in in_order(precisions) if precision in REDUCED]:
@@ -197,8 +198,8 @@ class TextExporter:
             templates=templates,
             precisions=entries,
             parameters=tower.parameters,
-            vocabulary=None if tower.vocabulary is None else TEXT_VOCABULARY,
             distilled=distilled,
+            **files,
         )
 
     def _add_fp32(self) -> tuple[float, np.ndarray]:

@@ -1,5 +1,7 @@
 """Classify images with an exported bundle. Needs numpy, Pillow and onnxruntime; no torch.
 
+`--add-class` also needs the tokenizers library if the bundle has a tokenizer.json (text encoders of SigLIP).
+
     python predict.py IMAGE... [--top 5] [--precision int8] [--add-class "red fox"] [--no-threshold] [--json]
     python predict.py FOLDER --csv predictions.csv
     python predict.py - < image.jpg
@@ -24,13 +26,20 @@ import numpy as np
 from PIL import Image
 
 from comkd_cli.edge.class_names import clean_class_name
-from comkd_cli.edge.clip_tokenizer import Tokenizer
 from comkd_cli.edge.figures import add_figure_options, classifying_options, figures_command, json_text, misused_figures
 from comkd_cli.edge.fixed_batch import run_in_batches
 from comkd_cli.edge.folder_csv import CsvJob, bundle_settings, folder_csv_command
 from comkd_cli.edge.images import ImageSource, UnreadableImage, load_prepared
-from comkd_cli.edge.manifest import EXPORT_AGAIN, BundleProblem, read_manifest, read_preprocessing, verified_bytes
+from comkd_cli.edge.manifest import (
+    EXPORT_AGAIN,
+    BundleProblem,
+    read_array,
+    read_manifest,
+    read_preprocessing,
+    verified_bytes,
+)
 from comkd_cli.edge.session import start_session
+from comkd_cli.edge.text_tokenizer import read_tokenizer
 from comkd_cli.edge.threshold import NONE_OF_THESE, read_confidence
 from comkd_cli.edge.visible import visible
 
@@ -136,8 +145,7 @@ class Classifier:
     def _encode(self, text: dict[str, Any], names: Sequence[str]) -> np.ndarray:
         """The class vectors of new names, float32 (names, dim). text: the manifest's entry of the text encoder."""
         try:
-            merges = verified_bytes(self._folder, self._manifest, text["merges"]).decode("utf-8")
-            tokenizer = Tokenizer(merges, int(text["context_length"]), self._read_vocabulary(text))
+            tokenizer = read_tokenizer(self._folder, self._manifest, text)
             templates = text.get("templates") or [text["prompt"]]  # older bundles have one prompt
             written = [[part.replace("{}", name) for part in templates] for name in (*self.class_names, *names)]
             tokens = tokenizer([prompt for prompts in written for prompt in prompts])
@@ -209,16 +217,7 @@ class Classifier:
         return names
 
     def _read_class_vectors(self) -> np.ndarray:
-        return np.asarray(self._read_array("class_vectors.npy"), dtype=np.float32)
-
-    def _read_vocabulary(self, text: dict[str, Any]) -> Sequence[int] | None:
-        """The tokens of a text encoder whose vocabulary was pruned. text: the manifest's entry of it."""
-        name = text.get("vocabulary")
-        return None if name is None else [int(token) for token in self._read_array(name)]
-
-    def _read_array(self, name: str) -> np.ndarray:
-        content = verified_bytes(self._folder, self._manifest, name)
-        return np.asarray(np.load(io.BytesIO(content), allow_pickle=False))
+        return np.asarray(read_array(self._folder, self._manifest, "class_vectors.npy"), dtype=np.float32)
 
     def _start(self, name: str, optimization: str | None = None) -> Any:
         graph = verified_bytes(self._folder, self._manifest, name)

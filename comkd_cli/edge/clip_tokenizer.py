@@ -110,16 +110,20 @@ def fix_characters(line: str, unescape: bool) -> str:
             return line
 
 
-def clean(text: str) -> str:
-    """A text in lower case, with characters fixed and entities replaced; white space is not collapsed."""
+def fixed_text(text: str) -> str:
+    """A text with characters fixed and entities replaced, as `basic_clean` of open_clip but for the ends."""
     unescape, lines = True, []
     for line in text.split("\n"):
         # ftfy takes a text for HTML from the first < on, and keeps its entities. Those are replaced below, where curly
         # quotes are kept.
         unescape = unescape and "<" not in line
         lines.append(fix_characters(line, unescape))
-    fixed = "\n".join(lines)
-    return html.unescape(html.unescape(fixed)).lower()
+    return html.unescape(html.unescape("\n".join(lines)))
+
+
+def clean(text: str) -> str:
+    """`fixed_text` in lower case; white space is not collapsed."""
+    return fixed_text(text).lower()
 
 
 # --- splitting -------------------------------------------------------------------------------------------

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from comkd_cli.edge.images import Preprocessing, checked_preprocessing
 
@@ -99,3 +102,9 @@ def verified_bytes(folder: Path, manifest: dict[str, Any], name: str) -> bytes:
         problem = "is not the file that was exported: its sha256 differs from that in manifest.json"
         raise BundleProblem(problem, path=path, remedy=EXPORT_AGAIN)
     return content
+
+
+def read_array(folder: Path, manifest: dict[str, Any], name: str) -> np.ndarray:
+    """The array of a bundle's .npy file, checked as by `verified_bytes`. Raises BundleProblem, ValueError."""
+    content = verified_bytes(folder, manifest, name)
+    return np.asarray(np.load(io.BytesIO(content), allow_pickle=False))

@@ -133,9 +133,9 @@ def _unsupported_folder(folder: Path) -> tuple[str, str]:
         names = [str(name) for name in config.get("architectures") or [config.get("model_type", "")]]
     except (OSError, ValueError, AttributeError, RecursionError):
         return f"it has no {OPEN_CLIP_CONFIG}", f"give a folder with an {OPEN_CLIP_CONFIG} beside the weights"
-    if "CLIPModel" in names:
+    if {"CLIPModel", "SiglipModel"} & set(names):
         return (
-            "it holds a CLIP of the transformers library, which is no folder of open_clip's",
+            f"it holds a model of the transformers library ({', '.join(names)}), which is no folder of open_clip's",
             f"use the open_clip architecture of the same sizes with weights: {folder / 'model.safetensors'}",
         )
     return (

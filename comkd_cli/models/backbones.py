@@ -39,7 +39,14 @@ from comkd_cli.models.architectures import (
 from comkd_cli.models.clip import Clip, ImageTower, Origin
 from comkd_cli.models.loading import load_clip_file, load_clip_state, load_tower_file
 from comkd_cli.models.templates import IMAGENET_TEMPLATES, PROMPTSRC_TEMPLATES
-from comkd_cli.models.tokenizers import bpe_merges, context_length, load_tokenizer, tokens_cut
+from comkd_cli.models.tokenizers import (
+    bpe_merges,
+    context_length,
+    has_bpe_merges,
+    json_definition,
+    load_tokenizer,
+    tokens_cut,
+)
 from comkd_cli.models.weights import check_finite, differences_in_error, first_line
 from comkd_cli.recipe.model import SCHEMES, Model
 from comkd_cli.runtime.quiet import logging_disabled
@@ -54,6 +61,8 @@ __all__ = [
     "build_clip",
     "build_image_tower",
     "context_length",
+    "has_bpe_merges",
+    "json_definition",
     "known_architectures",
     "load_clip_state",
     "outline_clip",

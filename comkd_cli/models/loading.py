@@ -17,6 +17,7 @@ from comkd_cli.models.activations import check_activation_of_file
 from comkd_cli.models.architectures import architecture_name
 from comkd_cli.models.clip import Clip
 from comkd_cli.models.transformers_clip import as_open_clip, is_transformers_clip
+from comkd_cli.models.transformers_siglip import is_transformers_siglip, siglip_as_open_clip
 from comkd_cli.models.weights import (
     READ_BY_OPEN_CLIP_ALONE,
     check_finite,
@@ -82,8 +83,10 @@ def load_clip_state(clip: Clip, state: Mapping[str, Tensor], path: Path) -> None
 
 
 def _converted(held: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The tensors of a file of transformers' CLIPModel under open_clip's names; None for any other file."""
+    """The tensors of a file of transformers' CLIPModel or SiglipModel by open_clip's names; None for any other file."""
     tensors = tensors_of(held)
+    if is_transformers_siglip(tensors):
+        return siglip_as_open_clip(tensors)
     return as_open_clip(tensors) if is_transformers_clip(tensors) else None
 
 

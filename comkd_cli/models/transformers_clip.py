@@ -1,37 +1,19 @@
 """CLIPs of the transformers library: the same tensors under open_clip's names.
 
-transformers keeps the queries, keys and values of attention apart, and its projections are linear layers, whose
-matrices are the transposes of open_clip's.
+transformers' projections are linear layers, whose matrices are the transposes of open_clip's.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
+
+from comkd_cli.models.transformers_layout import Blocks, Layout
 
 WHOLE = "text_projection.weight", "visual_projection.weight", "vision_model.embeddings.class_embedding"
 """Tensors that a whole CLIP has. SigLIP, which has other towers under the same prefixes, lacks them."""
-BUFFERS = ("embeddings.position_ids",)
-
-PLAIN = {
-    "logit_scale": "logit_scale",
-    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm": "ln_final",
-    "vision_model.embeddings.class_embedding": "visual.class_embedding",
-    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.pre_layrnorm": "visual.ln_pre",  # spelt like this
-    "vision_model.post_layernorm": "visual.ln_post",
-}
 TRANSPOSED = {"text_projection.weight": "text_projection", "visual_projection.weight": "visual.proj"}
-BLOCKS = {
-    "text_model.encoder.layers.": "transformer.resblocks.",
-    "vision_model.encoder.layers.": "visual.transformer.resblocks.",
-}
 IN_BLOCK = {
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
@@ -39,7 +21,22 @@ IN_BLOCK = {
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
-PROJECTION = re.compile(r"self_attn\.([qkv])_proj\.(weight|bias)")
+LAYOUT = Layout(
+    plain={
+        "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "text_model.final_layer_norm": "ln_final",
+        "vision_model.embeddings.class_embedding": "visual.class_embedding",
+        "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
+        "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+        "vision_model.pre_layrnorm": "visual.ln_pre",  # spelt like this
+        "vision_model.post_layernorm": "visual.ln_post",
+    },
+    blocks={
+        "text_model.encoder.layers.": Blocks("transformer.resblocks.", IN_BLOCK, "attn.in_proj_"),
+        "vision_model.encoder.layers.": Blocks("visual.transformer.resblocks.", IN_BLOCK, "attn.in_proj_"),
+    },
+)
 
 
 def is_transformers_clip(tensors: Mapping[str, Tensor]) -> bool:
@@ -52,36 +49,5 @@ def as_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Tensors that CLIPModel does not have keep their names, so that loading the result names them.
     """
-    renamed: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.endswith(BUFFERS):
-            continue
-        if name in TRANSPOSED:
-            renamed[TRANSPOSED[name]] = value.T.contiguous()
-            continue
-        block, rest = _split_block(name)
-        if block and (found := PROJECTION.fullmatch(rest)):
-            parts.setdefault(f"{block}.attn.in_proj_{found[2]}", {})[found[1]] = value
-        elif block:
-            renamed[f"{block}.{_renamed(rest, IN_BLOCK)}"] = value
-        else:
-            renamed[_renamed(name, PLAIN)] = value
-    for name, of in parts.items():
-        renamed[name] = torch.cat([of[which] for which in "qkv" if which in of])
-    return renamed
-
-
-def _split_block(name: str) -> tuple[str, str]:
-    """Open_clip's name of the block that a tensor belongs to, and its name in there; empty outside of blocks."""
-    for prefix, block in BLOCKS.items():
-        if name.startswith(prefix):
-            number, _, rest = name.removeprefix(prefix).partition(".")
-            return block + number, rest
-    return "", name
-
-
-def _renamed(name: str, names: Mapping[str, str]) -> str:
-    """A tensor's name, where `names` has it, or the module that it belongs to."""
-    module, _, kind = name.rpartition(".")
-    return names.get(name) or (f"{names[module]}.{kind}" if module in names else name)
+    renamed = LAYOUT.rename({name: value for name, value in tensors.items() if name not in TRANSPOSED})
+    return renamed | {TRANSPOSED[name]: tensors[name].T.contiguous() for name in TRANSPOSED if name in tensors}

@@ -256,8 +256,8 @@ def _other_kind(held: Mapping[str, Any], names: Collection[str]) -> Diagnosis | 
     if any(name.startswith(TRANSFORMERS_PREFIXES) for name in names):
         return Diagnosis(
             "its tensors have the names of the transformers library, and it is no whole CLIP",
-            "of its models CLIPModel alone is converted; use the same model from open_clip: a tag of the architecture, "
-            "or arch: hf-hub:ORG/NAME of a repository with an open_clip_config.json",
+            "of its models CLIPModel and SiglipModel are converted; use the same model from open_clip: a tag of the "
+            "architecture, or arch: hf-hub:ORG/NAME of a repository with an open_clip_config.json",
         )
     return None
 

@@ -43,10 +43,23 @@ class Prompted:
 
 def prompted_clip(clip: Clip, vision_depth: int, text_depth: int, tokens: int, seed: int = 0) -> Prompted:
     """A frozen CLIP with new prompts, drawn from the seed. Raises ModelError."""
+    _check_start_token(clip)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         module = PromptedClip(clip.model, clip.tokenize([INITIAL_CONTEXT]), tokens, vision_depth, text_depth)
     return Prompted(module, clip)
+
+
+def _check_start_token(clip: Clip) -> None:
+    """Refuse a tokenizer without a start token, such as SigLIP's: learned tokens would replace a part of the name."""
+    with torch.device("cpu"):
+        empty, words = clip.tokenize(["", INITIAL_CONTEXT])
+    if int(empty[0]) != int(words[0]):
+        raise ModelError(
+            f"learned prompts follow a start token, which the tokenizer of {clip.origin.architecture} does not write",
+            field="teacher.adapt",
+            remedy="use another method of adapt, or none",
+        )
 
 
 def frozen_clip(record: TeacherRecord, path: Path) -> Clip:

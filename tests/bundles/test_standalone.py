@@ -66,5 +66,6 @@ def test_the_file_imports_numpy_pillow_onnxruntime_and_the_standard_library() ->
         "numpy",
         "PIL",
         "onnxruntime",
-        "pillow_heif",
-    }  # the last if there
+        "pillow_heif",  # if it is installed
+        "tokenizers",  # for the text encoder of a SigLIP alone
+    }

@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import open_clip
@@ -8,14 +9,30 @@ import torch
 from comkd_cli.errors import ModelError
 from comkd_cli.models.backbones import build_clip, tokens_cut
 from comkd_cli.recipe.model import Model
-from tests import tiny
+from tests import siglip, tiny
 
 
-def test_an_architecture_whose_tokenizer_is_not_installed_is_explained() -> None:
-    with pytest.raises(ModelError, match="the tokenizer of ViT-B-16-SigLIP could not be loaded") as caught:
-        build_clip(Model(arch="ViT-B-16-SigLIP", weights="webli"))
+@pytest.mark.parametrize(
+    ("arch", "library"), [("ViT-B-16-SigLIP", "tokenizers"), ("xlm-roberta-base-ViT-B-32", "transformers")]
+)
+def test_an_architecture_whose_tokenizer_is_not_installed_is_explained(
+    arch: str, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tokenizers", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModelError, match=f"the tokenizer of {arch} could not be loaded") as caught:
+        build_clip(Model(arch=arch))
     assert caught.value.field == "arch"
-    assert caught.value.remedy == "pip install transformers"
+    assert caught.value.remedy == f"pip install {library}"
+
+
+def test_a_tokenizer_whose_files_say_too_little_needs_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModelError) as caught:
+        build_clip(Model(config=siglip.config(siglip.write_tokenizer(tmp_path, pad_token=None))))
+    assert (caught.value.field, caught.value.remedy) == ("config", "pip install transformers")
 
 
 def test_a_tokenizer_of_a_config_has_the_settings_that_the_config_gives_it() -> None:

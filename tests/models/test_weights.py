@@ -152,7 +152,8 @@ def test_a_folder_is_not_a_file_of_weights(tmp_path: Path) -> None:
     plain = failure(model)
     assert (plain.field, plain.found) == ("weights", str(tmp_path))
     assert "open_clip_config.json" in str(plain.remedy)
-    for architecture, remedy in (("SiglipModel", "hf-hub:"), ("CLIPModel", str(tmp_path / "model.safetensors"))):
+    file = str(tmp_path / "model.safetensors")
+    for architecture, remedy in (("Siglip2Model", "hf-hub:"), ("SiglipModel", file), ("CLIPModel", file)):
         (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
         for given, field in ((model, "weights"), (of_folder, "arch")):
             error = failure(given)
