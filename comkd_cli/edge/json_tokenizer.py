@@ -15,6 +15,8 @@ import numpy as np
 
 from comkd_cli.edge.clip_tokenizer import fixed_text
 
+MOST_CONTEXT = 2**16
+MOST_TOKENS = 2**31
 NO_PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
 
 
@@ -40,7 +42,10 @@ CLEANING = {"whitespace": in_one_line, "lower": in_lower_case, "canonicalize": c
 
 @dataclass(frozen=True)
 class TokenizerRules:
-    """What open_clip and transformers do before and after the library's own work."""
+    """What open_clip and transformers do before and after the library's own work.
+
+    Raises ValueError for values that no tokenizer has.
+    """
 
     clean: str
     """How texts are cleaned, a key of CLEANING."""
@@ -50,6 +55,14 @@ class TokenizerRules:
     """Fill rows from the left."""
     zeroed: int | None = None
     """A token that is replaced by 0 (`strip_sep_token` of open_clip); None: no token."""
+
+    def __post_init__(self) -> None:
+        """Check the values, which may come from a damaged manifest."""
+        if self.clean not in CLEANING:
+            raise ValueError(f"texts cannot be cleaned by {self.clean!r} (allowed: {', '.join(CLEANING)})")
+        for token in (self.pad, self.zeroed or 0):
+            if not 0 <= token < MOST_TOKENS:
+                raise ValueError(f"no token is {token}")
 
 
 def read_definition(definition: str) -> Any:
@@ -72,15 +85,13 @@ class JsonTokenizer:
     """Tokenizes texts by a tokenizer.json.
 
     definition: the content of the file. context_length: tokens of a text, including those that the tokenizer adds.
-    Raises ImportError without the tokenizers library, ValueError for a definition that it does not read and for unknown
-    rules.
+    Raises ImportError without the tokenizers library, ValueError for a definition that it does not read and for an
+    impossible context_length.
     """
 
     def __init__(self, definition: str, context_length: int, rules: TokenizerRules) -> None:
-        if rules.clean not in CLEANING:
-            raise ValueError(f"texts cannot be cleaned by {rules.clean!r} (allowed: {', '.join(CLEANING)})")
-        if context_length < 1:
-            raise ValueError(f"context_length must be at least 1, not {context_length}")
+        if not 1 <= context_length <= MOST_CONTEXT:
+            raise ValueError(f"context_length must be 1 to {MOST_CONTEXT}, not {context_length}")
         self._library = read_definition(definition)
         self.context_length = context_length
         self._rules = rules

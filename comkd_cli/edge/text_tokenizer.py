@@ -24,9 +24,11 @@ def read_tokenizer(folder: Path, manifest: dict[str, Any], text: Mapping[str, An
         vocabulary = None if name is None else [int(token) for token in read_array(folder, manifest, name)]
         return Tokenizer(merges, length, vocabulary)
     definition = verified_bytes(folder, manifest, entry["file"]).decode("utf-8")
-    zeroed = entry["zeroed"]
     rules = TokenizerRules(
-        str(entry["clean"]), int(entry["pad"]), bool(entry["pad_left"]), None if zeroed is None else int(zeroed)
+        str(entry["clean"]),
+        int(entry["pad"]),
+        bool(entry["pad_left"]),
+        None if entry["zeroed"] is None else int(entry["zeroed"]),
     )
     try:
         return JsonTokenizer(definition, length, rules)

@@ -58,12 +58,16 @@ def test_rows_are_padded_on_the_side_and_with_the_token_of_the_rules() -> None:
     assert zeroed(["red fox"]).tolist() == [ids("▁red", "▁fox", "<pad>", "<unk>", "<unk>")]
 
 
-@pytest.mark.parametrize(
-    ("definition", "context_length", "clean"), [("{}", 5, "lower"), (None, 0, "lower"), (None, 5, "upper")]
-)
-def test_what_cannot_be_followed_is_refused(definition: str | None, context_length: int, clean: str) -> None:
-    with pytest.raises(ValueError, match=r"tokenizer\.json|context_length|upper"):
-        JsonTokenizer(definition or siglip.definition(), context_length, TokenizerRules(clean, 1))
+@pytest.mark.parametrize(("definition", "context_length"), [("{}", 5), (None, 0), (None, 2**40)])
+def test_what_cannot_be_followed_is_refused(definition: str | None, context_length: int) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer\.json|context_length"):
+        JsonTokenizer(definition or siglip.definition(), context_length, RULES)
+
+
+@pytest.mark.parametrize(("clean", "pad", "zeroed"), [("upper", 1, None), ("lower", -1, None), ("lower", 1, 2**40)])
+def test_rules_that_no_tokenizer_has_are_refused(clean: str, pad: int, zeroed: int | None) -> None:
+    with pytest.raises(ValueError, match=r"upper|no token is"):
+        TokenizerRules(clean, pad, zeroed=zeroed)
 
 
 def test_padding_and_truncation_of_the_file_do_not_count() -> None:

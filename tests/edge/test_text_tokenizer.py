@@ -49,7 +49,7 @@ def test_a_changed_file_is_refused(tmp_path: Path, manifest: dict[str, Any]) -> 
     assert caught.value.path == tmp_path / "tokenizer.json"
 
 
-@pytest.mark.parametrize("changes", [{"clean": "upper"}, {"pad": "x"}, {"pad": None}, {"zeroed": "x"}])
+@pytest.mark.parametrize("changes", [{"clean": "upper"}, {"clean": []}, {"pad": 2**40}, {"pad": None}, {"zeroed": "x"}])
 def test_a_damaged_entry_is_an_error_that_callers_expect(
     tmp_path: Path, manifest: dict[str, Any], changes: dict[str, object]
 ) -> None:
