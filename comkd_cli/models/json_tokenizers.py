@@ -85,16 +85,17 @@ def definition_of(tokenizer: object) -> tuple[str, TokenizerRules] | None:
     """
     if isinstance(tokenizer, HostTokenizer):
         return tokenizer.definition, tokenizer.rules
-    if not isinstance(tokenizer, HFTokenizer | SigLipTokenizer) or getattr(tokenizer, "tokenizer_mode", ""):
+    own: Any = tokenizer
+    if not isinstance(own, HFTokenizer | SigLipTokenizer) or not hasattr(own.tokenizer, "backend_tokenizer"):
         return None
-    theirs: Any = tokenizer.tokenizer
-    if not hasattr(theirs, "backend_tokenizer"):
-        return None
-    if isinstance(tokenizer, SigLipTokenizer):
+    theirs: Any = own.tokenizer
+    if isinstance(own, SigLipTokenizer):
         clean, strips = "canonicalize", False
+    elif own.tokenizer_mode:
+        return None
     else:
         cleaning = {get_clean_fn(name): name for name in CLEANING}
-        clean, strips = cleaning[tokenizer.clean_fn], tokenizer.strip_sep_token
+        clean, strips = cleaning[own.clean_fn], own.strip_sep_token
     zeroed = int(theirs.sep_token_id) if strips else None
     rules = TokenizerRules(clean, int(theirs.pad_token_id), theirs.padding_side == "left", zeroed)
     return str(theirs.backend_tokenizer.to_str()), rules
