@@ -90,9 +90,8 @@ def test_the_siglip_that_was_saved_is_loaded(tmp_path: Path) -> None:
     assert state_sha256(loaded.model) == state_sha256(clip)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive"])
-def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "siglip.npz").write_bytes(content)
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "siglip.npz").write_bytes(b"")
     config = siglip.config(siglip.write_tokenizer(tmp_path / "tokenizer"))
     with pytest.raises(ModelError) as caught:
         build_clip(Model(config=config, weights=str(tmp_path / "siglip.npz")))
