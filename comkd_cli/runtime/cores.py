@@ -53,14 +53,19 @@ def sharing_cores() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+def chooses_threads(device: str = "cpu") -> bool:
+    """Whether steps on a device of this type get threads by their size, rather than by the user's OMP_NUM_THREADS."""
+    return device == "cpu" and os.environ.get(THREADS) == _own_threads
+
+
 def step_threads(multiply_adds: int | None) -> int | None:
     """The threads of this process for steps of so many multiply-adds; None leaves their number as it is.
 
     A thread costs a few microseconds at each operator, so that a small step is as fast or faster with fewer. The number
     depends on the size of the step and on the cores alone, as it decides the last bits of the result. A number that the
-    user has set, as OMP_NUM_THREADS, is left alone.
+    user has set is left alone.
     """
-    if multiply_adds is None or os.environ.get(THREADS) != _own_threads:
+    if multiply_adds is None or not chooses_threads():
         return None
     cores = ranks.usable_cores() // ranks.per_machine()
     if multiply_adds < SMALL_STEP:

@@ -82,7 +82,9 @@ def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatc
 
 def test_the_users_number_of_threads_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     with_cores(monkeypatch, usable=3, affinity=64)
+    assert cores.chooses_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert not cores.chooses_threads()
     assert cores.step_threads(1) is None
     with cores.sharing_cores():
         assert cores.step_threads(1) is None
@@ -93,6 +95,7 @@ def test_a_quota_is_not_the_users_number(monkeypatch: pytest.MonkeyPatch) -> Non
     with cores.sharing_cores():
         assert cores.step_threads(LARGE) == 3
         assert cores.step_threads(1) == 1
+        assert [cores.chooses_threads(device) for device in ("cpu", "cuda")] == [True, False]
 
 
 def test_a_step_of_unknown_size_keeps_its_threads() -> None:

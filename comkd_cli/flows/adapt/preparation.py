@@ -16,7 +16,7 @@ from comkd_cli.models.checkpoints import SavedTeacher, save_teacher
 from comkd_cli.recipe.identity import Identity
 from comkd_cli.recipe.model import FullAdapt, LinearProbeAdapt, NoAdapt, PromptSrcAdapt, Teacher
 from comkd_cli.runtime import collectives, ranks
-from comkd_cli.runtime.cores import step_threads
+from comkd_cli.runtime.cores import chooses_threads, step_threads
 from comkd_cli.runtime.locks import in_turn_with_others
 from comkd_cli.teachers.loading import ReadyTeacher, build_teacher, load_saved_teacher
 from comkd_cli.training.checkpoint import delete_checkpoint
@@ -83,7 +83,7 @@ class TeacherPreparation:
     def _train(self, adaptation: Adaptation, adapt: FullAdapt | PromptSrcAdapt) -> None:
         stage, recipe = self.stage, self.stage.recipe
         workers = training_workers(recipe.data, adapt.epochs * len(adaptation.source.train))
-        on_cpu = self.accelerator.device.type == "cpu"
+        chooses = chooses_threads(self.accelerator.device.type)
         task = Task(
             model=adaptation.model,
             objective=adaptation,
@@ -108,7 +108,7 @@ class TeacherPreparation:
             held_out=adaptation.source.holdout is not None,
             average=adaptation.average,
             uses_all_parameters=adaptation.uses_all_parameters,
-            threads=step_threads(adaptation.step_multiply_adds(adapt.batch_size)) if on_cpu else None,
+            threads=step_threads(adaptation.step_multiply_adds(adapt.batch_size)) if chooses else None,
         )
         history = Trainer(task, self.accelerator, self.report).fit()
         self._save(adaptation.saved_teacher(history[-1]))

@@ -38,7 +38,7 @@ from comkd_cli.recipe import Recipe, to_yaml
 from comkd_cli.results.curve import IDLE_GATE, judge
 from comkd_cli.results.result_files import forget_model
 from comkd_cli.runtime import collectives, ranks
-from comkd_cli.runtime.cores import step_threads
+from comkd_cli.runtime.cores import chooses_threads, step_threads
 from comkd_cli.runtime.locks import if_free, sole_writer
 from comkd_cli.teachers.cached import CachedTeacher
 from comkd_cli.teachers.loading import ReadyTeacher, TeacherSource
@@ -142,7 +142,7 @@ def _distill(
     if start is not None:
         start.load_into(student, report)
     student.to(accelerator.device)
-    threads = _threads(run, student, tower, ready) if accelerator.device.type == "cpu" else None
+    threads = _threads(run, student, tower, ready) if chooses_threads(accelerator.device.type) else None
     if recipe.compile:
         # The towers alone: the rest is small, and gradients are measured between it and the tower.
         student.backbone.compile()
