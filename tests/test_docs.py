@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 START = ROOT / "docs/start.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]*)\")?\n(?P<text>(?:.*\n)*?)```$", re.MULTILINE)
+LONG = 1800  # seconds; a training beside other work, as pytest-xdist runs it, may take many times its processor time
 # Titles of blocks that are not run, and what such a block must hold.
 NOT_RUN = {
     "Install": r"^(pip|make) ",
@@ -85,7 +86,7 @@ def run_line(line: str, folder: Path) -> None:
     """A command of a page, as a shell would run it."""
     program, *arguments = shlex.split(line, comments=True)
     if program == "comkd":
-        ended = warm.run(*arguments, cwd=folder)
+        ended = warm.run(*arguments, cwd=folder, timeout=LONG)
     else:
         assert program == "python", line
         ended = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False)
@@ -128,6 +129,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(LONG)
 def test_the_start_page_can_be_followed_to_the_letter(workshop: Path) -> None:
     """By the fixture; what the page says a reader then has."""
     assert (workshop / "runs/digits/digits/seed1/report.html").is_file()
@@ -136,6 +138,7 @@ def test_the_start_page_can_be_followed_to_the_letter(workshop: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(LONG)
 @pytest.mark.parametrize("page", FOLLOWED, ids=name_of)
 def test_a_page_can_be_followed_to_the_letter(page: Path, workshop: Path) -> None:
     follow(page, workshop)
