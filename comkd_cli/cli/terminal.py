@@ -104,6 +104,11 @@ def print_table(
         console.print(_text(note, "italic dim"))
 
 
+def lines(texts: Iterable[str]) -> Text:
+    """A cell of a table with a line for each text that is not empty; line breaks within a text are escaped."""
+    return _text("\n".join(visible(text, one_line=True) for text in texts if text))
+
+
 def print_pairs(pairs: Mapping[str, str]) -> None:
     """Print names and their values to standard output, one row each."""
     output().print(_pairs((_text(name, "bold"), _text(value)) for name, value in pairs.items()))

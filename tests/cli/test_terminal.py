@@ -83,6 +83,18 @@ def test_what_has_no_value_is_left_out_of_a_block(shown) -> None:  # type: ignor
     assert text.split() == ["m", "new", "12,345,678.00", "n", "base", "12,345,678.00"]
 
 
+def test_a_cell_of_several_lines_has_these_and_no_others(shown) -> None:  # type: ignore[no-untyped-def]
+    columns = [Column("check", "word"), Column("found", "text")]
+    text = shown(
+        60, lambda: print_table(columns, [("disk", terminal.lines(["two files", "", "a\nname", "delete it"]))])
+    )
+    assert [line.split() for line in text.splitlines()[1:]] == [
+        ["disk", "two", "files"],
+        ["a\\nname"],
+        ["delete", "it"],
+    ]
+
+
 def test_markup_in_names_is_text(shown) -> None:  # type: ignore[no-untyped-def]
     text = shown(100, lambda: print_table([Column("a", "text"), Column("b", "text")], [("[red]x[/red]", "[/nothing]")]))
     assert "[red]x[/red]" in text

@@ -163,13 +163,13 @@ def _chosen(names: Sequence[str]) -> list[Dataset]:
 def _print_checks(checks: Sequence[Check]) -> None:
     from rich.text import Text
 
-    from comkd_cli.cli.terminal import Column, print_table
+    from comkd_cli.cli.terminal import Column, lines, print_table
 
     colours = {"ready": "green", "incomplete": "yellow", "missing": "red"}
     columns = [Column("dataset", "word"), Column("state", "word"), Column("images"), Column("what to do", "text")]
     rows = []
     for entry in checks:
-        details = "\n".join([*entry.problems, *entry.notes, *([entry.remedy] if entry.remedy else [])])
+        details = lines([*entry.problems, *entry.notes, entry.remedy])
         images = f"{entry.train + entry.val + entry.test:,}"
         rows.append((entry.dataset, Text(entry.state, colours[entry.state]), images, details))
     print_table(columns, rows)

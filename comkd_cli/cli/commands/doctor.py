@@ -22,7 +22,7 @@ def command(runs: Path, data_root: Path, as_json: bool) -> None:
     """
     from rich.text import Text
 
-    from comkd_cli.cli.terminal import Column, print_json, print_table, starting
+    from comkd_cli.cli.terminal import Column, lines, print_json, print_table, starting
     from comkd_cli.errors import ComkdError
 
     with starting():
@@ -34,7 +34,7 @@ def command(runs: Path, data_root: Path, as_json: bool) -> None:
     else:
         colours = {"ok": "green", "warning": "yellow", "error": "red"}
         rows = [
-            (check.name, Text(check.state, colours[check.state]), "\n".join(filter(None, (check.found, check.remedy))))
+            (check.name, Text(check.state, colours[check.state]), lines((check.found, check.remedy)))
             for check in examination.checks
         ]
         print_table([Column("check", "word"), Column("state", "word"), Column("found, and what to do", "text")], rows)
