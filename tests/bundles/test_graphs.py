@@ -67,6 +67,7 @@ def make_student(
     return student.eval(), tower.preprocessing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "prompts"),
     [
@@ -102,6 +103,7 @@ def run(path: Path, **inputs: np.ndarray) -> list[np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 def test_with_candidates_the_class_vectors_are_an_input_of_any_length(tmp_path: Path) -> None:
     student, preprocessing = make_student(tiny.TOWER, memory="candidates")
     encoder, classifier = tmp_path / "encoder.onnx", tmp_path / "classifier.onnx"
@@ -118,6 +120,7 @@ def test_with_candidates_the_class_vectors_are_an_input_of_any_length(tmp_path: 
         assert np.allclose(run(classifier, **given)[0], expected.logits.numpy(), atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompted", [False, True])
 def test_the_text_encoder_gives_the_class_vectors_for_any_number_of_texts(tmp_path: Path, prompted: bool) -> None:
     clip = build_clip(recipe.Model(config=tiny.CLIP), seed=2)
@@ -133,6 +136,7 @@ def test_the_text_encoder_gives_the_class_vectors_for_any_number_of_texts(tmp_pa
         assert np.allclose(run(path, tokens=tokens[:count].numpy())[0], expected[:count], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "opset"),
     [(tiny.TOWER, 13), (tiny.TOWER, 16), (tiny.TOWER, 18), (CONVOLUTIONAL, 13), (TIMM, 13)],
@@ -154,6 +158,7 @@ def test_older_opsets_have_their_own_operators_and_the_same_answers(
     assert np.allclose(run(path, image=images.numpy())[0], expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "memory", "form"),
     [
@@ -206,6 +211,7 @@ def test_operators_outside_the_standard_are_refused_if_only_those_are_allowed(tm
     assert (caught.value.path, caught.value.found) == ("g.onnx", "com.example")
 
 
+@pytest.mark.slow
 def test_what_torch_cannot_follow_is_an_error(tmp_path: Path) -> None:
     student, preprocessing = make_student(tiny.TOWER)
 

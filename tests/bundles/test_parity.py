@@ -66,6 +66,7 @@ def test_graphs_that_answer_alike_hold(graphs: tuple[Path, Path]) -> None:
     assert (parity.student_top1_percent, parity.top1_percent, parity.top1_agreement_percent) == (100, 100, 100)
 
 
+@pytest.mark.slow
 def test_images_beyond_the_first_64_are_compared_too(graphs: tuple[Path, Path]) -> None:
     whole = reference(150)
     assert measure_parity(*graphs, whole).failures(GATES["fp32"]) == []
@@ -167,6 +168,7 @@ def headed(graphs: tuple[Path, Path], scale: float) -> Reference:
     return replace(whole, logits=whole.features @ vectors, head=vectors)
 
 
+@pytest.mark.slow
 def test_logits_of_another_scale_are_an_error_although_every_answer_agrees(graphs: tuple[Path, Path]) -> None:
     assert measure_parity(*graphs, headed(graphs, 1)).failures(GATES["fp32"]) == []
     whole = headed(graphs, 0.5)
@@ -176,6 +178,7 @@ def test_logits_of_another_scale_are_an_error_although_every_answer_agrees(graph
     assert caught.value.path == "classifier.onnx"
 
 
+@pytest.mark.slow
 def test_intervals_go_by_the_images_that_differ(graphs: tuple[Path, Path]) -> None:
     parity = measure_parity(*graphs, reference(40, labelled=True))
     assert parity.top1_agreement_interval_percent == pytest.approx((91.24, 100), abs=0.01)

@@ -62,6 +62,7 @@ def assert_disjoint(parts: Parts) -> None:
 NUMBERS = st.lists(st.integers(-1, 60), min_size=1, max_size=90)
 
 
+@pytest.mark.slow
 @given(NUMBERS, NUMBERS, st.integers(1, 40))
 def test_no_part_shows_what_another_one_shows(test: list[int], train: list[int], most: int) -> None:
     for pools in ((painted(test, labels=True), painted(train)), (painted(train), None)):
@@ -128,6 +129,7 @@ def test_the_same_picture_in_two_formats_is_one_image(tmp_path: Path, noise: Cal
     assert_disjoint(parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("int8", [False, True])
 def test_the_order_in_which_a_folder_is_listed_does_not_matter(int8: bool) -> None:
     images = painted(range(1500))

@@ -80,6 +80,7 @@ def test_a_table_that_is_used_otherwise_stays(encoder: Path) -> None:
     assert {entry.name for entry in quantise_tables(model).graph.initializer} == {"table", "matrix", "axes"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "least", "share"), [("fp16", 0.9999, 0.6), ("int8", 0.995, 0.45)])
 def test_graphs_in_fewer_bits_are_close_and_smaller(
     encoder: Path, tmp_path: Path, precision: str, least: float, share: float

@@ -54,6 +54,7 @@ def test_a_name_that_cannot_be_used_is_refused_with_the_file_and_its_place(odd: 
     assert reason in caught.value.problem
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(max_size=5), min_size=2, unique_by=class_key))
 def test_an_accepted_class_list_survives_a_text_file_with_a_name_a_line(class_names: list[str]) -> None:
     try:

@@ -128,6 +128,7 @@ def test_files_that_are_no_images_are_named_with_the_reason(pets: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_strip_is_a_long_shape_and_a_line_of_pixels_and_a_bomb_are_unreadable(pets: Path) -> None:
     Image.new("RGB", (20, 20_000)).save(pets / "train/cat/strip.png")
     Image.new("RGB", (1, 20_000)).save(pets / "train/cat/line.png")

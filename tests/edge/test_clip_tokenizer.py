@@ -57,6 +57,7 @@ def test_class_names_are_tokenized_as_open_clip_does(context_length: int) -> Non
     check_same(IMAGENET_CLASSNAMES, context_length)
 
 
+@pytest.mark.slow
 def test_prompts_are_tokenized_as_open_clip_does() -> None:
     assert len(OPENAI_IMAGENET_TEMPLATES) == 80
     check_same([template(name) for template in OPENAI_IMAGENET_TEMPLATES for name in IMAGENET_CLASSNAMES[::10]])
@@ -124,6 +125,7 @@ def test_a_text_is_tokenized_alike_in_any_batch(no_mojibake_repair: None) -> Non
     assert np.array_equal(ours()(list(TEXTS.values())), np.concatenate([ours()([text]) for text in TEXTS.values()]))
 
 
+@pytest.mark.slow
 def test_every_entity_is_replaced_as_open_clip_does(no_mojibake_repair: None) -> None:
     names = {name.removesuffix(";") for name in html.entities.html5}
     shapes = ("x&{}y", "x&{};y", "<x&{};y")

@@ -46,6 +46,7 @@ def test_a_student_is_the_whole_timm_tower_at_its_size(candidate: StudentCandida
     assert tower.preprocessing.size == (size if candidate.any_size else 224)
 
 
+@pytest.mark.slow
 def test_students_have_weights_at_timm_and_are_ordered_from_the_largest() -> None:
     assert all(timm.get_pretrained_cfg(candidate.timm_name).license == "apache-2.0" for candidate in STUDENTS)
     counts = [parameters(tower_of(candidate, 224).module) for candidate in STUDENTS]

@@ -49,6 +49,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 PERCENT = st.none() | st.floats(0, 100)
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.builds(

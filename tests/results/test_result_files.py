@@ -66,6 +66,7 @@ def add_many(folder: Path, name: str) -> None:
         add_results(folder, Results([replace(RECORD, model=name, seed=number)]), ignore)
 
 
+@pytest.mark.slow
 def test_evaluations_at_the_same_time_lose_no_record(tmp_path: Path) -> None:
     writers = [warm.context().Process(target=add_many, args=(tmp_path, name)) for name in "abc"]
     for writer in writers:

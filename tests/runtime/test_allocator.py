@@ -37,6 +37,7 @@ print(json.dumps([default, share_kept()]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives each large block back")
 def test_freed_memory_stays_with_the_process_only_after_the_call() -> None:
     command = [sys.executable, "-c", MEASURE]

@@ -168,6 +168,7 @@ def with_words(base: Path, tmp_path: Path) -> Path:
     return write(tmp_path / "words.pt", state)
 
 
+@pytest.mark.slow
 def test_words_of_the_context_beyond_the_learned_tokens_stay_in_the_class_prompts(base: Path, with_words: Path) -> None:
     images = torch.randn(3, 3, 16, 16)
     logits = answers_of(base, with_words, images, context="this_is_a_blurred_photo")
@@ -328,6 +329,7 @@ def settings(base: Path, path: Path, **changes: Any) -> Teacher:
     return Teacher(**{**fields, **changes})
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_the_recipe_is_refused(base: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "model.pt", released_state(base, 2))
     with pytest.raises(ModelError) as caught:
@@ -351,6 +353,7 @@ def test_a_table_of_word_embeddings_in_the_file_is_used(base: Path, tmp_path: Pa
     assert torch.equal(alone.token_embedding.weight, state["text_encoder.token_embedding.weight"])
 
 
+@pytest.mark.slow
 def test_the_word_embeddings_of_another_clip_are_refused(base: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "model.pt", released_state(base, 2))
     other = tmp_path / "other.pt"

@@ -171,6 +171,7 @@ def test_metrics_hold_a_line_an_epoch_with_the_averages(tmp_path: Path) -> None:
     assert all(line["twice"] == pytest.approx(2 * line["loss"]) for line in lines)
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path: Path) -> None:
     history = train(task(tmp_path, optim=AdamW(epochs=30, batch_size=16, learning_rate=0.01)))
     assert history[-1]["loss"] < history[0]["loss"] / 2
@@ -303,6 +304,7 @@ class CountsThreads(CrossEntropy):
         return super().loss(model, batch, probe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("threads", "expected"), [(2, 2), (1, 1), (None, 3)])
 def test_the_steps_have_the_threads_of_the_task(tmp_path: Path, threads: int | None, expected: int) -> None:
     before, counts = torch.get_num_threads(), CountsThreads()
