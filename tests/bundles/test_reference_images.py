@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms.v2 import functional
+from torchvision.transforms import functional
 
 from comkd_cli.bundles.reference import JPEG_LEVELS, LOSSLESS_LEVELS
 from comkd_cli.bundles.reference_images import reference_images

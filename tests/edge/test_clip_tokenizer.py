@@ -136,6 +136,7 @@ def test_every_code_point_of_an_entity_is_replaced_as_open_clip_does(no_mojibake
     check_same([f"x&#{code}{end}y" for code in range(0x400) for end in (";", "")], 40)
 
 
+@pytest.mark.slow
 def test_every_character_is_split_from_its_neighbours_as_open_clip_does(no_mojibake_repair: None) -> None:
     # Which versions of Unicode Python and regex have differs; what only one of them knows is left out. The
     # big blocks of characters that are alike are sampled.
@@ -181,6 +182,7 @@ def assume_known(text: str) -> None:
     assume(not regex.search(r"\p{Cn}", text))
 
 
+@pytest.mark.slow
 @settings(max_examples=2_000)
 @given(any_text | latin_text, st.sampled_from(LENGTHS))
 def test_any_text_is_tokenized_as_open_clip_does(text: str, context_length: int) -> None:
@@ -189,6 +191,7 @@ def test_any_text_is_tokenized_as_open_clip_does(text: str, context_length: int)
     check_same([text], context_length)
 
 
+@pytest.mark.slow
 @settings(max_examples=2_000)
 @given(fragments | ascii_text, st.sampled_from(LENGTHS))
 def test_any_text_of_awkward_parts_is_tokenized_as_open_clip_does(text: str, context_length: int) -> None:
@@ -208,6 +211,7 @@ def test_mojibake_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(mine, THEIRS([text]))
 
 
+@pytest.mark.slow
 def test_the_tokens_of_a_text_are_between_start_and_end() -> None:
     assert ours(8)(["a photo of a dog"]).tolist() == [[START, 320, 1125, 539, 320, 1929, END, 0]]
     assert ours(4)(["a photo of a dog"]).tolist() == [[START, 320, 1125, END]]
@@ -243,6 +247,7 @@ def test_merges_of_another_vocabulary_are_refused(damage: Callable[[str], Any]) 
         Tokenizer(damage(merges_of(THEIRS)), 77)
 
 
+@pytest.mark.slow
 def test_merges_are_read_with_or_without_a_last_line_break_and_from_windows() -> None:
     merges = merges_of(THEIRS)
     for form in (merges.removesuffix("\n"), merges.replace("\n", "\r\n")):

@@ -292,11 +292,12 @@ def delivered(colour_bundle: Path) -> Path:
     return colour_bundle
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_to_the_bytes_of_an_undisturbed_one(delivered: Path, tmp_path: Path) -> None:
     folder, noise = tmp_path / "photos", np.random.default_rng(0)
     folder.mkdir()
     for i in range(4):  # large enough that a batch takes a while
-        Image.fromarray(noise.integers(0, 256, (1200, 1200, 3), dtype=np.uint8)).save(folder / f"{i:03}.jpg")
+        Image.fromarray(noise.integers(0, 256, (800, 800, 3), dtype=np.uint8)).save(folder / f"{i:03}.jpg")
     for i in range(4, 256):
         os.link(folder / f"{i % 4:03}.jpg", folder / f"{i:03}.jpg")
     (folder / "100.jpg").unlink()
@@ -348,6 +349,7 @@ def test_options_that_exclude_each_other_are_misuse(arguments: list[str]) -> Non
         command.main(arguments)
 
 
+@pytest.mark.slow
 def test_a_hyphen_reads_the_image_from_standard_input(delivered: Path, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "blue.png")
     line = [sys.executable, "-I", str(delivered / "predict.py"), "-", "--top", "1", "--json"]

@@ -660,6 +660,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_a_line_of_a_picture_takes_little_memory(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("wide.png", "high.png")]
     Image.new("RGB", (65000, 65), "red").save(paths[0])
