@@ -71,10 +71,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what processes left that were killed while they wrote `path`, where it may not be written again."""
+    """Remove what processes left that were killed while they wrote the file or folder `path`.
+
+    For where it may not be written again: who writes it does this first.
+    """
     if path.parent.is_dir():
         with _in_turn(path.parent):
             _remove_unfinished(path)
+            _remove_leftovers(path)
 
 
 def _remove_unfinished(path: Path) -> None:

@@ -99,6 +99,14 @@ def test_times_and_what_other_programs_leave_are_no_differences(left: Path) -> N
         state_of(left, FOLDERS)
 
 
+def test_an_index_without_its_table_yet_is_another_state(left: Path) -> None:
+    before = state_of(left, FOLDERS)
+    (left / "work/image_digests.sqlite").unlink()
+    sqlite3.connect(left / "work/image_digests.sqlite").close()
+    (left / "work/image_digests.sqlite").touch()
+    assert differences(state_of(left, FOLDERS), before) == ["differs: work/image_digests.sqlite"]
+
+
 def leave_a_file() -> None:
     """Let a report be a program that leaves its temporary file."""
     from comkd_cli import files

@@ -71,6 +71,8 @@ def _metrics(path: Path) -> bytes:
 
 def _digests(path: Path) -> bytes:
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        if not connection.execute("SELECT name FROM sqlite_master WHERE name = 'files'").fetchall():
+            return b""  # killed before it made the table
         return repr(connection.execute("SELECT * FROM files ORDER BY path").fetchall()).encode()
 
 

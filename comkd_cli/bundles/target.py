@@ -8,7 +8,7 @@ from pathlib import Path
 
 from comkd_cli.edge.manifest import BundleProblem, read_manifest
 from comkd_cli.errors import ExportError
-from comkd_cli.files import atomic_folder
+from comkd_cli.files import atomic_folder, remove_unfinished
 from comkd_cli.runtime.locks import sole_writer
 
 
@@ -29,6 +29,7 @@ def check_target(out: Path, force: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not force:
+        remove_unfinished(out)  # of an export that was killed after it had moved the bundle here
         raise ExportError("already exists", path=out, remedy="replace it with --force, or choose another --out")
     try:
         read_manifest(out)

@@ -18,7 +18,7 @@ from comkd_cli.data.check import Check, check_dataset
 from comkd_cli.data.image_files import below_junk
 from comkd_cli.errors import DataError, WriteError
 from comkd_cli.events import Report, ignore_event
-from comkd_cli.files import scratch_beside, sha256_of_file, write_error
+from comkd_cli.files import remove_unfinished, scratch_beside, sha256_of_file, write_error
 from comkd_cli.recipe.catalog import CATALOG, Dataset
 from comkd_cli.runtime.locks import in_turn_with_others
 
@@ -54,6 +54,7 @@ def _fetch(dataset: Dataset, data_root: Path, tick: Tick, most_bytes: int) -> Ch
     if folder.exists():
         found = check_dataset(dataset, data_root)
         if found.state == "ready":
+            remove_unfinished(folder)  # of a process that was killed after it had moved the dataset here
             return found
         raise DataError(
             f"is incomplete ({'; '.join(found.problems)})", path=folder, remedy="move it away to download it again"

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from comkd_cli.data.fetch import MIRROR, unpack
+from comkd_cli.data.check import Check
+from comkd_cli.data.fetch import MIRROR, fetch_dataset, unpack
 from comkd_cli.errors import DataError, WriteError
 from comkd_cli.recipe.catalog import CATALOG
 from tests import warm
@@ -117,6 +118,17 @@ def test_what_killed_downloads_left_is_removed(hub: tuple[str, type[Hub]], tmp_p
     fetch(url, tmp_path, "eurosat")
     assert sorted(path.name for path in blobs.iterdir()) == sorted([own, "another.5162f42c.incomplete"])
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["eurosat"]
+
+
+def test_what_was_left_beside_a_dataset_that_is_ready_is_removed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ready = Check("eurosat", "ready", "eurosat", 2, 2, 2, 2, 0, None, (), (), "")
+    monkeypatch.setattr("comkd_cli.data.fetch.check_dataset", lambda *_: ready)
+    (tmp_path / "eurosat").mkdir()
+    (tmp_path / ".eurosat.abcdefgh").mkdir()  # of a process that was killed while it removed this folder
+    assert fetch_dataset(CATALOG["eurosat"], tmp_path) is ready
+    assert [path.name for path in tmp_path.iterdir()] == ["eurosat"]
 
 
 def test_what_the_hub_does_not_have_is_one_message(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
