@@ -102,6 +102,7 @@ def test_a_trick_changes_its_field_and_nothing_else_of_the_training(name: str, f
     assert recipe == value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", rows.objective_rows(pairs.TRANSFORMERS), ids=lambda row: row.name)
 def test_transformers_are_frozen_and_their_prompts_trained(row: rows.Row) -> None:
     recipe = parse_recipe(rows.recipe_of(row, pairs.TRANSFORMERS, CHOSEN, "data/train-5000"))

@@ -41,6 +41,7 @@ def test_each_benchmark_loads_and_says_its_own_command(name: str) -> None:
     assert f"python -m benchmarks.{name.removesuffix('.__main__')}" in module.__doc__
 
 
+@pytest.mark.slow
 def test_copies_of_photos_are_compared_with_torchvision_over_the_same_files(document_of: Callable[..., Any]) -> None:
     sizes = ["--photos", "6", "--photo-width", "1280", "--small", "6", "--small-width", "480", "--workers", "0"]
     document = document_of("photos", *sizes)

@@ -239,6 +239,7 @@ def test_a_student_of_imagenets_teacher_is_scored_as_cross_dataset_and_another_a
     assert found == {"vitl_to_vitb": {"base-to-novel"}, "vitl_to_vitb_cross": set(protocols)}
 
 
+@pytest.mark.slow
 def test_a_student_of_a_variant_learns_from_its_unlabelled_test_images(reduced: Reduced, root: Path) -> None:
     run = reduced("vitl_to_vitb_dg")
     assert run.source.train.labels is None
