@@ -23,6 +23,11 @@ def every_command(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tu
 COMMANDS = dict(every_command(main))
 
 
+def context_of(command: click.Command, name: str | None = None) -> click.Context:
+    """A context with the settings that `main` would pass on: a command keeps the help option of its first context."""
+    return click.Context(command, info_name=name, **main.context_settings)
+
+
 def lines_of(block: str) -> list[str]:
     """The lines of a block, where a backslash continues one, without empty ones and comments."""
     lines = [line.strip() for line in block.replace("\\\n", " ").splitlines()]
@@ -42,11 +47,12 @@ def assert_parsed(line: str) -> None:
     rest = words_of(line)
     assert rest, line
     command: click.Command = main
+    context = context_of(main)
     while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
-        below = command.get_command(click.Context(command), rest[0])
+        below = command.get_command(context, rest[0])
         assert below is not None, line
         command, rest = below, rest[1:]
-    context = click.Context(command)
+        context = context_of(command)
     values, left, _ = command.make_parser(context).parse_args(rest)
     assert left == [], line
     for parameter in command.get_params(context):

@@ -7,7 +7,7 @@ import click
 import pytest
 
 from comkd_cli.cli.examples import EXAMPLES
-from tests.shell import COMMANDS, assert_parsed, words_of
+from tests.shell import COMMANDS, assert_parsed, context_of, words_of
 
 PAGE = (Path(__file__).parents[2] / "docs/cli.md").read_text(encoding="utf-8")
 each_command = pytest.mark.parametrize("name", COMMANDS)
@@ -27,7 +27,7 @@ def test_an_example_is_parsed_by_its_command(name: str) -> None:
 
 @each_command
 def test_help_ends_with_the_examples(name: str) -> None:
-    shown = COMMANDS[name].get_help(click.Context(COMMANDS[name], info_name=f"comkd {name}"))
+    shown = COMMANDS[name].get_help(context_of(COMMANDS[name], f"comkd {name}"))
     assert shown.rstrip().splitlines()[-len(EXAMPLES[name]) :] == [f"    {line}" for line in EXAMPLES[name]]
 
 
