@@ -391,7 +391,7 @@ if __name__ == "__main__":
         with failures_explained():
             for batch in batches(ImageSet(tuple(map(str, range(40))), None, open_key)):
                 if sys.argv[2] == "die, noticed elsewhere":
-                    time.sleep(20)  # the death is noticed while a batch is used
+                    time.sleep(2)  # the death is noticed while a batch is used
                 if sys.argv[2] == "stop":
                     raise ComkdError("no more of them")
     except ComkdError as error:
