@@ -54,7 +54,7 @@ def _is_number(value: object) -> bool:
 
 def score_name(history: Sequence[Mapping[str, Any]]) -> str | None:
     """The held-out figure that the epochs of a curve have, or None."""
-    return next((name for name in SCORES if any(name in epoch for epoch in history)), None)
+    return next((name for name in SCORES if any(epoch.get(name) is not None for epoch in history)), None)
 
 
 def judge(history: Sequence[Mapping[str, Any]]) -> Verdict:
@@ -67,7 +67,7 @@ def judge(history: Sequence[Mapping[str, Any]]) -> Verdict:
     last_fifth = math.ceil(len(history) * 0.8)  # epochs up to here came before it
     if name is None:
         return Verdict("unknown", f"No held-out score was measured during training{_loss_text(history)}.")
-    scored = [(int(epoch["epoch"]), float(epoch[name]), epoch) for epoch in history if name in epoch]
+    scored = [(int(epoch["epoch"]), float(epoch[name]), epoch) for epoch in history if epoch.get(name) is not None]
     before = [value for number, value, _ in scored if number <= last_fifth]
     after = [value for number, value, _ in scored if number > last_fifth]
     if not before or not after:
@@ -112,7 +112,7 @@ def _verdict(
 def _standard_error(percent: float, epoch: Mapping[str, Any]) -> float:
     """Of a score, in points; from the images that it is of, where the epoch says how many."""
     images = epoch.get("test_images")
-    if not images:
+    if not images or images < 0:
         return NOISE_POINTS
     share = percent / 100
     return 100 * math.sqrt(share * (1 - share) / float(images))

@@ -63,6 +63,17 @@ def test_epochs_between_scores_do_not_count_as_scores() -> None:
     assert judge(history(sparse)).trend == "rising"
 
 
+def test_a_score_of_null_is_none() -> None:
+    sparse = history([None, 50.0, None, 60.0, None, 70.0, None, 80.0, None, 90.0])
+    assert judge([{"test_top1_percent": None, **epoch} for epoch in sparse]) == judge(sparse)
+    unscored = history([None] * 5)
+    assert judge([{"test_top1_percent": None, **epoch} for epoch in unscored]) == judge(unscored)
+
+
+def test_a_count_of_images_below_zero_says_nothing_of_the_standard_error() -> None:
+    assert "standard error 0.50 points" in judge(history(LEVEL, images=-5)).sentence
+
+
 def test_without_scores_the_loss_is_all_that_is_said() -> None:
     verdict = judge(history([None] * 5, [1.0, 0.9, 0.8, 0.5, 0.4]))
     assert verdict.trend == "unknown"
