@@ -72,17 +72,20 @@ def test_each_row_is_a_recipe_with_its_terms_alone(row: rows.Row) -> None:
 def test_rows_have_names_of_their_own_and_are_compared_with_rows_that_differ_in_the_objective_alone() -> None:
     by_name = {row.name: row for row in EVERY_ROW}
     assert len(by_name) == len(EVERY_ROW)
+    bases = {"size": "labels", "tricks": "feature_cosine"}  # of the other studies: refinement
+    lengths = ("shorter_12_epochs", "longer_120_epochs", "feature_cosine_longest")
     for row in EVERY_ROW:
         base = by_name[row.base]
-        assert base.terms == ("refinement",)
+        alone = row.name.startswith("temperature") or row.name == "feature_cosine_longest"
+        assert base.terms == (row.terms if alone else (bases.get(row.study, "refinement"),))
         assert (base.images, base.half, base.student) == (row.images, row.half, row.student)
-        assert base.epochs == row.epochs or row.name in ("shorter_12_epochs", "longer_120_epochs")
+        assert base.epochs == row.epochs or row.name in lengths
 
 
 @pytest.mark.parametrize(
     ("name", "field", "value"),
     [
-        ("refinement_tricks", "teacher_cache.views", 40),
+        ("feature_cosine_tricks", "teacher_cache.views", 40),
         ("views_1_tricks", "teacher_cache.views", 1),
         ("cutmix_tricks", "augment.mix.kind", "cutmix"),
         ("temperature_4_tricks", "loss.refinement.temperature", 4.0),
@@ -91,6 +94,8 @@ def test_rows_have_names_of_their_own_and_are_compared_with_rows_that_differ_in_
         ("longer_120_epochs", "optim.epochs", 120),
         ("feature_cosine_long", "student.config.vision_cfg.image_size", 64),
         ("labels_long", "teacher_cache.views", 24),
+        ("feature_cosine_longest", "teacher_cache.views", 24),
+        ("feature_cosine_longest", "optim.epochs", 48),
         ("feature_cosine", "student.config.vision_cfg.image_size", 32),  # after the others: they share the config
     ],
 )

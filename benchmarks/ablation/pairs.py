@@ -38,6 +38,8 @@ class Settings:
     """Of the table of tricks; each epoch has crops of its own."""
     long_epochs: int
     """Of the table of long training; each epoch has crops of its own."""
+    longest_epochs: int
+    """Of one more row of it, whose last epochs have the crops of the first again."""
     long_student: Fields = field(default_factory=dict)
     """Recipe fields of its students, by dotted names."""
     images: int | None = None
@@ -97,6 +99,7 @@ CIFAR10 = Settings(
     trick_images=5_000,
     trick_epochs=40,
     long_epochs=24,
+    longest_epochs=48,
     # The student has five strides: of 32 pixels one position remains, of 64 four.
     long_student={"student.config.vision_cfg.image_size": 64},
 )

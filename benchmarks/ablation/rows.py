@@ -11,6 +11,8 @@ from benchmarks.ablation.pairs import Fields, Settings
 
 BASE = "refinement"
 """The row that the others are compared with: PromptKD's objective."""
+BEST = "feature_cosine"
+"""The objective that the tables of objectives and of images found best: sizes and tricks are studied with it."""
 
 
 @dataclass(frozen=True)
@@ -101,18 +103,20 @@ def image_rows(settings: Settings) -> list[Row]:
 
 
 def size_rows(settings: Settings) -> list[Row]:
-    """Students of several sizes, by refinement and by labels alone."""
+    """Students of the other sizes, by the best objective and by labels alone; the first is among the objectives."""
+    _, *others = settings.students
     return [
         Row("size", f"{name}_{student}", OBJECTIVES[name], student, settings.epochs, settings.fewer_seeds, base=base)
-        for student in settings.students
-        for base in (f"{BASE}_{student}",)
-        for name in (BASE, "labels")
+        for student in others
+        for base in (f"labels_{student}",)
+        for name in (BEST, "labels")
     ]
 
 
 def base_to_novel_rows(settings: Settings) -> list[Row]:
     """Objectives on the images of half of the classes, scored on the images and class vectors of the others too."""
-    objectives = {name: OBJECTIVES[name] for name in (BASE, "refinement_if_align", "refinement_edu_attention", "comkd")}
+    names = (BASE, "refinement_if_align", "refinement_edu_attention", "comkd", BEST)
+    objectives = {name: OBJECTIVES[name] for name in names}
     objectives |= {
         f"{name}_candidates": tuple(CANDIDATES if term == "edu_attention" else term for term in OBJECTIVES[name])
         for name in ("refinement_edu_attention", "comkd")
@@ -132,7 +136,7 @@ def base_to_novel_rows(settings: Settings) -> list[Row]:
     ]
 
 
-# One at a time, beside refinement alone: recipe fields by their dotted names.
+# One at a time, with the best objective: recipe fields by their dotted names.
 TRICKS: dict[str, dict[str, Any]] = {
     "views_1": {"teacher_cache.views": 1},
     "views_8": {"teacher_cache.views": 8},
@@ -140,51 +144,61 @@ TRICKS: dict[str, dict[str, Any]] = {
     "cutmix": {"augment.mix": {"kind": "cutmix"}},
     "rand_augment": {"augment.rand_augment": {}},
     "smaller_crops": {"augment.min_scale": 0.2},
-    "temperature_2": {"loss.refinement.temperature": 2.0},
-    "temperature_4": {"loss.refinement.temperature": 4.0},
     "ema": {"ema_decay": 0.99},
     "sgd": {"optim.name": "sgd", "optim.learning_rate": 0.08},
 }
+TEMPERATURES = (2.0, 4.0)
+"""Of refinement, which alone has one; its default is 1."""
 LENGTHS = {"shorter": 0.3, "longer": 3.0}
 """Of the training, as multiples of the others' epochs."""
 
 
 def trick_rows(settings: Settings) -> list[Row]:
     """What is known to help a student, one change at a time, on few images; and labels alone on the same images."""
-    base = f"{BASE}_tricks"
 
-    def row(name: str, changes: Fields, epochs: int = settings.trick_epochs, terms: str = BASE) -> Row:
+    def row(name: str, changes: Fields, epochs: int = settings.trick_epochs, terms: str = BEST, base: str = "") -> Row:
         fields = {"teacher_cache.views": epochs, **changes}
-        images, seeds = settings.trick_images, settings.fewer_seeds
+        images, seeds, base = settings.trick_images, settings.fewer_seeds, base or f"{BEST}_tricks"
         return Row(
             "tricks", name, OBJECTIVES[terms], settings.student, epochs, seeds, images, base=base, changes=fields
         )
 
     lengths = {name: round(settings.trick_epochs * times) for name, times in LENGTHS.items()}
+    softer = f"{BASE}_tricks"
     return [
-        row(base, {}),
+        row(f"{BEST}_tricks", {}),
         *(row(f"{name}_tricks", changes) for name, changes in TRICKS.items()),
         *(row(f"{name}_{epochs}_epochs", {}, epochs) for name, epochs in lengths.items()),
         row("labels_tricks", {}, terms="labels"),
+        row(softer, {}, terms=BASE),
+        *(
+            row(f"temperature_{value:g}_tricks", {"loss.refinement.temperature": value}, terms=BASE, base=softer)
+            for value in TEMPERATURES
+        ),
     ]
 
 
 def long_rows(settings: Settings) -> list[Row]:
     """Students that see more pixels for more epochs, to keep as much of the teacher as they can; and labels alone."""
     changes = {"teacher_cache.views": settings.long_epochs, **settings.long_student}
-    return [
-        Row(
+
+    def row(name: str, terms: str, epochs: int, base: str) -> Row:
+        return Row(
             "long",
-            f"{name}_long",
-            OBJECTIVES[name],
+            name,
+            OBJECTIVES[terms],
             settings.student,
-            settings.long_epochs,
+            epochs,
             settings.fewer_seeds,
             settings.images,
-            base=f"{BASE}_long",
+            base=base,
             changes=changes,
         )
-        for name in (BASE, "feature_cosine", "labels")
+
+    longest = row(f"{BEST}_longest", BEST, settings.longest_epochs, f"{BEST}_long")
+    return [
+        *(row(f"{name}_long", name, settings.long_epochs, f"{BASE}_long") for name in (BASE, BEST, "labels")),
+        longest,
     ]
 
 
