@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,9 @@ def pytest_collection_finish() -> None:
     """Leave what the test modules imported to no garbage collection: torch's objects take most of the time of each."""
     gc.collect()
     gc.freeze()
+    # Accelerator.free_memory collects it all at the end of each training, and the tests have hundreds.
+    if memory := sys.modules.get("accelerate.utils.memory"):
+        memory.gc = SimpleNamespace(collect=lambda: 0)  # type: ignore[attr-defined]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

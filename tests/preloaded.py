@@ -7,13 +7,21 @@ page of memory that holds one.
 import gc
 import importlib
 
+from PIL import Image
+
+from comkd_cli.models.backbones import build_clip
+from comkd_cli.recipe.model import Model
+from tests import tiny
+
 # Beyond what comkd imports when it starts: what its verbs import where they need it, and what that imports in turn.
 MODULES = (
     "tests.warm",
     "tests.tiny",
     "tests.exported",
     "comkd_cli.cli.commands.distill",
+    "comkd_cli.api",
     "comkd_cli.cli.commands.evaluate",
+    "comkd_cli.cli.distiller",
     "comkd_cli.flows.adapt",
     "comkd_cli.flows.distill",
     "comkd_cli.flows.evaluate",
@@ -24,14 +32,18 @@ MODULES = (
     "matplotlib.backends.backend_svg",
     "networkx",
     "onnxruntime",
+    "onnxscript.function_libs.torch_lib.ops",
     "onnxscript.rewriter",
     "sklearn.linear_model",
     "torch._functorch.aot_autograd",
     "torch.export._trace",
     "torch.onnx._internal.exporter._core",
+    "torch.utils.serialization",
 )
 for name in MODULES:
     importlib.import_module(name)
 importlib.import_module("comkd_cli.data.digits").digits_source()  # reads their file
+Image.init()  # imports the module of each format
+build_clip(Model(config=tiny.CLIP))  # reads the vocabulary
 gc.collect()
 gc.freeze()

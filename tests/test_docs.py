@@ -83,10 +83,12 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
 def run_line(line: str, folder: Path) -> None:
-    """A command of a page, as a shell would run it."""
+    """A command of a page, as a shell would run it; several export the same student, which torch does once."""
     program, *arguments = shlex.split(line, comments=True)
     if program == "comkd":
-        ended = warm.run(*arguments, cwd=folder, timeout=LONG)
+        exported = folder.with_name("exported")
+        exported.mkdir(exist_ok=True)
+        ended = warm.run(*arguments, cwd=folder, timeout=LONG, exported=exported)
     else:
         assert program == "python", line
         ended = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False)

@@ -43,6 +43,16 @@ def test_a_tokenizer_of_a_config_has_the_settings_that_the_config_gives_it() -> 
     assert tokens_cut(built, ["one! two! three! four! five!", "one two three four five six seven eight nine"]) == [0, 1]
 
 
+def test_configs_with_other_settings_have_other_tokenizers_and_equal_ones_the_same() -> None:
+    def tokenizer(**changes: object) -> object:
+        text = {**tiny.CLIP["text_cfg"], **changes}  # type: ignore[dict-item]
+        return build_clip(Model(config={**tiny.CLIP, "text_cfg": text})).tokenize
+
+    assert tokenizer() is tokenizer()
+    assert tokenizer(context_length=9)(["a cat"]).shape == (1, 9)  # type: ignore[operator]
+    assert tokenizer()(["a cat"]).shape == (1, 10)  # type: ignore[operator]
+
+
 def test_a_config_cannot_make_a_tokenizer_run_code(tmp_path: Path) -> None:
     unsafe = {"tokenizer_kwargs": {"trust_remote_code": True}, "hf_tokenizer_name": "someone/tokenizer"}
     config = {**tiny.CLIP, "text_cfg": {**tiny.CLIP["text_cfg"], **unsafe}}  # type: ignore[dict-item]
