@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from comkd_cli.bundles import runner
+
+_from_torchlib = ONNXRegistry.from_torchlib
 
 
 def export_once(patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -27,6 +31,7 @@ def export_once(patch: pytest.MonkeyPatch, folder: Path) -> None:
     from comkd_cli.bundles import reference
 
     export, run_graph = torch.onnx.export, reference.run_graph
+    patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(torch_operators))
 
     def cached(module: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path, **settings: Any) -> None:
         digest = hashlib.sha256(repr((module, [tensor.shape for tensor in inputs], settings)).encode())
@@ -55,6 +60,12 @@ def export_once(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
     patch.setattr(torch.onnx, "export", cached)
     patch.setattr(reference, "run_graph", run_once)
+
+
+@cache
+def torch_operators(opset_version: int) -> ONNXRegistry:
+    """What the exporter translates PyTorch's operators with, which it parses for every export otherwise."""
+    return _from_torchlib(opset_version)
 
 
 def run_graphs_here(patch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,8 @@ from ruamel.yaml import YAML
 
 from comkd_cli.data.digits import digits_source
 from comkd_cli.recipe import load_recipe, parse_recipe
-from tests import warm
+from tests import tiny, warm
 from tests.shell import assert_parsed, lines_of, words_of
-from tests.tiny import digits_folder
 
 ROOT = Path(__file__).parents[1]
 START = ROOT / "docs/start.md"
@@ -88,7 +87,7 @@ def run_line(line: str, folder: Path) -> None:
     if program == "comkd":
         exported = folder.with_name("exported")
         exported.mkdir(exist_ok=True)
-        ended = warm.run(*arguments, cwd=folder, timeout=LONG, exported=exported)
+        ended = warm.run(*arguments, cwd=folder, timeout=LONG, digits=tiny.DIGITS // 2, exported=exported)
     else:
         assert program == "python", line
         ended = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False)
@@ -117,8 +116,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a reader with images of their own who has followed the start page; every other page is followed in
     it, too."""
     folder = tmp_path_factory.mktemp("reader")
-    digits_folder(folder / "pictures", 240, 40)
-    unlabelled = digits_folder(folder / "scans", 240, 40) / "train/unlabelled"
+    tiny.digits_folder(folder / "pictures", 240, 40)
+    unlabelled = tiny.digits_folder(folder / "scans", 240, 40) / "train/unlabelled"
     unlabelled.mkdir()
     for image in sorted((folder / "scans/train").glob("*/*.png"), key=lambda path: path.name)[:160]:
         image.replace(unlabelled / image.name)

@@ -66,10 +66,10 @@ def digits_folder(root: Path, train: int, test: int) -> Path:
     return root
 
 
-def few_digits(patch: pytest.MonkeyPatch) -> None:
-    """Let the dataset `digits` have its first DIGITS images alone, so that an epoch takes a fraction of a second."""
+def few_digits(patch: pytest.MonkeyPatch, count: int = DIGITS) -> None:
+    """Let the dataset `digits` have its first images alone, so that an epoch takes a fraction of a second."""
     from comkd_cli.data import digits
 
     images, targets = digits._scans()
-    first = images[:DIGITS], targets[:DIGITS]
+    first = images[:count], targets[:count]
     patch.setattr(digits, "_scans", lambda: first)

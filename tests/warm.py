@@ -26,6 +26,8 @@ from typing import IO, Any
 
 import pytest
 
+from tests import tiny
+
 ROOT = Path(__file__).parents[1]
 PRELOADED = ["tests.preloaded"]
 
@@ -66,8 +68,8 @@ class Setup:
     """What a new process does before it runs its module."""
 
     module: str = "comkd_cli"
-    few: bool = True
-    """Let the dataset `digits` be `tiny.few_digits`."""
+    digits: int | None = tiny.DIGITS
+    """Of the dataset `digits`, the first images alone: `tiny.few_digits`. None: all."""
     exported: Path | None = None
     """Keep in this folder what torch exported, and take it from there; see `export_once`."""
     figures: bool = False
@@ -94,10 +96,8 @@ class Setup:
         if self.most_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.most_bytes, self.most_bytes))
         patch = pytest.MonkeyPatch()
-        if self.few:
-            from tests import tiny
-
-            tiny.few_digits(patch)
+        if self.digits is not None:
+            tiny.few_digits(patch, self.digits)
         if self.exported is not None:
             from tests.exported import export_once
 

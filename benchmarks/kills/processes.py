@@ -101,7 +101,7 @@ class Runner:
         setup = {**kind.setup, "exported": self._root / "exported"} if kind.exported else kind.setup
         started = time.monotonic()
         process = warm.Process(
-            *kind.arguments, cwd=self._root, env=self._variables, few=False, before=Before(kind, watch), **setup
+            *kind.arguments, cwd=self._root, env=self._variables, digits=None, before=Before(kind, watch), **setup
         )
         self._sessions.append(process.pid)
         timer = threading.Timer(instant or 0, process.kill)

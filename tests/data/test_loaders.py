@@ -416,7 +416,7 @@ def test_a_process_ends_whatever_happens_while_workers_decode(tmp_path: Path, us
         command = [sys.executable, "ending.py", use, event]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100)
     else:
-        done = warm.run(use, event, cwd=tmp_path, module="ending", package=tmp_path, few=False)
+        done = warm.run(use, event, cwd=tmp_path, module="ending", package=tmp_path, digits=None)
     assert done.returncode == 1
     assert said in done.stderr
     if event.startswith("die"):

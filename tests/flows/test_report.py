@@ -143,13 +143,13 @@ def test_evaluate_and_report_leave_the_page_beside_the_student(tiny_student: Pat
     runs = tmp_path / "runs"
     shutil.copytree(tiny_student.parents[3], runs)
     student = runs / tiny_student.relative_to(tiny_student.parents[3])
-    scored = warm.run("evaluate", student, "--runs", runs, cwd=tmp_path, few=False, figures=True)
+    scored = warm.run("evaluate", student, "--runs", runs, cwd=tmp_path, digits=None, figures=True)
     assert scored.returncode == 0, scored.stderr
     page = (student.parent / "report.html").read_text(encoding="utf-8")
     records = json.loads((student.parent / "results.json").read_text())["records"]
     assert values(page, "top1_percent")[-2:] == [record["top1_percent"] for record in records]
     again = warm.run(
-        "report", student.parent, student, "--runs", runs, "--out", "both.html", cwd=tmp_path, few=False, figures=True
+        "report", student.parent, student, "--runs", runs, "--out", "both.html", cwd=tmp_path, digits=None, figures=True
     )
     assert again.returncode == 0, again.stderr
     assert again.stdout.split() == ["report:", "both.html"]

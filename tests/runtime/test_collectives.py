@@ -52,7 +52,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
             begun = []
             for rank in range(2):
                 env = {**shared, "RANK": str(rank)}
-                process = warm.Process(cwd=tmp_path, env=env, module="code_of_a_rank", package=tmp_path, few=False)
+                process = warm.Process(cwd=tmp_path, env=env, module="code_of_a_rank", package=tmp_path, digits=None)
                 begun.append(stack.enter_context(process))
                 stack.callback(process.kill)
             return begun
