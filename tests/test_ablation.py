@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks.ablation import pairs, plots, rows, running, tables
+from benchmarks.ablation import latency, pairs, plots, rows, running, tables
 from benchmarks.ablation.__main__ import main
 from benchmarks.ablation.figures import calibration_error_percent, interval
 from comkd_cli.data.digits import digits_source
@@ -25,6 +26,7 @@ from comkd_cli.recipe import parse_recipe
 from comkd_cli.teachers.loading import build_teacher
 from comkd_cli.teachers.of_student import teacher_of_student
 from tests import tiny, warm
+from tests.shell import assert_parsed
 
 TINY = replace(
     pairs.CIFAR10,
@@ -387,6 +389,60 @@ def test_a_small_study_from_end_to_end(digits: Path, tmp_path: Path, capfd: pyte
     assert "its figures cannot be compared" in capfd.readouterr().err
 
 
+def test_the_latency_of_each_finished_size_is_that_of_its_export_on_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = list(pairs.CIFAR10.students)[-1]
+    for row in ("feature_cosine", f"feature_cosine_{small}", "labels", "refinement"):
+        (tmp_path / "runs" / row / "all" / "seed1").mkdir(parents=True)
+        (tmp_path / "runs" / row / "all" / "seed1" / "student.pt").touch()
+    lines = [
+        {"name": name, "threads": threads, "seconds": threads * seconds}
+        for threads in (1, 2)
+        for name, seconds in (("pytorch", 0.5), ("fp32", 0.25), ("int8", 0.125))
+    ]
+    precisions = {"int8": {"parity": {"top1_agreement_percent": 97.5}}}
+    manifest = {"latency": lines, "precisions": precisions, "parameters": 7, "multiply_adds": 9}
+    start = subprocess.run
+
+    def export(command: list[str], **options: Any) -> Any:
+        if command[1:3] != ["-m", "comkd_cli"]:
+            return start(command, **options)
+        assert_parsed(shlex.join(["comkd", *command[3:]]))
+        folder = Path(command[command.index("--out") + 1])
+        folder.mkdir()
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(latency.subprocess, "run", export)
+    monkeypatch.setattr("sys.argv", ["latency", str(tmp_path), str(tmp_path / "latency.json")])
+    latency.main()
+    sizes = json.loads((tmp_path / "latency.json").read_text())["sizes"]
+    assert list(sizes) == [pairs.CIFAR10.student, small]
+    assert sizes[small]["seconds"] == {"pytorch": 0.5, "fp32": 0.25, "int8": 0.125}
+    assert (sizes[small]["int8_agreement_percent"], sizes[small]["multiply_adds"]) == (97.5, 9)
+
+
+def sized(row: str, seed: int, top1: float, parameters: int = 1000) -> dict[str, Any]:
+    """A finished run with what a student costs."""
+    costs = {"parameters": parameters, "multiply_adds": 9 * parameters, "teacher_top1_percent": 80.0}
+    study = "objectives" if row in rows.OBJECTIVES else "size"
+    return {"study": study, "row": row, "seed": seed, "figures": {"top1_percent": top1, **costs}}
+
+
+def test_each_cost_of_a_size_has_a_line_for_each_objective_and_the_teacher() -> None:
+    small, first = list(pairs.CIFAR10.students)[-1], pairs.CIFAR10.student
+    runs = [sized("feature_cosine", seed, 72.0 + seed) for seed in (1, 2)] + [sized("labels", 1, 70.0)]
+    runs += [sized(f"{name}_{small}", 1, top1, 100) for name, top1 in (("feature_cosine", 50.0), ("labels", 45.0))]
+    by_parameters, by_multiply_adds = plots.sizes({"runs": runs}, {}).axes
+    assert [list(line.get_xdata()) for line in by_parameters.lines[:2]] == [[100, 1000]] * 2
+    assert [list(line.get_xdata()) for line in by_multiply_adds.lines[:2]] == [[900, 9000]] * 2
+    found = [list(line.get_ydata()) for line in by_parameters.lines]
+    assert found == [[50.0, 73.5], [45.0, 70.0], [80.0, 80.0]]
+    *_, by_latency = plots.sizes({"runs": runs}, {first: 0.002, small: 0.001}).axes
+    assert list(by_latency.lines[0].get_xdata()) == [0.001, 0.002]
+
+
 def test_figures_show_every_seed_and_give_the_same_bytes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     top1 = {"refinement": 70.0, "comkd": 71.0}
     finished = [
@@ -395,6 +451,7 @@ def test_figures_show_every_seed_and_give_the_same_bytes_again(tmp_path: Path, m
         for name, score in top1.items()
         for seed in (2, 1)
     ]
+    finished += [sized("feature_cosine", 1, 74.0), sized("labels", 1, 70.0)]
     (tmp_path / "ablation.json").write_text(json.dumps({"runs": finished}))
     written = []
     for folder in ("once", "again"):
@@ -402,9 +459,9 @@ def test_figures_show_every_seed_and_give_the_same_bytes_again(tmp_path: Path, m
         plots.main()
         written.append({path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()})
     assert written[0] == written[1]
-    assert set(written[0]) == {"objectives.svg", "images.svg"}
+    assert set(written[0]) == {"objectives.svg", "images.svg", "size.svg"}
     scores = plots.scores_of({"runs": finished}, "objectives")
-    assert scores == {"refinement": [71.0, 72.0], "comkd": [72.0, 73.0]}
+    assert scores == {"refinement": [71.0, 72.0], "comkd": [72.0, 73.0], "feature_cosine": [74.0], "labels": [70.0]}
     points = [line for line in plots.objectives(scores).axes[0].lines if line.get_marker() == "o"]
     assert [list(line.get_xdata()) for line in points] == list(scores.values())
     (refinement, _) = plots.images(plots.scores_of({"runs": finished}, "images"), scores).axes[0].lines

@@ -1,9 +1,11 @@
 """Draw the study's figures from its results.
 
-    python -m benchmarks.ablation.plots STUDY/ablation.json FOLDER
+    python -m benchmarks.ablation.plots STUDY/ablation.json FOLDER [LATENCY.json]
 
-Writes FOLDER/objectives.svg, the top-1 of every seed of each objective beside the mean, and FOLDER/images.svg, the mean
-over seeds by the number of unlabelled images at equal epochs. The same results give the same bytes.
+Writes FOLDER/objectives.svg, the top-1 of every seed of each objective beside the mean; FOLDER/images.svg, the mean
+over seeds by the number of unlabelled images at equal epochs; and FOLDER/size.svg, the mean by the student's
+parameters, multiply-adds and, with LATENCY.json of `benchmarks.ablation.latency`, latency in int8. The same results
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -11,15 +13,18 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
+from benchmarks.ablation.latency import row_of
 from benchmarks.ablation.pairs import CIFAR10
+from benchmarks.ablation.rows import BEST
 
 NAMES = {
     "refinement": "refinement (PromptKD)",
@@ -33,6 +38,7 @@ NAMES = {
 }
 MARKERS = {"refinement": "o", "comkd": "s", "feature_cosine": "^", "labels": "D"}
 AT_EQUAL_EPOCHS = re.compile(r"(?P<objective>.+)_(?P<images>\d+)_equal_epochs")
+LATENCY = "int8, one image on one thread"
 MOST_IMAGES = CIFAR10.image_counts[-1]  # of the table of objectives
 # Legible on a white and on a dark page.
 INK = "#808890"
@@ -106,16 +112,61 @@ def images(scores: Mapping[str, Sequence[float]], whole: Mapping[str, Sequence[f
     return figure
 
 
+def sizes(document: Mapping[str, Any], seconds: Mapping[str, float]) -> Figure:
+    """Mean top-1 by each cost of a student, a line for each objective, and the teacher's top-1.
+
+    seconds: of an image in int8, by the name of the student; without them that cost is left out.
+    """
+    runs = {
+        (objective, student): [run["figures"] for run in document["runs"] if run["row"] == row_of(student, objective)]
+        for objective in (BEST, "labels")
+        for student in CIFAR10.students
+    }
+    costs: dict[str, Callable[[str, Mapping[str, Any]], float | None]] = {
+        "parameters": lambda _, figures: float(figures["parameters"]),
+        "multiply-adds": lambda _, figures: float(figures["multiply_adds"]),
+        LATENCY: lambda student, _: seconds.get(student),
+    }
+    if not seconds:
+        del costs[LATENCY]
+    figure = Figure(figsize=(3.1 * len(costs) + 0.7, 3.4), layout="constrained")
+    for axes, (label, cost) in zip(figure.subplots(1, len(costs), sharey=True), costs.items(), strict=True):
+        for objective in (BEST, "labels"):
+            points = sorted(
+                (of_student, float(np.mean([each["top1_percent"] for each in figures])))
+                for (name, student), figures in runs.items()
+                if name == objective and figures and (of_student := cost(student, figures[0])) is not None
+            )
+            axes.plot(*zip(*points, strict=True), f"{MARKERS[objective]}-", label=NAMES[objective])
+        axes.axhline(_teacher_top1(document), color=INK, linestyle="--", label="teacher")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(EngFormatter(unit="s" if label == LATENCY else "", sep=""))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel(label)
+        axes.grid()
+    figure.axes[0].set_ylabel("test top-1, %")
+    figure.axes[0].legend()
+    return figure
+
+
+def _teacher_top1(document: Mapping[str, Any]) -> float:
+    found: float = next(run["figures"]["teacher_top1_percent"] for run in document["runs"] if run["row"] == BEST)
+    return found
+
+
 def main() -> None:
     """Read the results and write the figures."""
-    source, folder = map(Path, sys.argv[1:])
+    source, folder, *measured = map(Path, sys.argv[1:])
     document = json.loads(source.read_text(encoding="utf-8"))
+    latency = [json.loads(path.read_text(encoding="utf-8")) for path in measured]
+    seconds = {name: size["seconds"]["int8"] for each in latency for name, size in each["sizes"].items()}
     folder.mkdir(parents=True, exist_ok=True)
     whole = scores_of(document, "objectives")
     with matplotlib.rc_context(STYLE):
         for name, figure in (
             ("objectives", objectives(whole)),
             ("images", images(scores_of(document, "images"), whole)),
+            ("size", sizes(document, seconds)),
         ):
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
