@@ -4,7 +4,7 @@ VENV ?= .venv
 # A file of versions for pip to keep to, such as constraints.txt; empty: the newest that fit.
 CONSTRAINTS ?=
 # Worker processes of the tests, more than the cores of a small machine: tests also wait. Each computes in one thread.
-JOBS ?= 4
+JOBS ?= 3
 
 BIN := $(VENV)/bin
 # Installs again only if the dependencies have changed or the checkout has moved.
