@@ -430,7 +430,7 @@ def sized(row: str, seed: int, top1: float, parameters: int = 1000) -> dict[str,
     return {"study": study, "row": row, "seed": seed, "figures": {"top1_percent": top1, **costs}}
 
 
-def test_each_cost_of_a_size_has_a_line_for_each_objective_and_the_teacher() -> None:
+def test_each_cost_of_a_size_has_the_points_of_each_objective_and_the_teacher() -> None:
     small, first = list(pairs.CIFAR10.students)[-1], pairs.CIFAR10.student
     runs = [sized("feature_cosine", seed, 72.0 + seed) for seed in (1, 2)] + [sized("labels", 1, 70.0)]
     runs += [sized(f"{name}_{small}", 1, top1, 100) for name, top1 in (("feature_cosine", 50.0), ("labels", 45.0))]

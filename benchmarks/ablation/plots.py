@@ -20,7 +20,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator
 
 from benchmarks.ablation.latency import row_of
 from benchmarks.ablation.pairs import CIFAR10
@@ -113,7 +113,7 @@ def images(scores: Mapping[str, Sequence[float]], whole: Mapping[str, Sequence[f
 
 
 def sizes(document: Mapping[str, Any], seconds: Mapping[str, float]) -> Figure:
-    """Mean top-1 by each cost of a student, a line for each objective, and the teacher's top-1.
+    """Mean top-1 by each cost of a student, a point for each objective, and the teacher's top-1.
 
     seconds: of an image in int8, by the name of the student; without them that cost is left out.
     """
@@ -132,20 +132,26 @@ def sizes(document: Mapping[str, Any], seconds: Mapping[str, float]) -> Figure:
     figure = Figure(figsize=(3.1 * len(costs) + 0.7, 3.4), layout="constrained")
     for axes, (label, cost) in zip(figure.subplots(1, len(costs), sharey=True), costs.items(), strict=True):
         for objective in (BEST, "labels"):
-            points = sorted(
-                (of_student, float(np.mean([each["top1_percent"] for each in figures])))
+            points = {
+                student: (of_student, float(np.mean([each["top1_percent"] for each in figures])))
                 for (name, student), figures in runs.items()
                 if name == objective and figures and (of_student := cost(student, figures[0])) is not None
-            )
-            axes.plot(*zip(*points, strict=True), f"{MARKERS[objective]}-", label=NAMES[objective])
+            }
+            axes.plot(*zip(*sorted(points.values()), strict=True), MARKERS[objective], label=NAMES[objective])
+            for student, point in points.items() if objective == BEST else ():
+                axes.annotate(
+                    student.replace("_", " "), point, (0, 6), textcoords="offset points", ha="center", fontsize=8
+                )
         axes.axhline(_teacher_top1(document), color=INK, linestyle="--", label="teacher")
         axes.set_xscale("log")
+        axes.margins(x=0.2)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(EngFormatter(unit="s" if label == LATENCY else "", sep=""))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(label)
         axes.grid()
     figure.axes[0].set_ylabel("test top-1, %")
-    figure.axes[0].legend()
+    figure.axes[0].legend(loc="lower right")
     return figure
 
 
