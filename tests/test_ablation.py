@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,19 @@ def test_a_row_that_does_not_exist_is_refused_and_not_left_out(
     with pytest.raises(SystemExit, match="2"):
         main(["--data", str(digits), "--out", str(tmp_path), "--rows", "refinement", "refinment"])
     assert "--rows: refinment: not among refinement, refinement_if_align" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [(130, running.Stopped), (143, running.Stopped), (-15, running.Stopped), (1, ComkdError)]
+)
+def test_a_run_that_was_stopped_did_not_fail(
+    code: int, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = f"import os, signal; os.kill(os.getpid(), {-code})" if code < 0 else f"raise SystemExit({code})"
+    start = subprocess.Popen
+    monkeypatch.setattr(running.subprocess, "Popen", lambda _, **__: start([sys.executable, "-c", script]))
+    with pytest.raises(error):
+        running.Study(TINY, tmp_path, tmp_path).distill("it", {})
 
 
 def test_half_of_the_classes_are_kept_from_the_student(digits: Path, tmp_path: Path) -> None:

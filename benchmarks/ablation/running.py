@@ -31,7 +31,8 @@ from comkd_cli.files import sha256_of_data, sha256_of_file, write_text
 from comkd_cli.models.checkpoints import load_teacher
 
 ROOT = Path(__file__).parents[2]
-INTERRUPTED = 130
+INTERRUPTED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
+"""Exit codes of a run that was stopped, which saves a checkpoint where it can."""
 
 
 class Stopped(Exception):
@@ -134,7 +135,7 @@ class Study:
             [sys.executable, "-m", "comkd_cli", *words], cwd=self.out, env={**os.environ, "PYTHONPATH": path}
         )
         code = _wait(process)
-        if code in (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
+        if code in INTERRUPTED:
             raise Stopped(command)
         if code:
             raise ComkdError("failed", path=command, found=f"exit code {code}", remedy="see its message above")
