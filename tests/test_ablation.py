@@ -457,6 +457,18 @@ def test_each_cost_of_a_size_has_the_points_of_each_objective_and_the_teacher() 
     assert list(by_latency.lines[0].get_xdata()) == [0.001, 0.002]
 
 
+def test_an_unfinished_study_has_the_figures_that_it_has_runs_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [{"study": "objectives", "row": "refinement", "seed": 1, "figures": {"top1_percent": 70.0}}]
+    (tmp_path / "ablation.json").write_text(json.dumps({"runs": runs}))
+    monkeypatch.setattr("sys.argv", ["plots", str(tmp_path / "ablation.json"), str(tmp_path / "figures")])
+    plots.main()
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"objectives.svg"}
+    (by_parameters, _) = plots.sizes({"runs": [sized("feature_cosine", 1, 74.0)]}, {}).axes
+    assert [len(line.get_xdata()) for line in by_parameters.lines[:2]] == [1, 0]  # of labels, none
+
+
 def test_figures_show_every_seed_and_give_the_same_bytes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     top1 = {"refinement": 70.0, "comkd": 71.0}
     finished = [

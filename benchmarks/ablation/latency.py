@@ -10,7 +10,6 @@ misses it belong here too. Nothing else should run meanwhile.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any
 
 from benchmarks.ablation.pairs import CIFAR10
 from benchmarks.ablation.rows import BEST
-from benchmarks.ablation.running import ROOT, circumstances
+from benchmarks.ablation.running import circumstances, environment
 from comkd_cli.errors import ComkdError
 from comkd_cli.files import write_text
 
@@ -50,8 +49,7 @@ def measure(study: Path, student_file: Path) -> dict[str, Any]:
         out = Path(scratch) / "bundle"
         options = ["--precision", "fp32", "--precision", "int8", "--benchmark", *OPEN_GATE, "--out", str(out)]
         command = [sys.executable, "-m", "comkd_cli", "export", str(student_file), *options]
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        ended = subprocess.run(command, cwd=study, env={**os.environ, "PYTHONPATH": path}, check=False)
+        ended = subprocess.run(command, cwd=study, env=environment(), check=False)
         if ended.returncode:
             raise ComkdError("failed", path=student_file, found=f"exit code {ended.returncode}")
         manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))

@@ -4,8 +4,8 @@
 
 Writes FOLDER/objectives.svg, the top-1 of every seed of each objective beside the mean; FOLDER/images.svg, the mean
 over seeds by the number of unlabelled images at equal epochs; and FOLDER/size.svg, the mean by the student's
-parameters, multiply-adds and, with LATENCY.json of `benchmarks.ablation.latency`, latency in int8. The same results
-give the same bytes.
+parameters, multiply-adds and, with LATENCY.json of `benchmarks.ablation.latency`, latency in int8. A figure without a
+finished run is left out. The same results give the same bytes.
 """
 
 from __future__ import annotations
@@ -117,11 +117,10 @@ def sizes(document: Mapping[str, Any], seconds: Mapping[str, float]) -> Figure:
 
     seconds: of an image in int8, by the name of the student; without them that cost is left out.
     """
-    runs = {
-        (objective, student): [run["figures"] for run in document["runs"] if run["row"] == row_of(student, objective)]
-        for objective in (BEST, "labels")
-        for student in CIFAR10.students
-    }
+
+    def figures_of(row: str) -> list[Mapping[str, Any]]:
+        return [run["figures"] for run in document["runs"] if run["row"] == row]
+
     costs: dict[str, Callable[[str, Mapping[str, Any]], float | None]] = {
         "parameters": lambda _, figures: float(figures["parameters"]),
         "multiply-adds": lambda _, figures: float(figures["multiply_adds"]),
@@ -134,15 +133,17 @@ def sizes(document: Mapping[str, Any], seconds: Mapping[str, float]) -> Figure:
         for objective in (BEST, "labels"):
             points = {
                 student: (of_student, float(np.mean([each["top1_percent"] for each in figures])))
-                for (name, student), figures in runs.items()
-                if name == objective and figures and (of_student := cost(student, figures[0])) is not None
+                for student in CIFAR10.students
+                if (figures := figures_of(row_of(student, objective)))
+                and (of_student := cost(student, figures[0])) is not None
             }
-            axes.plot(*zip(*sorted(points.values()), strict=True), MARKERS[objective], label=NAMES[objective])
+            xs, ys = zip(*sorted(points.values()), strict=True) if points else ((), ())
+            axes.plot(xs, ys, MARKERS[objective], label=NAMES[objective])
             for student, point in points.items() if objective == BEST else ():
                 axes.annotate(
                     student.replace("_", " "), point, (0, 6), textcoords="offset points", ha="center", fontsize=8
                 )
-        axes.axhline(_teacher_top1(document), color=INK, linestyle="--", label="teacher")
+        axes.axhline(figures_of(BEST)[0]["teacher_top1_percent"], color=INK, linestyle="--", label="teacher")
         axes.set_xscale("log")
         axes.margins(x=0.2)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -155,11 +156,6 @@ def sizes(document: Mapping[str, Any], seconds: Mapping[str, float]) -> Figure:
     return figure
 
 
-def _teacher_top1(document: Mapping[str, Any]) -> float:
-    found: float = next(run["figures"]["teacher_top1_percent"] for run in document["runs"] if run["row"] == BEST)
-    return found
-
-
 def main() -> None:
     """Read the results and write the figures."""
     source, folder, *measured = map(Path, sys.argv[1:])
@@ -169,11 +165,12 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     whole = scores_of(document, "objectives")
     with matplotlib.rc_context(STYLE):
-        for name, figure in (
-            ("objectives", objectives(whole)),
-            ("images", images(scores_of(document, "images"), whole)),
-            ("size", sizes(document, seconds)),
-        ):
+        figures = {"objectives": objectives(whole)}
+        if scores := scores_of(document, "images"):
+            figures["images"] = images(scores, whole)
+        if BEST in whole:
+            figures["size"] = sizes(document, seconds)
+        for name, figure in figures.items():
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 

@@ -129,11 +129,8 @@ class Study:
         words = ["distill", f"recipes/{name}.yaml", *options, "--runs", "runs"]
         command = shlex.join(["comkd", *words])
         write_text(self.out / "recipes" / f"{name}.yaml", f"# {command}\n{as_yaml(recipe)}")
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         started = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "comkd_cli", *words], cwd=self.out, env={**os.environ, "PYTHONPATH": path}
-        )
+        process = subprocess.Popen([sys.executable, "-m", "comkd_cli", *words], cwd=self.out, env=environment())
         code = _wait(process)
         if code in INTERRUPTED:
             raise Stopped(command)
@@ -262,6 +259,12 @@ def as_yaml(fields: Mapping[str, Any]) -> str:
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     writer.dump(dict(fields), stream)
     return stream.getvalue()
+
+
+def environment() -> dict[str, str]:
+    """Of a process that imports this checkout's comkd in any folder."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}
 
 
 def circumstances() -> dict[str, Any]:
