@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def enlarge(source: Path, target: Path, count: int) -> None:
-    """Write the first images of each class in 500 x 500 pixels, `count` in all, unless they are there."""
+    """Write the first images of each class in 500 x 500 pixels, `count` in all, unless they exist."""
     classes = subfolders_of(source)
     for name in classes:
         (target / name).mkdir(parents=True, exist_ok=True)

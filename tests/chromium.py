@@ -105,7 +105,7 @@ class Tab:
         return self._browser.call(method, self._session, **parameters)
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression in the page, once it is there if it is a promise."""
+        """The value of a JavaScript expression in the page; of a promise, the value that it resolves to."""
         answer = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")

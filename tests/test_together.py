@@ -26,7 +26,7 @@ RUN = Path("tiny/few/seed1")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workshop")
     optim = {**tiny.OPTIM, "epochs": EPOCHS}
-    # With a worker, for a stop that is asked for reaches workers, too.
+    # With a worker, since a signal to stop reaches workers, too.
     data = {"folder": str(tiny.digits_folder(folder / "few", TRAIN, 60)), "workers": 1}
     recipe = tiny.recipe(data=data, optim=optim, teacher_cache={"views": 2, "dtype": "fp32"})
     with (folder / "tiny.yaml").open("w") as stream:
@@ -56,7 +56,7 @@ def one_process(workshop: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def two_processes(workshop: Path, one_process: Path) -> Path:
-    """The same by two, interrupted on the way and gone on with."""
+    """The same by two, interrupted on the way and resumed."""
     started = together.launch(2, "-m", "comkd_cli", "distill", "tiny.yaml", "--runs", "two", cwd=workshop)
     file = workshop / "two" / RUN / "metrics.jsonl"
     deadline = time.monotonic() + 200
@@ -88,7 +88,7 @@ def test_two_processes_end_where_one_does(one_process: Path, two_processes: Path
     assert first[0]["loss"] == pytest.approx(second[0]["loss"], rel=1e-3)
 
 
-def test_one_process_goes_on_where_two_were_stopped(workshop: Path, two_processes: Path) -> None:
+def test_one_process_resumes_what_two_began(workshop: Path, two_processes: Path) -> None:
     ended = alone(workshop, "distill", "tiny.yaml", "--runs", "two then one")
     assert ended.returncode == 0, ended.stderr
     assert "resuming from epoch" in ended.stderr

@@ -141,7 +141,7 @@ class Harness:
         return f"{kill.mode} after {ended.seconds:.3f} s: {phase}"
 
     def _check_whole(self, kind: Kind, expected: State) -> None:
-        """Raise Failure where a file or folder that is replaced at once is there in part."""
+        """Raise Failure if a file or folder that is replaced atomically is incomplete."""
         for name in kind.whole:
             found = part_of(state_of(self._root, ["work"]), name)
             if found and (lines := differences(found, part_of(expected, name))):

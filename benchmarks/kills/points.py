@@ -30,7 +30,7 @@ class Watch:
     kill_at: int | None = None
     """The operation, counted from 0, at which to die; None: never."""
     delay: float | None = None
-    """Seconds from then until death, in which the operation goes on; None: it does not take place."""
+    """Seconds from then until death, for which the operation continues; None: it does not take place."""
 
     def __call__(self) -> None:
         """Begin."""

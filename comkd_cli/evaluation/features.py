@@ -59,9 +59,9 @@ class FeatureStore:
     workers: int
     report: Report
     companions: tuple[Encoder, ...] = ()
-    """Models that will be asked for the same images: each image is decoded once for all."""
+    """Models that will encode the same images: each image is decoded once for all."""
     _ready: dict[str, Features] = field(default_factory=dict)
-    """Features of companions, by their file's name, until they are asked for."""
+    """Features of companions, by their file's name, until they are needed."""
 
     def features(self, encoder: Encoder, images: ImageSet, label: str) -> Features:
         """The features of a set, from the folder if they were computed before.

@@ -19,5 +19,5 @@ def input_size(model: Model) -> int:
         config = open_clip.get_model_config(model.arch)
     vision = (config or {}).get("vision_cfg")
     size = vision.get("image_size", DEFAULT) if isinstance(vision, dict) else None
-    # What no config says plainly is asked of the model itself: it is built on the meta device.
+    # What no config states is read from the model itself: it is built on the meta device.
     return size if isinstance(size, int) else outline_image_tower(model).preprocessing.size

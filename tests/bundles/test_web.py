@@ -313,7 +313,7 @@ def served(folder: Path, host: str = "127.0.0.1") -> Iterator[str]:
 
 
 def record_of(tab: Tab) -> dict[str, Any]:
-    """What the page leaves for programs, once it is there."""
+    """What the page leaves for programs, once it has written it."""
     record: dict[str, Any] = json.loads(tab.wait_for("document.getElementById('result')?.textContent"))
     return record
 

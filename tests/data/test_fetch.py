@@ -91,7 +91,7 @@ def test_a_file_that_is_not_what_the_hub_announced_is_refused(hub: tuple[str, ty
 
 
 @pytest.mark.slow
-def test_an_interrupted_download_goes_on_where_it_stopped(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
+def test_an_interrupted_download_resumes_where_it_stopped(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
     url, handler = hub
     content = eurosat("eurosat/", padding_bytes=30 * 2**20)  # the client writes 10 MiB at a time
     handler.files[f"{MIRROR}/eurosat.zip"] = content

@@ -127,7 +127,7 @@ def test_batches_depend_on_seed_and_epoch_and_not_on_what_was_loaded_before() ->
     assert order(loader(seed=2).epoch(0)) != order(epochs[0])
 
 
-def test_an_image_is_cropped_anew_in_each_epoch_and_by_its_name_not_its_place() -> None:
+def test_each_epoch_crops_an_image_differently_by_its_name_not_its_place() -> None:
     def crops(images: ImageSet, epoch: int) -> dict[str, torch.Tensor]:
         (batch,) = loader(images, batch_size=6).epoch(epoch)
         return {images.keys[i]: crop for i, crop in zip(batch.indices.tolist(), batch.inputs[0], strict=True)}

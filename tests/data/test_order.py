@@ -33,7 +33,7 @@ LENGTHS = [1 + (7 * n) % 11 for n in range(3 * WINDOW_RUNS + 5)]  # 53 runs, in 
 
 def test_images_that_are_no_shards_come_as_they_always_did() -> None:
     images = ImageSet(tuple(map(str, range(20))), None, black)
-    # Written down before there were shards: a saved run must go on with the order that it began with.
+    # Written down before there were shards: a run must resume with the order that it began with.
     expected = [16, 10, 12, 18, 9, 5, 4, 19, 14, 0, 15, 1, 3, 17, 7, 11, 2, 13, 8, 6]
     assert epoch_order(images, 7, 3)[:].tolist() == expected
     assert epoch_order(images, 7, 3)[4:7].tolist() == expected[4:7]

@@ -169,7 +169,7 @@ def test_keys_that_come_again_in_another_shard_get_the_shards_name(tmp_path: Pat
     assert str(caught.value.found).startswith("00000/00000000")
 
 
-def test_an_index_is_made_once_and_anew_for_a_changed_shard(three: list[Path], tmp_path: Path) -> None:
+def test_an_index_is_made_once_and_again_for_a_changed_shard(three: list[Path], tmp_path: Path) -> None:
     told: list[Event] = []
     home = tmp_path / "home"
     first = open_index(three, home, told.append)
@@ -185,7 +185,7 @@ def test_an_index_is_made_once_and_anew_for_a_changed_shard(three: list[Path], t
     assert sorted(path.name for path in home.iterdir()) == sorted([first.folder.name, changed.folder.name])
 
 
-def test_a_killed_indexing_goes_on_at_the_next_shard(
+def test_a_killed_indexing_resumes_at_the_next_shard(
     three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
@@ -229,7 +229,7 @@ def test_processes_that_make_the_same_index_at_once_do_not_disturb_one_another(
     assert [path.name for path in (tmp_path / "home").iterdir()] == [found[0].folder.name]
 
 
-def test_a_damaged_index_is_made_anew(three: list[Path], tmp_path: Path) -> None:
+def test_a_damaged_index_is_made_again(three: list[Path], tmp_path: Path) -> None:
     home = tmp_path / "home"
     whole = open_index(three, home, silent)
     expected, digest = list(shard_images(whole).keys), whole.digest

@@ -61,7 +61,7 @@ def row(precision: str, threads: int, batch: int, peak: int | None = 3 * 2**20) 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The cells that were asked for; each is measured as `row`."""
+    """The cells that were requested; each is measured as `row`."""
     cells: list[Any] = []
 
     def stand_in(cell: Any, _open: object) -> GraphRow:

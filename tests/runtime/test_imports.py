@@ -1,4 +1,4 @@
-"""What commands that train nothing leave out of their imports, and that it is there for those who use it."""
+"""What commands that train nothing do not import, and that the commands that need it do."""
 
 import json
 import subprocess

@@ -155,7 +155,7 @@ def test_a_signal_ends_the_block_with_cleanup_and_the_status_that_shells_report(
             send(number)
             time.sleep(10)
         finally:
-            send(number)  # as `timeout` sends it twice: the cleanup goes on
+            send(number)  # as `timeout` sends it twice: the cleanup continues
             time.sleep(0.01)
             cleaned.append(True)
     assert caught.value.exit_code == 128 + number

@@ -85,7 +85,7 @@ def test_a_tracker_that_is_not_installed_is_one_notice(tmp_path: Path, monkeypat
     assert len(read(tmp_path)["net/loss"]) == 3
 
 
-def test_a_tracker_that_fails_later_is_one_notice_and_the_run_goes_on(
+def test_a_tracker_that_fails_later_is_one_notice_and_the_run_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Failing:

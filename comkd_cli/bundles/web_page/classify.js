@@ -324,7 +324,7 @@ async function classify(file) {
   }
 }
 
-/** Show a picture and, as soon as the model is there, what it shows. */
+/** Show a picture and, as soon as the model has loaded, what it shows. */
 async function take(file) {
   const number = ++latest;
   publish(null);

@@ -33,7 +33,7 @@ def check_python() -> Check:
 
 
 def check_requirements() -> list[Check]:
-    """The packages that comkd requires: one row if all are there, otherwise one for each that is not."""
+    """The packages that comkd requires: one row if all are installed, otherwise one for each that is not."""
     try:
         lines = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
