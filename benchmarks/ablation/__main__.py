@@ -5,8 +5,8 @@
     python -m benchmarks.ablation --data FOLDER --out OTHER --pair transformers
 
 The studies are objectives, images, size, base_to_novel, tricks and long. --pair transformers is the paper's own regime:
-two CLIPs of transformers are trained on a part of the classes and frozen, and prompts alone are trained in both. FOLDER
-of --data holds train/ and test/ with a sub-folder for each class, such as CIFAR-10's. The teacher is trained once; each
+two CLIPs of transformers are trained on a part of the classes and frozen, and prompts alone are trained in both.
+--pair larger_teacher has the students of the first pair and a teacher of half as many parameters again. FOLDER of --data holds train/ and test/ with a sub-folder for each class, such as CIFAR-10's. The teacher is trained once; each
 row is an ordinary `comkd distill` over a recipe in OUT/recipes, and any of them can be repeated in OUT by the command
 in the recipe's first line. Started again, the study resumes. Weights are chosen by a grid on training images that the
 student is not trained on. Writes OUT/ablation.json and OUT/ablation.md after every run.
@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.ablation.pairs import PAIRS, Settings
 from benchmarks.ablation.rows import STUDIES, Row, grid_rows, pretraining, weights_name
-from benchmarks.ablation.running import Job, Stopped, Study, circumstances, jobs_of
+from benchmarks.ablation.running import Job, Stopped, Study, circumstances, jobs_of, searched_by
 from benchmarks.ablation.tables import grid_markdown, markdown, statistics_of
 from comkd_cli.errors import ComkdError
 from comkd_cli.files import write_text
@@ -76,7 +76,7 @@ def _run(study: Study, rows: Sequence[Row], jobs: Sequence[Job], adopted: Path |
     if adopted is not None:
         print(f"took over {study.adopt(json.loads(adopted.read_text(encoding='utf-8')))} finished runs from {adopted}")
     study.teach()
-    grid, chosen = study.choose()
+    grid, chosen = study.choose(searched_by(jobs))
     print(grid_markdown(grid, chosen), flush=True)
     failed = []
     for job in jobs:
@@ -133,7 +133,8 @@ def _write(study: Study, grid: Mapping[str, Mapping[str, float]], chosen: Mappin
 
 def _plan(study: Study, jobs: Sequence[Job], rate: float) -> str:
     """The runs, whether they are finished, and how long the others take at so many images a second."""
-    grid = [Job(row, 1) for rows in grid_rows(study.settings).values() for row in rows]
+    terms = searched_by(jobs)
+    grid = [Job(row, 1) for term, rows in grid_rows(study.settings).items() if term in terms for row in rows]
     lines, total = [f"{'run':60} {'images':>8} {'epochs':>6}  minutes"], 0.0
     for job in [*grid, *jobs]:
         images = job.row.images or study.settings.image_counts[-1] // (2 if job.row.half else 1)

@@ -128,4 +128,13 @@ TRANSFORMERS = replace(
 )
 """The paper's own regime at small size: both towers are transformers, frozen, and prompts alone are trained."""
 
-PAIRS = {"convnets": CIFAR10, "transformers": TRANSFORMERS}
+LARGER_TEACHER = replace(
+    CIFAR10,
+    teacher_config={
+        **CIFAR10.teacher_config,
+        "vision_cfg": {"image_size": 48, "layers": [2, 2, 1, 1], "width": 20, "head_width": 32},
+    },
+)
+"""The students of the first pair have at most a sixteenth of this teacher's image tower."""
+
+PAIRS = {"convnets": CIFAR10, "transformers": TRANSFORMERS, "larger_teacher": LARGER_TEACHER}

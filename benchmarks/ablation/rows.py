@@ -79,6 +79,15 @@ class Row:
     half: bool = False
     """Train on the images of the first half of the classes only, and classify the others too."""
 
+    @property
+    def searched(self) -> set[str]:
+        """The terms whose weights the grid chooses. One that stands alone has weight 1: AdamW is indifferent to the
+        scale of a loss."""
+        if len(self.terms) == 1:
+            return set()
+        terms = {"edu_attention" if name == CANDIDATES else name for name in self.terms}
+        return terms - self.weights.keys() - {"refinement"}
+
 
 def objective_rows(settings: Settings) -> list[Row]:
     """Every objective on all images."""
@@ -235,8 +244,7 @@ STUDIES = {
 def loss_of(row: Row, settings: Settings, chosen: Mapping[str, float]) -> dict[str, Any]:
     """The row's `loss`, as recipe fields. chosen: weights of terms, for those that the row does not give itself.
 
-    Refinement's weight is the number of classes: the KL divergence of an image then has weight 1. A term that stands
-    alone needs no choice, since AdamW is indifferent to the scale of a loss.
+    Refinement's weight is the number of classes: the KL divergence of an image then has weight 1.
     """
     loss: dict[str, Any] = {"refinement": None, "if_align": None, "edu_attention": None}
     for name in row.terms:
@@ -246,8 +254,7 @@ def loss_of(row: Row, settings: Settings, chosen: Mapping[str, float]) -> dict[s
             loss |= TERMS["edu_attention"].fields(chosen["edu_attention"])
             loss["edu_attention"]["memory"] = "candidates"
         else:
-            alone = len(row.terms) == 1
-            weight = row.weights[name] if name in row.weights else 1.0 if alone else chosen[name]
+            weight = chosen[name] if name in row.searched else row.weights.get(name, 1.0)
             loss |= TERMS[name].fields(weight)
     return loss
 

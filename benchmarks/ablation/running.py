@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -55,6 +55,11 @@ class Job:
 def jobs_of(rows: Sequence[Row], seeds: Sequence[int]) -> list[Job]:
     """Every row with the first seed, then with the second, so that the finished runs are balanced at any time."""
     return [Job(row, seed) for seed in seeds for row in rows if seed <= row.seeds]
+
+
+def searched_by(jobs: Sequence[Job]) -> set[str]:
+    """The terms whose weights a grid has to choose before these jobs."""
+    return {term for job in jobs for term in job.row.searched}
 
 
 class Study:
@@ -162,15 +167,17 @@ class Study:
         self._link_classes("pretraining", slice(self.settings.pretrained_classes))
         return "data/pretraining"
 
-    def choose(self) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    def choose(self, terms: Collection[str]) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
         """Each term's grid, as validation top-1 in percent by weight, and the weight that it chose.
 
-        Runs what is missing. The weight is the best one on training images that the student was not given, the least
-        of equals; the test images have no part in it.
+        Runs what is missing for these terms; other terms are included if their runs are finished. The weight is the
+        best one on training images that the student was not given, the least of equals; the test images have no part
+        in it.
         """
         grid = {
             term: {f"{row.weights[term]:g}": self.run(Job(row, 1), {})["figures"]["top1_percent"] for row in rows}
             for term, rows in grid_rows(self.settings).items()
+            if term in terms or all(self.record(Job(row, 1)) for row in rows)
         }
         return grid, {term: float(max(scores, key=lambda weight: scores[weight])) for term, scores in grid.items()}
 
