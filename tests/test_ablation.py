@@ -129,7 +129,9 @@ def test_equal_steps_show_as_many_images_as_all_of_them_do() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pair", "name", "least"), [("convnets", "comkd", 8), ("larger_teacher", "feature_cosine", 16)])
+@pytest.mark.parametrize(
+    ("pair", "name", "least"), [("convnets", "comkd", 8), ("larger_teacher", "feature_cosine", 16)]
+)
 def test_the_student_has_at_most_an_eighth_or_a_sixteenth_of_its_teachers_image_tower(
     pair: str, name: str, least: int
 ) -> None:

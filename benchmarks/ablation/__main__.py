@@ -5,11 +5,12 @@
     python -m benchmarks.ablation --data FOLDER --out OTHER --pair transformers
 
 The studies are objectives, images, size, base_to_novel, tricks and long. --pair transformers is the paper's own regime:
-two CLIPs of transformers are trained on a part of the classes and frozen, and prompts alone are trained in both.
---pair larger_teacher has the students of the first pair and a teacher of half as many parameters again. FOLDER of --data holds train/ and test/ with a sub-folder for each class, such as CIFAR-10's. The teacher is trained once; each
-row is an ordinary `comkd distill` over a recipe in OUT/recipes, and any of them can be repeated in OUT by the command
-in the recipe's first line. Started again, the study resumes. Weights are chosen by a grid on training images that the
-student is not trained on. Writes OUT/ablation.json and OUT/ablation.md after every run.
+two CLIPs of transformers are trained on a part of the classes and frozen, and prompts alone are trained in both. --pair
+larger_teacher has the students of the first pair and a teacher of half as many parameters again. FOLDER of --data holds
+train/ and test/ with a sub-folder for each class, such as CIFAR-10's. The teacher is trained once; each row is an
+ordinary `comkd distill` over a recipe in OUT/recipes, and any of them can be repeated in OUT by the command in the
+recipe's first line. Started again, the study resumes. Weights are chosen by a grid on training images that the student
+is not trained on. Writes OUT/ablation.json and OUT/ablation.md after every run.
 """
 
 from __future__ import annotations
