@@ -193,8 +193,8 @@ class ConfidenceFitter:
         found = fit_temperature(unseen.logits[: len(targets)], targets)
         if found is None:
             return 1.0, self._unfitted(
-                f"{len(targets)} images determine none, because nearly all answers are right, or nearly none is better "
-                "than chance"
+                f"it cannot be determined from {len(targets)} images, because nearly all answers are right, or nearly "
+                "none is better than chance"
             )
         fitted_to = "labels" if unseen.part.labels is not None else "teacher"
         return found, {"temperature": found, "fitted_to": fitted_to, "images": len(targets), "reason": None}
@@ -204,8 +204,8 @@ class ConfidenceFitter:
         value = fit_threshold(probabilities.max(axis=1), self._accept)
         if value is None:
             return confidence, self._no_threshold(
-                f"to accept {self._accept:g} % takes at least {least_images(self._accept)} unseen images beside the "
-                f"gate's, but there are {len(probabilities)}; lower --accept"
+                f"--accept {self._accept:g} needs at least {least_images(self._accept)} unseen images in addition to "
+                f"the gate's, but only {len(probabilities)} are available; lower --accept"
             )
         by_class = class_thresholds(probabilities, self._class_names, self._accept)
         document = {

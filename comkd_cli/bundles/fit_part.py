@@ -80,10 +80,17 @@ def read_negatives(folder: Path, parts: Parts, preprocessing: Preprocessing, rep
     others = [i for i, digest in enumerate(digests) if digest not in own]
     if not others:
         raise DataError(
-            "has images of the student's data alone", path=folder, remedy="give other images with --negatives"
+            "contains only images that the bundle is fitted to or checked on",
+            path=folder,
+            remedy="give other images with --negatives",
         )
     if shared := len(digests) - len(others):
-        report(Notice(f"{folder}: {shared} of {len(digests)} images are images of the student's data and are left out"))
+        report(
+            Notice(
+                f"{folder}: {shared} of {len(digests)} images are skipped, because the bundle is fitted to them or "
+                "checked on them"
+            )
+        )
     return _selected(part, digests, others)
 
 

@@ -104,7 +104,7 @@ def teacher_tower(student_file: Path, record: StudentRecord, allow_download: boo
         raise ExportError(
             f"--text needs the student's teacher: {error}",
             path=student_file,
-            remedy="keep the runs folder as it was, or export without --text",
+            remedy="restore the teacher's files in the runs folder, or export without --text",
         ) from error
     clip, length = teacher.clip, context_length(teacher.clip)
     tokenizer = tokenizer_data(clip, length)

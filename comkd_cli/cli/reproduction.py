@@ -191,8 +191,8 @@ class Reproduction:
         if costs is not None:
             size += sum(caches.values()) + costs.checkpoint_bytes
             output().print(
-                f"in all about {duration(seconds)} on this machine ({device}), and {size / 1e6:,.1f} MB in {self.runs} "
-                f"beside downloaded weights. {costs.line}",
+                f"In total about {duration(seconds)} on this machine ({device}) and {size / 1e6:,.1f} MB in "
+                f"{self.runs}, not counting downloaded weights. {costs.line}",
                 markup=False,
                 soft_wrap=True,
             )
@@ -282,7 +282,9 @@ class Reproduction:
         if write:
             path = self._write(comparisons, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
             if not self.as_json:
-                output().print(f"{path}: these tables; beside it the same as JSON", style="dim", markup=False)
+                output().print(
+                    f"tables written to {path} and, as JSON, to {path.with_suffix('.json')}", style="dim", markup=False
+                )
         failed = [item for item in self.items if item.problem is not None and not item.is_absent]
         if write and failed:
             lines = [f"{item.dataset}, seed {item.choice.seed}: {item.problem}" for item in failed]

@@ -30,9 +30,8 @@ def hold_out(source: Source, percent: float, fingerprint: Fingerprint, report: R
     if divided is None:
         report(
             Notice(
-                f"{source.name}: none of {len(source.train):,} images is held out ({FIELD} is {percent:g}), so that "
-                "agreement and gates will be measured on images that were learned from, not held out; raise it, or "
-                "give a test split"
+                f"{source.name}: none of {len(source.train):,} images is held out ({FIELD} is {percent:g}), so "
+                f"agreement and gates will be measured on training images; raise {FIELD}, or add a test split"
             )
         )
         return source
@@ -114,12 +113,13 @@ def _report_division(whole: Source, source: Source, report: Report) -> None:
     assert source.holdout is not None
     total, left, held = len(whole.train), len(source.train), len(source.test)
     text = (
-        f"{source.name}: {total - left:,} of {total:,} images are held out to measure on, and {left:,} are trained on"
+        f"{source.name}: {total - left:,} of {total:,} images are held out for evaluation, and {left:,} are used for "
+        "training"
     )
     if held < total - left:
         text += f"; the {held:,} of them that have labels are scored"
     elif source.test.labels is None and whole.train.labelled_count:
-        text += f"; fewer than {FEW} of them have labels, so that the agreement is measured on all and no accuracy"
+        text += f"; fewer than {FEW} of them have labels, so no accuracy is measured, but the agreement on all of them"
     if source.holdout.fingerprint == "size_and_time":
         text += (
             "; they are chosen by file name and size, since data.fingerprint reads no file: copies with other names "

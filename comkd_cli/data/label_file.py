@@ -110,7 +110,8 @@ class _Resolver:
         if len(found) == 1:
             return found.pop()
         if found:
-            problem, remedy = "the path names two images", "write it from the folder, or move the file into the folder"
+            problem = "the path matches two images, one relative to the image folder and one relative to this file"
+            remedy = f"write an absolute path, or move this label file into {self._folder}"
         else:
             problem = f"the path is no image of {self._folder}"
             remedy = "write it relative to the folder of images, or remove the line"
@@ -145,9 +146,8 @@ def read_label_file(path: Path) -> LabelFile:
             "is not valid CSV", path=path, field=f"line {line + 1}", found=str(error), remedy="correct the line"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            "the labels could not be read", path=path, found=str(error), remedy="save the file as UTF-8 text"
-        ) from error
+        remedy = "check that it is a file that you may read" if isinstance(error, OSError) else "save it as UTF-8 text"
+        raise DataError("the labels could not be read", path=path, found=str(error), remedy=remedy) from error
     if not rows:
         raise DataError("names no image", path=path, remedy="add a line for each labelled image: path,class")
     return LabelFile(path, tuple(rows))

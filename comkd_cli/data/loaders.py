@@ -103,11 +103,11 @@ def check_shares(batch_size: int, parts: int) -> None:
     least = parts * max(2, processes) if parts * processes > 1 else 1
     if batch_size < least:
         raise TrainingError(
-            f"too few images in a step for {processes} processes and {parts} parts",
+            f"too small for {processes} processes and {parts} gradient accumulation steps",
             field="batch_size",
             found=batch_size,
             allowed=f"at least {least}",
-            remedy="raise it, or use more images",
+            remedy="raise batch_size, use more images, or lower accumulation_steps",
         )
 
 

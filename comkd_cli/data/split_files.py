@@ -189,8 +189,8 @@ def _from_folders(dataset: Dataset, folder: Path) -> Splits:
             names = [(str(line), name) for line, (_, name) in enumerate(names)]
             if len(names) != dataset.classes:
                 notices.append(
-                    f"{dataset.name}: its folders are numbered by the lines of {path.name}, which has {len(names):,} "
-                    f"of {dataset.classes:,}; a shorter list than the published one numbers other classes"
+                    f"{dataset.name}: {path.name} has {len(names):,} lines instead of {dataset.classes:,}. The image "
+                    "folders are numbered by line, so images may get the names of other classes; use the published file"
                 )
         train, test = (), _listed_by_folders(folder, images, names, path, skipped)
     splits = _of_class_list(Splits(train, (), test), dataset, len(names), path)

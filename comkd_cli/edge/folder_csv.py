@@ -283,7 +283,7 @@ def _read_state(table: Path, path: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        problem = f"exists, and {path.name} does not say what it was written from"
+        problem = f"already exists and cannot be resumed, because {path.name} is missing or unreadable"
         raise CsvProblem(problem, path=table, remedy=RESTART) from error
     if not isinstance(state, dict) or state.get("format") != STATE_FORMAT or not _is_whole(state):
         raise CsvProblem(f"is not a state of format {STATE_FORMAT}", path=path, remedy=RESTART)

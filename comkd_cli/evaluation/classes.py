@@ -31,7 +31,7 @@ def check_classes(record: StudentRecord, source: Source, report: Report = ignore
     missing = [name for name, key in zip(trained, trained_keys, strict=True) if key not in data_keys]
     faults = []
     if added:
-        faults.append(f"it does not know {some(added)}")
+        faults.append(f"the student does not know {some(added)}")
     if missing:
         faults.append(f"the data lacks {some(missing)}")
     if not faults:
@@ -41,7 +41,7 @@ def check_classes(record: StudentRecord, source: Source, report: Report = ignore
                 faults = [f"their order differs: class {label + 1} is {name} for the student, and {other} in the data"]
                 break
     raise DataError(
-        f"{source.name}: the student was trained on {len(trained)} classes, and {'; '.join(faults)}",
-        remedy="use data with the classes that it was trained on, in their order (for a folder: a class list, with a "
-        "name per line)",
+        f"{source.name}: its classes do not match the student's {len(trained)} classes: {'; '.join(faults)}",
+        remedy="use data with the student's classes, in the same order (for a folder: give a class list, one name per "
+        "line)",
     )

@@ -106,8 +106,8 @@ def images_to_score(source: Source, report: Report) -> ImageSet:
         return source.test
     report(
         Notice(
-            f"{source.name} has no test images: agreement is measured on the training images, which are not held out, "
-            "without labels"
+            f"{source.name} has no test images: only agreement with the teacher is measured, on the training images "
+            "(not held out, labels ignored)"
         )
     )
     return replace(_some_of(source.train, report), labels=None)

@@ -137,9 +137,9 @@ def _encoder(student_file: Path, record: StudentRecord, allow_download: bool, re
         return class_encoder(record, student_file, allow_download, report)
     except (CheckpointError, ModelError) as error:
         raise CheckpointError(
-            f"classes are added with the text encoder of its teacher: {error}",
+            f"adding classes needs the text encoder of its teacher, which could not be loaded: {error}",
             path=student_file,
-            remedy=None if error.remedy else "keep the runs folder as it was, or try --allow-download",
+            remedy=None if error.remedy else "restore the teacher's files in the runs folder, or try --allow-download",
         ) from error
 
 
@@ -158,16 +158,16 @@ def _new_vectors(
     cosine = float(nn.functional.cosine_similarity(found, own).min()) if found.shape == own.shape else float("nan")
     if not cosine >= SAME_VECTORS_COSINE:
         raise CheckpointError(
-            "its class vectors are not those of its teacher's text encoder, so that a new one would not fit",
+            "the student's class vectors do not match its teacher's text encoder, so no class can be added",
             found=f"smallest cosine {cosine:.4f}",
             allowed=f"at least {SAME_VECTORS_COSINE}",
-            remedy="distil a student with all classes",
+            remedy="distil a new student with all classes",
         )
     vectors = encoder.vectors(names, report)
     for entry in _nearest((*record.class_names, *names), torch.cat([own_vectors, vectors]), len(names)):
         if entry.cosine > EQUAL_COSINE:
             raise DataError(
-                f"the text encoder reads it as {entry.nearest!r}",
+                f"the text encoder gives it the same vector as {entry.nearest!r}",
                 field=OPTION,
                 found=repr(entry.class_name),
                 remedy="use another name or --template",

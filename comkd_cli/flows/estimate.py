@@ -107,9 +107,10 @@ class Costs:
         """What was measured, in one sentence."""
         fixed, per_class = self.teacher_step
         return (
-            f"Measured with random weights: a step of the teacher {fixed:.3f} s and {per_class:.4f} s for each class, "
-            f"a step of the student {self.student_step:.3f} s, an image {self.teacher_features:.4f} s in the teacher, "
-            f"{self.student_features:.4f} s in the student and {self.decoding:.4f} s to decode."
+            f"Measured with random weights: {fixed:.3f} s for each step of the teacher plus {per_class:.4f} s for each "
+            f"class, {self.student_step:.3f} s for each step of the student; for each image "
+            f"{self.teacher_features:.4f} s in the teacher, {self.student_features:.4f} s in the student and "
+            f"{self.decoding:.4f} s to decode."
         )
 
     @property

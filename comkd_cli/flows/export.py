@@ -318,7 +318,7 @@ def _read_parts(record: StudentRecord, data_root: Path, options: ExportOptions, 
     int8, most = "int8" in options.precisions, options.check_images
     if gate.origin == "training" or (gate.origin == "test" and learns_from_test_images(record)):
         parts = read_parts(gate, others, record.preprocessing, most, int8, report)
-        return replace(parts, no_fit="there are no images that the student was not trained on")
+        return replace(parts, no_fit="the student was trained on every image; give others with --images")
     parts = with_fit_part(read_parts(gate, others, record.preprocessing, most + MOST_TO_FIT, int8, report), most)
     if gate.origin == "given" and parts.fit is not None:
         report(Notice(NOT_TRAINED_ON))

@@ -108,11 +108,11 @@ def _student(recipe: Recipe, tower: ImageTower, released: ReleasedStudent, ready
     width = released.projector_state["3.weight"].shape[0] if "3.weight" in released.projector_state else 0
     if width != vectors.shape[1]:
         raise ModelError(
-            "its projector does not end in the embedding of the recipe's teacher",
+            "the output width of its projector is not the embedding width of the recipe's teacher",
             path=path,
             found=width,
             allowed=[vectors.shape[1]],
-            remedy="set teacher to the one that it was distilled from",
+            remedy="set teacher to the model that this student was distilled from",
         )
     student = Student(tower.module, tower.width, vectors, released.log_scale.exp(), recipe.student, None)
     _load(student.projector, released.projector_state, path, "PromptKD's projector")

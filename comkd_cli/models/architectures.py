@@ -168,4 +168,4 @@ def download_refusal(error: Exception, source: str | None) -> str | None:
     missing = downloads.are_forbidden() and str(error).startswith("Required pretrained weights")
     if source is None or not (missing or downloads.was_refused(error)):
         return None
-    return f"{source} is not in the cache of this machine, and comkd downloads nothing that a student.pt names"
+    return f"{source} is not cached on this machine, and comkd does not download what a student.pt names by default"

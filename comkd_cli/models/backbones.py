@@ -135,9 +135,9 @@ def recompute_activations(tower: nn.Module) -> None:
     """
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in tower.modules()):
         raise ModelError(
-            "the image tower has batch norms, which would count each image twice",
+            "the image tower has batch norms, whose statistics would count each image twice",
             field="checkpointing",
-            remedy="leave it off",
+            remedy="set checkpointing: false",
         )
     if isinstance(tower, VisionTransformer):
         tower.set_grad_checkpointing(True)
@@ -146,7 +146,7 @@ def recompute_activations(tower: nn.Module) -> None:
         tower.trunk.set_grad_checkpointing(True)  # type: ignore[operator,union-attr]
     except (AttributeError, AssertionError) as error:  # what is no timm model, and timm's own refusals
         raise ModelError(
-            "the image tower has no support for it", field="checkpointing", remedy="leave it off"
+            "the image tower does not support it", field="checkpointing", remedy="set checkpointing: false"
         ) from error
 
 

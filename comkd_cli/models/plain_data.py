@@ -128,7 +128,7 @@ def load_plain(path: Path, expected: str, kind: str) -> dict[str, Any]:
         raise CheckpointError("could not be read: permission denied", path=path) from error
     except Exception as error:  # torch, zipfile and pickle raise many kinds
         raise CheckpointError(
-            f"is not {kind} that comkd saved: it is not a checkpoint of plain data", path=path
+            f"could not be loaded as {kind} saved by comkd: the file is damaged, or was not written by comkd", path=path
         ) from error
     found = data.get("format", "no format") if isinstance(data, dict) else type(data).__name__
     if isinstance(data, dict) and is_newer_format(data.get("format"), expected):

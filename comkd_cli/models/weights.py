@@ -255,9 +255,10 @@ def _other_kind(held: Mapping[str, Any], names: Collection[str]) -> Diagnosis | 
         )
     if any(name.startswith(TRANSFORMERS_PREFIXES) for name in names):
         return Diagnosis(
-            "its tensors have the names of the transformers library, and it is no whole CLIP",
-            "of its models CLIPModel and SiglipModel are converted; use the same model from open_clip: a tag of the "
-            "architecture, or arch: hf-hub:ORG/NAME of a repository with an open_clip_config.json",
+            "it is a checkpoint of the transformers library, but not a complete CLIPModel or SiglipModel, the only "
+            "ones that comkd converts",
+            "use the same model from open_clip: a tag of the architecture, or arch: hf-hub:ORG/NAME of a repository "
+            "with an open_clip_config.json",
         )
     return None
 

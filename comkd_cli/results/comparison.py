@@ -110,7 +110,7 @@ def table_of(comparison: Comparison) -> Table:
     figures = tuple(dict.fromkeys(cell.figure for cell in comparison.cells))
     heads = ["data"]
     for name in figures:
-        heads += [name, f"{name} ours", f"{name} +/-"]
+        heads += [name, f"{name} ours", f"{name} difference"]
     rows = []
     for dataset in dict.fromkeys(cell.dataset for cell in comparison.cells):
         row = [dataset]

@@ -219,7 +219,9 @@ def peer_error(error: RuntimeError) -> PeerError | None:
             remedy="rerun the same command to resume; if steps are slow, raise the recipe's collective_timeout_minutes",
         )
     if any(words in message for words in ENDINGS):
-        return PeerError("another rank exited", remedy="see its output")
+        return PeerError(
+            "another process of this run exited", remedy="see its output for the error, then rerun to resume"
+        )
     return None
 
 

@@ -68,8 +68,8 @@ def sole_writer(target: Path) -> Iterator[None]:
             raise InUseError(
                 "another process is writing it",
                 path=target,
-                found=lock.holder or "a process that is not known",
-                remedy="wait until it has ended, or stop it",
+                found=lock.holder or "unknown process",
+                remedy="wait for that process to finish, or stop it",
             )
         time.sleep(POLL_SECONDS)
     with lock.held():

@@ -87,7 +87,8 @@ def _check_distinct(
         other = first.setdefault(rows, label)
         if class_names[other] != class_names[label]:
             raise DataError(
-                f"{clip.origin.architecture} reads {len(rows[0])} tokens, in which two prompts are the same",
+                f"the prompts of two classes are identical in the {len(rows[0])} tokens that "
+                f"{clip.origin.architecture} reads",
                 field="data.template",
                 found=f"{texts[other]!r}, {texts[label]!r}",
                 remedy="shorten `data.template` or the class names, or raise context_length",

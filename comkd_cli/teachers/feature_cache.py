@@ -215,7 +215,9 @@ class TeacherCache:
             ) from error
         if not isinstance(found, dict) or {name: found.get(name) for name in meta} != meta:
             raise CheckpointError(
-                "does not match its directory", path=path, remedy=f"delete {self.folder} to rebuild the cache"
+                "was written for other settings or data, or by another version of comkd",
+                path=path,
+                remedy=f"delete {self.folder} to rebuild the cache",
             )
 
     def _allocate(self, name: str, dtype: type[np.generic], shape: tuple[int, ...], is_new: bool) -> None:

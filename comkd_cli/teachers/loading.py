@@ -79,7 +79,11 @@ def load_saved_teacher(
     """
     saved = load_teacher(path)
     if key is not None and saved.record.key != key:
-        raise CheckpointError("does not match its directory", path=path, remedy=f"delete {path.parent} to retrain it")
+        raise CheckpointError(
+            "was not trained with the settings and data that its folder's name stands for",
+            path=path,
+            remedy=f"delete {path.parent} to retrain it",
+        )
     sha256 = {"teacher": sha256_of_file(path)}
     if saved.prompts is not None:
         ready = teacher_of_prompted(saved_prompted(saved, path), class_names, device, path, report)

@@ -202,4 +202,9 @@ def _check_same_teacher(teacher: Teacher, student: Student, name: str) -> None:
             f"its logit scale is {float(teacher.logit_scale):.4g}, and the student's {float(student.logit_scale):.4g}"
         )
     if difference is not None:
-        raise CheckpointError("is not the teacher that the student was distilled from", path=name, found=difference)
+        raise CheckpointError(
+            "is not the teacher that the student was distilled from",
+            path=name,
+            found=difference,
+            remedy="restore the teacher that the student was distilled from, or distil again",
+        )

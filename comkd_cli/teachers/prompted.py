@@ -56,9 +56,9 @@ def _check_start_token(clip: Clip) -> None:
         empty, words = clip.tokenize(["", INITIAL_CONTEXT])
     if int(empty[0]) != int(words[0]):
         raise ModelError(
-            f"learned prompts follow a start token, which the tokenizer of {clip.origin.architecture} does not write",
+            f"prompts cannot be learned for {clip.origin.architecture}, because its tokenizer adds no start token",
             field="teacher.adapt",
-            remedy="use another method of adapt, or none",
+            remedy="use another teacher.adapt method, or adapt: none",
         )
 
 
@@ -168,8 +168,8 @@ def _with_released_prompts(clip: Clip, released: ReleasedTeacher, path: Path) ->
         prompted = prompted_clip(clip, vision_depth, text_depth, count)
     except ModelError as error:
         raise CheckpointError(
-            f"its prompts are {vision_depth} layers deep in the image encoder and {text_depth} in the text encoder, "
-            f"more than {clip.origin.architecture} has",
+            f"its prompts ({vision_depth} layers in the image encoder, {text_depth} in the text encoder) do not fit "
+            f"{clip.origin.architecture}: {error.problem}",
             path=path,
             remedy="set teacher.arch to the architecture that it was trained on",
         ) from error

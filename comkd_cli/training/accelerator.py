@@ -36,7 +36,7 @@ def make_accelerator(precision: str) -> Accelerator:
         raise TrainingError("needs a GPU", field="precision", found="fp16", remedy="use bf16 or fp32 on a CPU")
     if accelerator.num_processes != ranks.world_size():
         raise TrainingError(
-            f"the launcher reports {ranks.world_size()} processes and accelerate {accelerator.num_processes}",
+            f"the launcher reports {ranks.world_size()} processes, but accelerate uses {accelerator.num_processes}",
             remedy="start comkd with torchrun or `accelerate launch`",
         )
     if accelerator.device.type == "cpu":

@@ -19,8 +19,8 @@ from comkd_cli.training.task import Task
 MOST_IMAGES = 8
 """Named in an error."""
 REMEDY = (
-    "lower the learning rate, set clip_gradient_norm, or use precision fp32 or bf16, and start with --fresh; the last "
-    "checkpoint is kept"
+    "lower the learning rate, set clip_gradient_norm, or use precision fp32 or bf16, then rerun with --fresh to train "
+    "from scratch; the last checkpoint is kept until then"
 )
 
 

@@ -134,7 +134,7 @@ def test_labels_that_are_all_right_determine_no_temperature() -> None:
     right = replace(unseen, part=replace(unseen.part, labels=unseen.logits.argmax(axis=1)))
     fitted, _ = fit(answered(1), right)
     assert fitted.confidence.temperature == 1
-    assert "300 images determine none" in fitted.calibration["reason"]
+    assert "cannot be determined from 300 images" in fitted.calibration["reason"]
 
 
 def test_negatives_are_measured_and_change_nothing() -> None:

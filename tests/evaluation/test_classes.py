@@ -54,9 +54,9 @@ def test_spellings_of_the_same_classes_in_the_same_order_pass(known: tuple[str, 
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (("bee", "cat", "dog", "fox"), "trained on 3 classes, and it does not know bee$"),
-        (("cat", "dog"), "and the data lacks fox$"),
-        (("cat", "dog", "owl"), "it does not know owl; the data lacks fox$"),
+        (("bee", "cat", "dog", "fox"), "the student's 3 classes: the student does not know bee$"),
+        (("cat", "dog"), ": the data lacks fox$"),
+        (("cat", "dog", "owl"), "the student does not know owl; the data lacks fox$"),
         (("cat", "fox", "dog"), "their order differs: class 2 is dog for the student, and fox in the data$"),
         (("cat", "dog", "fox", "fox"), "their number differs"),
     ],
@@ -64,6 +64,6 @@ def test_spellings_of_the_same_classes_in_the_same_order_pass(known: tuple[str, 
 def test_classes_that_differ_are_named(found: tuple[str, ...], message: str) -> None:
     with pytest.raises(DataError) as caught:
         check(("cat", "dog", "fox"), found)
-    assert caught.value.problem.startswith("pets: the student was trained on 3 classes, and ")
+    assert caught.value.problem.startswith("pets: its classes do not match the student's 3 classes: ")
     assert re.search(message, caught.value.problem)
     assert "class list" in str(caught.value.remedy)

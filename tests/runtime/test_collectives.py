@@ -148,7 +148,7 @@ def test_a_process_that_ends_is_told_to_the_others_at_once(start: Start) -> None
     print(failure(work))
     """
     said, trouble = start(code)[0].communicate(timeout=60)
-    assert said.startswith("PeerError: another rank exited"), trouble
+    assert said.startswith("PeerError: another process of this run exited"), trouble
 
 
 @long

@@ -87,13 +87,13 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     """Score students beside their teachers, or any CLIP, on test images.
 
     MODEL is a student.pt, or ARCH:WEIGHTS for any open_clip model (then choose the images with --dataset, --all or
-    --folder). Left out, the newest finished students of each dataset under RUNS are scored. Each image passes
+    --folder). Without MODEL, the newest finished students of each dataset under RUNS are scored. Each image passes
     through a model once: features are kept in RUNS/features, and every protocol is derived from them.
     Students get a report.html beside results.json.
 
-    The records are added to results.json; of the same score the latest counts. A model or dataset that cannot be
-    scored is named, the others are scored, and the exit code is 1. A dataset of --all that is missing is named and
-    does not change the exit code.
+    New scores are added to results.json and replace earlier scores of the same kind. If a model or dataset fails, the
+    error is printed, the others are still scored, and the exit code is 1. With --all, missing datasets are listed but
+    do not change the exit code.
     """
     selected = _select(datasets, whole_suite, folder, classes, template)
     from comkd_cli.cli.terminal import reporting, starting

@@ -83,8 +83,8 @@ def _positive(_context: click.Context, parameter: click.Parameter, value: float 
     type=float,
     callback=_positive,
     metavar="MS",
-    help="Leave out a precision that takes longer for one image on one thread, as --benchmark measures it here; with "
-    "--batch, an image's share of the batch.",
+    help="Leave out precisions that take longer than this for an image on one thread of this machine; with --batch, "
+    "the time of a batch divided by its size.",
 )
 @click.option(
     "--min-speedup",
@@ -105,7 +105,7 @@ def _positive(_context: click.Context, parameter: click.Parameter, value: float 
 @click.option(
     "--negatives",
     type=click.Path(file_okay=False, exists=True, path_type=Path),
-    help="Folder of images of none of the classes, on which the threshold is measured; it does not change it.",
+    help="Folder of images that show none of the classes: reports how many the threshold wrongly accepts.",
 )
 @click.option(
     "--opset", type=click.IntRange(min=13), default=20, show_default=True, help="Version of the ONNX operators."
@@ -115,8 +115,8 @@ def _positive(_context: click.Context, parameter: click.Parameter, value: float 
     "inputs",
     type=click.Choice(INPUTS),
     multiple=True,
-    help="Add graphs that prepare their images: `pixels` takes uint8 of the model's size, `image` of any size; may be "
-    "repeated.",
+    help="Also export graphs that include the pre-processing: `pixels` takes uint8 images of the model's size, `image` "
+    "of any size; may be repeated.",
 )
 @click.option(
     "--batch", type=click.IntRange(min=1), help="Fix the length of batches and every shape. Default: any length."
@@ -211,7 +211,7 @@ def _print_outcome(target: Path, manifest: dict[str, Any], failed: dict[str, str
         _print_bundle(target, manifest)
     if failed:
         reasons = "\n".join(f"  {name}: {why}" for name, why in failed.items())
-        raise ExportError(f"without {', '.join(failed)}, which failed:\n{reasons}", path=target)
+        raise ExportError(f"the bundle was written without {', '.join(failed)}, which failed:\n{reasons}", path=target)
 
 
 def _gates(settings: tuple[str, ...]) -> dict[str, Gate]:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @click.option(
     "--benchmark",
     is_flag=True,
-    help="Time BUNDLE on this machine: pre-processing of IMAGE, or of one it makes, and each precision.",
+    help="Time the pre-processing of IMAGE (default: a generated image) and each precision on this machine.",
 )
 @click.option(
     "--seconds",

@@ -34,7 +34,7 @@ def _names(_context: click.Context, _parameter: click.Parameter, values: tuple[s
     "protocol", type=click.Choice(("base-to-novel", "cross-dataset", "domain-generalization")), metavar="PROTOCOL"
 )
 @click.option(
-    "--method", type=click.Choice(tuple(SETTINGS)), default="comkd", show_default=True, help="Whose students to train."
+    "--method", type=click.Choice(tuple(SETTINGS)), default="comkd", show_default=True, help="Method to reproduce."
 )
 @click.option("--seeds", callback=numbers, default="1,2,3", show_default=True, help="Seeds of the students.")
 @click.option(
@@ -74,10 +74,9 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     """Run PROTOCOL as the papers do: adapt teachers, distil students, score them, compare with the published table.
 
     PROTOCOL is base-to-novel, cross-dataset or domain-generalization.
-    First prints the runs that are left, and how long they will take on this machine and how much disk, from a step
-    that is measured. An interrupted command is resumed by the same command, which skips what is finished. A dataset
-    that is missing is a row that says so. The runs are those of `comkd distill RECIPE --dataset NAME --seed K`; the
-    tables are also written to RUNS/reproduce.
+    The command first times one training step, then prints the remaining runs with the time and disk space that they
+    will need on this machine. Rerun it to resume: finished runs are skipped. Missing datasets are marked in the tables.
+    The runs are those of `comkd distill RECIPE --dataset NAME --seed K`; the tables are also written to RUNS/reproduce.
     """
     from comkd_cli.cli.terminal import starting
     from comkd_cli.errors import MisuseError

@@ -188,12 +188,12 @@ def check_labels(source: Source, method: str) -> None:
     """Raise DataError where the images to train a teacher on have no labels."""
     if source.train.labels is None or len(source.train) < 2:
         raise DataError(
-            "training a teacher needs labels, and the training images have none",
+            "adapting a teacher needs at least 2 labelled training images",
             path=source.name,
             field="teacher.adapt",
             found=method,
-            remedy="sort them into a sub-folder of train/ for each class, name some in a file (`data.labels`), or use "
-            "a pretrained teacher with adapt: none",
+            remedy="sort the training images into one sub-folder of train/ per class, list labels in a file "
+            "(`data.labels`), or use a pretrained teacher with teacher.adapt: none",
         )
 
 

@@ -115,10 +115,11 @@ class Run:
         """Raise ModelError where the student starts from the file that the run itself writes, or is a released one."""
         if self.recipe.student.format == "promptkd":
             raise ModelError(
-                "a released student is not trained",
+                "comkd distill does not train a student in this format",
                 field="student.format",
                 found=self.recipe.student.format,
-                remedy="turn it into a student.pt with `comkd import-student`; `student.weights` can then name that",
+                remedy="convert it to a student.pt with `comkd import-student`, then set student.weights to that file "
+                "and remove student.format",
             )
         weights = self.recipe.student.weights
         if weights is not None and Path(weights).expanduser().resolve() == self.student_file.resolve():

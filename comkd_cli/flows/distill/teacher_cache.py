@@ -25,9 +25,9 @@ def precompute(run: Run, teacher: TeacherSource, accelerator: Accelerator, repor
     """
     if run.recipe.teacher_cache is None:
         raise MisuseError(
-            "--precompute fills the teacher cache, and the recipe has none",
+            "--precompute needs a teacher cache, but the recipe does not enable one",
             field="teacher_cache",
-            remedy="set teacher_cache.views",
+            remedy="set teacher_cache.views in the recipe",
         )
     run.check_images()
     ready = teacher.prepare()

@@ -44,10 +44,12 @@ class TextTeacher:
         cosine = float(nn.functional.cosine_similarity(found, own).min()) if found.shape == own.shape else float("nan")
         if not cosine >= SAME_VECTORS_COSINE:
             raise CheckpointError(
-                "its class vectors are not those of its teacher's text encoder",
+                "the student's class vectors do not match its teacher's text encoder, so that encoder cannot be "
+                "distilled for it",
                 path=file,
                 found=f"smallest cosine {cosine:.4f}",
                 allowed=f"at least {SAME_VECTORS_COSINE}",
+                remedy="restore the teacher that the student was distilled from, or distil a new student",
             )
         merges = bpe_merges(encoder.clip)
         encoder.move_to(device)
