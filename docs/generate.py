@@ -53,9 +53,9 @@ def recipe_page() -> str:
         " at once. `extends: other.yaml` starts from another recipe (a file beside it, or a bundled one) and merges "
         "this one into it, mapping by mapping; lists and a model's `config` are replaced whole, and naming another "
         "kind of thing (a `folder` or `shards` over a `dataset`, another `adapt`, `optim.name`, `arch` or `config`) "
-        "drops the fields of the old one. `--set key.path=value` does the same from the command line. `null` "
-        "switches an optional part off. `for_dataset: {dtd: {...}}` holds the fields that differ for single "
-        "datasets.\n",
+        "drops the fields of the old one; `data.images` stays over a `folder`. `--set key.path=value` does the same "
+        "from the command line. `null` switches an optional part off. `for_dataset: {dtd: {...}}` holds the fields "
+        "that differ for single datasets.\n",
         "Sources of defaults: [P] the ComKD-CLIP paper, [K] PromptKD, [S] PromptSRC, [C] this project's choice.\n",
         "## Bundled\n",
         "| recipe | about |\n|---|---|",

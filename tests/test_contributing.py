@@ -190,10 +190,10 @@ def test_the_hooks_are_the_commands_of_make_check() -> None:
     assert {hook["language"] for hook in hooks} == {"system"}
 
 
-def test_the_overview_names_every_room_and_files_that_exist() -> None:
+def test_the_overview_names_every_package_and_files_that_exist() -> None:
     overview = TEXT.split("imports only point down.\n")[1].split("\n\n")[0]
-    rooms = dict(re.findall(r"^ +(\w+) .* (\S+\.py)$", overview, re.M))
+    packages = dict(re.findall(r"^ +(\w+) .* (\S+\.py)$", overview, re.M))
     package = ROOT / "comkd_cli"
-    assert set(rooms) == {path.parent.name for path in package.glob("*/__init__.py")}
-    for room, file in rooms.items():
-        assert (package / room / file).is_file(), f"{room}/{file}"
+    assert set(packages) == {path.parent.name for path in package.glob("*/__init__.py")}
+    for name, file in packages.items():
+        assert (package / name / file).is_file(), f"{name}/{file}"

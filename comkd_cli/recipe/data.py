@@ -26,10 +26,10 @@ class Images(Closed):
     orient: bool = True
     """Apply the EXIF orientation. PromptKD's code does not."""
     alpha: Literal["white", "drop"] = "white"
-    """Of transparent pixels: `white` composites them on white, `drop` shows the colours that they are stored with, as
+    """Transparent pixels: `white` composites them on white, `drop` shows the colours that they are stored with, as
     PromptKD's code does."""
     grey16: Literal["scale", "clip"] = "scale"
-    """Of 16-bit grey: `scale` maps its levels to 8 bits, `clip` makes every level above 255 white, as PromptKD's code
+    """16-bit grey: `scale` maps its levels to 8 bits, `clip` makes every level above 255 white, as PromptKD's code
     does."""
 
 
@@ -148,7 +148,7 @@ class RandAugment(Closed):
     operations: Annotated[int, Field(ge=1, le=10)] = 2
     """Changes of each crop, drawn from 14 kinds."""
     magnitude: Annotated[int, Field(ge=0, le=30)] = 9
-    """Of each change; 30 is the largest."""
+    """Strength of each change; 30 is the largest."""
 
 
 class Mix(Closed):

@@ -13,37 +13,37 @@ class Refinement(Closed):
     """KL divergence from the teacher's class probabilities to the student's."""
 
     weight: Weight = 1000.0
-    """Of KL summed over classes and divided by (images x classes) [K]."""
+    """Weight of the KL divergence, summed over classes and divided by (images x classes) [K]."""
     temperature: Positive = 1.0
-    """Both logits are divided by it [K]."""
+    """Temperature that the teacher's and the student's logits are divided by [K]."""
 
 
 class IFAlign(Closed):
     """L1 distance of the batch means and variances of teacher and student image features."""
 
     weight: Weight = 1.0
-    """Of the sum over the feature dimensions [C]."""
+    """Weight of the sum over the feature dimensions [C]."""
 
 
 class FeatureMse(Closed):
     """Mean squared difference of teacher and student image features, as in CLIP-KD's feature distillation."""
 
     weight: Weight = 2000.0
-    """Of the mean over images and dimensions (CLIP-KD's code)."""
+    """Weight of the mean over images and dimensions (CLIP-KD's code)."""
 
 
 class FeatureCosine(Closed):
     """One less the cosine of teacher and student image features."""
 
     weight: Weight = 1.0
-    """Of the mean over the images; `feature_mse` is 2 / dimensions times this term [C]."""
+    """Weight of the mean over the images; `feature_mse` is 2 / dimensions times this term [C]."""
 
 
 class Labels(Closed):
     """Cross-entropy on the labels of the training images that have one."""
 
     weight: Weight = 1.0
-    """Of the mean over the labelled images of a batch [C]."""
+    """Weight of the mean over the labelled images of a batch [C]."""
 
 
 class EduAttention(Closed):

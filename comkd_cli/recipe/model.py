@@ -89,15 +89,15 @@ class Recipe(Closed):
     """One distillation: the images, the teacher, the student, and how the student is trained."""
 
     schema_version: Annotated[Literal[1], BeforeValidator(_only_integer)] = SCHEMA_VERSION
-    """Of this format. A recipe with a newer one than comkd knows is refused."""
+    """Version of the recipe format. A recipe with a newer one than comkd knows is refused."""
     about: str = ""
     """A description in one line."""
     seed: Annotated[int, Field(ge=0)] = 1
-    """Of the student: its random weights, the order of the images and their crops."""
+    """Seed of the student: its random weights, the order of the images and their crops."""
     data: Data
     """The images and the classes."""
     augment: Augment = Augment()
-    """Of the training images, for teacher and student alike."""
+    """Augmentation of the training images, for teacher and student alike."""
     teacher: Teacher
     """The large model."""
     student: Student
@@ -125,7 +125,7 @@ class Recipe(Closed):
     """Compile the student's backbone and the teacher's image tower with torch.compile. The first steps take minutes,
     later ones less: worth it on GPUs. Needs a C++ compiler; results differ by rounding."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the forward and backward passes; losses and weights are always fp32."""
+    """Precision of the forward and backward passes; losses and weights are always fp32."""
     collective_timeout_minutes: Annotated[float, Field(gt=0, le=MINUTES_A_WEEK)] = 30.0
     """How long one of several processes waits for the others in a step before the run fails, at most a week.
     Downloads, indexing and saving have no limit [C]."""
@@ -139,8 +139,9 @@ class Recipe(Closed):
     """How often a checkpoint is saved within an epoch, of teacher and student: what a kill or a power loss costs. One
     is saved at the end of each epoch too, and where the run is stopped; the last two are kept [C]."""
     evaluate_every_epochs: Annotated[int, Field(ge=0)] = 1
-    """Epochs between scores of the test images, where they have labels; 0 scores at the end only. Scores are always
-    computed in fp32, as by `comkd evaluate`; `selection: promptkd` needs a score after every epoch."""
+    """Epochs between scores of the test or held-out images (top-1, or agreement where they have no labels); 0 scores at
+    the end only. Scores are always computed in fp32, as by `comkd evaluate`; `selection: promptkd` needs a score after
+    every epoch."""
 
     @model_validator(mode="after")
     def _learns_its_own_words(self) -> Recipe:

@@ -13,7 +13,7 @@ class _InParts(Closed):
     """A batch that may be divided into parts (gradient accumulation)."""
 
     batch_size: BatchSize = 8
-    """Images of a step, over all processes [K]."""
+    """Images per step, over all processes [K]."""
     accumulation_steps: Count = 1
     """Gradient accumulation: parts that a batch is divided into, to save memory. IFAlign's and BatchNorm's statistics
     are then those of a part [C]."""
@@ -60,7 +60,7 @@ class AdamW(_InParts):
     weight_decay: Weight = 0.05
     """Not applied to biases, norms, prompts and other vectors [C]."""
     batch_size: BatchSize = 128
-    """Images of a step, over all processes [C]."""
+    """Images per step, over all processes [C]."""
     epochs: Count = 20
     """Passes over the training images [C]."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 1

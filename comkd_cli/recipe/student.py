@@ -34,8 +34,8 @@ class Student(Model):
     and `train`, from which the new run starts: every tensor of the same name and shape is loaded, and a notice names
     the rest. Default: random weights."""
     format: Literal["clip", "promptkd"] = "clip"
-    """Of the file in `weights`: `promptkd` is a student as PromptKD's code saves it, which `comkd import-student` turns
-    into a student.pt without training. It is read without running code from it."""
+    """Format of the file in `weights`: `promptkd` is a student as PromptKD's code saves it, which `comkd
+    import-student` turns into a student.pt without training. It is read without running code from it."""
     train: Literal["prompts", "full"] = "prompts"
     """`prompts` trains vision prompts in a frozen backbone; `full` trains every weight."""
     shots: Count | None = None

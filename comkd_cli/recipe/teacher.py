@@ -27,7 +27,7 @@ class FullAdapt(AdamW):
     method: Literal["full"] = "full"
     """`full`"""
     seed: Annotated[int, Field(ge=0)] = 1
-    """Of the teacher only, so that students of several seeds share one teacher."""
+    """Seed of the teacher only, so that students of several seeds share one teacher."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target that is spread over all classes [C]."""
 
@@ -54,7 +54,7 @@ class PromptSrcAdapt(Sgd):
     shots: Count | None = 16
     """Labelled images of each class, drawn with `seed`; null takes all [S]."""
     seed: Annotated[int, Field(ge=0)] = 1
-    """Of the draw, the prompts and the order; students of several seeds share one teacher."""
+    """Seed of the draw, the prompts and the order; students of several seeds share one teacher."""
     tokens: Count = 4
     """Learned tokens at each prompted layer of either encoder [P]."""
     vision_depth: Count = 9
@@ -62,11 +62,11 @@ class PromptSrcAdapt(Sgd):
     text_depth: Count = 9
     """Prompted layers of the text encoder [P]."""
     text_weight: Weight = 25.0
-    """Of the L1 distance between prompted and frozen text features [S]."""
+    """Weight of the L1 distance between prompted and frozen text features [S]."""
     image_weight: Weight = 10.0
-    """Of the L1 distance between prompted and frozen image features [S]."""
+    """Weight of the L1 distance between prompted and frozen image features [S]."""
     logits_weight: Weight = 1.0
-    """Of the KL divergence between frozen and prompted logits [S]."""
+    """Weight of the KL divergence between frozen and prompted logits [S]."""
     gaussian: Gaussian | None = Gaussian()
     """Average of the prompts over the epochs; null keeps those of the last epoch [S]."""
     classes_at_once: Count = 64
@@ -84,7 +84,7 @@ class LinearProbeAdapt(Closed):
     validation_percent: Annotated[float, Field(gt=0, lt=100)] = 20.0
     """Share of each class's labelled images that choose the strength: at least one, and never all [C]."""
     seed: Annotated[int, Field(ge=0)] = 1
-    """Of the draw of the validation images; students of several seeds share one teacher."""
+    """Seed of the draw of the validation images; students of several seeds share one teacher."""
 
 
 Adapt = Annotated[
@@ -101,8 +101,8 @@ class Teacher(Model):
     """Stage 1: `none` keeps the zero-shot teacher, `linear_probe` fits its class vectors to the labelled images,
     `promptsrc` learns prompts from a few of them, `full` trains every weight on all of them."""
     format: Literal["clip", "promptsrc"] = "clip"
-    """Of the file in `weights`: `clip` is read by open_clip; `promptsrc` is a checkpoint with prompts, as PromptSRC and
-    PromptKD publish their teachers. It is read without running code from it."""
+    """Format of the file in `weights`: `clip` is read by open_clip; `promptsrc` is a checkpoint with prompts, as
+    PromptSRC and PromptKD publish their teachers. It is read without running code from it."""
     backbone_weights: str | None = None
     """With `format: promptsrc`: the CLIP that the prompts were learned on, an open_clip tag or a file, for the
     table of word embeddings that such checkpoints lack. Default: `openai`."""
@@ -141,7 +141,7 @@ class TeacherCacheSettings(Closed):
     views: Count = 20
     """Crops of an image: epoch e shows crop e mod views. With as many as epochs, no crop repeats [C]."""
     seed: Annotated[int, Field(ge=0)] = 1
-    """Of the crops, instead of the recipe's seed, so that students of several seeds share them [C]."""
+    """Seed of the crops, instead of the recipe's seed, so that students of several seeds share them [C]."""
     dtype: Literal["fp16", "fp32"] = "fp16"
-    """Of the cached features. With fp32, as many views as epochs and the recipe's seed, a run matches an uncached run
-    [C]."""
+    """Data type of the cached features. With fp32, as many views as epochs and the recipe's seed, a run matches an
+    uncached run [C]."""
