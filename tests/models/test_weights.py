@@ -73,8 +73,8 @@ def test_the_remedy_for_a_wrapped_file_is_a_command_that_works(
     assert caught.value.path == path
     assert "\n" not in str(caught.value)
     run_remedy(caught.value)
-    mended = Model(config=tiny.CLIP, weights=str(tmp_path / "my weights-plain.pt"))
-    assert state_sha256(build_clip(mended).model) == state_sha256(clip)
+    fixed = Model(config=tiny.CLIP, weights=str(tmp_path / "my weights-plain.pt"))
+    assert state_sha256(build_clip(fixed).model) == state_sha256(clip)
 
 
 def test_a_wrapped_safetensors_file_has_a_remedy_that_works(clip: torch.nn.Module, tmp_path: Path) -> None:
@@ -83,8 +83,8 @@ def test_a_wrapped_safetensors_file_has_a_remedy_that_works(clip: torch.nn.Modul
     with pytest.raises(ModelError, match=r"after `clip\.`") as caught:
         build_clip(Model(config=tiny.CLIP, weights=str(path)))
     run_remedy(caught.value)
-    mended = Model(config=tiny.CLIP, weights=str(tmp_path / "w-plain.pt"))
-    assert state_sha256(build_clip(mended).model) == state_sha256(clip)
+    fixed = Model(config=tiny.CLIP, weights=str(tmp_path / "w-plain.pt"))
+    assert state_sha256(build_clip(fixed).model) == state_sha256(clip)
 
 
 def test_a_wrapped_file_of_a_tower_has_a_remedy_too(clip: Any, tmp_path: Path) -> None:
