@@ -96,7 +96,7 @@ def test_one_model_that_fails_is_named_and_the_others_are_scored(home: Path) -> 
     finally:
         broken.unlink()
     assert scored.returncode == 1
-    assert "runs/broken/letters/seed1/student.pt: is not a student" in scored.stderr
+    assert "runs/broken/letters/seed1/student.pt: could not be loaded as a student" in scored.stderr
     assert "Traceback" not in scored.stderr
     document = json.loads(scored.stdout)
     assert {r["dataset"] for r in document["records"]} == {"digits", ODD}

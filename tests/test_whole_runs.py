@@ -194,8 +194,8 @@ def test_shards_of_a_server_are_planned_fetched_learned_from_scored_and_exported
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("evaluate", "tiny.yaml"), "is not a student"),
-        (("export", "tiny.yaml"), "is not a student"),
+        (("evaluate", "tiny.yaml"), "could not be loaded as a student"),
+        (("export", "tiny.yaml"), "could not be loaded as a student"),
         (("distill", "tiny.yaml", "--set", "data.folder=nowhere"), "no such file or folder: nowhere, data/nowhere"),
         (("predict", ".", "one.png"), "no manifest.json"),
     ],

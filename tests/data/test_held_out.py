@@ -102,7 +102,7 @@ def test_a_share_that_holds_out_nothing_is_said_and_changes_nothing(photos: Path
     events: list[Event] = []
     source = opened(data_of(photos, holdout_percent=1e-9), events)
     assert (len(source.train), source.test, source.holdout) == (UNLABELLED, None, None)
-    assert "not held out" in notices(events)
+    assert "measured on training images" in notices(events)
 
 
 def test_a_share_that_leaves_too_few_to_train_on_is_refused(photos: Path) -> None:

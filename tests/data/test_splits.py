@@ -394,7 +394,7 @@ def test_folders_numbered_by_lines_do_not_shift_either(tmp_path: Path) -> None:
         read_splits(dataset, tmp_path)
     assert caught.value.found == "4"
     # A list that is shorter than the published one numbers other classes.
-    assert any("which has 3 of 1,000" in notice for notice in numbered_by_three_lines(tmp_path).notices)
+    assert any("has 3 lines instead of 1,000" in notice for notice in numbered_by_three_lines(tmp_path).notices)
 
 
 def numbered_by_three_lines(root: Path) -> Splits:

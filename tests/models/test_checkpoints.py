@@ -56,7 +56,7 @@ def test_a_file_that_is_not_a_checkpoint_is_named(load: Callable[[Path], object]
 
     assert failure().problem == "no such file"
     path.write_text("a text file")
-    assert "not a checkpoint" in failure().problem
+    assert "not written by comkd" in failure().problem
     torch.save({"state_dict": {}}, path)
     assert failure().found == "no format"
     torch.save([1, 2], path)
