@@ -132,7 +132,7 @@ LARGER_TEACHER = replace(
     CIFAR10,
     teacher_config={
         **CIFAR10.teacher_config,
-        "vision_cfg": {"image_size": 48, "layers": [2, 2, 1, 1], "width": 20, "head_width": 32},
+        "vision_cfg": {**CIFAR10.teacher_config["vision_cfg"], "width": 20},
     },
 )
 """The students of the first pair have at most a sixteenth of this teacher's image tower."""
