@@ -130,7 +130,7 @@ def test_what_one_process_cannot_read_all_know(workshop: Path) -> None:
 
 
 def test_two_processes_train_the_digits_recipe_to_the_accuracy_of_one(workshop: Path) -> None:
-    shorter = ["--set", "teacher.adapt.epochs=3", "--set", "optim.epochs=3", "--set", "optim.batch_size=64"]
+    shorter = ["--set", "teacher.adapt.epochs=3", "--set", "optim.epochs=6", "--set", "optim.batch_size=64"]
     ended = warm.run("distill", "digits", "--runs", "digits", *shorter, cwd=workshop, digits=None)
     assert ended.returncode == 0, ended.stderr
     (workshop / "digits too").mkdir()
@@ -139,7 +139,7 @@ def test_two_processes_train_the_digits_recipe_to_the_accuracy_of_one(workshop: 
     assert ended.returncode == 0, ended.stderr
     students = [workshop / runs / "digits/digits/seed1/student.pt" for runs in ("digits", "digits too")]
     first, second = (torch.load(path, weights_only=True)["metrics"]["test_top1_percent"] for path in students)
-    assert first > 80
+    assert first > 90
     # Rounding is amplified by training: of 360 images, some may fall to either side.
     assert abs(first - second) < 2
 
