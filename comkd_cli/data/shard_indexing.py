@@ -24,7 +24,7 @@ from comkd_cli.data.contents import Fingerprint
 from comkd_cli.data.image_files import SUFFIXES
 from comkd_cli.data.shard_index import INDEX_FORMAT, ShardIndex, blocks, content_digest, map_array, state_digest
 from comkd_cli.data.shard_members import ImageMember, SkippedFiles, read_members
-from comkd_cli.errors import DataError
+from comkd_cli.errors import DataError, WriteError
 from comkd_cli.events import Progress, Report
 from comkd_cli.files import atomic_folder, atomic_write, remove_folder, sha256_of_data, write_text
 from comkd_cli.runtime import ranks
@@ -45,25 +45,27 @@ def open_index(shards: Sequence[Path], home: Path, report: Report, fingerprint: 
     paths = [path.absolute() for path in shards]
     states = [[str(path), (state := path.stat()).st_size, state.st_mtime_ns, state.st_ctime_ns] for path in paths]
     name = sha256_of_data([INDEX_FORMAT, fingerprint, sorted(SUFFIXES), states])[:16]
-    folder = home / name
+    make = partial(_open_or_make, paths, home / name, report, fingerprint)
+    try:
+        return make()
+    except (OSError, WriteError):
+        # Another process may have finished the same index meanwhile, and removed the parts that this one used. Where
+        # that was not the cause, the second attempt fails as well.
+        return make()
+
+
+def _open_or_make(paths: Sequence[Path], folder: Path, report: Report, fingerprint: Fingerprint) -> ShardIndex:
     if (folder / "index.json").is_file():
         try:
             return ShardIndex(folder)
         except (FileNotFoundError, *DAMAGE):  # made again
             remove_folder(folder)
-    parts = home / f"{name}.parts"
+    parts = folder.with_name(f"{folder.name}.parts")
     _make_parts(paths, parts, report, fingerprint)
-    try:
-        with atomic_folder(folder) as unfinished:
-            _join_parts(paths, parts, unfinished, fingerprint)
-    except OSError:  # another process may have written the same index meanwhile
-        if not (folder / "index.json").is_file():
-            raise
+    with atomic_folder(folder) as unfinished:
+        _join_parts(paths, parts, unfinished, fingerprint)
     shutil.rmtree(parts, ignore_errors=True)  # as another process may be doing
-    try:
-        return ShardIndex(folder)
-    except FileNotFoundError:  # another process has just replaced it by the same index
-        return ShardIndex(folder)
+    return ShardIndex(folder)
 
 
 def _make_parts(shards: Sequence[Path], parts: Path, report: Report, fingerprint: Fingerprint) -> None:

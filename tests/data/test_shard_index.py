@@ -19,7 +19,7 @@ from comkd_cli.data.shards import (
     shard_images,
 )
 from comkd_cli.edge.images import UnreadableImage, open_image
-from comkd_cli.errors import DataError
+from comkd_cli.errors import DataError, WriteError
 from comkd_cli.events import Event, Progress
 from tests import warm
 from tests.tars import encoded, opened, samples, silent, write, write_members
@@ -227,6 +227,33 @@ def test_processes_that_make_the_same_index_at_once_do_not_disturb_one_another(
         ]
     assert {(index.digest, len(index)) for index in found} == {(open_index(three, tmp_path, silent).digest, 10)}
     assert [path.name for path in (tmp_path / "home").iterdir()] == [found[0].folder.name]
+
+
+@pytest.mark.parametrize("shard", [0, 2])
+def test_parts_that_another_process_removes_while_they_are_written_do_no_harm(
+    shard: int, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests_of = shard_indexing._content_digests
+    finished = []
+
+    def overtaken(path: Path, *arguments: Any) -> Iterator[bytes]:
+        if path == three[shard] and not finished:
+            finished.append("another process")
+            finished.append(open_index(three, tmp_path / "home", silent).digest)
+        return digests_of(path, *arguments)
+
+    monkeypatch.setattr(shard_indexing, "_content_digests", overtaken)
+    index = open_index(three, tmp_path / "home", silent)
+    assert finished == ["another process", index.digest]
+    assert [path.name for path in (tmp_path / "home").iterdir()] == [index.folder.name]
+
+
+def test_an_index_that_cannot_be_written_is_refused(three: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("a file")
+    with pytest.raises(
+        WriteError, match=r"could not be written: .*; a part of the path is a file; choose another path"
+    ):
+        open_index(three, tmp_path / "home", silent)
 
 
 def test_a_damaged_index_is_made_again(three: list[Path], tmp_path: Path) -> None:
