@@ -75,7 +75,7 @@ def hub() -> Iterator[tuple[str, type[Hub]]]:
 @contextmanager
 def _serving(handler: type[Hub]) -> Iterator[tuple[str, type[Hub]]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)  # seconds that shutdown waits
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}", handler

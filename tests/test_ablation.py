@@ -479,6 +479,7 @@ def test_an_unfinished_study_has_the_figures_that_it_has_runs_for(
     assert [len(line.get_xdata()) for line in by_parameters.lines[:2]] == [1, 0]  # of labels, none
 
 
+@pytest.mark.slow
 def test_figures_show_every_seed_and_give_the_same_bytes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     top1 = {"refinement": 70.0, "comkd": 71.0}
     finished = [

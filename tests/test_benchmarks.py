@@ -113,6 +113,7 @@ def test_neighbours_are_compared_within_each_round() -> None:
     assert document["images_per_second"]["default"] == {"alone": 100, "two": 5}
 
 
+@pytest.mark.slow
 def test_a_neighbour_counts_its_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks import neighbours
 

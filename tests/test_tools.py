@@ -43,6 +43,7 @@ def run(project: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, check=False, timeout=100)
 
 
+@pytest.mark.slow
 def test_a_missing_tool_skips_and_the_last_line_says_how_many_and_why(project: Path) -> None:
     done = run(project)
     assert done.returncode == 0, done.stdout
@@ -53,6 +54,7 @@ def test_a_missing_tool_skips_and_the_last_line_says_how_many_and_why(project: P
     assert "1 because root reads every file" in last
 
 
+@pytest.mark.slow
 def test_where_tools_are_required_a_missing_one_fails(project: Path) -> None:
     done = run(project, COMKD_REQUIRE_TOOLS="1")
     assert done.returncode == 1

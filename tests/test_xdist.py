@@ -67,6 +67,7 @@ def done(tmp_path: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_workers_receive_sigint_and_their_skips_are_counted(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stdout
     assert "2 passed, 4 skipped" in done.stdout

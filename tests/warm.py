@@ -103,12 +103,13 @@ class Setup:
 
             export_once(patch, self.exported)
         if not self.figures:
-            patch.setattr("matplotlib.figure.Figure.savefig", _save_nothing)
+            patch.setattr("matplotlib.figure.Figure.savefig", save_nothing)
         if self.before is not None:
             self.before()
 
 
-def _save_nothing(_: object, stream: IO[bytes], **__: object) -> None:
+def save_nothing(_: object, stream: IO[bytes], **__: object) -> None:
+    """In place of matplotlib's Figure.savefig: an empty figure."""
     stream.write(b'<svg xmlns="http://www.w3.org/2000/svg"/>')
 
 

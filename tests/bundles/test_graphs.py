@@ -190,6 +190,7 @@ def test_a_fixed_batch_leaves_no_shape_open(
     assert np.allclose(run(classifier, **given)[0], expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_graph_tells_nothing_of_the_machine_that_made_it(tmp_path: Path) -> None:
     student, preprocessing = make_student(tiny.TOWER)
     export_image_encoder(student, preprocessing, tmp_path / "g.onnx")
@@ -198,6 +199,7 @@ def test_a_graph_tells_nothing_of_the_machine_that_made_it(tmp_path: Path) -> No
         assert trace not in content
 
 
+@pytest.mark.slow
 def test_operators_outside_the_standard_are_refused_if_only_those_are_allowed(tmp_path: Path) -> None:
     student, preprocessing = make_student(tiny.TOWER)
     path = tmp_path / "g.onnx"

@@ -305,7 +305,7 @@ class Quiet(SimpleHTTPRequestHandler):
 def served(folder: Path, host: str = "127.0.0.1") -> Iterator[str]:
     """The address of a folder's page."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))  # seconds that shutdown waits
         thread.start()
         yield f"http://{host}:{server.server_port}/index.html"
         server.shutdown()

@@ -102,6 +102,7 @@ def test_a_teacher_has_what_it_was_adapted_from(teacher: Path) -> None:
     assert ESCAPED in inspect(teacher).output
 
 
+@pytest.mark.slow
 def test_a_text_student_has_its_size_beside_its_teachers(tmp_path: Path) -> None:
     made = text_record(class_names=("cat", HOSTILE))
     path = tmp_path / "text_student.pt"

@@ -164,7 +164,7 @@ def address(three: list[Path]) -> Iterator[str]:
 
     handler = functools.partial(Quiet, directory=str(three[0].parent.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))  # seconds that shutdown waits
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

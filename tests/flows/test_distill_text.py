@@ -154,6 +154,7 @@ def test_a_bundle_says_how_close_a_distilled_encoder_is_to_the_teacher(constant:
     assert ("no closer to the teacher's than one constant vector" in text) is useless
 
 
+@pytest.mark.slow
 def test_an_encoder_of_another_teacher_is_refused(made: DistilledText, tiny_student: Path, tmp_path: Path) -> None:
     module, record = load_text_student(made.path)
     for changed in (

@@ -74,6 +74,7 @@ def bundle(tiny_student: Path, bundle_parts: list[Parts], tmp_path_factory: pyte
     return out
 
 
+@pytest.mark.slow
 def test_a_bundle_holds_every_file_and_its_sha256(bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     names = {
@@ -98,6 +99,7 @@ def test_a_bundle_holds_every_file_and_its_sha256(bundle: Path) -> None:
     assert (manifest["opset"], manifest["memory"], manifest["text"], manifest["failed"]) == (20, "training", None, {})
 
 
+@pytest.mark.slow
 def test_logits_are_the_features_times_the_class_vectors(bundle: Path) -> None:
     import onnxruntime
 
@@ -110,6 +112,7 @@ def test_logits_are_the_features_times_the_class_vectors(bundle: Path) -> None:
     assert np.allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_bundle_classifies_images_as_the_student_does(bundle: Path, tiny_student: Path, tmp_path: Path) -> None:
     student, record = load_student(tiny_student)
     paths = []
@@ -127,6 +130,7 @@ def test_the_bundle_classifies_images_as_the_student_does(bundle: Path, tiny_stu
         assert list(given.values()) == sorted(given.values(), reverse=True)
 
 
+@pytest.mark.slow
 def test_the_bundles_own_predict_gives_the_same_answers(bundle: Path, tmp_path: Path) -> None:
     image = tmp_path / "ein Bild.png"
     digits_source().train.open(3).save(image)
@@ -135,6 +139,7 @@ def test_the_bundles_own_predict_gives_the_same_answers(bundle: Path, tmp_path: 
     assert json.loads(finished.stdout)["predictions"] == predict(bundle, [str(image)], top=5)
 
 
+@pytest.mark.slow
 def test_an_unreadable_image_is_named_and_the_others_are_classified(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no")
     digits_source().train.open(3).save(tmp_path / "fine.png")
@@ -173,6 +178,7 @@ def failing(*precisions: str):  # type: ignore[no-untyped-def]
     return measured
 
 
+@pytest.mark.slow
 def test_a_student_that_fails_parity_leaves_no_bundle(
     tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,6 +403,7 @@ def test_without_fp32_a_bundle_has_the_smaller_text_encoder_alone(tiny_student: 
     assert classifier.class_names[-1] == "red fox"
 
 
+@pytest.mark.slow
 def test_classes_can_be_added_to_a_bundle_with_text_alone(bundle: Path) -> None:
     with pytest.raises(BundleProblem) as caught:
         Classifier(bundle).add_classes(["red fox"])
@@ -580,6 +587,7 @@ def test_the_machine_that_exported_a_bundle_differs_by_nothing_in_any_precision(
     assert tested.differing == []
 
 
+@pytest.mark.slow
 def test_the_reference_logits_are_the_students_within_the_gate(bundle: Path, tiny_student: Path) -> None:
     student, _ = load_student(tiny_student)
     document = json.loads((bundle / "reference/reference.json").read_text())
@@ -820,6 +828,7 @@ def test_a_folder_with_copies_gives_three_disjoint_parts(
     assert manifest["precisions"]["int8"]["parity"]["top1_percent"] is None
 
 
+@pytest.mark.slow
 def test_temperature_and_threshold_are_fitted_on_images_that_the_gate_does_not_use(
     bundle: Path, bundle_parts: list[Parts], tiny_student: Path
 ) -> None:

@@ -69,6 +69,7 @@ def test_the_logits_are_those_of_the_wrapper(files: Path, tmp_path: Path) -> Non
     assert record.class_names == digits_source().class_names
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_student_that_evaluate_scores_beside_its_teacher(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

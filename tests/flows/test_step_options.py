@@ -45,6 +45,7 @@ def plain(runs: Path) -> dict[str, torch.Tensor]:
     return train(runs)
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_bit(runs: Path, plain: dict[str, torch.Tensor]) -> None:
     found = train(runs, checkpointing=True)
     assert all(torch.equal(found[name], value) for name, value in plain.items())

@@ -104,6 +104,7 @@ def test_the_budget_is_kept_by_the_whole_student_and_used(most: int) -> None:
     assert vision["timm_model_pretrained"] is True
 
 
+@pytest.mark.slow
 def test_a_budget_beyond_every_candidate_is_refused_with_the_nearest() -> None:
     with pytest.raises(ModelError) as caught:
         chooser().choose(Limit(parameters=1000))

@@ -106,6 +106,7 @@ def test_tokens_start_at_the_teachers_vectors() -> None:
     assert torch.allclose(few.embedding.weight.abs(), wide.abs(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_file_gives_the_same_features_and_tokens(tmp_path: Path) -> None:
     written = record()
     module = new_text_student(SHAPE, written.vocabulary, 12, seed=5)

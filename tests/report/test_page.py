@@ -7,6 +7,7 @@ import pytest
 from comkd_cli.report.details import PICTURES, Making
 from comkd_cli.report.page import MOST_DETAILED, render
 from comkd_cli.report.run import ScoredRun
+from tests import warm
 from tests.report.scored import scored_run
 
 LABELS = [0, 0, 1, 1, 2, 2] * 5
@@ -67,6 +68,12 @@ def page(*runs: ScoredRun) -> Page:
     return Page(render(runs, Making("comkd report x", Path("runs"), Path("my data"))))
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of the page's words: to draw its figures takes most of the time."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", warm.save_nothing)
+
+
 def test_names_of_classes_and_files_are_text_and_never_markup(tmp_path: Path) -> None:
     keys = [f"""dir/{i} "quoted" <img src=x onerror=alert(1)>'\n.png""" for i in range(30)]
     shown = page(scored_run(tmp_path, STUDENT, TEACHER, LABELS, names=NASTY, keys=keys, notices=("<b>note</b>",)))
@@ -94,6 +101,7 @@ def test_nothing_is_fetched(tmp_path: Path) -> None:
     assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
 
 
+@pytest.mark.slow
 def test_ids_are_unique_over_the_figures_of_all_runs_and_links_lead_to_them(tmp_path: Path) -> None:
     first = scored_run(tmp_path, STUDENT, TEACHER, LABELS, history=CURVE, manifest=LATENCY)
     shown = page(first, scored_run(tmp_path, TEACHER, TEACHER, LABELS, history=CURVE))
@@ -117,6 +125,7 @@ def test_each_figure_says_what_it_shows_and_takes_the_pages_colours(tmp_path: Pa
         assert "var(--" in figure
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared_on_their_images_and_what_the_teacher_gave_is_said(tmp_path: Path) -> None:
     alone = {"loss": {"refinement": None, "if_align": None, "edu_attention": None, "labels": {"weight": 1.0}}}
     distilled = scored_run(tmp_path, TEACHER, TEACHER, LABELS, manifest=LATENCY)
@@ -133,12 +142,14 @@ def test_two_runs_are_compared_on_their_images_and_what_the_teacher_gave_is_said
     assert "top\N{MINUS SIGN}1" not in shown.text
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_runs_on_other_images_stand_beside_each_other_without_a_difference(tmp_path: Path) -> None:
     other = scored_run(tmp_path, STUDENT, TEACHER, LABELS, keys=[f"other{i}.png" for i in range(30)])
     shown = page(scored_run(tmp_path, STUDENT, TEACHER, LABELS), other)
     assert "run 1 less" not in shown.text
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_of_many_runs_the_first_have_sections_and_the_others_are_named(tmp_path: Path) -> None:
     runs = [scored_run(tmp_path, STUDENT, TEACHER, LABELS, dataset=f"set {i}") for i in range(MOST_DETAILED + 2)]
     shown = page(*runs)
@@ -147,6 +158,7 @@ def test_of_many_runs_the_first_have_sections_and_the_others_are_named(tmp_path:
     assert f"tiny on set {MOST_DETAILED + 1}, seed 1" in shown.text
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_without_labels_the_page_speaks_of_agreement_alone(tmp_path: Path) -> None:
     shown = page(scored_run(tmp_path, STUDENT, TEACHER))
     assert "agreement with the teacher, not accuracy" in shown.text
@@ -155,6 +167,7 @@ def test_without_labels_the_page_speaks_of_agreement_alone(tmp_path: Path) -> No
     assert "83.33 %" in shown.text  # 25 of 30 answers are the teacher's
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_without_labels_and_teacher_the_page_says_so(tmp_path: Path) -> None:
     shown = page(scored_run(tmp_path, STUDENT))
     assert "the teacher was not found" in shown.text
@@ -162,6 +175,7 @@ def test_without_labels_and_teacher_the_page_says_so(tmp_path: Path) -> None:
     assert "disagree most" not in shown.text
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_fastest_graph_on_one_thread_is_the_latency(tmp_path: Path) -> None:
     assert (
         "5 ms int8, one image, one thread"
@@ -169,6 +183,7 @@ def test_the_fastest_graph_on_one_thread_is_the_latency(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_pictures_that_disagree_most_come_first(tmp_path: Path) -> None:
     shown = page(scored_run(tmp_path, STUDENT, TEACHER, LABELS))
     pictures = [str(attributes["alt"]) for tag, attributes in shown.elements if tag == "img"]
@@ -176,6 +191,7 @@ def test_pictures_that_disagree_most_come_first(tmp_path: Path) -> None:
     assert pictures[PICTURES:] == [f"{i:03d}.png" for i in range(PICTURES)]  # so does confidence
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_names_that_are_not_utf8_do_not_stop_the_page(tmp_path: Path) -> None:
     keys = [f"bad\udcff{i}.png" for i in range(30)]
     text = render([scored_run(tmp_path, STUDENT, TEACHER, LABELS, keys=keys)], Making("x", tmp_path, tmp_path))
@@ -183,6 +199,7 @@ def test_names_that_are_not_utf8_do_not_stop_the_page(tmp_path: Path) -> None:
     text.encode("utf-8")
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("classes", [3, 25, 26, 300])
 def test_many_classes_are_pairs_and_those_with_most_errors(tmp_path: Path, classes: int) -> None:
     names = [f"class {i}" for i in range(classes)]
@@ -195,6 +212,7 @@ def test_many_classes_are_pairs_and_those_with_most_errors(tmp_path: Path, class
     assert ("100 classes with fewer errors are left out" in shown.text) == (classes == 300)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_commands_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
     shown = page(scored_run(tmp_path, STUDENT, TEACHER, LABELS))
     assert f"comkd evaluate {tmp_path}/student.pt --runs runs --data-root 'my data'" in shown.text

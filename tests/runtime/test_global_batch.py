@@ -49,6 +49,7 @@ def steps() -> dict[str, dict[str, Any]]:
     return {line["case"]: line for line in lines}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", ["equal", "unequal"])
 @pytest.mark.parametrize(
     ("tower", "batch_norms", "tolerance"),
