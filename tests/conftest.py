@@ -24,6 +24,8 @@ from PIL import Image
 
 from comkd_cli.runtime.imports import defer_compiler
 
+# Until the first test: importing makes many objects that stay, and looking at them takes a fifth of the collection.
+gc.disable()
 # Before anything imports torch: several processes of pytest-xdist, with a thread for every core each, would compete.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # As the command line does: torch's compiler takes half of the time of the imports, and few tests use it.
@@ -74,10 +76,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: (places.get(item.path, len(places)), -slow[item.path]))
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
     """Leave what the test modules imported to no garbage collection: torch's objects take most of the time of each."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     # Accelerator.free_memory collects it all at the end of each training, and the tests have hundreds.
     if memory := sys.modules.get("accelerate.utils.memory"):
         memory.gc = SimpleNamespace(collect=lambda: 0)  # type: ignore[attr-defined]
