@@ -160,6 +160,8 @@ TEMPERATURES = (2.0, 4.0)
 """Of refinement, which alone has one; its default is 1."""
 LENGTHS = {"shorter": 0.3, "longer": 3.0}
 """Of the training, as multiples of the others' epochs."""
+REPEATED_VIEWS = (8, 20)
+"""Crops of each image that the longest training repeats, as `comkd init` and recipes/folder.yaml let it."""
 
 
 def trick_rows(settings: Settings) -> list[Row]:
@@ -173,11 +175,14 @@ def trick_rows(settings: Settings) -> list[Row]:
         )
 
     lengths = {name: round(settings.trick_epochs * times) for name, times in LENGTHS.items()}
-    softer = f"{BASE}_tricks"
+    most = lengths["longer"]
+    longest, softer = f"longer_{most}_epochs", f"{BASE}_tricks"
     return [
         row(f"{BEST}_tricks", {}),
         *(row(f"{name}_tricks", changes) for name, changes in TRICKS.items()),
         *(row(f"{name}_{epochs}_epochs", {}, epochs) for name, epochs in lengths.items()),
+        *(row(f"{longest}_views_{n}", {"teacher_cache.views": n}, most, base=longest) for n in REPEATED_VIEWS),
+        row(f"labels_{most}_epochs", {}, most, terms="labels", base=longest),
         row("labels_tricks", {}, terms="labels"),
         row(softer, {}, terms=BASE),
         *(
