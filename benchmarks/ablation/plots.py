@@ -19,6 +19,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator
 
@@ -139,10 +140,8 @@ def sizes(document: Mapping[str, Any], seconds: Mapping[str, float]) -> Figure:
             }
             xs, ys = zip(*sorted(points.values()), strict=True) if points else ((), ())
             axes.plot(xs, ys, MARKERS[objective], label=NAMES[objective])
-            for student, point in points.items() if objective == BEST else ():
-                axes.annotate(
-                    student.replace("_", " "), point, (0, 6), textcoords="offset points", ha="center", fontsize=8
-                )
+            if objective == BEST:
+                _name_points(axes, points)
         axes.axhline(figures_of(BEST)[0]["teacher_top1_percent"], color=INK, linestyle="--", label="teacher")
         axes.set_xscale("log")
         axes.margins(x=0.2)
@@ -154,6 +153,17 @@ def sizes(document: Mapping[str, Any], seconds: Mapping[str, float]) -> Figure:
     figure.axes[0].set_ylabel("test top-1, %")
     figure.axes[0].legend(loc="lower right")
     return figure
+
+
+def _name_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write each student's name above its point; higher where its left neighbour's name would overlap it."""
+    neighbour = (0.0, 0.0)
+    for student, (x, y) in sorted(points.items(), key=lambda item: item[1]):
+        overlaps = x < 1.5 * neighbour[0] and abs(y - neighbour[1]) < 3
+        above = (0, 16 if overlaps else 6)
+        name = student.replace("_", " ")
+        axes.annotate(name, (x, y), above, textcoords="offset points", ha="center", fontsize=8)
+        neighbour = x, y
 
 
 def main() -> None:
