@@ -47,6 +47,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     pytest.skip(reason)
 
 
+YOUNG_OBJECTS = 50_000
+"""Between two collections, 700 by default: those took a twentieth of the time of the tests."""
+
 # The files that take longest, from the longest. tests/test_xdist.py holds that they exist.
 LONGEST = (
     "tests/test_docs.py",
@@ -81,6 +84,7 @@ def pytest_runtestloop() -> None:
     """Leave what the test modules imported to no garbage collection: torch's objects take most of the time of each."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(YOUNG_OBJECTS)
     gc.enable()
     # Accelerator.free_memory collects it all at the end of each training, and the tests have hundreds.
     if memory := sys.modules.get("accelerate.utils.memory"):

@@ -57,4 +57,5 @@ gc.disable()  # it would look at each new object again and again, for a sixth of
 preload()
 gc.collect()
 gc.freeze()
+gc.set_threshold(50_000)  # as tests/conftest.py
 gc.enable()
