@@ -1,6 +1,5 @@
 """Fixtures of many tests: the command line as a process, small images, a small bundle, a small recipe."""
 
-import gc
 import hashlib
 import json
 import multiprocessing.forkserver
@@ -23,9 +22,9 @@ from hypothesis import settings
 from PIL import Image
 
 from comkd_cli.runtime.imports import defer_compiler
+from tests import collector
 
-# Until the first test: importing makes many objects that stay, and looking at them takes a fifth of the collection.
-gc.disable()
+collector.pause()  # until the first test
 # Before anything imports torch: several processes of pytest-xdist, with a thread for every core each, would compete.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # As the command line does: torch's compiler takes half of the time of the imports, and few tests use it.
@@ -46,9 +45,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.fail(f"{reason}, and {REQUIRE_TOOLS}=1 requires it", pytrace=False)
     pytest.skip(reason)
 
-
-YOUNG_OBJECTS = 50_000
-"""Between two collections, 700 by default: those took a twentieth of the time of the tests."""
 
 # The files that take longest, from the longest. tests/test_xdist.py holds that they exist.
 LONGEST = (
@@ -81,11 +77,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop() -> None:
-    """Leave what the test modules imported to no garbage collection: torch's objects take most of the time of each."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS)
-    gc.enable()
+    """Collect garbage again, now that the test modules are imported, but for their objects."""
+    collector.resume()
     # Accelerator.free_memory collects it all at the end of each training, and the tests have hundreds.
     if memory := sys.modules.get("accelerate.utils.memory"):
         memory.gc = SimpleNamespace(collect=lambda: 0)  # type: ignore[attr-defined]

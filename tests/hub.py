@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from tests.serving import serving
 
 TOKEN = "hf_test"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -74,15 +75,8 @@ def hub() -> Iterator[tuple[str, type[Hub]]]:
 
 @contextmanager
 def _serving(handler: type[Hub]) -> Iterator[tuple[str, type[Hub]]]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)  # seconds that shutdown waits
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", handler
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving(handler) as port:
+        yield f"http://127.0.0.1:{port}", handler
 
 
 class WritableHub(Hub):

@@ -4,8 +4,9 @@ The garbage collector is told to leave these objects alone: a collection in a ch
 page of memory that holds one.
 """
 
-import gc
 import importlib
+
+from tests import collector
 
 # Beyond what comkd imports when it starts: what its verbs import where they need it, and what that imports in turn.
 MODULES = (
@@ -53,9 +54,6 @@ def preload() -> None:
     build_clip(Model(config=tiny.CLIP))  # reads the vocabulary
 
 
-gc.disable()  # it would look at each new object again and again, for a sixth of the time
+collector.pause()
 preload()
-gc.collect()
-gc.freeze()
-gc.set_threshold(50_000)  # as tests/conftest.py
-gc.enable()
+collector.resume()

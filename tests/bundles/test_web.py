@@ -6,13 +6,12 @@ import re
 import shutil
 import struct
 import tarfile
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from comkd_cli.edge.classifier import Classifier
 from comkd_cli.edge.images import Preprocessing, UnreadableImage, open_image, prepare
 from comkd_cli.errors import ExportError
 from tests.chromium import NAMES, Chromium, Tab, find_chromium
+from tests.serving import serving
 
 ADDED = {*PAGE_FILES, "ort/LICENSE", *(f"ort/{name}" for name in RUNTIME_FILES)}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -304,12 +304,8 @@ class Quiet(SimpleHTTPRequestHandler):
 @contextmanager
 def served(folder: Path, host: str = "127.0.0.1") -> Iterator[str]:
     """The address of a folder's page."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))  # seconds that shutdown waits
-        thread.start()
-        yield f"http://{host}:{server.server_port}/index.html"
-        server.shutdown()
-        thread.join()
+    with serving(partial(Quiet, directory=str(folder))) as port:
+        yield f"http://{host}:{port}/index.html"
 
 
 def record_of(tab: Tab) -> dict[str, Any]:

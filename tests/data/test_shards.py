@@ -3,7 +3,6 @@ import http.server
 import io
 import pickle
 import tarfile
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from comkd_cli.data.shards import ShardStore, source_name
 from comkd_cli.edge.images import open_image
 from comkd_cli.errors import DataError
 from comkd_cli.events import Event, Notice
+from tests.serving import serving
 from tests.tars import encoded, opened, read_by_webdataset, samples, silent, write, write_members
 
 
@@ -163,12 +163,8 @@ def address(three: list[Path]) -> Iterator[str]:
             pass
 
     handler = functools.partial(Quiet, directory=str(three[0].parent.parent))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))  # seconds that shutdown waits
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with serving(handler) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def test_shards_of_a_server_are_fetched_once_and_only_where_that_is_asked_for(
