@@ -38,7 +38,8 @@ def cli_page() -> str:
         parts.append(f"## {' '.join(path)}\n\n```text\n{command.get_help(context)}\n```\n")
     parts.append(
         "Exit codes: 0 success; 1 an error that a user can correct, printed as one message; 2 invalid command-line "
-        "arguments; 130 interrupted, with a checkpoint saved. Errors and progress go to standard error, results to "
+        "arguments; 130 interrupted by Ctrl-C, 143 by SIGTERM; training saves a checkpoint first, and the same command "
+        "resumes. Errors and progress go to standard error, results to "
         "standard output. COMKD_DATA names the folder of datasets; ACCELERATE_USE_CPU=1 uses the CPU only.\n"
     )
     return "\n".join(parts)
@@ -51,9 +52,10 @@ def recipe_page() -> str:
         "# Recipes\n",
         "A recipe is a YAML file with all settings of a run. Unknown fields are refused, and all faults are reported"
         " at once. `extends: other.yaml` starts from another recipe (a file beside it, or a bundled one) and merges "
-        "this one into it, mapping by mapping; lists and a model's `config` are replaced whole, and naming another "
-        "kind of thing (a `folder` or `shards` over a `dataset`, another `adapt`, `optim.name`, `arch` or `config`) "
-        "drops the fields of the old one; `data.images` stays over a `folder`. `--set key.path=value` does the same "
+        "this one into it, mapping by mapping. Lists and a model's `config` are replaced whole. A different kind of "
+        "thing (a `folder` or `shards` instead of a `dataset`, or another `adapt`, `optim.name`, `arch` or `config`) "
+        "drops the fields of the old one, but `data.images` is kept if a `folder` replaces a `dataset`. "
+        "`--set key.path=value` does the same "
         "from the command line. `null` switches an optional part off. `for_dataset: {dtd: {...}}` holds the fields "
         "that differ for single datasets.\n",
         "Sources of defaults: [P] the ComKD-CLIP paper, [K] PromptKD, [S] PromptSRC, [C] this project's choice.\n",

@@ -82,16 +82,17 @@ class Data(Closed):
     modification time [C]."""
     resized: Literal["auto", "off"] | Annotated[int, Field(ge=LEAST_SHORT_SIDE)] = "auto"
     """Decode each training image once, and keep a copy of its pixels in RUNS/resized, from which later epochs, runs and
-    students crop. A number is the short side of the copies in pixels; an image of up to 1.5 times that size is kept in
-    its own. `auto`: ceil(input / sqrt(augment.min_scale)), with the larger input of teacher and student, where at least
-    a tenth of the images of a `folder` or of `shards` is larger than that and than 128 pixels; `off` for a `dataset`.
-    Images that are scored are never copies. The folder can be deleted at any time [C]."""
+    students crop. A number is the short side of the copies in pixels; an image of up to 1.5 times that size keeps its
+    own size. `auto`: the short side is ceil(input / sqrt(augment.min_scale)), with the larger input of teacher and
+    student. It makes copies only if at least a tenth of the sampled images of a `folder` or of `shards` is larger than
+    both this and 128 pixels; for a `dataset` it is `off`. Images that are scored are never read from copies. The folder
+    can be deleted at any time [C]."""
     images: Images = Images()
     """How image files are read, with `dataset` and `folder`. Bundles always read as the defaults say, and with other
     values no copies are kept (`resized`)."""
     workers: Annotated[int, Field(ge=0)] | None = None
-    """Processes that decode images, for each training process. Default: one less than its cores, at most 8; at most
-    one for `digits`, and none in short runs on them."""
+    """Processes that decode images, for each training process. Default: the machine's cores divided by its training
+    processes, minus one, at most 8; at most one for `digits`, and none in short runs on it."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:

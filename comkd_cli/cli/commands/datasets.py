@@ -125,8 +125,8 @@ def split(name: str, shots: int | None, seed: int, half: str, data_root: Path, a
 def fetch(names: tuple[str, ...], data_root: Path, as_json: bool) -> None:
     """Download, unpack and check each dataset NAME from its mirror on the Hugging Face Hub.
 
-    A download is resumed where the connection breaks. No mirror has ImageNet and its variants; for these the message
-    says where to get them.
+    If the connection breaks, the download is resumed; after the command is killed, it starts from the beginning.
+    ImageNet and its variants are not on the mirror; for these, the message says where to get them.
     """
     from comkd_cli.cli.terminal import print_json, reporting
     from comkd_cli.data.fetch import fetch_dataset

@@ -34,9 +34,9 @@ def command(
 ) -> None:
     """Write a student that PromptKD's code saved as RUNS/<recipe>/<dataset>/seed<k>/student.pt, without training.
 
-    RECIPE has `student: {weights: FILE, format: promptkd}`, the teacher that it was distilled from, which gives its
-    class vectors, and the data that name its classes. Every other command then takes the student.pt. Nothing in the
-    file is executed.
+    RECIPE has `student: {weights: FILE, format: promptkd}`, the teacher that the student was distilled from (for the
+    class vectors), and the data (for the class names). Every other command then takes the student.pt. Nothing in FILE
+    is executed.
     """
     from comkd_cli.cli.resuming import Choice
     from comkd_cli.cli.terminal import output, reporting, starting

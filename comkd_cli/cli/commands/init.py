@@ -71,9 +71,9 @@ def command(
 ) -> None:
     """Look at a FOLDER of images and write a recipe for it.
 
-    Each setting stands below the reason for it. Names and sizes of all files are read and the headers of some; nothing
-    is decoded, downloaded or trained. Without --budget and --max-latency the student has at most a tenth of the
-    teacher's parameters.
+    The reason for each setting is above it. The names and sizes of all files are read, and the headers of some; nothing
+    is decoded, downloaded or trained. Without --budget and --max-latency, the student has at most a tenth of the
+    parameters of the teacher's image tower.
     """
     from comkd_cli.cli.terminal import reporting, starting
 
