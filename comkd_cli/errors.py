@@ -32,7 +32,7 @@ class ComkdError(Exception):
         self.found, self.allowed = found, allowed
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Without `__init__`, so that errors whose fields are required survive the way between processes too."""
+        """Pickle without calling `__init__`, so that errors with required fields can be sent between processes too."""
         return copyreg.__newobj__, (type(self), self.problem), self.__dict__  # type: ignore[attr-defined]
 
     def __str__(self) -> str:

@@ -71,9 +71,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what processes left that were killed while they wrote the file or folder `path`.
+    """Remove what processes left behind when they were killed while writing the file or folder `path`.
 
-    For where it may not be written again: who writes it does this first.
+    Call it where `path` may not be written again; every write does this first.
     """
     if path.parent.is_dir():
         with _in_turn(path.parent):

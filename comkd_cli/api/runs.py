@@ -101,7 +101,7 @@ class Place:
     def prepare(self, recipe: Recipe, report: Report) -> tuple[flow.Run, adapt.Stage1]:
         """A run with the contents of its images read, and the stage that makes its teacher.
 
-        A dataset that is missing is downloaded if it can be. Raises DataError.
+        Remote shards that are missing are fetched, which runs the command of a `pipe:`. Raises DataError.
         """
         open_images = partial(open_source, recipe.data, self.data_root, self.runs, report, fetch=True)
         source: Source = collectives.in_turn(open_images)

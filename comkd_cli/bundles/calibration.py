@@ -19,7 +19,7 @@ from comkd_cli.report.statistics import calibration
 
 TEMPERATURES = (0.05, 20.0)
 AT_THE_BOUND = 1.05
-"""A fitted temperature within this factor of a bound is none: the loss falls towards 0 or towards chance."""
+"""A fitted temperature within this factor of a bound does not count: the loss falls towards 0 or towards chance."""
 LEAST_OF_CLASS = 50
 """Images answered as a class for a threshold of its own."""
 TEN_THOUSAND = 10_000  # thresholds have four decimals

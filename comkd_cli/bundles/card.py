@@ -202,7 +202,7 @@ def _quantisation(manifest: Mapping[str, Any]) -> list[str]:
     return [
         "",
         f"int8 was calibrated on {parts['calibrate'].words()}, and its method was chosen on {parts['choose'].images} "
-        "others; the table is of neither. The methods with their mean cosine on those "
+        "others; the table uses neither. The methods with their mean cosine on those "
         f"{parts['choose'].images}, the chosen one first: {compared}.",
     ]
 

@@ -23,7 +23,7 @@ def _temperature(manifest: Mapping[str, Any]) -> Iterator[str]:
         targets = "labels of" if calibration["fitted_to"] == "labels" else "teacher's answers to"
         images = PartSize(**{**manifest["images"]["fit"], "images": calibration["images"]}).words()
         yield (
-            f"Probabilities are softmax(logits / {calibration['temperature']:g}), a temperature that was fitted to the "
+            f"Probabilities are softmax(logits / {calibration['temperature']:g}); the temperature was fitted to the "
             f"{targets} {images}."
         )
     if calibration["error_of"] is None:
@@ -40,15 +40,15 @@ def _temperature(manifest: Mapping[str, Any]) -> Iterator[str]:
 def _threshold(manifest: Mapping[str, Any]) -> Iterator[str]:
     threshold = manifest["threshold"]
     if threshold["value"] is None:
-        yield f"Every image is given one of the classes, since no threshold was fitted: {threshold['reason']}."
+        yield f"Every image is assigned one of the classes, because no threshold was fitted: {threshold['reason']}."
         return
     own = len(threshold["classes"])
     classes = f" ({own} {'class has its own threshold' if own == 1 else 'classes have their own thresholds'})" * bool(
         own
     )
     yield (
-        f"An image whose largest probability is below {threshold['value']:g}{classes} is answered with 'none of "
-        f"these', which accepts {threshold['accept_percent']:g} % of images like the {threshold['images']} of the fit."
+        f"An image whose largest probability is below {threshold['value']:g}{classes} is classified as 'none of "
+        f"these'; {threshold['accept_percent']:g} % of images like the {threshold['images']} of the fit are accepted."
     )
     accepted = []
     for precision, entry in manifest["precisions"].items():

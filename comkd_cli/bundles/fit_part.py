@@ -42,7 +42,7 @@ def with_fit_part(parts: Parts, most_for_gate: int) -> Parts:
     if not fit:
         return replace(
             parts,
-            no_fit=f"at least {2 * LEAST_TO_FIT} different images are needed that the student was not trained on, half "
+            no_fit=f"at least {2 * LEAST_TO_FIT} different images that the student was not trained on are needed, half "
             f"of them for the gate, but only {len(different)} could be read",
         )
     return replace(parts, fit=_selected(gate, digests, [i for i, digest in enumerate(digests) if digest in fit]))

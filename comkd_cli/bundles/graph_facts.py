@@ -14,7 +14,7 @@ from comkd_cli.errors import BundleError
 
 
 def graph_facts(path: Path) -> dict[str, Any] | None:
-    """Inputs, outputs, operators, weights, and what comkd wrote into the metadata; None for a file that is no graph.
+    """Inputs, outputs, operators, weights, and what comkd wrote into the metadata; None for a file that is not a graph.
 
     Raises BundleError for metadata of comkd that are damaged.
     """

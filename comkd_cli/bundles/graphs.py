@@ -212,6 +212,6 @@ def _export(module: nn.Module, inputs: Mapping[str, Example], output: str, path:
 
 
 def reraise_system_error(error: Exception) -> None:
-    """Raise an error of the operating system again, such as a full disk: it is no failure of a graph."""
+    """Raise an error of the operating system again, such as a full disk: it is not a failure of a graph."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error

@@ -53,7 +53,7 @@ def check_inputs(kinds: Sequence[str], opset: int, batch: int | None, web: bool)
         raise ExportError("the page of --web classifies one image at a time", field="--batch", found=batch, allowed="1")
     if "image" in kinds and batch is not None:
         raise ExportError(
-            "takes images of any size, and --batch fixes every shape",
+            "cannot be combined with --batch, which fixes every shape",
             field="--input",
             found="image",
             remedy="export with --input pixels, or without --batch",
@@ -152,7 +152,7 @@ class _Front:
         rows = self._pass(tall, width, COLUMN, "row", crop=True)
         square = self._pass(rows, height, ROW, "column", crop=True)
         size = self._preprocessing.size
-        # The length of a crop is computed, so that shape inference does not know it.
+        # The size of a crop is computed, so shape inference does not know it.
         shape = self._constant("shape", np.array([0, 3, size, size], np.int64))
         return self._add("Reshape", [square, shape], "square")
 

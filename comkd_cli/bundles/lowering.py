@@ -115,7 +115,7 @@ class _Lowering:
     def _refusal(self, node: NodeProto) -> ExportError:
         least = onnx.defs.get_schema(node.op_type, self._written, "").since_version
         return ExportError(
-            f"the operator {node.op_type} of this model has no equivalent there",
+            f"the operator {node.op_type} of this model has no equivalent in this opset",
             field="--opset",
             found=self._opset,
             remedy=f"export with --opset {least} or later",

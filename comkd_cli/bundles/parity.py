@@ -144,7 +144,7 @@ def measure_parity(
     if not len(images):
         raise ExportError("there are no images to compare it on", path=encoder.name, remedy="give some with --images")
     if (length := fixed_batch(encoder)) != reference.batch:
-        problem = "takes batches of another length"
+        problem = "has a different batch size than expected"
         raise ExportError(problem, path=encoder.name, found=length or "any", allowed=str(reference.batch or "any"))
     batch_sizes = BATCH_SIZES if reference.batch is None else (reference.batch,)
     batches = _batches(len(images), batch_sizes)

@@ -35,7 +35,7 @@ def run_graph(
 
     extra: arrays for its other inputs. optimization: onnxruntime's, `all` or `basic`. Temporary files are written
     beside the graph. Raises ExportError if onnxruntime refuses the graph or crashes, and OSError if the system refuses
-    to write, such as on a full disk, which is no failure of the graph.
+    to write, such as on a full disk, which is not a failure of the graph.
     """
     arrays = {f"{BATCH}{name}": array for name, array in batches.items()}
     arrays |= {f"{OTHER_INPUT}{name}": array for name, array in (extra or {}).items()}

@@ -25,7 +25,7 @@ def new_bundle(out: Path, force: bool) -> Iterator[Path]:
 
 
 def check_target(out: Path, force: bool) -> None:
-    """Refuse to replace an existing path, and with `force` a folder that is no bundle. Raises ExportError."""
+    """Refuse to replace an existing path, and with `force` a folder that is not a bundle. Raises ExportError."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not force:

@@ -126,7 +126,7 @@ def teacher_tower(student_file: Path, record: StudentRecord, allow_download: boo
 def distilled_tower(path: Path, record: StudentRecord, class_vectors: np.ndarray) -> TextTower:
     """The text encoder of a text_student.pt. class_vectors: of the student, (classes, dim).
 
-    Raises CheckpointError, also if it was distilled from another teacher than the student.
+    Raises CheckpointError, also if it and the student were distilled from different teachers.
     """
     module, content = load_text_student(path)
     own = dict(zip(content.class_names, content.class_vectors.numpy(), strict=True))
@@ -140,7 +140,7 @@ def distilled_tower(path: Path, record: StudentRecord, class_vectors: np.ndarray
     found = np.stack([own[name] for name in record.trained_classes])
     if found.shape != expected.shape or not (cosine_rows(found, expected) >= SAME_VECTORS_COSINE).all():
         raise CheckpointError(
-            "was distilled from another teacher than the student",
+            "was distilled from a different teacher than the student",
             path=path,
             remedy="run `comkd distill-text` for this student",
         )
@@ -211,9 +211,9 @@ class TextExporter:
         expected = self.class_vectors if tower.distilled is None else _vectors(tower.module, tokens)
         difference = _difference(graph, [part.numpy() for part in tokens], expected)
         if not difference <= DIFFERENCE_MAX:  # also if it is NaN
-            of_whom = "the student's class vectors" if tower.distilled is None else "those of PyTorch"
+            reference = "the student's class vectors" if tower.distilled is None else "those of PyTorch"
             raise ExportError(
-                f"its features are not {of_whom}",
+                f"its features differ from {reference}",
                 path=TEXT_ENCODER,
                 found=f"max |difference| {difference:.2e}",
                 allowed=f"{DIFFERENCE_MAX:.0e}",

@@ -51,7 +51,7 @@ class JsonTokenizerData:
         return {"merges": None, "tokenizer": {"file": TOKENIZER, **asdict(self.rules)}}
 
     def check(self, tokenize: Callable[[Sequence[str]], Tensor], texts: Sequence[str]) -> None:
-        """Raise ExportError where a device would give other tokens than the teacher's own tokenizer."""
+        """Raise ExportError if a device would compute different tokens from the teacher's own tokenizer."""
         device = JsonTokenizer(self.definition, self.context_length, self.rules)
         differing = np.flatnonzero((device(texts) != tokenize(list(texts)).numpy()).any(axis=1))
         if differing.size:

@@ -126,7 +126,8 @@ def _check_integrity(package: Path) -> None:
     digest = base64.b64encode(hashlib.sha512(package.read_bytes()).digest()).decode("ascii")
     if f"sha512-{digest}" != INTEGRITY:
         raise ExportError(
-            f"npm fetched another onnxruntime-web {VERSION} than the published one: its sha512 differs", remedy=REMEDY
+            f"the onnxruntime-web {VERSION} that npm fetched is not the published one: its sha512 differs",
+            remedy=REMEDY,
         )
 
 

@@ -27,7 +27,7 @@ data_root_option = click.option(
 allow_download_option = click.option(
     "--allow-download",
     is_flag=True,
-    help="Download what a student.pt names and this machine does not have, such as its backbone or its teacher.",
+    help="Download files that a student.pt refers to and this machine lacks, such as its backbone or its teacher.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 

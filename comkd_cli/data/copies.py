@@ -185,7 +185,7 @@ def _read(path: Path) -> Copy | None:
         return None
     magic, width, height, columns, rows, checksum = HEADER.unpack(content[: HEADER.size].tobytes())
     pixels = content[HEADER.size :]
-    # A copy is not synced when it is written, so that it may be incomplete after a power failure.
+    # A copy is not synced when it is written, so it may be incomplete after a power failure.
     if magic != MAGIC or len(pixels) != columns * rows * 3 or zlib.crc32(pixels.data) != checksum:
         return None
     return Copy((width, height), pixels.reshape(rows, columns, 3))

@@ -260,7 +260,7 @@ def _report_unused(folder: Path, splits: Mapping[str, _Split], found: Mapping[st
             report(Notice(f"{folder / name}: contains no images"))
     val, test = found.get("val"), found.get("test")
     if test is not None and len(test) and val is not None and len(val) and val.labels is None:
-        report(Notice(f"{folder / 'val'}: has test/ beside it and no class folders, so its images are not used"))
+        report(Notice(f"{folder / 'val'}: is not used, because it has no class folders and test/ has images"))
     first: dict[str, str] = {}
     for name, split in splits.items():
         other = first.setdefault(os.path.realpath(split.folder), name)

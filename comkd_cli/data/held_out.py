@@ -88,9 +88,9 @@ def _divided(source: Source, holdout: Holdout, digests: Sequence[bytes]) -> Sour
 
 
 def _scorable(held: ImageSet) -> ImageSet:
-    """Of held-out images with labels in part, those with one if they suffice for a score, or else all without labels.
+    """Of partly labelled held-out images: the labelled ones if they suffice for a score, otherwise all without labels.
 
-    So that a score is one of all images that it is said to be of. From all, the agreement is measured.
+    So a reported score covers the whole returned set; without labels, only the agreement is measured.
     """
     if held.labels is None or held.labelled_count == len(held):
         return held

@@ -149,7 +149,7 @@ def _check_class_folders(folder: Path) -> None:
     names = [name for name in _class_folders(folder) if next(find_images(folder / name), None) is not None]
     if len(names) >= 2:
         raise DataError(
-            "the images have no train/ folder, so their sub-folders are not taken for classes",
+            "there is no train/ folder, so the sub-folders are not used as classes",
             path=folder,
             found=some(names),
             remedy=f"move these folders into {folder / 'train'}, or name the classes with --classes FILE, one a line",
@@ -247,7 +247,7 @@ def _read_header(path: str) -> tuple[str, int, int] | str:
     except FileNotFoundError as error:
         return str(error.strerror)
     except UnidentifiedImageError:
-        return f"is not an image that can be read; the formats are {', '.join(FORMATS)}"
+        return f"is not a readable image; the supported formats are {', '.join(FORMATS)}"
     except Exception as error:  # decoders by many authors, each with errors of its own
         return " ".join(str(error).split()) or type(error).__name__
     try:

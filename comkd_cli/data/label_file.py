@@ -73,7 +73,7 @@ class LabelFile:
             earlier = found.setdefault(image, row)
             if class_key(earlier.class_name) != class_key(row.class_name):
                 raise DataError(
-                    f"gives {row.image} another class than line {earlier.line} does",
+                    f"assigns {row.image} a different class from line {earlier.line}",
                     path=self.path,
                     field=f"line {row.line}",
                     found=f"{earlier.class_name}, {row.class_name}",
@@ -113,7 +113,7 @@ class _Resolver:
             problem = "the path matches two images, one relative to the image folder and one relative to this file"
             remedy = f"write an absolute path, or move this label file into {self._folder}"
         else:
-            problem = f"the path is no image of {self._folder}"
+            problem = f"the path is not an image in {self._folder}"
             remedy = "write it relative to the folder of images, or remove the line"
         raise DataError(
             problem,

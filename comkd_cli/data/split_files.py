@@ -270,7 +270,7 @@ def _listed_by_folders(
                 "is a class folder and contains folders",
                 path=images / subfolder,
                 found=some(below),
-                remedy="move their images directly into the class folder, or the folders away",
+                remedy="move their images directly into the class folder, or move these folders away",
             )
         entries += [Entry(f"{prefix}/{file}", label, name) for file in files]
     if not entries:

@@ -102,7 +102,7 @@ def _explained(error: RuntimeError) -> TrainingError | None:
                 "a process that decodes images died while it read this one",
                 path=str(items.name_of(index)),
                 found=first_line(error),
-                remedy="remove or re-encode the image; if others follow, use fewer processes with data.workers",
+                remedy="remove or re-encode the image; if other images fail too, use fewer processes with data.workers",
             )
     return None
 

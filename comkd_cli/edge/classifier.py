@@ -101,7 +101,7 @@ class Classifier:
             # Once classes are added, the session is the image encoder's.
             logits = np.asarray(np.float32(self._scale) * output @ self._class_vectors.T)
         if logits.ndim != 2 or logits.shape[1] != len(self.class_names):
-            problem = f"gives an output of the shape {logits.shape} for {len(self.class_names)} classes"
+            problem = f"returns an output of shape {logits.shape} for {len(self.class_names)} classes"
             raise BundleProblem(problem, path=self._folder / self._graphs["classifier"], remedy=EXPORT_AGAIN)
         return logits
 
@@ -321,9 +321,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.top < 1:
         parser.error("--top must be at least 1")
     if options.csv and (options.json or len(options.images) != 1):
-        parser.error("--csv takes one folder of images, and no --json")
+        parser.error("--csv requires exactly one folder of images and cannot be combined with --json")
     if options.fresh and not options.csv:
-        parser.error("--fresh belongs to --csv")
+        parser.error("--fresh requires --csv")
     if problem := misused_figures(options.self_test, options.benchmark, options.images, others, options.seconds):
         parser.error(problem)
     return options

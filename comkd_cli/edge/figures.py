@@ -48,13 +48,13 @@ def misused_figures(
     images: those given. others: the given options that belong to classifying. seconds: None if the option is not given.
     """
     if self_test and benchmark:
-        return "--self-test and --benchmark exclude each other"
+        return "--self-test and --benchmark cannot be combined"
     if seconds is not None and not benchmark:
-        return "--seconds belongs to --benchmark"
+        return "--seconds requires --benchmark"
     if not (self_test or benchmark):
         return None if images else "give an IMAGE, --self-test or --benchmark"
     if others or len(images) > benchmark:
-        extra = "--self-test takes no IMAGE, --benchmark one at most, and neither takes options of classifying"
+        extra = "--self-test accepts no IMAGE, --benchmark at most one, and neither accepts classification options"
         return f"{extra}: {', '.join(others)}" if others else extra
     if "-" in images:
         return "--benchmark reads an image file, not standard input"

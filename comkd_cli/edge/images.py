@@ -279,7 +279,7 @@ def _name(image: ImageSource | Image.Image) -> str:
 def _reason(error: Exception) -> str:
     """Why an image could not be decoded, in one line."""
     if isinstance(error, UnidentifiedImageError):
-        return f"is not an image that can be read; the formats are {', '.join(FORMATS)}"
+        return f"is not a readable image; the supported formats are {', '.join(FORMATS)}"
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
     if isinstance(error, OSError) and error.strerror:

@@ -2,7 +2,7 @@
 
 The steps are those of L-BFGS-B without bounds (R. Byrd, P. Lu, J. Nocedal, C. Zhu: SIAM J. Sci. Comput. 16, 1995), as
 scipy runs it for scikit-learn's logistic regression: equal directions, line search and stopping rules. Where the
-tolerance is met far from the minimum, the end depends on the path, so that only equal steps give equal answers.
+tolerance is met far from the minimum, the end depends on the path, so only equal steps give equal answers.
 """
 
 from __future__ import annotations

@@ -96,8 +96,9 @@ def extend_with_classes(
         if entry.cosine > NEARLY_EQUAL_COSINE:
             report(
                 Notice(
-                    f"{entry.class_name}: its vector is nearly that of {entry.nearest} (cosine {entry.cosine:.4f}), so "
-                    "that the student can hardly tell them apart; use a name or a --template that differs more"
+                    f"{entry.class_name}: its vector is nearly identical to that of {entry.nearest} (cosine "
+                    f"{entry.cosine:.4f}), so the student can hardly tell them apart; use a name or a --template that "
+                    "differs more"
                 )
             )
     return new, added
@@ -111,7 +112,7 @@ def _record_with(record: StudentRecord, names: Sequence[str], templates: tuple[s
     teacher = record.recipe.teacher
     if templates and (teacher.format == "promptsrc" or teacher.adapt.method == "promptsrc"):
         raise MisuseError(
-            "the student's teacher learned the words of its prompts, which no template replaces",
+            "the student's teacher uses learned prompts, which a template cannot replace",
             field="--template",
             found=repr(templates[0]),
             remedy="leave --template out",
@@ -167,7 +168,7 @@ def _new_vectors(
     for entry in _nearest((*record.class_names, *names), torch.cat([own_vectors, vectors]), len(names)):
         if entry.cosine > EQUAL_COSINE:
             raise DataError(
-                f"the text encoder gives it the same vector as {entry.nearest!r}",
+                f"the text encoder cannot distinguish this class from {entry.nearest!r}",
                 field=OPTION,
                 found=repr(entry.class_name),
                 remedy="use another name or --template",

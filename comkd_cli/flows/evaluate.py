@@ -254,7 +254,7 @@ def _score_student(path: Path, bench: Bench, others: Sequence[Path] = ()) -> Res
     name = source.class_names[agreement.top_answer]
     if agreement.top_answer_percent >= ONE_ANSWER_PERCENT:
         share = f"{agreement.top_answer_percent:.0f} % of its answers on these images are {name!r}"
-        bench.report(Notice(f"{teacher.model}: {share}, so that an agreement with it says little"))
+        bench.report(Notice(f"{teacher.model}: {share}, so agreement with it says little"))
     records = agreement.added_to(scores.records, name)
     return Results([*records, *teacher_scores.records])
 
@@ -296,8 +296,8 @@ def _report_other_settings(path: Path, record: StudentRecord, bench: Bench) -> N
     if differing := Identity(own).differences(others, "that run"):
         bench.report(
             Notice(
-                f"{path}: was trained with other settings than {first} ({described(differing)}), and tables average "
-                "both as seeds of one recipe; distil one of them again with --fresh"
+                f"{path}: was trained with different settings from {first} ({described(differing)}), but tables "
+                "average both as seeds of one recipe; distil one of them again with --fresh"
             )
         )
 

@@ -157,7 +157,7 @@ class _Exporter:
         fitter = ConfidenceFitter(source.lines, self._options.accept_percent, teacher, self._report)
         fitted = fitter.fit(gate, unseen, parts.no_fit)
         if negatives is not None and fitted.confidence.threshold is None:
-            self._report(Notice("--negatives measures nothing, because no threshold is fitted"))
+            self._report(Notice("--negatives is ignored, because no threshold was fitted"))
         elif negatives is not None:
             fitted = fitted.with_negatives(source.reference(negatives, self._report).logits)
         self._confidence = fitted
@@ -341,8 +341,8 @@ def _pools(record: StudentRecord, data_root: Path, options: ExportOptions, repor
     if source.test is None or not len(source.test):
         report(
             Notice(
-                f"{source.name} has no test images: graphs are compared on training images, not held out, and no top-1 "
-                "is given"
+                f"{source.name} has no test images: graphs are compared on training images, which are not held out, "
+                "and no top-1 is reported"
             )
         )
         return training, training

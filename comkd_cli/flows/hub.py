@@ -61,7 +61,7 @@ class Upload:
 def files_to_push(bundle: Path) -> list[Upload]:
     """The files of a bundle: those that its manifest lists, and the manifest. Nothing else in the folder is uploaded.
 
-    Raises BundleError for a folder that is no bundle, and for files that are missing or are not those that were
+    Raises BundleError for a folder that is not a bundle, and for files that are missing or are not those that were
     exported; reference/ may be missing.
     """
     with bundle_errors():

@@ -40,7 +40,7 @@ TARGET_STEPS = 5000
 LEAST_EPOCHS, MOST_EPOCHS = 5, 100
 CACHED_VIEWS = 8  # in docs/experiments.md 8 crops cost 0.9 points of top-1 in 40 epochs and 1.7 in 120, one crop 15.5
 RATE_PRETRAINED, RATE_FROM_SCRATCH = 1e-4, 1e-3  # at a batch of MOST_BATCH
-SCORES = 10  # of a run, at most
+SCORES = 10  # of a run, about
 SHOTS = 16
 
 
@@ -198,8 +198,8 @@ class _Settings:
                 reason += f" No training images of: {some(absent)}."
             settings.append(Setting("classes", list(self.inspection.listed_classes), reason))
         reason = (
-            "The general prompt. What the images show is not known here; where it is one kind of thing, name it, as "
-            "in: a photo of a {}, a type of animal."
+            "The general prompt. comkd does not know what the images show; if they all show one kind of thing, name "
+            "it, as in: a photo of a {}, a type of animal."
         )
         settings.append(Setting("template", DEFAULT_TEMPLATE, reason))
         if self.inspection.source.test is None:
@@ -211,7 +211,7 @@ class _Settings:
 
     def _augment(self) -> list[Setting]:
         crop = "Crops keep at least this share of the picture's area, as in the bundled recipes of compact students."
-        flip = "Mirrors half of the crops. Not known here: set it to false where left and right differ, as in text."
+        flip = "Mirrors half of the crops. Set it to false if left and right matter, as in text."
         return [Setting("min_scale", 0.4, crop), Setting("flip", True, flip)]
 
     def _teacher(self) -> list[Setting]:
@@ -224,7 +224,7 @@ class _Settings:
         if not self._labelled:
             return Setting("adapt", "none", "The training images have no labels, so the teacher stays zero-shot.")
         if not self.teacher.has_weights:
-            reason = "Trains the whole teacher on the labels, since it has no weights; as long as the student."
+            reason = "Trains the whole teacher on the labels (it has no weights), for as many epochs as the student."
             settings = [
                 Setting("method", "full"),
                 Setting("epochs", self.schedule.epochs),

@@ -78,7 +78,7 @@ def fit_probe(
         images.subset(part) for part in validation_split(images.labels.tolist(), validation_percent, seed)
     )
     if not len(validation.labels):
-        raise ValueError("no class has two labelled images, so that none can be held out")
+        raise ValueError("no class has two labelled images, so none can be held out")
     before = zero_shot.top1_percent(validation)
     scores = {
         strength: unit_rows(fit_head(train, zero_shot, strength)).top1_percent(validation)

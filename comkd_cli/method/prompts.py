@@ -125,7 +125,7 @@ class TextPrompts(DeepPrompts):
         text = getattr(clip, "text", clip)
         if not hasattr(text, "token_embedding") or not hasattr(getattr(text, "transformer", None), "resblocks"):
             raise ModelError(
-                "prompts need open_clip's own text transformer, and this text tower is another one", field="teacher"
+                "prompts need open_clip's own text transformer, but this text tower is a different one", field="teacher"
             )
         width = text.token_embedding.embedding_dim
         super().__init__(depth, tokens, width, text.transformer, text.transformer.resblocks, "teacher.adapt.text_depth")
@@ -164,7 +164,7 @@ def _vision_parts(tower: nn.Module, field: str) -> tuple[nn.Module, nn.Module, n
     if isinstance(getattr(trunk, "blocks", None), nn.Sequential) and hasattr(trunk, "norm_pre"):
         return trunk.norm_pre, trunk.blocks, trunk.blocks
     raise ModelError(
-        "prompts need a vision transformer, and this image tower is none",
+        "prompts need a vision transformer, but this image tower is not one",
         field=field,
         remedy="use `train: full` without prompts" if field.startswith("student") else None,
     )

@@ -135,7 +135,7 @@ def _unsupported_folder(folder: Path) -> tuple[str, str]:
         return f"it has no {OPEN_CLIP_CONFIG}", f"give a folder with an {OPEN_CLIP_CONFIG} beside the weights"
     if {"CLIPModel", "SiglipModel"} & set(names):
         return (
-            f"it holds a model of the transformers library ({', '.join(names)}), which is no folder of open_clip's",
+            f"it holds a model of the transformers library ({', '.join(names)}), which is not a folder of open_clip",
             f"use the open_clip architecture of the same sizes with weights: {folder / 'model.safetensors'}",
         )
     return (
@@ -168,4 +168,4 @@ def download_refusal(error: Exception, source: str | None) -> str | None:
     missing = downloads.are_forbidden() and str(error).startswith("Required pretrained weights")
     if source is None or not (missing or downloads.was_refused(error)):
         return None
-    return f"{source} is not cached on this machine, and comkd does not download what a student.pt names by default"
+    return f"{source} is not cached on this machine; by default, comkd downloads nothing that a student.pt refers to"

@@ -144,7 +144,7 @@ def recompute_activations(tower: nn.Module) -> None:
         return
     try:
         tower.trunk.set_grad_checkpointing(True)  # type: ignore[operator,union-attr]
-    except (AttributeError, AssertionError) as error:  # what is no timm model, and timm's own refusals
+    except (AttributeError, AssertionError) as error:  # not a timm model, or timm refuses it
         raise ModelError(
             "the image tower does not support it", field="checkpointing", remedy="set checkpointing: false"
         ) from error

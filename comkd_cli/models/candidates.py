@@ -103,5 +103,5 @@ def teacher_model(candidate: TeacherCandidate) -> Model:
 
 
 def _is_cached(repository: str, names: tuple[str, ...]) -> bool:
-    # The cache also remembers files that the Hub does not have, as an object that is no path.
+    # The cache also remembers files that the Hub does not have, as an object that is not a path.
     return bool(repository) and any(isinstance(try_to_load_from_cache(repository, name), str) for name in names)

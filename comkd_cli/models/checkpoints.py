@@ -170,8 +170,8 @@ def load_student(path: Path, allow_download: bool = False) -> tuple[Student, Stu
         tower = build_image_tower(initial, load_weights=settings.train == "prompts")
     if settings.train == "prompts" and state_sha256(tower.module) != record.backbone_sha256:
         raise CheckpointError(
-            f"its prompts were trained on other weights than {initial.weights or initial.arch} holds now "
-            f"(sha256 of the tensors: {record.backbone_sha256})",
+            f"its prompts were not trained on the current weights of {initial.weights or initial.arch}, but on "
+            f"others (sha256 of their tensors: {record.backbone_sha256})",
             path=path,
             remedy="restore the weights that it was trained with",
         )

@@ -109,7 +109,7 @@ def choose_teacher(labelled: bool, gpu: bool, image_size: int, download: bool) -
         )
     model = Model(config=untrained_teacher(min(image_size, MOST_FOR_UNTRAINED)))
     reason = (
-        "No weights of a CLIP are in the cache of this machine. This small one knows nothing but what it learns from "
+        "No CLIP weights are in the cache of this machine. This small CLIP knows only what it learns from "
         "your labels, as in recipes/cifar10.yaml; a pretrained teacher would know more."
     )
     return _outlined("a small CLIP from scratch", model, reason)

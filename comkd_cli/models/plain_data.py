@@ -36,7 +36,7 @@ def reason_of(error: Exception) -> str:
 
 
 def check_plain(data: Mapping[str, Any], texts: Sequence[str], texts_or_none: Sequence[str]) -> None:
-    """Raise ValueError where a field that every checkpoint has is of another type than comkd writes."""
+    """Raise ValueError where a field that every checkpoint has does not have the type that comkd writes."""
     for name in texts:
         if not isinstance(data[name], str):
             raise ValueError(f"{name} should be text, not {data[name]!r}")

@@ -17,7 +17,7 @@ from comkd_cli.models.costs import parameters
 from comkd_cli.models.plain_data import check_plain, check_tensors, checked_texts, load_plain, reason_of, save_plain
 
 TEXT_FORMAT = "comkd-text/1"
-CONTEXT = 77  # CLIP's; the positions are not learned, so that no prompt is longer than those of the training
+CONTEXT = 77  # CLIP's; the positions are not learned, so no prompt is longer than those of the training
 ALWAYS = (*BYTE_TOKENS, START, END)
 """Tokens of every vocabulary: with those of bytes any name can be written."""
 MASKED = -1e4  # added to the attention logits of padding; float16 holds it

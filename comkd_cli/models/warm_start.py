@@ -42,11 +42,11 @@ class WarmStart:
             found, needed = getattr(then, field), getattr(settings, field)
             if found != needed:
                 raise ModelError(
-                    f"is not that of the student in student.weights ({path})",
+                    f"differs from that of the student in student.weights ({path})",
                     field=f"student.{field}",
                     found=needed,
                     allowed=str(found),
-                    remedy="use the same, or leave student.weights out",
+                    remedy="use the same value, or remove student.weights",
                 )
         return cls(path, record, state)
 
@@ -61,8 +61,8 @@ class WarmStart:
         tower = build_image_tower(initial, seed, load_weights=frozen, report=report)
         if frozen and (found := state_sha256(tower.module)) != self.record.backbone_sha256:
             raise CheckpointError(
-                f"its prompts were trained on other weights than {initial.weights or initial.arch} holds now "
-                f"(sha256 of the tensors: {self.record.backbone_sha256})",
+                f"its prompts were not trained on the current weights of {initial.weights or initial.arch}, but on "
+                f"others (sha256 of their tensors: {self.record.backbone_sha256})",
                 path=self.path,
                 found=found,
                 remedy="restore the weights that it was trained with",

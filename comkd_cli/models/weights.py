@@ -295,8 +295,8 @@ def _best_location(held: Mapping[str, Any], expected: set[str]) -> _Location:
 def _unwrapping(path: Path, location: _Location) -> Diagnosis:
     """A remedy with the command that writes a file's tensors under the expected names."""
     key, prefix = location.key, location.prefix
-    below = f"below `{key}`" if key is not None else ""
-    after = f"after `{prefix}`" if prefix else ""
+    below = f"under the key `{key}`" if key is not None else ""
+    after = f"with the prefix `{prefix}`" if prefix else ""
     tensors = f"torch.load({str(path)!r}, weights_only=True)" + (f"[{key!r}]" if key is not None else "")
     if path.suffix == ".safetensors":
         tensors = f"safetensors.torch.load_file({str(path)!r})"
@@ -306,5 +306,5 @@ def _unwrapping(path: Path, location: _Location) -> Diagnosis:
     program = f"{imports}; torch.save({kept if prefix else tensors}, {target!r})"
     return Diagnosis(
         f"its tensors are {' '.join(filter(None, (below, after)))}",
-        f"write them to a file of their own and give that file: python -c {shlex.quote(program)}",
+        f"convert the file with this command and use the file that it writes: python -c {shlex.quote(program)}",
     )

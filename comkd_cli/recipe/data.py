@@ -104,7 +104,7 @@ class Data(Closed):
         if self.dataset is not None and self.classes is not None:
             raise ValueError(f"`classes` needs `folder` or `shards`; the dataset {self.dataset} has its own")
         if self.images != Images() and isinstance(self.resized, int):
-            raise ValueError("`resized` keeps upright copies on white: leave out `resized` or `images`")
+            raise ValueError("`resized` keeps upright copies on white, whatever `images` says: leave out one of them")
         if self.dataset == "digits" and isinstance(self.resized, int):
             raise ValueError("`resized` needs images in files; the digits are in memory")
         if self.labels is not None and self.folder is None:
@@ -118,7 +118,7 @@ class Data(Closed):
     @model_validator(mode="after")
     def _prompts(self) -> Data:
         if self.template is not None and self.templates is not None:
-            raise ValueError("`template` and `templates` exclude each other")
+            raise ValueError("`template` and `templates` cannot be combined")
         if isinstance(self.templates, str) and self.templates != OPENAI_TEMPLATES:
             raise ValueError(f"`templates` should be a list or `{OPENAI_TEMPLATES}`, not {self.templates!r}")
         if self.templates == ():

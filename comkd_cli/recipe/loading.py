@@ -157,7 +157,7 @@ def read_yaml(text: str, name: str) -> Any:
         tree = YAML(typ="safe", pure=True).load(text)
         check_plain_tree(tree, name)
         return _plain(tree, name)
-    except (YAMLError, ValueError, IndexError) as error:  # what looks like a date or a number and is none
+    except (YAMLError, ValueError, IndexError) as error:  # what looks like a date or a number but is neither
         raise RecipeError("is not valid YAML", path=name, found=" ".join(str(error).split())) from error
     except RecursionError as error:  # an alias of itself
         raise RecipeError("is nested without end, or too deeply", path=name) from error

@@ -74,4 +74,4 @@ def _about_training(run: ScoredRun) -> Iterator[str]:
         yield "The student was trained on labels alone; the teacher gave it the class vectors and nothing else."
     gates = [epoch["gate"] for epoch in run.history if "gate" in epoch]
     if gates and abs(gates[-1]) < IDLE_GATE:
-        yield f"EduAttention's gate ended at {gates[-1]:.4f}: it hardly acts in this student."
+        yield f"EduAttention's gate ended at {gates[-1]:.4f}: it has almost no effect in this student."

@@ -148,7 +148,7 @@ def against_teacher(run: ScoredRun) -> Difference | None:
     if run.teacher is None or not run.labelled:
         return None
     mine, theirs = right_on_common(run, run.student, run.teacher)
-    return Difference("student less teacher", _points(mine, theirs), "")
+    return Difference("student minus teacher", _points(mine, theirs), "")
 
 
 def tiles(run: ScoredRun, rows: Sequence[ScoreRow]) -> list[Tile]:
@@ -159,7 +159,7 @@ def tiles(run: ScoredRun, rows: Sequence[ScoreRow]) -> list[Tile]:
         made.append(Tile("Top-1", student.top1, f"{len(student.model.answers.indices):,} test images"))
     if student.top1 and teacher and teacher.top1 and teacher.top1.value:
         kept = 100 * student.top1.value / teacher.top1.value
-        made.append(Tile("Kept of the teacher", Measure(kept, f"{kept:.1f} %"), f"its top-1: {teacher.top1.text}"))
+        made.append(Tile("Retained from teacher", Measure(kept, f"{kept:.1f} %"), f"its top-1: {teacher.top1.text}"))
     if student.agreement is not None:
         made.append(Tile("Agreement", student.agreement, "same answer as the teacher"))
     made.append(
@@ -210,10 +210,10 @@ def _between(first: ScoredRun, other: ScoredRun, number: int) -> Difference:
         ends = sorted(sign * end for end in (points.interval.low, points.interval.high))
         zero = "includes" if ends[0] <= 0 <= ends[1] else "excludes"
         sentence = _minus(
-            f"What the teacher gave: {gain:+.2f} points of top-1 over labels alone, on the same test images (95 % "
+            f"Gain from the teacher: {gain:+.2f} points of top-1 over labels alone, on the same test images (95 % "
             f"interval {ends[0]:+.1f} to {ends[1]:+.1f}, which {zero} 0)."
         )
-    return Difference(f"run 1 less run {number}", points, sentence)
+    return Difference(f"run 1 minus run {number}", points, sentence)
 
 
 def _points(mine: np.ndarray, theirs: np.ndarray) -> Measure:

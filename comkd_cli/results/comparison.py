@@ -29,7 +29,7 @@ HALVES = ("base", "new")
 # Halves that are rounded to 0.01 move their harmonic mean by up to 0.005, and it is rounded, too.
 ROUNDING_POINTS = 0.0101
 MARK = "*"
-MARK_NOTE = "* does not follow from the published halves: "
+MARK_NOTE = "* differs from the harmonic mean of the published halves: "
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 NAME = "metrics.jsonl"
 SCORES = ("test_top1_percent", "test_agreement_percent")
 """Held-out figures of an epoch, the one to go by first."""
-MOST_COUNT = 2**53  # above it an integer is no exact float
+MOST_COUNT = 2**53  # above it an integer is not an exact float
 NOISE_POINTS = 0.5  # what a score moves by where nothing says of how many images it is
 IDLE_GATE = 0.01  # below this EduAttention adds less than a hundredth of a unit vector to a feature
 STILL_FALLING = 0.02  # of the loss, over the last fifth of the epochs

@@ -37,7 +37,7 @@ class Record:
     method: str = "clip"
     shots: int | None = None
     selection: str = "last"
-    """How the epoch was selected: `last`, or `promptkd`, as PromptKD's code does on the test images of base classes."""
+    """How the epoch was selected: `last`, or `promptkd`: the best one on test images, as in PromptKD's code."""
     unreadable: int = 0
     """The number of images that could not be decoded."""
     model_sha256: str | None = None

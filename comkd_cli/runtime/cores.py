@@ -26,7 +26,7 @@ def shared_settings(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables to set before torch is loaded; none that the user has set, or has decided by another one.
 
     OpenMP's threads spin while they wait for one another. Where another process has the core of the one that they wait
-    for, each of thousands of waits lasts until the spin ends, so that two processes may be a hundred times slower than
+    for, each of thousands of waits lasts until the spin ends, so two processes may be a hundred times slower than
     one. A bounded spin is long enough for the gaps between the operators of one process. Where the affinity or a quota
     of a control group leaves fewer cores than OpenMP counts, it is told how many.
     """
@@ -61,7 +61,7 @@ def chooses_threads(device: str = "cpu") -> bool:
 def step_threads(multiply_adds: int | None) -> int | None:
     """The threads of this process for steps of so many multiply-adds; None leaves their number as it is.
 
-    A thread costs a few microseconds at each operator, so that a small step is as fast or faster with fewer. The number
+    A thread costs a few microseconds at each operator, so a small step is as fast or faster with fewer. The number
     depends on the size of the step and on the cores alone, as it decides the last bits of the result. A number that the
     user has set is left alone.
     """

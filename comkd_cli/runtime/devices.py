@@ -109,7 +109,7 @@ def _explained(error: RuntimeError, memory_remedy: str) -> TrainingError | None:
             "torch.compile failed",
             field="compile",
             found=first,
-            remedy="set compile: false, or install what it needs, a C++ compiler on a CPU",
+            remedy="set compile: false, or install the requirements of torch.compile (on a CPU, a C++ compiler)",
         )
     if (peer := collectives.peer_error(error)) is not None:
         return peer

@@ -144,8 +144,8 @@ def _one_class(shares: Tensor, label_shares: Tensor | None, names: Sequence[str]
     return [
         Finding(
             "one_class",
-            f"{share:.0f} % of the teacher's answers are {names[top]!r}{labelled}: a student of it learns to give one "
-            "answer, and agrees with it on any image",
+            f"{share:.0f} % of the teacher's answers are {names[top]!r}{labelled}: a student distilled from it learns "
+            "to give this one answer, and agrees with it on any image",
             "check the class names, data.template and the teacher's weights, or adapt the teacher to labelled images",
             figures,
             (names[top],),
@@ -165,7 +165,7 @@ def _never_answered(shares: Tensor, label_shares: Tensor | None, images: int, na
         Finding(
             "never_answered",
             f"the teacher never answers {count} of {len(names):,} on {images:,} images ("
-            f"{', '.join(absent[:MOST_NAMED])}{more}), so that a student does not learn them",
+            f"{', '.join(absent[:MOST_NAMED])}{more}), so a student cannot learn them",
             "check their names and data.template, or adapt the teacher to labelled images",
             {"classes": len(absent)},
             tuple(absent[:MOST_NAMED]),
@@ -233,8 +233,8 @@ def _near_duplicates(features: Tensor) -> list[Finding]:
         Finding(
             "near_duplicates",
             f"{near} of {count} sampled training images have a near-duplicate among them (cosine above "
-            f"{NEAR_DUPLICATE_COSINE:g}), so that held-out and test images may have one among the training images",
-            "remove all but one, or give a test split of other scenes: scores are otherwise too high",
+            f"{NEAR_DUPLICATE_COSINE:g}), so held-out and test images may also have one among the training images",
+            "remove all but one, or use a test split of other scenes; otherwise scores are too high",
             {"images": near, "sample": count},
         )
     ]

@@ -126,7 +126,7 @@ def _class_encoder(record: StudentRecord, student_file: Path, report: Report) ->
         return _prompted_encoder(saved_prompted(saved, path))
     if saved.is_frozen_clip:
         raise CheckpointError(
-            "its class vectors were fitted to labelled images, and no text encoder gives those of other classes",
+            "its class vectors were fitted to labelled images, so no text encoder can compute those of other classes",
             path=path,
             field="teacher.adapt",
             found="linear_probe",
@@ -175,7 +175,7 @@ def check_teacher_files(record: StudentRecord, student_file: Path) -> None:
         if found.get(name, digest) != digest:
             path = str(checkpoint) if name == "teacher" else str(getattr(settings, name)).removeprefix("local-dir:")
             raise CheckpointError(
-                f"is not the teacher that {student_file} was distilled from: its sha256 was {digest}",
+                f"is not the teacher that {student_file} was distilled from: its sha256 was {digest} and is now",
                 path=path,
                 found=found[name],
                 remedy="restore the old file, or distil again",

@@ -67,8 +67,8 @@ def frozen_clip(record: TeacherRecord, path: Path) -> Clip:
     clip = build_clip(Model(**record.model))
     if (found := state_sha256(clip.model)) != record.backbone_sha256:
         raise CheckpointError(
-            f"was adapted on other weights than those of {record.origin.weights or record.origin.architecture} (sha256 "
-            f"of the tensors {record.backbone_sha256})",
+            f"was adapted on different weights from those of {record.origin.weights or record.origin.architecture} "
+            f"(sha256 of their tensors: {record.backbone_sha256})",
             path=path,
             found=found,
             remedy="restore the weights that it was trained with",
@@ -199,8 +199,8 @@ def _check_word_embeddings(clip: Clip, released: ReleasedTeacher, path: Path, ba
     if base is not None and released.start_embedding is None:
         report(
             Notice(
-                f"{path}: has no {START_EMBEDDING}, so that the word embeddings of {base} cannot be compared with "
-                "those that its prompts were learned with; with another CLIP's the teacher answers wrongly"
+                f"{path}: has no {START_EMBEDDING}, so the word embeddings of {base} cannot be compared with those "
+                "that its prompts were learned with; with those of another CLIP, the teacher's answers are wrong"
             )
         )
 

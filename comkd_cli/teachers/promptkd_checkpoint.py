@@ -38,7 +38,7 @@ def read_released_student(path: Path) -> ReleasedStudent:
     """The student of a PromptKD checkpoint. Raises CheckpointError, naming the file and what it lacks."""
     state = as_float(read_state(path), path)
     if not any(name.startswith(PROJECTOR) for name in state):
-        raise CheckpointError(f"is no student of PromptKD: it has no {PROJECTOR.rstrip('.')}", path=path)
+        raise CheckpointError(f"is not a student of PromptKD: it has no {PROJECTOR.rstrip('.')}", path=path)
     check_finite(state, path, CheckpointError)
     vision = vision_prompts(state, path)
     projector = {
@@ -47,7 +47,7 @@ def read_released_student(path: Path) -> ReleasedStudent:
         if name.startswith(CONVOLUTIONS)
     }
     if LOGIT_SCALE not in state:
-        raise CheckpointError(f"is no student of PromptKD: it has no {LOGIT_SCALE}", path=path)
+        raise CheckpointError(f"is not a student of PromptKD: it has no {LOGIT_SCALE}", path=path)
     tower = {name.removeprefix(IMAGE_ENCODER): value for name, value in state.items() if name.startswith(IMAGE_ENCODER)}
     return ReleasedStudent(tower, vision, projector, state[LOGIT_SCALE].reshape(()))
 

@@ -186,7 +186,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     # dict's own methods: a file may have set attributes of the same names.
     found = dict.get(checkpoint, "state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in dict.values(found)):
-        raise CheckpointError("is no PromptSRC checkpoint: it has no `state_dict` of tensors", path=path)
+        raise CheckpointError("is not a PromptSRC checkpoint: it has no `state_dict` of tensors", path=path)
     state = {str(name): value for name, value in dict.items(found)}
     if state and all(name.startswith(DATA_PARALLEL) for name in state):
         state = {name.removeprefix(DATA_PARALLEL): value for name, value in state.items()}
@@ -211,7 +211,7 @@ def vision_prompts(state: dict[str, Tensor], path: Path) -> Tensor:
         return deep_prompts(state, path, f"{IMAGE_ENCODER}VPT", IMAGE_ENCODER)
     embedding = state.get(f"{IMAGE_ENCODER}class_embedding")
     if embedding is None or embedding.ndim != 1:
-        raise CheckpointError("is no PromptSRC checkpoint: it has no image encoder of a vision transformer", path=path)
+        raise CheckpointError("is not a PromptSRC checkpoint: it has no vision transformer as image encoder", path=path)
     return embedding.new_empty(1, 0, len(embedding))
 
 
@@ -235,7 +235,7 @@ def _embeddings(held: Tensor | None, path: Path, name: str) -> Tensor | None:
 def deep_prompts(state: dict[str, Tensor], path: Path, first: str, prefix: str) -> Tensor:
     """Remove the prompts of one encoder from the state and return them, (depth, tokens, width)."""
     if first not in state:
-        raise CheckpointError(f"is no PromptSRC checkpoint: it has no {first}", path=path)
+        raise CheckpointError(f"is not a PromptSRC checkpoint: it has no {first}", path=path)
     layers = {0: state.pop(first)}
     for name in list(state):
         if (match := DEEP_PROMPT.fullmatch(name.removeprefix(prefix))) and name.startswith(prefix):

@@ -105,7 +105,7 @@ class Checkpoint:
         state = found.state
         if set(state["model"]) != set(learned_state(self.task.model)):
             raise CheckpointError(
-                "holds other tensors than this version trains",
+                "holds different tensors from those that this version trains",
                 path=found.path,
                 remedy=restart_remedy(folder),
             )

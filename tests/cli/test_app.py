@@ -424,7 +424,7 @@ def test_predict_on_a_damaged_bundle_names_the_file(colour_bundle: Path, picture
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("distill", "digits", "--fresh", "--precompute"), "--fresh and --precompute exclude each other"),
+        (("distill", "digits", "--fresh", "--precompute"), "--fresh and --precompute cannot be combined"),
         (("export", "student.pt", "--gate", "int8.cosine=0.9"), "should be PRECISION.LIMIT=VALUE"),
         (("export", "student.pt", "--gate", "int4.cosine_min=0.9"), "should be PRECISION.LIMIT=VALUE"),
         (("export", "student.pt", "--gate", "int8.cosine_min=much"), "'much' is not a number"),

@@ -449,7 +449,7 @@ def test_a_split_that_serves_nothing_is_told(pets: Path, write_image: WriteImage
     (pets / "val/1.png").unlink()
     folder_source(pets, None, TEMPLATE, told.append)
     assert texts(told) == [
-        f"{pets / 'val'}: has test/ beside it and no class folders, so its images are not used",
+        f"{pets / 'val'}: is not used, because it has no class folders and test/ has images",
         f"{pets / 'val'}: contains no images",
     ]
 

@@ -522,7 +522,7 @@ def test_a_format_that_no_image_file_of_comkd_has_is_not_decoded(
     monkeypatch.setattr(subprocess, "Popen", start)
     Image.new("RGB", (16, 16)).save(tmp_path / "image", kind)
     (tmp_path / "image").rename(tmp_path / "image.png")
-    with pytest.raises(UnreadableImage, match=r"image\.png: is not an image that can be read; the formats are JPEG, "):
+    with pytest.raises(UnreadableImage, match=r"image\.png: is not a readable image; the supported formats are JPEG, "):
         open_image(tmp_path / "image.png")
 
 

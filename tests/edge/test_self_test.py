@@ -80,7 +80,7 @@ def test_an_image_that_this_machine_cannot_decode_is_named_with_the_reason(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("FAILED for cmyk")
     assert lines[1].startswith("  cmyk: ")
-    assert "not an image that can be read; the formats are" in lines[1]
+    assert "not a readable image; the supported formats are" in lines[1]
 
 
 def test_logits_of_another_shape_differ(referenced: Path, monkeypatch: pytest.MonkeyPatch) -> None:

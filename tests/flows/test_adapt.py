@@ -153,7 +153,7 @@ def test_a_changed_backbone_is_refused(done: adapt.Stage1, weights: Path, tmp_pa
     stage = make_stage(tmp_path / "runs", moved)
     prepare(stage)
     torch.save(build_clip(Model(config=tiny.CLIP), seed=4).model.state_dict(), moved)
-    with pytest.raises(CheckpointError, match="other weights") as caught:
+    with pytest.raises(CheckpointError, match="adapted on different weights") as caught:
         load_saved_teacher(stage.file, stage.source.class_names, torch.device("cpu"))
     assert caught.value.path == stage.file
 

@@ -149,7 +149,7 @@ def test_a_class_that_is_nearly_another_is_a_warning(zero_shot: Any, monkeypatch
     monkeypatch.setattr("comkd_cli.flows.classes.NEARLY_EQUAL_COSINE", -1.0)
     _, (entry,) = add_classes(zero_shot(), ["fox"], AddOptions(), events.append)
     (notice,) = [event for event in events if isinstance(event, Notice)]
-    assert notice.text.startswith(f"fox: its vector is nearly that of {entry.nearest} (cosine ")
+    assert notice.text.startswith(f"fox: its vector is nearly identical to that of {entry.nearest} (cosine ")
 
 
 def test_a_template_without_a_place_for_the_name_is_refused(zero_shot: Any) -> None:

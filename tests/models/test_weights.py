@@ -80,7 +80,7 @@ def test_the_remedy_for_a_wrapped_file_is_a_command_that_works(
 def test_a_wrapped_safetensors_file_has_a_remedy_that_works(clip: torch.nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_file(prefixed({name: value.clone() for name, value in clip.state_dict().items()}, "clip."), path)
-    with pytest.raises(ModelError, match=r"after `clip\.`") as caught:
+    with pytest.raises(ModelError, match=r"with the prefix `clip\.`") as caught:
         build_clip(Model(config=tiny.CLIP, weights=str(path)))
     run_remedy(caught.value)
     fixed = Model(config=tiny.CLIP, weights=str(tmp_path / "w-plain.pt"))
@@ -90,7 +90,7 @@ def test_a_wrapped_safetensors_file_has_a_remedy_that_works(clip: torch.nn.Modul
 def test_a_wrapped_file_of_a_tower_has_a_remedy_too(clip: Any, tmp_path: Path) -> None:
     torch.save({"model": prefixed(clip.visual.state_dict(), "_orig_mod.")}, tmp_path / "w.pt")
     alone = {key: value for key, value in tiny.CLIP.items() if key != "text_cfg"}
-    with pytest.raises(ModelError, match=r"below `model` after `_orig_mod\.`"):
+    with pytest.raises(ModelError, match=r"under the key `model` with the prefix `_orig_mod\.`"):
         build_image_tower(Model(config=alone, weights=str(tmp_path / "w.pt")))
 
 

@@ -155,7 +155,7 @@ def test_the_ends_of_a_range_and_whole_numbers_for_fractions_are_accepted(
         ({"folder": "x", "templates": ["a {}", "a {}"]}, "repeats a template"),
         ({"folder": "x", "templates": []}, "is empty"),
         ({"folder": "x", "templates": "a {}"}, "a list or `openai`"),
-        ({"folder": "x", "templates": ["a {}"], "template": "the {}"}, "exclude each other"),
+        ({"folder": "x", "templates": ["a {}"], "template": "the {}"}, "cannot be combined"),
     ],
 )
 def test_data_names_one_source_and_a_template_with_one_place(fields: dict[str, Any], message: str) -> None:

@@ -133,11 +133,11 @@ def test_two_runs_are_compared_on_their_images_and_what_the_teacher_gave_is_said
     shown = page(distilled, labels_only)
     assert "2 runs compared" in shown.text
     # 25 of 30 right against 20 of 30
-    assert "What the teacher gave: +16.67 points of top-1 over labels alone" in shown.text
-    assert "run 1 less run 2" in shown.text
+    assert "Gain from the teacher: +16.67 points of top-1 over labels alone" in shown.text
+    assert "run 1 minus run 2" in shown.text
     assert "latency of one image on one thread, ms" in shown.text
     other_way = page(labels_only, distilled)
-    assert "What the teacher gave: +16.67 points" in other_way.text
+    assert "Gain from the teacher: +16.67 points" in other_way.text
     assert "\N{MINUS SIGN}16.67 points" in other_way.text
     assert "top\N{MINUS SIGN}1" not in shown.text
 
@@ -146,7 +146,7 @@ def test_two_runs_are_compared_on_their_images_and_what_the_teacher_gave_is_said
 def test_runs_on_other_images_stand_beside_each_other_without_a_difference(tmp_path: Path) -> None:
     other = scored_run(tmp_path, STUDENT, TEACHER, LABELS, keys=[f"other{i}.png" for i in range(30)])
     shown = page(scored_run(tmp_path, STUDENT, TEACHER, LABELS), other)
-    assert "run 1 less" not in shown.text
+    assert "run 1 minus" not in shown.text
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -47,7 +47,7 @@ def list_(as_json: bool) -> None:
 @click.option(
     "--deep",
     is_flag=True,
-    help="Decode every image as well, which takes long, and count those with an EXIF orientation and the like.",
+    help="Also decode every image (slow), and count those with an EXIF orientation, transparency or 16-bit levels.",
 )
 @data_root_option
 @json_option

@@ -60,9 +60,9 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     from comkd_cli.recipe import find_recipe, load_recipe
 
     if datasets and whole_suite:
-        raise click.UsageError("--dataset and --all exclude each other")
+        raise click.UsageError("--dataset and --all cannot be combined")
     if fresh and precompute:
-        raise click.UsageError("--fresh and --precompute exclude each other: cached crops are never recomputed")
+        raise click.UsageError("--fresh and --precompute cannot be combined: cached crops are never recomputed")
     if whole_suite:
         datasets = _suite_below(data_root)
     choices = [Choice(dataset, seed) for dataset, seed in product(datasets or [None], seeds or [None])]

@@ -140,11 +140,11 @@ class Selection(NamedTuple):
 def _select(
     datasets: tuple[str, ...], whole_suite: bool, folder: str | None, classes: str | None, template: str | None
 ) -> Selection:
-    """What the options select. Raises UsageError for options that exclude each other, RecipeError for wrong values."""
+    """What the options select. Raises UsageError for options that cannot be combined, RecipeError for wrong values."""
     if bool(datasets) + whole_suite + (folder is not None) > 1:
-        raise click.UsageError("--dataset, --all and --folder exclude one another")
+        raise click.UsageError("--dataset, --all and --folder cannot be combined")
     if (classes or template) and not folder:
-        raise click.UsageError("--classes and --template describe --folder")
+        raise click.UsageError("--classes and --template require --folder")
     from comkd_cli.recipe.catalog import CATALOG
     from comkd_cli.recipe.loading import parse_data
 

@@ -43,7 +43,7 @@ def _positive(_context: click.Context, parameter: click.Parameter, value: float 
     "--text-student",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Add this text encoder instead, which `comkd distill-text` wrote.",
+    help="Add this text encoder, written by `comkd distill-text`, instead of the teacher's.",
 )
 @click.option(
     "--text-precision",
@@ -119,7 +119,7 @@ def _positive(_context: click.Context, parameter: click.Parameter, value: float 
     "of any size; may be repeated.",
 )
 @click.option(
-    "--batch", type=click.IntRange(min=1), help="Fix the length of batches and every shape. Default: any length."
+    "--batch", type=click.IntRange(min=1), help="Fix the batch size and every shape. Default: any batch size."
 )
 @click.option("--license", "license_", default="unknown", show_default=True, help="Licence that the model card names.")
 @runs_option
@@ -168,7 +168,7 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     from comkd_cli.cli.terminal import reporting, starting
 
     if text and text_student is not None:
-        raise click.UsageError("--text and --text-student exclude each other: a bundle has one text encoder")
+        raise click.UsageError("--text and --text-student cannot be combined: a bundle has one text encoder")
     if text_precisions and not (text or text_student):
         raise click.UsageError("--text-precision needs --text or --text-student")
     target = out or student.parent / "bundle"

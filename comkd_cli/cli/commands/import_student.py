@@ -32,7 +32,7 @@ from comkd_cli.cli.options import data_root_option, runs_option, typed_command
 def command(
     recipe: str, dataset: str | None, seed: int | None, settings: tuple[str, ...], runs: Path, data_root: Path
 ) -> None:
-    """Write a student that PromptKD's code saved as RUNS/<recipe>/<dataset>/seed<k>/student.pt, without training.
+    """Convert a student saved by PromptKD's code to RUNS/<recipe>/<dataset>/seed<k>/student.pt, without training.
 
     RECIPE has `student: {weights: FILE, format: promptkd}`, the teacher that the student was distilled from (for the
     class vectors), and the data (for the class names). Every other command then takes the student.pt. Nothing in FILE

@@ -39,16 +39,16 @@ def _latency(_context: click.Context, parameter: click.Parameter, value: str | N
     "--classes",
     type=click.Path(dir_okay=False, exists=True, path_type=Path),
     metavar="FILE",
-    help="Class names, one a line. Left out: the sub-folders of train/.",
+    help="Class names, one per line. Default: the sub-folders of train/.",
 )
 @click.option(
-    "--budget", callback=_budget, metavar="PARAMETERS", help="Most parameters of the student, such as 5M or 500k."
+    "--budget", callback=_budget, metavar="PARAMETERS", help="Maximum number of student parameters, such as 5M or 500k."
 )
 @click.option(
     "--max-latency",
     callback=_latency,
     metavar="TIME",
-    help="Longest time of the student for one image, such as 20ms, measured on this machine.",
+    help="Maximum latency of the student for one image, such as 20ms, measured on this machine.",
 )
 @click.option(
     "--teacher", metavar="ARCH:WEIGHTS", help="Use this teacher: an open_clip architecture, and a tag or file."
@@ -78,7 +78,7 @@ def command(
     from comkd_cli.cli.terminal import reporting, starting
 
     if budget is not None and max_latency is not None:
-        raise click.UsageError("--budget and --max-latency exclude each other")
+        raise click.UsageError("--budget and --max-latency cannot be combined")
     with starting():
         from comkd_cli.flows.init import Request, already_exists, propose, write_recipe
         from comkd_cli.models.choice import Limit

@@ -35,7 +35,7 @@ def command(file: Path, as_json: bool) -> None:
     files = document.get("files")
     if files and (faulty := [*files["changed"], *files["missing"]]):
         raise BundleError(
-            "has files that are missing or are not those that were exported",
+            "has files that are missing or have changed since the export",
             path=escaped(str(file)),
             found=escaped(", ".join(faulty)),
             remedy="export the bundle again",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "csv_file",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Classify every image below one folder, given as IMAGE, into this CSV file; a rerun resumes it.",
+    help="Classify all images in the folder IMAGE and its subfolders, and write this CSV file; a rerun resumes it.",
 )
 @click.option("--fresh", is_flag=True, help="Replace the CSV file instead of resuming it.")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes to print per image.")
@@ -79,14 +79,14 @@ def command(
         _print_benchmark(bundle, settings["precision"], images, seconds, as_json)
         return
     if fresh and csv_file is None:
-        raise click.UsageError("--fresh belongs to --csv")
+        raise click.UsageError("--fresh requires --csv")
     threshold = not settings.pop("no_threshold")
     if csv_file is None:
         settings["threshold"] = threshold
         _print_predictions(bundle, images, as_json, settings)
         return
     if as_json or len(images) != 1:
-        raise click.UsageError("--csv takes one folder of images, and no --json")
+        raise click.UsageError("--csv requires exactly one folder of images and cannot be combined with --json")
     _write_table(bundle, Table(Path(images[0]), csv_file, fresh, threshold), settings)
 
 

@@ -16,8 +16,8 @@ def command(bundle: Path, repo: str, public: bool, dry_run: bool) -> None:
     """Upload BUNDLE to REPO on the Hugging Face Hub, OWNER/NAME, with its model card.
 
     The files of the bundle's manifest are uploaded and nothing else in the folder; they are printed first. A repository
-    that does not exist is created, private without --public. HF_TOKEN or `hf auth login` says who you are, HF_ENDPOINT
-    names another Hub.
+    that does not exist is created, private without --public. Log in with HF_TOKEN or `hf auth login`; HF_ENDPOINT
+    selects another Hub.
     """
     from rich.filesize import decimal
 

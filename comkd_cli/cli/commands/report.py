@@ -29,7 +29,7 @@ STUDENT = "student.pt"
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="File to write. Left out: report.html beside the student, of several runs RUNS/report.html.",
+    help="File to write. Default: report.html beside the student, or RUNS/report.html for several runs.",
 )
 @runs_option
 @data_root_option
@@ -41,10 +41,10 @@ def command(
 
     RUN is a student.pt or its folder. The report shows scores with confidence intervals, costs, the training curve,
     the scores of each class, confusions, and the test images on which student and teacher disagree most. It needs
-    no network and runs no script. Of several runs the first is compared with the others: give a run that
-    was trained on labels alone (recipe labels_only) to see what the teacher gave.
+    no network and runs no script. With several runs, the first is compared with the others: include a run that
+    was trained on labels alone (recipe labels_only) to see how much the teacher contributed.
 
-    Test images go through a model only if `comkd evaluate` has not kept their features in RUNS/features.
+    Features that `comkd evaluate` stored in RUNS/features are reused; other test images are encoded again.
     """
     from comkd_cli.cli.terminal import output, reporting, starting
     from comkd_cli.files import check_writable

@@ -85,7 +85,7 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
 
     if unknown := [name for name in datasets if name not in DATASETS[protocol]]:
         raise MisuseError(
-            "is no dataset of this protocol", field="--dataset", found=unknown[0], allowed=DATASETS[protocol]
+            "is not a dataset of this protocol", field="--dataset", found=unknown[0], allowed=DATASETS[protocol]
         )
     name = recipe or RECIPES[protocol, method]
     choices = [Choice(*pair) for pair in product(datasets or DATASETS[protocol], dict.fromkeys(seeds))]

@@ -127,7 +127,7 @@ class Run:
                 "is the file that this run writes",
                 path=self.student_file,
                 field="student.weights",
-                remedy="move the folder of the earlier run first, and name the file there",
+                remedy="move the folder of the earlier run, then set student.weights to the new path of the file",
             )
 
     def check_steps(self) -> None:

@@ -314,7 +314,7 @@ def _report_idle_gate(recipe: Recipe, student: Student, report: Report) -> None:
     if abs(student.gate) < IDLE_GATE and abs(settings.gate_start) < IDLE_GATE:
         report(
             Notice(
-                f"EduAttention's gate ended at {student.gate:.4f}, so that it has almost no effect in this student; "
+                f"EduAttention's gate ended at {student.gate:.4f}, so it has almost no effect in this student; "
                 "compare with loss.edu_attention=null, or raise loss.edu_attention.gate_learning_rate_factor"
             )
         )

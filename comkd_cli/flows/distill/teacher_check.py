@@ -104,8 +104,8 @@ def _shared_images(run: Run) -> list[Finding]:
     return [
         Finding(
             "shared_images",
-            f"{count:,} of {len(source.test):,} test images are among the training images, too, by content",
-            "remove them from one of the two: scores are otherwise too high",
+            f"{count:,} of {len(source.test):,} test images have the same content as training images",
+            "remove them from one of the two splits; otherwise scores are too high",
             {"images": count, "test_images": len(source.test)},
         )
     ]

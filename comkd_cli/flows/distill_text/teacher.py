@@ -44,8 +44,8 @@ class TextTeacher:
         cosine = float(nn.functional.cosine_similarity(found, own).min()) if found.shape == own.shape else float("nan")
         if not cosine >= SAME_VECTORS_COSINE:
             raise CheckpointError(
-                "the student's class vectors do not match its teacher's text encoder, so that encoder cannot be "
-                "distilled for it",
+                "the student's class vectors do not match its teacher's text encoder, so this text encoder cannot "
+                "be distilled for the student",
                 path=file,
                 found=f"smallest cosine {cosine:.4f}",
                 allowed=f"at least {SAME_VECTORS_COSINE}",

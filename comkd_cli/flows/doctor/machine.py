@@ -63,7 +63,7 @@ def check_disk(runs: Path) -> Check:
         with tempfile.TemporaryFile(dir=place):
             free = shutil.disk_usage(place).free
     except OSError as error:
-        remedy = "give a folder that can be written with --runs"
+        remedy = "choose a writable folder with --runs"
         return Check("disk", f"{place}: {error.strerror or error}", "error", remedy)
     found = f"{free / GIB:.1f} GiB free for {runs}"
     if free < LEAST_DISK:

@@ -17,8 +17,8 @@ def check_data_root(data_root: Path) -> Check:
     """The datasets of the suite below a folder; their images are not looked at."""
     found = [name for name, dataset in CATALOG.items() if (data_root / dataset.folder).is_dir()]
     if found:
-        return Check("datasets", f"{data_root}: {_some(found)}; `comkd datasets check` looks at each")
-    remedy = "not needed for `digits` and your own folders; otherwise --data-root or COMKD_DATA names the folder"
+        return Check("datasets", f"{data_root}: {_some(found)}; `comkd datasets check` checks each")
+    remedy = "not needed for `digits` or your own folders; otherwise set --data-root or COMKD_DATA to the folder"
     return Check("datasets", f"{data_root}: none of the suite", "ok", remedy)
 
 

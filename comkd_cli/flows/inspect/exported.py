@@ -42,7 +42,7 @@ FROM_MANIFEST: Mapping[str, type | tuple[type, ...]] = {
 
 
 def inspect_graph(path: Path) -> dict[str, Any]:
-    """An ONNX file; see `graph_facts`. Raises ComkdError for a file that is no graph."""
+    """An ONNX file; see `graph_facts`. Raises ComkdError for a file that is not a graph."""
     facts = graph_facts(path)
     if facts is None:
         raise unknown_file(path)
@@ -53,7 +53,7 @@ def inspect_graph(path: Path) -> dict[str, Any]:
 def inspect_bundle(folder: Path) -> dict[str, Any]:
     """A bundle: the facts of its manifest, its precisions, and whether its files are those that were exported.
 
-    Fields of another type than comkd writes are left out. Raises BundleError.
+    Fields whose type differs from what comkd writes are left out. Raises BundleError.
     """
     with bundle_errors():
         manifest = read_manifest(folder)
