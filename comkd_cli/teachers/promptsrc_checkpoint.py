@@ -211,7 +211,9 @@ def vision_prompts(state: dict[str, Tensor], path: Path) -> Tensor:
         return deep_prompts(state, path, f"{IMAGE_ENCODER}VPT", IMAGE_ENCODER)
     embedding = state.get(f"{IMAGE_ENCODER}class_embedding")
     if embedding is None or embedding.ndim != 1:
-        raise CheckpointError("is not a PromptSRC checkpoint: it has no vision transformer as image encoder", path=path)
+        raise CheckpointError(
+            "is not a checkpoint of PromptSRC or PromptKD: it has no vision transformer as image encoder", path=path
+        )
     return embedding.new_empty(1, 0, len(embedding))
 
 

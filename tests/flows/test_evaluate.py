@@ -311,17 +311,17 @@ def test_seeds_of_other_settings_are_reported(tiny_student: Path, tmp_path: Path
         shutil.copytree(tiny_student.parent, tmp_path / f"tiny/digits/seed{seed}")
     events: list[Event] = []
     evaluate(None, tmp_path, bench(events))
-    assert not any("other settings" in str(event) for event in events)
+    assert not any("different settings" in str(event) for event in events)
     path = tmp_path / "tiny/digits/seed2/student.pt"
     data = torch.load(path, weights_only=True)
     data["recipe"] |= {"seed": 2, "about": "the same student", "evaluate_every_epochs": 2, "checkpointing": True}
     torch.save(data, path)
     evaluate(None, tmp_path, bench(events))
-    assert not any("other settings" in str(event) for event in events)
+    assert not any("different settings" in str(event) for event in events)
     data["recipe"]["optim"]["epochs"] = 7
     torch.save(data, path)
     evaluate(None, tmp_path, bench(events))
-    notices = [event.text for event in events if isinstance(event, Notice) and "other settings" in event.text]
+    notices = [event.text for event in events if isinstance(event, Notice) and "different settings" in event.text]
     assert len(notices) == 1
     assert "optim.epochs" in notices[0]
     assert "evaluate_every_epochs" not in notices[0]

@@ -216,4 +216,4 @@ def test_test_images_that_are_training_images_are_counted(tmp_path: Path, weight
     run, stage = prepare({"folder": str(folder), "classes": None}, tmp_path / "runs", FULL)
     events: list[Event] = []
     train(run, stage, events)
-    assert "1 of 2 test images are among the training images" in texts(events)
+    assert "1 of 2 test images have the same content as training images" in texts(events)

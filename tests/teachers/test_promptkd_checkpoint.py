@@ -91,7 +91,7 @@ def test_every_tensor_of_the_file_is_found(tmp_path: Path, depth: int, prefix: s
     [
         ("VPT_image_trans", {}, "no VPT_image_trans"),
         ("logit_scale", {}, "no logit_scale"),
-        ("image_encoder.class_embedding", {}, "no image encoder"),
+        ("image_encoder.class_embedding", {}, "no vision transformer as image encoder"),
         ("nothing", {"image_encoder.proj": torch.full((32, 12), torch.nan)}, "NaN or infinite"),
     ],
 )

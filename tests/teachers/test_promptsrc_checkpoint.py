@@ -302,7 +302,7 @@ def test_prompts_deeper_than_the_architecture_are_refused(base: Path, tmp_path: 
     [
         ({"weights": {}}, "no `state_dict`"),
         ({"state_dict": {"image_encoder.proj": torch.zeros(2, 2)}}, "no prompt_learner.ctx"),
-        ({"state_dict": {"prompt_learner.ctx": torch.zeros(4, 16)}}, "no image encoder of a vision transformer"),
+        ({"state_dict": {"prompt_learner.ctx": torch.zeros(4, 16)}}, "no vision transformer as image encoder"),
         ([1, 2], "no `state_dict`"),
     ],
 )

@@ -63,7 +63,7 @@ def test_a_checkpoint_of_other_tensors_is_refused(stopped: Path) -> None:
     state["model"].popitem()
     del state["sha256"]
     torch.save(state, path)
-    with pytest.raises(CheckpointError, match="holds other tensors"):
+    with pytest.raises(CheckpointError, match="holds different tensors"):
         train(task(stopped))
 
 
