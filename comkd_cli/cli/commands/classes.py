@@ -40,7 +40,7 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     """List the classes of STUDENT.pt, or add classes by name with --add.
 
     An added class gets a vector from the text encoder of the student's teacher; nothing is trained. The new student is
-    written to a file of its own, for `comkd evaluate` and `comkd export`. For each new class, the most similar one is
+    written to a separate file, for `comkd evaluate` and `comkd export`. For each new class, the most similar one is
     printed: above a cosine of 0.98 the student can hardly tell them apart.
     """
     from comkd_cli.cli.terminal import output, print_json, reporting, starting

@@ -154,15 +154,16 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     force: bool,
     as_json: bool,
 ) -> None:
-    """Export STUDENT.pt to a bundle: ONNX graphs, checked in onnxruntime, and a predict.py without torch.
+    """Export STUDENT.pt to a bundle of ONNX graphs that are checked in onnxruntime.
 
-    The graphs must give the student's answers on real images, at batch sizes 1, 2 and 7, or at that of --batch, and for
-    every class. A precision or an input that misses its gate is left out of the bundle, its figures are printed, and
-    the exit code is 1. int8 is calibrated and chosen on other images than those of its gate. The temperature of the
-    probabilities and the threshold below which an image is none of the classes are fitted on other held-out images, if
-    there are enough. Limits of --gate: cosine_min, agreement_min_percent, top1_loss_max_points, difference_max. The
-    text encoder in fp16 or int8 has a gate of its own (`text.cosine_min`, `text.agreement_min_percent`): a cosine of at
-    least 0.995 with the fp32 vector of every name and a top-1 agreement of at least 99.5 %.
+    The bundle has a predict.py that needs no torch. The graphs must give the student's answers on real images, at batch
+    sizes 1, 2 and 7, or at that of --batch, and for every class. A precision or an input that misses its gate is left
+    out of the bundle, its figures are printed, and the exit code is 1. int8 is calibrated and chosen on different
+    images from those of its gate. The temperature of the probabilities and the threshold below which an image is none
+    of the classes are fitted on other held-out images, if there are enough. Limits of --gate: cosine_min,
+    agreement_min_percent, top1_loss_max_points, difference_max. The text encoder in fp16 or int8 has a gate of its own
+    (`text.cosine_min`, `text.agreement_min_percent`): a cosine of at least 0.995 with the fp32 vector of every name and
+    a top-1 agreement of at least 99.5 %.
     """
     # Longer than 60 lines because each of its options is a parameter and a field.
     from comkd_cli.cli.terminal import reporting, starting

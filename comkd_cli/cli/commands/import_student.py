@@ -32,11 +32,12 @@ from comkd_cli.cli.options import data_root_option, runs_option, typed_command
 def command(
     recipe: str, dataset: str | None, seed: int | None, settings: tuple[str, ...], runs: Path, data_root: Path
 ) -> None:
-    """Convert a student saved by PromptKD's code to RUNS/<recipe>/<dataset>/seed<k>/student.pt, without training.
+    """Convert a student of PromptKD's own code to a student.pt, without training.
 
-    RECIPE has `student: {weights: FILE, format: promptkd}`, the teacher that the student was distilled from (for the
-    class vectors), and the data (for the class names). Every other command then takes the student.pt. Nothing in FILE
-    is executed.
+    The student is written to RUNS/<recipe>/<dataset>/seed<k>/student.pt. RECIPE has
+    `student: {weights: FILE, format: promptkd}`, the teacher that the student was distilled from (for the class
+    vectors), and the data (for the class names). Every other command then accepts the student.pt. Nothing in FILE is
+    executed.
     """
     from comkd_cli.cli.resuming import Choice
     from comkd_cli.cli.terminal import output, reporting, starting

@@ -14,11 +14,11 @@ from comkd_cli.cli.options import json_option
 @click.argument("file", type=click.Path(exists=True, path_type=Path))
 @json_option
 def command(file: Path, as_json: bool) -> None:
-    """Print what FILE is: an exported .onnx, a bundle, or a .pt file that comkd writes.
+    """Describe FILE: an exported .onnx, a bundle, or a .pt file that comkd wrote.
 
-    Kind, size, classes, pre-processing, precision, inputs and outputs, figures, sha256 and origin. Nothing in the file
-    is executed. The exit code is 1 for other files, and for a bundle whose files are not those that were exported;
-    reference/ may be removed.
+    It prints kind, size, classes, pre-processing, precision, inputs and outputs, figures, sha256 and origin. Nothing in
+    the file is executed. The exit code is 1 for other files, and for a bundle whose files are missing or have changed
+    since the export; reference/ may be removed.
     """
     from comkd_cli.cli.inspected import escaped, escaped_json, rows
     from comkd_cli.cli.terminal import print_pairs

@@ -17,10 +17,10 @@ import click
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def command(repo: str, out: Path | None, force: bool) -> None:
-    """Download the bundle of REPO on the Hugging Face Hub, OWNER/NAME or OWNER/NAME@REVISION.
+    """Download the bundle in REPO on the Hugging Face Hub.
 
-    Each file must be the one that was exported; nothing in the bundle is executed. `comkd predict hf:REPO IMAGE` uses a
-    bundle from the Hub's cache without a folder of its own.
+    REPO is OWNER/NAME or OWNER/NAME@REVISION. A file that has changed since the export is refused; nothing in the
+    bundle is executed. `comkd predict hf:REPO IMAGE` uses a bundle from the Hub's cache and writes no folder.
     """
     from comkd_cli.cli.terminal import output, reporting, starting
 

@@ -71,12 +71,13 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Run PROTOCOL as the papers do: adapt teachers, distil students, score them, compare with the published table.
+    """Run PROTOCOL as the papers do, and compare with the published table.
 
-    PROTOCOL is base-to-novel, cross-dataset or domain-generalization.
-    The command first times one training step, then prints the remaining runs with the time and disk space that they
-    will need on this machine. Rerun it to resume: finished runs are skipped. Missing datasets are marked in the tables.
-    The runs are those of `comkd distill RECIPE --dataset NAME --seed K`; the tables are also written to RUNS/reproduce.
+    PROTOCOL is base-to-novel, cross-dataset or domain-generalization. Teachers are adapted, students distilled and
+    scored. The command first times one training step, then prints the remaining runs with the time and disk space that
+    they will need on this machine. Rerun it to resume: finished runs are skipped. Missing datasets are marked in the
+    tables. The runs are those of `comkd distill RECIPE --dataset NAME --seed K`; the tables are also written to
+    RUNS/reproduce.
     """
     from comkd_cli.cli.terminal import starting
     from comkd_cli.errors import MisuseError
