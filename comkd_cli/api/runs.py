@@ -82,7 +82,7 @@ def distill(  # noqa: PLR0913 - each is a keyword of a public function
         flow.remove_leftovers(run)
     else:
         for folder in (run.folder, stage.folder) if stage.adapts else (run.folder,):
-            collectives.in_turn(partial(check_writable, folder, "give another folder with runs"))
+            collectives.in_turn(partial(check_writable, folder, "choose another folder for runs"))
         with failures_explained():
             teacher = adapt.TeacherPreparation(stage, accelerator, report, RESUME)
             flow.distill(run, teacher, accelerator, report, RESUME, fresh)

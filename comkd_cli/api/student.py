@@ -164,7 +164,9 @@ class LoadedStudent:
         """
         target = Path(path)
         if target.exists() and not force:
-            raise MisuseError("already exists", path=target, remedy="replace it with force=True, or give another path")
+            raise MisuseError(
+                "already exists", path=target, remedy="replace it with force=True, or choose another path"
+            )
         self._check_frozen(target)
         state = {name: value.cpu() for name, value in self.model.state_dict().items() if name in self._learned}
         record = self._record if self._holds(state) else _fine_tuned(self._record, state)
@@ -177,7 +179,7 @@ class LoadedStudent:
         if digest is None or not isinstance(backbone, VisionPrompts) or state_sha256(backbone.tower) == digest:
             return
         raise CheckpointError(
-            "its backbone was trained, and student.pt holds only the prompts of a student with student.train: prompts",
+            "its backbone was trained, but with student.train: prompts, student.pt does not store the backbone",
             path=target,
             remedy="leave the backbone frozen, or distil with student.train: full",
         )

@@ -26,7 +26,7 @@ FILES = {
     "text_encoder.int8.onnx": "int8: the same",
     "bpe_merges.txt": "the merges of CLIP's tokenizer",
     "tokenizer.json": "the text encoder's tokenizer, which predict.py reads with the tokenizers library",
-    "text_vocabulary.npy": "int32, ascending: the tokens of CLIP that the text encoder has, which it counts from 1",
+    "text_vocabulary.npy": "int32, ascending: the CLIP tokens that the text encoder knows, which it numbers from 1",
     "index.html": "classifies images in a browser; serve this folder with `python -m http.server`",
 }
 MOST_CLASSES = 20
@@ -87,7 +87,7 @@ def _summary(manifest: Mapping[str, Any], record: StudentRecord) -> str:
             f"Trained by {manifest['made_by']} on the labelled images of {manifest['data']}, without distillation, on "
             f"the class vectors of {manifest['teacher']}: {manifest['student']}. {_score(manifest)}"
         )
-    labels = "with the labels that they have" if record.recipe.loss.labels else "without labels"
+    labels = "with the available labels" if record.recipe.loss.labels else "without labels"
     return (
         f"Distilled by {manifest['made_by']} (ComKD-CLIP, arXiv 2408.04145) on the images of {manifest['data']}, "
         f"{labels}, from the teacher {manifest['teacher']} into {manifest['student']}. {_score(manifest)}"
@@ -239,7 +239,7 @@ def _compared(manifest: Mapping[str, Any]) -> str:
     gate = PartSize(**manifest["images"]["gate"])
     unreadable = manifest["images"]["unreadable"]
     skipped = f"; {unreadable} images could not be read" if unreadable else ""
-    labels = "" if gate.labels else ". No top-1 is given, because these are not held-out labelled images"
+    labels = "" if gate.labels else ". No top-1 is reported, because these are not held-out labelled images"
     return f"The graphs were compared with PyTorch on {gate.words(scored=True)}{skipped}{labels}."
 
 
@@ -270,9 +270,9 @@ def _limits(manifest: Mapping[str, Any], record: StudentRecord) -> str:
     for precision, reason in manifest["failed"].items():
         lines.append(f"{precision} is not in the bundle: {markdown_text(reason)}.")
     license_note = (
-        "No licence was given for this model; those of its data, its teacher and its backbone apply."
+        "No licence was specified for this model; the licences of its data, its teacher and its backbone apply."
         if manifest["license"] == "unknown"
-        else f"Licence: {manifest['license']}. Those of its data, its teacher and its backbone apply too."
+        else f"Licence: {manifest['license']}. The licences of its data, its teacher and its backbone also apply."
     )
     return "\n".join([*lines, "", license_note])
 

@@ -58,15 +58,16 @@ def _threshold(manifest: Mapping[str, Any]) -> Iterator[str]:
             share = f"{figures['accepted_percent']:.1f} % (95 % interval {low:.1f} to {high:.1f} %)"
             accepted.append(f"{precision} accepts {share}")
     if accepted:
-        yield f"Of the gate's images {', '.join(accepted)}."
+        yield f"Of the gate's images, {', '.join(accepted)}."
     negatives = threshold["negatives"]
     if negatives is not None:
         low, high = negatives["false_acceptance_interval_percent"]
         yield (
-            f"Of {negatives['images']} images of none of the classes {negatives['false_acceptance_percent']:.1f} % are "
-            f"wrongly accepted (95 % interval {low:.1f} to {high:.1f} %); AUROC {negatives['auroc']:.3f}."
+            f"Of {negatives['images']} images that show none of the classes, "
+            f"{negatives['false_acceptance_percent']:.1f} % are wrongly accepted "
+            f"(95 % interval {low:.1f} to {high:.1f} %); AUROC {negatives['auroc']:.3f}."
         )
     else:
-        yield "It was not measured on images of none of the classes."
+        yield "It was not measured on images that show none of the classes."
     if manifest["classes_added"]:
         yield "It was fitted without images of the classes that were added."

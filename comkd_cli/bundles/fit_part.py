@@ -68,7 +68,7 @@ def read_negatives(folder: Path, parts: Parts, preprocessing: Preprocessing, rep
     Images that are also among those of the gate or the fit are left out. Raises DataError without any.
     """
     pool = Pool(images_below(folder, report), "negative")
-    none = DataError("none of its images could be read", path=folder, remedy="give other images with --negatives")
+    none = DataError("none of its images could be read", path=folder, remedy="choose other images with --negatives")
     if not len(pool.images):
         raise none
     try:
@@ -82,7 +82,7 @@ def read_negatives(folder: Path, parts: Parts, preprocessing: Preprocessing, rep
         raise DataError(
             "contains only images that the bundle is fitted to or checked on",
             path=folder,
-            remedy="give other images with --negatives",
+            remedy="choose other images with --negatives",
         )
     if shared := len(digests) - len(others):
         report(

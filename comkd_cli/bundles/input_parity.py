@@ -160,7 +160,7 @@ class InputGraphs:
     def _samples(self) -> _Samples:
         images = self._part.pictures
         if images is None or not len(images):
-            raise ExportError("there are no images to compare it on", remedy="give some with --images")
+            raise ExportError("there are no images to compare it on", remedy="provide some with --images")
         return _Samples([images.open(i) for i in range(min(MOST_IMAGES, len(images)))], self._preprocessing)
 
     def _parity(self, kind: str, graphs: Sequence[Path], targets: Sequence[Path], optimization: str) -> Parity:

@@ -142,7 +142,9 @@ def measure_parity(
     """
     images = reference.images
     if not len(images):
-        raise ExportError("there are no images to compare it on", path=encoder.name, remedy="give some with --images")
+        raise ExportError(
+            "there are no images to compare it on", path=encoder.name, remedy="provide some with --images"
+        )
     if (length := fixed_batch(encoder)) != reference.batch:
         problem = "has a different batch size than expected"
         raise ExportError(problem, path=encoder.name, found=length or "any", allowed=str(reference.batch or "any"))

@@ -251,7 +251,7 @@ class _PartReader:
             count = len(read.unreadable)
             self._report(Notice(f"{count} of the {pool.name} could not be read and are skipped:{names}"))
         if not len(read) and exclude is None:
-            raise DataError("none of the images for the checks could be read", remedy="give others with --images")
+            raise DataError("none of the images for the checks could be read", remedy="provide others with --images")
         return read
 
 
@@ -260,13 +260,13 @@ def _too_few_of_two(gate: _Readings, gate_pool: Pool, others: _Readings, other_p
     if (count := len(set(gate.digests))) < LEAST_FOR_GATE:
         return (
             f"int8 needs at least {LEAST_FOR_GATE} different images for its gate, but only {count} "
-            f"{gate_pool.name} could be read; raise --check-images, or give more with --images"
+            f"{gate_pool.name} could be read; raise --check-images, or provide more with --images"
         )
     if len(others) < LEAST_TO_CALIBRATE + LEAST_TO_CHOOSE:
         return (
-            f"int8 needs at least {LEAST_TO_CALIBRATE + LEAST_TO_CHOOSE} different images beside those of its gate "
-            f"({LEAST_TO_CALIBRATE} to calibrate, {LEAST_TO_CHOOSE} to choose the method), but only {len(others)} "
-            f"other {other_pool.name} could be read; give more with --images"
+            f"int8 needs at least {LEAST_TO_CALIBRATE + LEAST_TO_CHOOSE} different images in addition to those of its "
+            f"gate ({LEAST_TO_CALIBRATE} to calibrate, {LEAST_TO_CHOOSE} to choose the method), but only "
+            f"{len(others)} other {other_pool.name} could be read; provide more with --images"
         )
     return None
 
@@ -278,7 +278,7 @@ def _too_few_of_one(count: int, pool: Pool, most_for_gate: int) -> str | None:
         return (
             f"int8 needs at least {least} different images, in three parts ({LEAST_FOR_GATE} for its gate, "
             f"{LEAST_TO_CALIBRATE} to calibrate, {LEAST_TO_CHOOSE} to choose the method), but only {count} "
-            f"{pool.name} could be read; give more with --images"
+            f"{pool.name} could be read; provide more with --images"
         )
     if most_for_gate < LEAST_FOR_GATE:
         return f"int8 needs at least {LEAST_FOR_GATE} images for its gate; raise --check-images"

@@ -41,13 +41,15 @@ class ReferenceImage:
 def reference_images() -> tuple[ReferenceImage, ...]:
     """The images, always in the same order and with the same pixels."""
     return (
-        _png("odd", "sides that are odd and no multiple of anything", Image.fromarray(_scene(253, 227, 1))),
+        _png(
+            "odd", "odd sides that are not multiples of a patch or an input size", Image.fromarray(_scene(253, 227, 1))
+        ),
         _png("portrait", "taller than wide: the crop is vertical", Image.fromarray(_scene(171, 307, 2))),
         _rotated(),
         _png("grey", "one channel", Image.fromarray(_grey(_scene(243, 181, 4)))),
         _palette(),
         _cmyk(),
-        _png("deep", "16 bits of grey, of which the high byte counts", Image.fromarray(_sixteen_bits(233, 197))),
+        _png("deep", "16-bit grey, of which only the high byte counts", Image.fromarray(_sixteen_bits(233, 197))),
         _photo(),
     )
 
@@ -112,7 +114,9 @@ def _rotated() -> ReferenceImage:
     exif[ORIENTATION] = QUARTER_TURN
     image = Image.fromarray(_scene(280, 210, 3))
     content = _saved(lambda file: image.save(file, "JPEG", quality=92, subsampling=0, exif=exif))
-    return ReferenceImage("rotated", "jpg", "to be turned by its EXIF orientation, as phones write it", False, content)
+    return ReferenceImage(
+        "rotated", "jpg", "must be rotated by its EXIF orientation, as phones write it", False, content
+    )
 
 
 def _palette() -> ReferenceImage:
@@ -123,7 +127,7 @@ def _palette() -> ReferenceImage:
     image.putpalette([level for r in steps for g in steps for b in steps for level in (r, g, b)])
     alpha = bytes(255 - 40 * (index % PALETTE_LEVELS) for index in range(PALETTE_LEVELS**3))
     content = _saved(lambda file: image.save(file, "PNG", optimize=False, transparency=alpha))
-    return ReferenceImage("palette", "png", "a palette with an alpha of its own: blended with white", True, content)
+    return ReferenceImage("palette", "png", "a palette with its own alpha: composited on white", True, content)
 
 
 def _cmyk() -> ReferenceImage:
@@ -132,7 +136,7 @@ def _cmyk() -> ReferenceImage:
     inks = np.concatenate([255 - scene - black // 2, black // 2], axis=2)
     image = Image.frombytes("CMYK", (scene.shape[1], scene.shape[0]), np.ascontiguousarray(inks).tobytes())
     content = _saved(lambda file: image.save(file, "TIFF"))
-    return ReferenceImage("cmyk", "tif", "the four inks of print", True, content)
+    return ReferenceImage("cmyk", "tif", "the four inks of printing", True, content)
 
 
 def _sixteen_bits(width: int, height: int) -> np.ndarray:
@@ -144,4 +148,4 @@ def _sixteen_bits(width: int, height: int) -> np.ndarray:
 def _photo() -> ReferenceImage:
     image = Image.fromarray(_scene(512, 384, 8, colour=2))
     content = _saved(lambda file: image.save(file, "JPEG", quality=85, subsampling=2))
-    return ReferenceImage("photo", "jpg", "a JPEG of 8 bits, 4:2:0, larger than the input", False, content)
+    return ReferenceImage("photo", "jpg", "an 8-bit JPEG, 4:2:0, larger than the input", False, content)

@@ -28,7 +28,7 @@ RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 VERSION = "1.30.0"
 INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 
-OTHERWISE = "or give the folder of the unpacked package with --web-runtime"
+OTHERWISE = "or specify the folder of the unpacked package with --web-runtime"
 REMEDY = f"check npm's registry, {OTHERWISE}"
 
 
@@ -60,7 +60,7 @@ def _given_runtime(runtime: Path) -> Path:
         if _is_complete(folder):
             return folder
     raise ExportError(
-        f"has no {' and '.join(RUNTIME_FILES)}, neither in it nor in its dist",
+        f"does not contain {' and '.join(RUNTIME_FILES)}, directly or in its dist",
         path=runtime,
         remedy=f"unpack onnxruntime-web {VERSION} there",
     )

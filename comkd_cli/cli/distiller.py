@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from comkd_cli.flows.distill import Run
     from comkd_cli.recipe import Recipe
 
-ANOTHER_FOLDER = "give another folder with --runs"
+ANOTHER_FOLDER = "choose another folder with --runs"
 
 
 def accelerator_of(recipes: Sequence[Recipe]) -> Accelerator:

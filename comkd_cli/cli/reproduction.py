@@ -290,7 +290,7 @@ class Reproduction:
             lines = [f"{item.dataset}, seed {item.choice.seed}: {item.problem}" for item in failed]
             raise DataError("\n  ".join([f"{len(failed)} of {len(self.items)} runs failed", *lines]))
         if write and not records:
-            raise DataError("holds none of the protocol's datasets", path=self.data_root, remedy="give --data-root")
+            raise DataError("holds none of the protocol's datasets", path=self.data_root, remedy="set --data-root")
 
     def _reasons(self) -> dict[str, str]:
         """Why a dataset has no figures of ours, or not those of every seed."""

@@ -32,7 +32,7 @@ def catalogued_source(
         raise DataError(
             f"{dataset.name} was not found",
             path=folder,
-            remedy=f"run `comkd datasets check {dataset.name}`, which says how to get it, or give --data-root",
+            remedy=f"run `comkd datasets check {dataset.name}`, which says how to get it, or set --data-root",
         )
     splits = read_splits(dataset, data_root)
     names = splits.class_names

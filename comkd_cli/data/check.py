@@ -21,7 +21,7 @@ MOST_NAMED = 3
 KINDS = {
     "oriented_images": "images with an EXIF orientation",
     "transparent_images": "images with transparency",
-    "sixteen_bit_images": "images of 16 bits",
+    "sixteen_bit_images": "16-bit images",
 }
 
 State = Literal["ready", "incomplete", "missing"]
@@ -155,7 +155,7 @@ def _notes(splits: Splits, kinds: Mapping[str, int]) -> tuple[str, ...]:
     labels = {name: [entry.label for entry in entries] for name, entries in parts.items()}
     absent = missing_text(list(splits.class_names.values()), labels)
     counted = [f"{kinds[name]:,} {text}" for name, text in KINDS.items() if kinds.get(name)]
-    reading = f"{', '.join(counted)}: `data.images` of a recipe says how they are read" if counted else ""
+    reading = f"{', '.join(counted)}: `data.images` of a recipe determines how they are read" if counted else ""
     return tuple(filter(None, (*splits.notices, absent, reading)))
 
 

@@ -46,7 +46,7 @@ def clean_name(name: str, origin: Path | str, position: str) -> str:
             str(error),
             **_place(origin, position),
             found=repr(name if len(name) <= MOST_SHOWN else f"{name[:MOST_SHOWN]}..."),
-            remedy="give it a name of one line of visible text",
+            remedy="use a name that is one line of visible text",
         ) from error
 
 

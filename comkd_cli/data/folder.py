@@ -63,7 +63,7 @@ def folder_source(
     found = {name: _labelled(split, names) for name, split in splits.items()}
     if stray:
         raise DataError(
-            f"has splits, and {len(stray)} images that belong to none",
+            f"has splits, but {len(stray)} images are in none of them",
             path=folder,
             found=some(stray),
             remedy="move them into a class folder of train/ or test/, those without a label into train/unlabelled/, or "
@@ -171,12 +171,15 @@ def _read_split(path: Path, root: Path, skipped: Counter[str], listed: Set[str])
         other = spellings.setdefault(class_key(name), name)
         if other != name:
             raise DataError(
-                "has two folders with spellings of one class", path=path, found=f"{other}, {name}", remedy="merge them"
+                "has two folders whose names are spellings of the same class",
+                path=path,
+                found=f"{other}, {name}",
+                remedy="merge them",
             )
         other = real.setdefault(os.path.realpath(path / name), name)
         if other != name:
             raise DataError(
-                "two class folders are the same folder by a link",
+                "two class folders are the same folder through a link",
                 path=path,
                 found=f"{other}, {name}",
                 remedy="remove the link: an image has one class",
@@ -240,7 +243,7 @@ def _class_names_of_folders(folder: Path, splits: Mapping[str, _Split]) -> list[
                 "lacks sub-folders that another split has",
                 path=split.folder,
                 found=some(sorted(absent)),
-                remedy="add them (empty is fine), or give `data.classes`",
+                remedy="add them (empty is fine), or set `data.classes`",
             )
     return clean_class_names(sorted(found.values()), folder)
 
@@ -265,7 +268,9 @@ def _report_unused(folder: Path, splits: Mapping[str, _Split], found: Mapping[st
     for name, split in splits.items():
         other = first.setdefault(os.path.realpath(split.folder), name)
         if other != name:
-            report(Notice(f"{folder}: {other} and {name} are the same folder by a link, so they hold the same images"))
+            report(
+                Notice(f"{folder}: {other} and {name} are the same folder through a link, so they hold the same images")
+            )
 
 
 def _no_images(folder: Path, skipped: Counter[str]) -> DataError:
@@ -281,6 +286,6 @@ def _no_classes(folder: Path) -> DataError:
     return DataError(
         "the images have no classes",
         path=folder,
-        remedy="give `data.classes` (a list, or a text file with a name on each line), or sort them into train/ and "
+        remedy="set `data.classes` (a list, or a text file with a name on each line), or sort them into train/ and "
         "test/ with a sub-folder for each class",
     )

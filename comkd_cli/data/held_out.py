@@ -128,6 +128,6 @@ def _report_division(whole: Source, source: Source, report: Report) -> None:
     if held < FEW:
         text += (
             f"; a share of {held} images has a wide interval, up to {98 / math.sqrt(held):.0f} points on either side: "
-            f"raise {FIELD}, or give a test split"
+            f"raise {FIELD}, or add a test split"
         )
     report(Notice(text))

@@ -139,7 +139,7 @@ class _Shard:
     def _add_image(self, member: tarfile.TarInfo, suffix: str) -> bool:
         """Add an image to the current sample; whether it is the first. Raises DataError."""
         if suffix in self._extensions or member.issparse():
-            problem = "is stored sparse" if member.issparse() else "is in the shard twice"
+            problem = "is stored as a sparse file" if member.issparse() else "is in the shard twice"
             raise DataError(problem, path=self._path, field=member.name, remedy="write the shard again")
         self._extensions.add(suffix)
         if len(self._extensions) > 1:

@@ -87,7 +87,7 @@ class ShardStore:
             f"{pattern}: {len(missing)} of {len(given)} shards are missing, the first is",
             field="data.shards",
             found=missing[0],
-            remedy="correct the pattern ({0000..0099} names many shards, * is not expanded), or give --data-root",
+            remedy="correct the pattern ({0000..0099} names many shards, * is not expanded), or set --data-root",
         )
 
     def _fetched_files(self, urls: Sequence[str]) -> dict[str, Path]:

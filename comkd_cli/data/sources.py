@@ -138,5 +138,5 @@ def locate(path: str, data_root: Path, field: str, folder: Path | None = None) -
         "no such file or folder",
         field=field,
         found=", ".join(dict.fromkeys(map(str, candidates))),
-        remedy="correct the path, or give --data-root",
+        remedy="correct the path, or set --data-root",
     )

@@ -54,5 +54,5 @@ def check_splits_further_down(folder: Path, keys: Sequence[str]) -> None:
                 "contains folders that look like splits, and all would be trained on",
                 path=folder / place,
                 found=names,
-                remedy=f"give this folder as `data.folder`, or move them out of {folder}",
+                remedy=f"use this folder as `data.folder`, or move them out of {folder}",
             )

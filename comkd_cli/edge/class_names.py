@@ -27,5 +27,5 @@ def clean_class_name(name: str) -> str:
         if category == "Cs":
             raise ValueError("is not UTF-8")
         if category in ("Cc", "Cf") and character not in JOINERS:
-            raise ValueError(f"holds the invisible character U+{ord(character):04X}")
+            raise ValueError(f"contains the invisible character U+{ord(character):04X}")
     return text

@@ -52,7 +52,7 @@ def misused_figures(
     if seconds is not None and not benchmark:
         return "--seconds requires --benchmark"
     if not (self_test or benchmark):
-        return None if images else "give an IMAGE, --self-test or --benchmark"
+        return None if images else "specify an IMAGE, --self-test or --benchmark"
     if others or len(images) > benchmark:
         extra = "--self-test accepts no IMAGE, --benchmark at most one, and neither accepts classification options"
         return f"{extra}: {', '.join(others)}" if others else extra

@@ -253,7 +253,7 @@ class _Table:
         unfinished.replace(self._state_path)
 
 
-RESTART = "start again with --fresh, or give another file"
+RESTART = "start again with --fresh, or choose another file"
 
 
 @contextmanager
@@ -264,7 +264,10 @@ def _opened_table(job: CsvJob, made_of: Mapping[str, Any], header: Sequence[str]
     state = None if is_new else _read_state(job.table, state_path)
     if state is not None and (changed := [key for key in made_of if state["made_of"].get(key) != made_of[key]]):
         raise CsvProblem(
-            "was written from other settings or images", path=job.table, found=", ".join(changed), remedy=RESTART
+            "was written with different settings or from different images",
+            path=job.table,
+            found=", ".join(changed),
+            remedy=RESTART,
         )
     if state is None:
         state_path.unlink(missing_ok=True)  # before the table that it describes is emptied

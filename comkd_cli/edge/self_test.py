@@ -175,7 +175,7 @@ class _Reference:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BundleProblem(f"is damaged: {error!r}", path=path, remedy=EXPORT_AGAIN) from error
         raise BundleProblem(
-            "is of another format",
+            "has a different format",
             path=path,
             field="format",
             found=found,

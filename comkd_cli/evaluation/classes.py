@@ -42,6 +42,6 @@ def check_classes(record: StudentRecord, source: Source, report: Report = ignore
                 break
     raise DataError(
         f"{source.name}: its classes do not match the student's {len(trained)} classes: {'; '.join(faults)}",
-        remedy="use data with the student's classes, in the same order (for a folder: give a class list, one name per "
+        remedy="use data with the student's classes, in the same order (for a folder: use a class list, one name per "
         "line)",
     )

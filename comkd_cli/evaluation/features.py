@@ -168,7 +168,8 @@ class FeatureStore:
         everywhere = collectives.all_gather((keys, placed))
         if any(others != keys for others, _ in everywhere):
             raise TrainingError(
-                f"{label}: the processes read different images or models", remedy="give all of them the same files"
+                f"{label}: the processes read different images or models",
+                remedy="make the same files available to all of them",
             )
         return [_joined([parts[position] for _, parts in everywhere]) for position in range(len(encoders))]
 

@@ -112,7 +112,7 @@ class Scorer:
             if record.classes == select_on and record.top1_percent is not None:
                 return record.top1_percent
         raise DataError(
-            f"promptkd selects the epoch by the test images of {select_on} classes, and none of {self._source.name} "
+            f"promptkd selects the epoch by the test images of {select_on} classes, but none of {self._source.name} "
             "could be read",
             field="selection",
             remedy="use selection: last",

@@ -42,7 +42,7 @@ from comkd_cli.teachers.of_student import teacher_of_student
 from comkd_cli.teachers.subjects import scored_teacher, weights_digest
 
 IMAGENET = Prompts(IMAGENET_TEMPLATES)
-MEMORY_REMEDY = "end other programs, or use a machine with more memory"
+MEMORY_REMEDY = "close other programs, or use a machine with more memory"
 
 
 @dataclass(frozen=True)

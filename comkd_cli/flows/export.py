@@ -318,7 +318,7 @@ def _read_parts(record: StudentRecord, data_root: Path, options: ExportOptions, 
     int8, most = "int8" in options.precisions, options.check_images
     if gate.origin == "training" or (gate.origin == "test" and learns_from_test_images(record)):
         parts = read_parts(gate, others, record.preprocessing, most, int8, report)
-        return replace(parts, no_fit="the student was trained on every image; give others with --images")
+        return replace(parts, no_fit="the student was trained on every image; provide others with --images")
     parts = with_fit_part(read_parts(gate, others, record.preprocessing, most + MOST_TO_FIT, int8, report), most)
     if gate.origin == "given" and parts.fit is not None:
         report(Notice(NOT_TRAINED_ON))
@@ -333,7 +333,7 @@ def _pools(record: StudentRecord, data_root: Path, options: ExportOptions, repor
     try:
         source = reopen_source(record.recipe.data, record.holdout, data_root, options.runs, report)
     except DataError as error:
-        other = "give other real images for the checks with --images"
+        other = "provide other real images for the checks with --images"
         error.remedy = other if error.remedy is None else f"{error.remedy}, or {other}"
         raise
     check_classes(record, source, report)

@@ -149,7 +149,7 @@ def _names(folder: Path, manifest: dict[str, Any]) -> list[str]:
     for name in names:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or not path.parts:
-            raise BundleError("is not a name of a file", path=folder / MANIFEST, field="files", found=repr(name))
+            raise BundleError("is not a file name", path=folder / MANIFEST, field="files", found=repr(name))
     return names
 
 
@@ -172,7 +172,9 @@ def _refusals(repository: str, remedy: str) -> Iterator[None]:
     except RepositoryNotFoundError as error:
         raise ComkdError("no such repository, or it is private", path=repository, remedy=remedy) from error
     except RevisionNotFoundError as error:
-        raise ComkdError("has no such revision", path=repository, remedy="give a branch, a tag or a commit") from error
+        raise ComkdError(
+            "has no such revision", path=repository, remedy="specify a branch, a tag or a commit"
+        ) from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         remedy = remedy if status in (401, 403) else "run the command again"

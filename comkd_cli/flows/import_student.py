@@ -42,7 +42,7 @@ def import_student(
         )
     if target.exists():
         raise CheckpointError(
-            "exists already", path=target, remedy="delete its folder first, or give another --runs folder"
+            "exists already", path=target, remedy="delete its folder first, or choose another --runs folder"
         )
     path = Path(str(settings.weights)).expanduser()
     report(Stage(f"Student: {path}"))

@@ -121,7 +121,7 @@ def write_recipe(path: Path, text: str) -> None:
 
 def already_exists(path: Path) -> WriteError:
     """The error of a recipe that would be overwritten."""
-    return WriteError("exists already", path=path, remedy="give another file with --out, or move this one away")
+    return WriteError("exists already", path=path, remedy="choose another file with --out, or move this one away")
 
 
 def proposed_schedule(images: int) -> Schedule:
@@ -203,9 +203,7 @@ class _Settings:
         )
         settings.append(Setting("template", DEFAULT_TEMPLATE, reason))
         if self.inspection.source.test is None:
-            reason = (
-                "There are no test images: this share, in percent, is held out of the training to measure scores on."
-            )
+            reason = "There are no test images: this share, in percent, is held out of training, to measure scores on."
             settings.append(Setting("holdout_percent", Data.model_fields["holdout_percent"].default, reason))
         return settings
 
@@ -275,7 +273,7 @@ class _Settings:
         rate = f"For {start}: {both} at a batch of {MOST_BATCH}, in proportion to the batch's square root."
         base = RATE_PRETRAINED if self.student.pretrained else RATE_FROM_SCRATCH
         return [
-            Setting("name", "adamw", "Every weight is trained; SGD is for prompts alone."),
+            Setting("name", "adamw", "Every weight is trained; SGD is only for prompts."),
             Setting("epochs", schedule.epochs, epochs),
             Setting("batch_size", schedule.batch_size, batch),
             Setting("learning_rate", _rate(base, schedule.batch_size), rate),

@@ -89,7 +89,7 @@ def named_model(argument: str) -> Model:
     if not colon or not weights:
         raise ModelError(
             f"{argument}: is neither a student.pt nor ARCH:WEIGHTS",
-            remedy="give one, such as ViT-B-32:laion2b_s34b_b79k",
+            remedy="use one of these, such as ViT-B-32:laion2b_s34b_b79k",
         )
     return Model(arch=arch, weights=weights)
 
@@ -132,7 +132,7 @@ def _unsupported_folder(folder: Path) -> tuple[str, str]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         names = [str(name) for name in config.get("architectures") or [config.get("model_type", "")]]
     except (OSError, ValueError, AttributeError, RecursionError):
-        return f"it has no {OPEN_CLIP_CONFIG}", f"give a folder with an {OPEN_CLIP_CONFIG} beside the weights"
+        return f"it has no {OPEN_CLIP_CONFIG}", f"use a folder with an {OPEN_CLIP_CONFIG} beside the weights"
     if {"CLIPModel", "SiglipModel"} & set(names):
         return (
             f"it holds a model of the transformers library ({', '.join(names)}), which is not a folder of open_clip",

@@ -86,7 +86,7 @@ def given_teacher(argument: str) -> ChosenTeacher:
         tags = open_clip.list_pretrained_tags_by_model(arch)
         problem = "weights of the teacher are neither a file nor a tag of the architecture"
         raise ModelError(problem, field=arch, found=weights, allowed=tags or None)
-    return _outlined(argument, Model(arch=arch, weights=weights), "As --teacher says.")
+    return _outlined(argument, Model(arch=arch, weights=weights), "Chosen with --teacher.")
 
 
 def choose_teacher(labelled: bool, gpu: bool, image_size: int, download: bool) -> ChosenTeacher:
@@ -105,7 +105,7 @@ def choose_teacher(labelled: bool, gpu: bool, image_size: int, download: bool) -
         raise ModelError(
             "no weights of a teacher are in the cache of this machine, and images without labels cannot train one",
             allowed=", ".join(f"{candidate.arch}:{candidate.weights}" for candidate in TEACHERS),
-            remedy="leave out --no-download, or give a file with --teacher ARCH:FILE",
+            remedy="leave out --no-download, or specify a file with --teacher ARCH:FILE",
         )
     model = Model(config=untrained_teacher(min(image_size, MOST_FOR_UNTRAINED)))
     reason = (
@@ -155,10 +155,10 @@ class StudentChooser:
                     continue
             return self._chosen(candidate, count, milliseconds, self._reason(limit, most, tried, milliseconds))
         raise ModelError(
-            "no candidate for the student keeps to the limit",
+            "no candidate for the student is within the limit",
             found=tried[-1],
             allowed=f"{limit.milliseconds:g} ms" if limit.milliseconds is not None else f"{most:,} parameters",
-            remedy="raise the limit" if most == limit.parameters or limit.milliseconds else "give a larger --teacher",
+            remedy="raise the limit" if most == limit.parameters or limit.milliseconds else "choose a larger --teacher",
         )
 
     def _reason(self, limit: Limit, most: int, tried: list[str], milliseconds: float | None) -> str:

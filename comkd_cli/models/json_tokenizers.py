@@ -124,7 +124,7 @@ class _Tokens:
             wanted, known = self._settings.get(field), self._id(token)
             if isinstance(wanted, bool) and wanted != (known is not None and found == [known]):
                 stated = str(wanted).lower()
-                raise NeedsTransformers(f"{SETTINGS} has {field}: {stated}, and {TOKENIZER} does otherwise")
+                raise NeedsTransformers(f"{SETTINGS} has {field}: {stated}, but {TOKENIZER} does otherwise")
 
     def _id(self, field: str) -> int | None:
         value = self._settings.get(field)

@@ -111,7 +111,7 @@ def _mismatch_error(
     found = differences_in_error(error) or (differences(shapes, given) if given else None)
     if found is None:
         return ModelError(f"{problem}: {first_line(error)}", path=path)
-    return ModelError(f"{problem}: it {found}", path=path, remedy="give the architecture of these weights")
+    return ModelError(f"{problem}: it {found}", path=path, remedy="use the architecture of these weights")
 
 
 def _report_interpolation(

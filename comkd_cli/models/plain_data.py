@@ -62,7 +62,7 @@ def check_tensors(path: Path, data: Mapping[str, Any], class_names: Sequence[str
     if not (vectors.is_floating_point() and scale.is_floating_point()):
         raise CheckpointError("is damaged: its class vectors and its logit scale should be real numbers", path=path)
     if others := [name for name, value in data["state_dict"].items() if not isinstance(value, Tensor)]:
-        raise CheckpointError("is damaged: its state_dict should hold tensors alone", path=path, found=others[0])
+        raise CheckpointError("is damaged: its state_dict should contain only tensors", path=path, found=others[0])
     check_finite({**data["state_dict"], "class_vectors": vectors, "logit_scale": scale}, path, CheckpointError)
 
 
@@ -119,7 +119,7 @@ def _without_identities(value: Any, texts: dict[str, str]) -> Any:
 def load_plain(path: Path, expected: str, kind: str) -> dict[str, Any]:
     """The content of a checkpoint of the format `expected`; kind names it in errors. Raises CheckpointError."""
     if path.is_dir():
-        raise CheckpointError("is a folder", path=path, remedy="give the student.pt in it")
+        raise CheckpointError("is a folder", path=path, remedy="specify the student.pt in it")
     if not path.is_file():
         raise CheckpointError("no such file", path=path)
     try:

@@ -52,8 +52,8 @@ def choose_shape(most_parameters: int, dim: int) -> tuple[Shape, int]:
         if body <= most_parameters / 2 and tokens >= len(ALWAYS):
             return shape, int(tokens)
     raise ModelError(
-        "the teacher's text encoder is too small for a distilled one",
-        found=f"{most_parameters:,} parameters to fill",
+        "the teacher's text encoder is too small to distil a smaller one",
+        found=f"at most {most_parameters:,} parameters for the smaller one",
         remedy="export the teacher's own with --text",
     )
 

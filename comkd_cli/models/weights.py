@@ -67,7 +67,7 @@ def read_weights(path: Path) -> dict[str, Any]:
             raise ModelError(
                 "is a TorchScript archive, as OpenAI publishes its CLIPs, and comkd does not run the program in it",
                 path=path,
-                remedy="give open_clip's tag instead, such as arch: ViT-B-32-quickgelu with weights: openai",
+                remedy="use open_clip's tag instead, such as arch: ViT-B-32-quickgelu with weights: openai",
             )
         with numbers_unread():
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -103,7 +103,7 @@ def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     if lines and lines[0].startswith("Weights only load failed"):
         if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-            return "it holds more than plain tensors; save the state_dict alone with the program that wrote it"
+            return "it holds more than plain tensors; save only the state_dict with the program that wrote it"
         return "it is not a checkpoint of plain tensors"
     return lines[0] if lines else type(error).__name__
 
@@ -160,9 +160,9 @@ def check_stored(tensors: Mapping[str, object], path: object, error: type[ComkdE
 def _unusable(value: Tensor) -> str | None:
     """Why the values of a tensor cannot be read; None where they can."""
     if value.is_meta or value.layout != torch.strided or value.is_quantized:
-        return "is a tensor without values, a sparse or a quantised one"
+        return "is a sparse or quantised tensor, or one without values"
     if value.is_floating_point() and value.itemsize == 1:
-        return f"has the type {value.dtype}, in which no weights are computed"
+        return f"has the type {value.dtype}, which is not supported for weights"
     stored = value.untyped_storage().nbytes()
     if value.numel() * value.itemsize > max(stored, MOST_REPEATED_BYTES):
         return f"states the shape {tuple(value.shape)}, but stores {stored:,} bytes"
@@ -233,7 +233,7 @@ def diagnose(path: Path, held: Mapping[str, Any], expected: Collection[str]) -> 
         if not names or inside < len(names):
             return None
         return Diagnosis(
-            "it holds an image tower alone, and both towers are needed", "give the weights of a whole CLIP"
+            "it contains only an image tower, but both towers are needed", "use the weights of a whole CLIP"
         )
     if location.key in (None, "state_dict") and not location.prefix:
         return None
@@ -242,7 +242,7 @@ def diagnose(path: Path, held: Mapping[str, Any], expected: Collection[str]) -> 
 
 def _other_kind(held: Mapping[str, Any], names: Collection[str]) -> Diagnosis | None:
     if str(held.get("format", "")).startswith("comkd-student"):
-        return Diagnosis("it is a student that comkd distilled", "give the weights of a CLIP")
+        return Diagnosis("it is a student that comkd distilled", "use the weights of a CLIP")
     if any(name.startswith(PROMPTKD_PREFIX) for name in names):
         return Diagnosis("it is a student that PromptKD distilled", "read it with `comkd import-student`")
     if any(name.startswith(PROMPTSRC_PREFIXES) for name in names):

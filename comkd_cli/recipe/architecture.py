@@ -53,7 +53,7 @@ class Model(Closed):
     """An open_clip architecture, such as ViT-B-16-quickgelu; or hf-hub:ORG/NAME or local-dir:FOLDER, which
     include weights."""
     config: Annotated[dict[str, Any], AfterValidator(_only_json)] | None = None
-    """An open_clip model config: embed_dim, vision_cfg and, for a teacher, text_cfg. vision_cfg takes
+    """An open_clip model config: embed_dim, vision_cfg and, for a teacher, text_cfg. vision_cfg accepts
     open_clip's own fields, or timm_model_name for any timm backbone; with timm_model_pretrained: true it starts from
     timm's weights."""
     weights: str | None = None

@@ -41,44 +41,44 @@ class Data(Closed):
     1,797 handwritten digits, 8 by 8 pixels."""
     folder: str | None = None
     """A folder of images: unlabelled anywhere below it, or train/, val/ and test/ with a sub-folder for each class.
-    train/unlabelled/ beside the class folders holds training images without a label. A relative path is taken from the
-    current directory, then from the data root."""
+    train/unlabelled/ beside the class folders holds training images without a label. A relative path is looked for in
+    the current directory, then in the data root."""
     labels: str | None = None
-    """With `folder`: a CSV file with the columns `path` and `class`, which gives labels to any of the training images;
-    the others have none, whatever their folders. Paths count from `folder`, or from the file's own folder. The file is
-    looked for as `folder` is, then in `folder`."""
+    """With `folder`: a CSV file with the columns `path` and `class`, which assigns labels to some or all training
+    images; the others have none, whatever folders they are in. Paths are relative to `folder`, or to the file's own
+    folder. The file itself is looked for as `folder` is, then in `folder`."""
     shards: str | None = None
     """WebDataset shards, tar files of unlabelled images: a path or address, in which braces name many shards, such as
-    `"train-{0000..0099}.tar"` (in quotes). A relative path is taken as for `folder`; `http:`, `pipe:` and whatever else
-    webdataset opens is fetched once, into RUNS/shards. Needs `classes`."""
+    `"train-{0000..0099}.tar"` (in quotes). A relative path is looked for as for `folder`; anything else that webdataset
+    can open, such as `http:` and `pipe:`, is fetched once, into RUNS/shards. Needs `classes`."""
     classes: str | Annotated[tuple[str, ...], Field(strict=False)] | None = None
     """Class names in the order of the labels: a text file with a name on each line, or a list. Empty lines are skipped;
-    a line that starts with `#` is refused. Default: the names of the sub-folders, sorted; with `labels`, those of test/
-    and val/, or else the classes of the file. Underscores become spaces in all names."""
+    a line that starts with `#` is refused. Default: the names of the sub-folders, sorted; with `labels`, only those of
+    test/ and val/, or, if these have none, the classes in the file. Underscores become spaces in all names."""
     template: str | None = None
     """The prompt of a class, with `{}` for its name. Default: the dataset's own, or `a photo of a {}.`"""
     templates: str | Annotated[tuple[str, ...], Field(strict=False)] | None = None
     """Several prompts of a class instead of `template`, each with `{}` for its name; or `openai`, the 80 of OpenAI's
-    ImageNet ensemble. The vector of a class is the normalised mean of those of its prompts. `adapt: full` uses the
-    first alone [C]; promptsrc learns its own words and takes neither `templates` nor `prompts`."""
+    ImageNet ensemble. The vector of a class is the normalised mean of the vectors of its prompts. `adapt: full` uses
+    only the first [C]; promptsrc learns its own words and accepts neither `templates` nor `prompts`."""
     prompts: str | None = None
     """A YAML file with descriptions of single classes, `class name: text` or a list of texts, which replace the prompts
-    of that class. A relative path is taken as for `folder`."""
+    of that class. A relative path is looked for as for `folder`."""
     unreadable_limit_percent: Annotated[float, Field(ge=0, le=100)] = 10.0
     """The share of images that may be unreadable; they are named and skipped. Above it the run stops."""
     image_limit_pixels: Annotated[int, Field(ge=1, le=MOST_IMAGE_PIXELS)] = MOST_IMAGE_PIXELS
-    """The most pixels of an image, width times height, at most 178,956,970; a larger one counts as unreadable, as does
-    one whose longer side is more than 1,000 times the other. It bounds the memory of the processes that decode: about 8
-    bytes a pixel, 16 with transparency [C]."""
+    """The maximum number of pixels of an image (width times height), at most 178,956,970; a larger image counts as
+    unreadable, as does one whose longer side is more than 1,000 times the shorter. It bounds the memory of the
+    processes that decode images: about 8 bytes per pixel, 16 with transparency [C]."""
     holdout_percent: Annotated[float, Field(ge=0, lt=100)] = 10.0
-    """The share of the images that is held out to measure on, where a `folder` or `shards` have no test split (nor a
-    val/ that is scored). Neither the teacher nor the student is trained on them. An image is chosen by its content:
-    copies are on one side, and images that are added move no other image. With labels, each class of two or more
-    distinct images has some on both sides. 0 trains on every image; what is measured is then not held out [C]."""
+    """The share of the images that is held out to measure on, if a `folder` or `shards` has no test split (and no val/
+    that is scored). Neither the teacher nor the student is trained on them. Images are chosen by their content: copies
+    of an image are on the same side, and adding images does not move others. With labels, each class of two or more
+    distinct images has some on both sides. 0 trains on every image; scores are then measured on training images [C]."""
     fingerprint: Literal["contents", "size_and_time"] = "contents"
     """How runs, teachers, caches and kept features notice changed images. `contents` reads every file once and keeps
-    its sha256 in RUNS/image_digests.sqlite as long as its path, size and times stay. `size_and_time` reads no file, for
-    datasets that take too long to read: it does not notice a file that was replaced by another of the same size and
+    its sha256 in RUNS/image_digests.sqlite while its path, size and times stay the same. `size_and_time` reads no file,
+    for datasets that take too long to read: it does not notice a file that was replaced by another of the same size and
     modification time [C]."""
     resized: Literal["auto", "off"] | Annotated[int, Field(ge=LEAST_SHORT_SIDE)] = "auto"
     """Decode each training image once, and keep a copy of its pixels in RUNS/resized, from which later epochs, runs and
@@ -88,8 +88,8 @@ class Data(Closed):
     both this and 128 pixels; for a `dataset` it is `off`. Images that are scored are never read from copies. The folder
     can be deleted at any time [C]."""
     images: Images = Images()
-    """How image files are read, with `dataset` and `folder`. Bundles always read as the defaults say, and with other
-    values no copies are kept (`resized`)."""
+    """How image files are read, with `dataset` and `folder`. Bundles always use the defaults; with other values, no
+    copies are kept (`resized`)."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that decode images, for each training process. Default: the machine's cores divided by its training
     processes, minus one, at most 8; at most one for `digits`, and none in short runs on it."""
@@ -104,7 +104,9 @@ class Data(Closed):
         if self.dataset is not None and self.classes is not None:
             raise ValueError(f"`classes` needs `folder` or `shards`; the dataset {self.dataset} has its own")
         if self.images != Images() and isinstance(self.resized, int):
-            raise ValueError("`resized` keeps upright copies on white, whatever `images` says: leave out one of them")
+            raise ValueError(
+                "copies (`resized`) are always upright and on white, so `images` does not apply: leave one of them out"
+            )
         if self.dataset == "digits" and isinstance(self.resized, int):
             raise ValueError("`resized` needs images in files; the digits are in memory")
         if self.labels is not None and self.folder is None:
@@ -112,7 +114,7 @@ class Data(Closed):
         if self.shards is not None and self.images != Images():
             raise ValueError("`images` needs `dataset` or `folder`: images of shards are always read upright")
         if self.shards is not None and self.classes is None:
-            raise ValueError("`shards` have no labels: give `classes`, a list or a text file with a name on each line")
+            raise ValueError("`shards` have no labels: set `classes`, a list or a text file with a name on each line")
         return self
 
     @model_validator(mode="after")
@@ -170,14 +172,14 @@ class Augment(Closed):
     min_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
     """The smallest share of an image's area that a crop keeps; the largest is all of it [K]."""
     flip: bool = True
-    """Mirror half of the crops. Switch it off where left and right matter, as in text or digits [K]."""
+    """Mirror half of the crops. Switch it off if left and right matter, as in text or digits [K]."""
     rand_augment: RandAugment | None = None
     """Stronger augmentation of the student's training: each crop is changed before it is resized. Teacher and student
     see the same change, and stage 1 does not use it."""
     mix: Mix | None = None
     """Mixed crops in the student's training; the teacher sees the mixed crop. Which image is mixed in, and how, depends
-    on the seed, the image and the view, so that the teacher cache works. Each mixed crop decodes two images. Excludes
-    `loss.labels`; stage 1 does not use it."""
+    on the seed, the image and the view, so the teacher cache works. Each mixed crop decodes two images. It cannot be
+    combined with `loss.labels`; stage 1 does not use it."""
 
     @property
     def crops(self) -> Augment:

@@ -61,7 +61,7 @@ def find_recipe(name: str | Path) -> Path:
         "no such recipe",
         path=name,
         allowed=list(bundled),
-        remedy=did_you_mean(path.stem, bundled) or "give a YAML file or the name of a bundled recipe",
+        remedy=did_you_mean(path.stem, bundled) or "specify a YAML file or the name of a bundled recipe",
     )
 
 

@@ -33,7 +33,7 @@ class FeatureMse(Closed):
 
 
 class FeatureCosine(Closed):
-    """One less the cosine of teacher and student image features."""
+    """One minus the cosine of teacher and student image features."""
 
     weight: Weight = 1.0
     """Weight of the mean over the images; `feature_mse` is 2 / dimensions times this term [C]."""
@@ -56,11 +56,11 @@ class EduAttention(Closed):
     gate_start: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     """alpha at step 0; at 0 the student starts as it would without EduAttention [P]."""
     gate_learning_rate_factor: Positive = 1.0
-    """alpha's learning rate, as a multiple of the others' [C]."""
+    """alpha's learning rate, as a multiple of that of the other parameters [C]."""
 
 
 class Loss(Closed):
-    """The student's objective: PromptKD's by default, ComKD's with if_align and edu_attention. `null` is a part that is
+    """The student's objective: PromptKD's by default, ComKD's with if_align and edu_attention. `null` switches a part
     off. docs/experiments.md compares them."""
 
     refinement: Refinement | None = Refinement()

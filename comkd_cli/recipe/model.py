@@ -89,7 +89,7 @@ class Recipe(Closed):
     """One distillation: the images, the teacher, the student, and how the student is trained."""
 
     schema_version: Annotated[Literal[1], BeforeValidator(_only_integer)] = SCHEMA_VERSION
-    """Version of the recipe format. A recipe with a newer one than comkd knows is refused."""
+    """Version of the recipe format. A recipe with a newer version than comkd knows is refused."""
     about: str = ""
     """A description in one line."""
     seed: Annotated[int, Field(ge=0)] = 1
@@ -108,18 +108,18 @@ class Recipe(Closed):
     """How the student is trained."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Score and save an exponential moving average of the student's weights and norm statistics, with this decay per
-    step. In the first steps the decay is (1 + step) / (10 + step) where that is less. null: the last weights [C]."""
+    step. In the first steps, the decay is (1 + step) / (10 + step) if that is smaller. null: the last weights [C]."""
     teacher_cache: TeacherCacheSettings | None = None
     """Run the teacher once for each crop and keep its features; null runs it at every step."""
     selection: Literal["last", "promptkd"] = "last"
     """Which epoch is kept: the `last`; or with `promptkd`, as in PromptKD's released code, the best one on test images
     (see `selection_classes`). Only for comparison with its table: results are marked `selected on test`."""
     selection_classes: Literal["base", "all"] | None = None
-    """With `selection: promptkd`: the classes whose test images the epoch is chosen on. Default: `base` where the
-    teacher is adapted on the recipe's own data with `classes: base` (base-to-novel), else `all`. Set `base` with a
-    released teacher of base classes."""
+    """With `selection: promptkd`: the classes whose test images the epoch is chosen on. Default: `base` if the
+    teacher is adapted on the recipe's own data with `classes: base` (base-to-novel), otherwise `all`. Set `base` for a
+    released teacher that was trained on the base classes."""
     checkpointing: bool = False
-    """Activation checkpointing: of the towers that are trained, keep only the inputs of their blocks and recompute the
+    """Activation checkpointing: for the towers that are trained, keep only the inputs of their blocks and recompute the
     rest in the backward pass. A third more time, far less memory, the same result. Not for towers with batch norms."""
     compile: bool = False
     """Compile the student's backbone and the teacher's image tower with torch.compile. The first steps take minutes,
@@ -130,16 +130,17 @@ class Recipe(Closed):
     """How long one of several processes waits for the others in a step before the run fails, at most a week.
     Downloads, indexing and saving have no limit [C]."""
     track: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], Field(strict=False)] = ()
-    """Trackers that get the figures of metrics.jsonl after each epoch, each an extra of comkd (`pip install
+    """Trackers that receive the figures of metrics.jsonl after each epoch; each is an extra of comkd (`pip install
     'comkd[tensorboard]'`). TensorBoard's files are in RUN/tensorboard, MLflow's in RUN/mlflow unless its environment
-    variables name a server. A tracker that fails is one notice; the result does not depend on them [C]."""
+    variables name a server. A tracker that fails is reported once; the student does not depend on trackers [C]."""
     track_every_steps: Annotated[int, Field(ge=0)] = 0
-    """With `track`: also send the averages so far of the epoch every so many steps; 0: epochs alone [C]."""
+    """With `track`: also send the epoch's averages so far, every this many steps; 0: only after each epoch [C]."""
     checkpoint_every_minutes: Annotated[float, Field(gt=0, le=MINUTES_A_WEEK)] = 10.0
-    """How often a checkpoint is saved within an epoch, of teacher and student: what a kill or a power loss costs. One
-    is saved at the end of each epoch too, and where the run is stopped; the last two are kept [C]."""
+    """How often a checkpoint of the teacher or the student is saved within an epoch: the most training time that a kill
+    or a power loss costs. One is also saved at the end of each epoch and when the run is stopped; the last two are kept
+    [C]."""
     evaluate_every_epochs: Annotated[int, Field(ge=0)] = 1
-    """Epochs between scores of the test or held-out images (top-1, or agreement where they have no labels); 0 scores at
+    """Epochs between scores of the test or held-out images (top-1, or agreement if they have no labels); 0 scores at
     the end only. Scores are always computed in fp32, as by `comkd evaluate`; `selection: promptkd` needs a score after
     every epoch."""
 

@@ -16,10 +16,10 @@ class _InParts(Closed):
     """Images per step, over all processes [K]."""
     accumulation_steps: Count = 1
     """Gradient accumulation: parts that a batch is divided into, to save memory. IFAlign's and BatchNorm's statistics
-    are then those of a part [C]."""
+    are then computed over one part [C]."""
 
     clip_gradient_norm: Positive | None = None
-    """Scale the gradient of a step down to this L2 norm where it is longer; null leaves it as it is [C]."""
+    """Scale the gradient of a step down to this L2 norm if it is longer; null: do not clip [C]."""
 
     @model_validator(mode="after")
     def _parts_are_batches(self) -> _InParts:
@@ -45,7 +45,7 @@ class Sgd(_InParts):
     epochs: Count = 20
     """Passes over the training images [K]."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 1
-    """First epochs at `warmup_learning_rate`; then a cosine, stepped once an epoch [K]."""
+    """First epochs at `warmup_learning_rate`; then a cosine, stepped once per epoch [K]."""
     warmup_learning_rate: Positive = 1e-5
     """[K]"""
 
@@ -64,7 +64,7 @@ class AdamW(_InParts):
     epochs: Count = 20
     """Passes over the training images [C]."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 1
-    """Epochs over which the rate climbs from zero [C]."""
+    """Epochs over which the rate rises from zero [C]."""
 
 
 Optim = Annotated[

@@ -35,12 +35,12 @@ class Student(Model):
     the rest. Default: random weights."""
     format: Literal["clip", "promptkd"] = "clip"
     """Format of the file in `weights`: `promptkd` is a student as PromptKD's code saves it, which `comkd
-    import-student` turns into a student.pt without training. It is read without running code from it."""
+    import-student` converts to a student.pt without training. No code in the file is run."""
     train: Literal["prompts", "full"] = "prompts"
     """`prompts` trains vision prompts in a frozen backbone; `full` trains every weight."""
     shots: Count | None = None
-    """Train on so many images of each class, drawn by the labels with the recipe's seed as CoOp draws them (NUM_SHOTS
-    in PromptKD's code); the labels are used for the draw alone. null: on all training images [K]."""
+    """Train on this many images of each class, drawn by their labels with the recipe's seed as CoOp draws them
+    (NUM_SHOTS in PromptKD's code); the labels are used only for the draw. null: all training images [K]."""
     prompts: Prompts | None = None
     """Vision prompts. Default: 4 tokens in 9 layers with `train: prompts`, none with `full`."""
     projector: Projector = Projector()
@@ -51,5 +51,5 @@ class Student(Model):
         if self.format == "promptkd" and self.weights is None:
             raise ValueError("`format: promptkd` needs `weights`: the student's file")
         if self.train == "prompts" and not self.has_weights:
-            raise ValueError("`train: prompts` freezes the backbone: give its `weights`, or use `train: full`")
+            raise ValueError("`train: prompts` freezes the backbone: set its `weights`, or use `train: full`")
         return self

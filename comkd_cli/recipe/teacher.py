@@ -47,14 +47,14 @@ class PromptSrcAdapt(Sgd):
     method: Literal["promptsrc"] = "promptsrc"
     """`promptsrc`"""
     data: Data | None = None
-    """Labelled images to adapt on, where they are not the student's: cross-dataset and domain generalisation
+    """Labelled images to adapt on, if they are not the student's: cross-dataset and domain generalisation
     adapt on `{dataset: imagenet}`. Default: the recipe's own data."""
     classes: Literal["all", "base"] = "all"
     """`base` adapts on the first half of the classes only, for base-to-novel."""
     shots: Count | None = 16
-    """Labelled images of each class, drawn with `seed`; null takes all [S]."""
+    """Labelled images of each class, drawn with `seed`; null uses all [S]."""
     seed: Annotated[int, Field(ge=0)] = 1
-    """Seed of the draw, the prompts and the order; students of several seeds share one teacher."""
+    """Seed of the draw, the prompts and the order of the images; students of several seeds share one teacher."""
     tokens: Count = 4
     """Learned tokens at each prompted layer of either encoder [P]."""
     vision_depth: Count = 9
@@ -80,9 +80,9 @@ class LinearProbeAdapt(Closed):
     """`linear_probe`"""
     strengths: Annotated[tuple[Positive, ...], Field(min_length=1, strict=False)] = STRENGTHS
     """Candidates for the weight of the squared distance to the zero-shot vectors; the best on the validation images is
-    used, and of several equally good ones the largest [C]."""
+    used, or the largest of several that are equally good [C]."""
     validation_percent: Annotated[float, Field(gt=0, lt=100)] = 20.0
-    """Share of each class's labelled images that choose the strength: at least one, and never all [C]."""
+    """Share of each class's labelled images that the strength is chosen on: at least one, and never all [C]."""
     seed: Annotated[int, Field(ge=0)] = 1
     """Seed of the draw of the validation images; students of several seeds share one teacher."""
 
@@ -102,14 +102,14 @@ class Teacher(Model):
     `promptsrc` learns prompts from a few of them, `full` trains every weight on all of them."""
     format: Literal["clip", "promptsrc"] = "clip"
     """Format of the file in `weights`: `clip` is read by open_clip; `promptsrc` is a checkpoint with prompts, as
-    PromptSRC and PromptKD publish their teachers. It is read without running code from it."""
+    PromptSRC and PromptKD publish their teachers. No code in the file is run."""
     backbone_weights: str | None = None
-    """With `format: promptsrc`: the CLIP that the prompts were learned on, an open_clip tag or a file, for the
-    table of word embeddings that such checkpoints lack. Default: `openai`."""
+    """With `format: promptsrc`: the CLIP that the prompts were learned on (an open_clip tag or a file). It provides the
+    table of word embeddings, which such checkpoints lack. Default: `openai`."""
     context: str | None = None
     """With `format: promptsrc`: the words that the learned text tokens started from, CTX_INIT of the run that wrote the
-    file, which does not hold it; words beyond the learned tokens are part of every class prompt. Default: `a photo of
-    a` [S]."""
+    file (the file does not record it). Words beyond the learned tokens are part of every class prompt. Default: `a
+    photo of a` [S]."""
 
     @model_validator(mode="after")
     def _released(self) -> Teacher:
@@ -127,9 +127,9 @@ class Teacher(Model):
     def _is_trained(self) -> Teacher:
         if not self.has_weights and self.adapt.method in ("promptsrc", "linear_probe"):
             trained = "prompts" if self.adapt.method == "promptsrc" else "class vectors"
-            raise ValueError(f"has random weights, and {self.adapt.method} trains only {trained}: give `weights`")
+            raise ValueError(f"has random weights, and {self.adapt.method} trains only {trained}: set `weights`")
         if not self.has_weights and self.adapt.method == "none":
-            raise ValueError("has random weights: give `weights`, or train it with `adapt: full`")
+            raise ValueError("has random weights: set `weights`, or train it with `adapt: full`")
         if self.config is not None and "text_cfg" not in self.config:
             raise ValueError("`config` lacks text_cfg: a teacher encodes the class names")
         return self
@@ -139,7 +139,7 @@ class TeacherCacheSettings(Closed):
     """The teacher's image features of each crop, cached under RUNS/cache for all students, seeds and ablations."""
 
     views: Count = 20
-    """Crops of an image: epoch e shows crop e mod views. With as many as epochs, no crop repeats [C]."""
+    """Crops of an image: epoch e shows crop e mod views. With as many views as epochs, no crop repeats [C]."""
     seed: Annotated[int, Field(ge=0)] = 1
     """Seed of the crops, instead of the recipe's seed, so that students of several seeds share them [C]."""
     dtype: Literal["fp16", "fp32"] = "fp16"

@@ -45,7 +45,7 @@ def add_results(folder: Path, fresh: Results, report: Report) -> Results:
         report(
             Notice(
                 f"{folder / NAME}: the new scores replace {records} of the same models on other images of the dataset "
-                f"{names}; to keep both, give another folder with --out"
+                f"{names}; to keep both, choose another folder with --out"
             )
         )
     return results
@@ -116,7 +116,7 @@ def _locked(folder: Path) -> Iterator[None]:
         raise ComkdError(
             f"another evaluation has held this lock for {LOCK_SECONDS:.0f} s",
             path=lock.lock_file,
-            remedy="wait for that evaluation to end, or give another folder with --out",
+            remedy="wait for that evaluation to end, or choose another folder with --out",
         ) from error
     except NotImplementedError:  # a file system without locks: the records are read again just before they are written
         yield

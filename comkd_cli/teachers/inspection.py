@@ -180,7 +180,7 @@ def _near_chance(confidence: float, classes: int) -> list[Finding]:
         Finding(
             "near_chance",
             f"the teacher's mean confidence is {100 * confidence:.1f} %, near the {100 / classes:.1f} % of chance "
-            f"among {classes} classes: its answers hold little to learn",
+            f"among {classes} classes: a student can learn little from its answers",
             "check the teacher's weights and the class names, or adapt the teacher to labelled images",
             {"confidence_percent": 100 * confidence, "chance_percent": 100 / classes},
         )

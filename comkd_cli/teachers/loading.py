@@ -90,7 +90,7 @@ def load_saved_teacher(
         return replace(ready, sha256=sha256)
     if tuple(class_names) != saved.record.class_names:
         raise CheckpointError(
-            "was trained on different classes than the data has",
+            "was trained on classes that differ from those of the data",
             path=path,
             found=f"{len(saved.record.class_names)} classes",
         )

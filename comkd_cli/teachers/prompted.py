@@ -137,7 +137,7 @@ def _check_context(prompted: Prompted, released: ReleasedTeacher, path: Path, re
     found = released.following[:, : len(left)]
     if len(left) and float((found - expected).abs().max()) > ROUNDING * float(expected.abs().max()):
         raise CheckpointError(
-            "its prompts were learned with other words after the learned tokens",
+            "its prompts were learned with different words after the learned tokens",
             path=path,
             field="teacher.context",
             found=repr(prompted.context),
@@ -191,7 +191,7 @@ def _check_word_embeddings(clip: Clip, released: ReleasedTeacher, path: Path, ba
     ):
         if embeddings is not None and (mismatch := _mismatch(embeddings, rows)):
             raise ModelError(
-                f"its prompts were learned with other word embeddings than {base or 'its own table'}",
+                f"its prompts were learned with word embeddings that differ from those of {base or 'its own table'}",
                 path=path,
                 found=f"{name} {mismatch}",
                 remedy="set teacher.backbone_weights to the CLIP that it was trained on",
@@ -208,11 +208,11 @@ def _check_word_embeddings(clip: Clip, released: ReleasedTeacher, path: Path, ba
 def _mismatch(embeddings: Tensor, table: Tensor) -> str | None:
     """How the embeddings, (tokens, width), differ from their nearest rows of a table; None where they agree."""
     if embeddings.shape[1] != table.shape[1]:
-        return f"is {embeddings.shape[1]} wide, and the table {table.shape[1]}"
+        return f"has width {embeddings.shape[1]}, but the table has width {table.shape[1]}"
     nearest = torch.cat([torch.cdist(part, table).argmin(dim=1) for part in torch.split(embeddings, CLASSES_AT_ONCE)])
     size = embeddings.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
     error = float(((embeddings - table[nearest]).abs().amax(dim=1) / size).max())
-    return f"is off by {error:.0%} of its size" if error > ROUNDING else None
+    return f"differs by {error:.0%} of its size" if error > ROUNDING else None
 
 
 def _set_prompts(module: PromptedClip, tokens: Mapping[str, Tensor], path: Path) -> None:

@@ -299,7 +299,7 @@ class Trainer:
     def _stopped_message(self) -> str:
         position, epochs = self.position, self.task.optim.epochs
         if position.epoch == epochs:
-            following = f"all {epochs} epochs are done, and the result is not written yet"
+            following = f"all {epochs} epochs are done, but the result has not been written yet"
         else:
             following = f"next is epoch {position.epoch + 1} of {epochs}, step {position.step + 1}"
         return f"stopped; checkpoint saved, {following}. To resume:\n  {self.task.resume_line}"

@@ -76,5 +76,5 @@ class Tracking:
         except Exception as error:  # whatever a tracker, its service or the connection raises
             self._trackers.pop(name, None)
             remedy = f"; install it with pip install 'comkd[{name}]'" if isinstance(error, ImportError) else ""
-            text = f"{self._label}: the tracker {name} failed and is not used any more: {first_line(error)}{remedy}"
+            text = f"{self._label}: the tracker {name} failed and is no longer used: {first_line(error)}{remedy}"
             self._report(Notice(text))

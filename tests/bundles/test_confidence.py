@@ -176,7 +176,7 @@ def test_sentences_name_the_figures_and_an_older_manifest_has_none() -> None:
     assert "labels of 300 test images" in temperature
     assert f"is below {fitted.confidence.threshold:g}" in threshold
     assert f"fp32 accepts {fitted.figures(gate.logits)['accepted_percent']:.1f} %" in threshold
-    assert "not measured on images of none of the classes" in threshold
+    assert "not measured on images that show none of the classes" in threshold
     assert confidence_lines({"precisions": {}}) == []
 
 

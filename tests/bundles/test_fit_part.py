@@ -119,4 +119,4 @@ def test_a_folder_without_images_is_refused(tmp_path: Path, content: str | None)
         (tmp_path / "odd.png").write_text(content)
     with pytest.raises(DataError) as caught:
         read_negatives(tmp_path, divided([1]), TINY, lambda event: None)
-    assert (caught.value.path, caught.value.remedy) == (tmp_path, "give other images with --negatives")
+    assert (caught.value.path, caught.value.remedy) == (tmp_path, "choose other images with --negatives")

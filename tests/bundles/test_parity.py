@@ -151,7 +151,7 @@ def test_logits_that_are_not_finite_agree_with_no_class(graphs: tuple[Path, Path
 def test_no_images_are_an_error(graphs: tuple[Path, Path]) -> None:
     with pytest.raises(ExportError, match="there are no images") as caught:
         measure_parity(*graphs, replace(reference(), images=reference().images[:0]))
-    assert (caught.value.path, caught.value.remedy) == ("encoder.onnx", "give some with --images")
+    assert (caught.value.path, caught.value.remedy) == ("encoder.onnx", "provide some with --images")
 
 
 def headed(graphs: tuple[Path, Path], scale: float) -> Reference:

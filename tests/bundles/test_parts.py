@@ -174,7 +174,7 @@ def test_a_gate_without_images_is_an_error(shows: list[int]) -> None:
     for int8 in (False, True):
         with pytest.raises(DataError, match="none of the images for the checks could be read") as caught:
             parts_of(painted(shows), int8=int8)
-        assert caught.value.remedy == "give others with --images"
+        assert caught.value.remedy == "provide others with --images"
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_gate_without_images_is_an_error(shows: list[int]) -> None:
         (None, 400, 7, r"at least 8 images for its gate; raise --check-images"),
         (7, 400, 512, r"at least 8 different images for its gate, but only 7 test images"),
         (8, 400, 7, r"at least 8 different images for its gate, but only 7 test images"),
-        (8, 23, 512, r"at least 24 different images beside those of its gate .* only 23 other training images"),
+        (8, 23, 512, r"at least 24 different images in addition to those of its gate .* only 23 other training images"),
         (8, 24, 512, None),
     ],
 )

@@ -142,7 +142,7 @@ def refusal(bundle: Path) -> ExportError:
     with pytest.raises(ExportError) as caught:
         add_web_page(bundle)
     assert files_of(bundle) == before
-    assert (caught.value.remedy or "").endswith("or give the folder of the unpacked package with --web-runtime")
+    assert (caught.value.remedy or "").endswith("or specify the folder of the unpacked package with --web-runtime")
     return caught.value
 
 

@@ -92,7 +92,7 @@ def test_a_mistyped_recipe_or_dataset_gets_the_nearest_one() -> None:
     assert faulty.value.remedy == "did you mean digits?"
     with pytest.raises(RecipeError) as faulty:
         find_recipe("zzz")
-    assert faulty.value.remedy == "give a YAML file or the name of a bundled recipe"
+    assert faulty.value.remedy == "specify a YAML file or the name of a bundled recipe"
     from comkd_cli.cli.commands.datasets import _chosen
 
     with pytest.raises(DataError) as unknown:

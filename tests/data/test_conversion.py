@@ -93,5 +93,5 @@ def test_no_copies_are_kept_of_images_that_are_converted_otherwise(tmp_path: Pat
         data = Data(folder=str(tmp_path), images=how, holdout_percent=0)
         images = open_source(data, tmp_path, tmp_path / "runs").train
         assert (plan_copies(images, data, lambda: 32, 0.08) is not None) == is_planned
-    with pytest.raises(ValidationError, match="`resized` keeps upright copies"):
+    with pytest.raises(ValidationError, match="are always upright and on white"):
         Data(folder=str(tmp_path), images=Images(orient=False), resized=64)

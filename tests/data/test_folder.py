@@ -109,7 +109,7 @@ def test_an_unlabelled_folder_needs_a_class_list(tmp_path: Path, write_image: Wr
     with pytest.raises(DataError) as caught:
         folder_source(tmp_path, None, TEMPLATE)
     assert caught.value.path == tmp_path
-    assert str(caught.value.remedy).startswith("give `data.classes`")
+    assert str(caught.value.remedy).startswith("set `data.classes`")
 
 
 # --- labelled folders ----------------------------------------------------------------------------------
@@ -439,7 +439,7 @@ def test_splits_that_are_one_folder_by_a_link_are_told(pets: Path) -> None:
     (pets / "val").symlink_to(pets / "train", target_is_directory=True)
     told: list[Event] = []
     folder_source(pets, None, TEMPLATE, told.append)
-    assert texts(told) == [f"{pets}: train and val are the same folder by a link, so they hold the same images"]
+    assert texts(told) == [f"{pets}: train and val are the same folder through a link, so they hold the same images"]
 
 
 def test_a_split_that_serves_nothing_is_told(pets: Path, write_image: WriteImage) -> None:

@@ -123,7 +123,7 @@ def test_a_path_that_is_nowhere_is_told_with_its_field_and_every_place_looked_at
     assert caught.value.field == "data.classes"
     with pytest.raises(DataError) as caught:
         locate("/no/where", root, "field")
-    assert str(caught.value) == ("field: no such file or folder: /no/where; correct the path, or give --data-root")
+    assert str(caught.value) == ("field: no such file or folder: /no/where; correct the path, or set --data-root")
 
 
 def test_a_list_with_a_class_twice_is_told_as_the_recipes(root: Path, write_image: WriteImage) -> None:

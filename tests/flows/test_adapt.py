@@ -200,5 +200,5 @@ def test_a_teacher_without_labels_or_weights_is_refused(weights: Path, tmp_path:
     with pytest.raises(DataError) as caught:
         prepare(make_stage(tmp_path / "runs", weights, data=data))
     assert (caught.value.field, caught.value.found) == ("teacher.adapt", "promptsrc")
-    with pytest.raises(RecipeError, match="give `weights`"):
+    with pytest.raises(RecipeError, match="set `weights`"):
         parse_recipe(tiny.recipe(teacher={"config": tiny.CLIP, "adapt": "promptsrc"}))

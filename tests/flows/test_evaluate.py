@@ -208,7 +208,7 @@ def test_a_plain_clip_from_a_local_file_is_scored_as_open_clip_scores_it(
     ("model", "error", "found", "remedy"),
     [
         ("nowhere/student.pt", CheckpointError, None, None),
-        ("ViT-B-32", ModelError, None, "give one, such as ViT-B-32:laion2b_s34b_b79k"),
+        ("ViT-B-32", ModelError, None, "use one of these, such as ViT-B-32:laion2b_s34b_b79k"),
         ("ViT-B-32:openai", ModelError, "ViT-B-32", "use ViT-B-32-quickgelu"),
         ("ViT-B-32:nothing", ModelError, "nothing", None),
     ],

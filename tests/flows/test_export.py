@@ -680,7 +680,7 @@ def test_images_for_the_check_can_come_from_a_folder(tiny_student: Path, tmp_pat
     pictures.mkdir()
     with pytest.raises(DataError) as caught:
         export(tiny_student, tmp_path / "bundle", Path("data"), quietly, options=ExportOptions(pictures=pictures))
-    assert caught.value.remedy == "give others with --images"
+    assert caught.value.remedy == "provide others with --images"
     for index in range(9):
         digits_source().train.open(index).save(pictures / f"{index}.png")
     manifest = export(
@@ -691,7 +691,7 @@ def test_images_for_the_check_can_come_from_a_folder(tiny_student: Path, tmp_pat
     gate = {"images": 9, "different": 9, "origin": "given", "labels": False, "held_out": False}
     assert manifest["images"]["gate"] == gate
     card = (tmp_path / "bundle/README.md").read_text()
-    assert "compared with PyTorch on 9 images given with --images. No top-1 is given, because" in card
+    assert "compared with PyTorch on 9 images given with --images. No top-1 is reported, because" in card
     # 9 / (9 + 1.96 ** 2)
     assert "| 100.00 % of 9, 95 % interval 70.1 to 100.0 % | no held-out labelled images |" in card
     assert manifest["test_top1_percent"] is not None  # of the training's own test images, whatever is given here
@@ -879,7 +879,7 @@ def test_unlabelled_images_are_fitted_to_the_teacher_and_negatives_are_scored(
     assert 0 <= threshold["negatives"]["auroc"] <= 1
     card = (tmp_path / "bundle/README.md").read_text()
     assert "teacher's answers to 60 images given with --images" in card
-    assert "Of 40 images of none of the classes" in card
+    assert "Of 40 images that show none of the classes" in card
 
 
 @pytest.fixture
@@ -914,7 +914,7 @@ def test_without_test_images_no_accuracy_is_given(
     _, metadata, text = card.split("---\n", 2)
     assert "model-index" not in metadata
     assert "accuracy" not in metadata
-    assert "training images, not held out. No top-1 is given" in text
+    assert "training images, not held out. No top-1 is reported" in text
     assert "Its accuracy is unknown: there were no held-out labelled images" in text
     rows = [line for line in text.splitlines() if line.startswith(("| fp32 |", "| int8 |"))]
     assert len(rows) == 2

@@ -63,7 +63,7 @@ def test_a_file_that_is_not_a_checkpoint_is_named(load: Callable[[Path], object]
     assert failure().found == "list"
     path.unlink()
     path.mkdir()
-    assert failure().remedy == "give the student.pt in it"
+    assert failure().remedy == "specify the student.pt in it"
 
 
 @pytest.mark.parametrize(("load", "format_name"), [(load_student, STUDENT_FORMAT), (load_teacher, TEACHER_FORMAT)])

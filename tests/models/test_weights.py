@@ -113,7 +113,7 @@ def test_a_wrapped_file_of_a_tower_has_a_remedy_too(clip: Any, tmp_path: Path) -
         ([torch.ones(1)], "it holds list, not tensors by name", "state_dict()"),
         (torch.ones(1), "it holds Tensor, not tensors by name", "state_dict()"),
         ({}, "holds no tensors", "state_dict()"),
-        ({"args": argparse.Namespace(lr=1), "state_dict": {}}, "more than plain tensors; save the state_dict", ""),
+        ({"args": argparse.Namespace(lr=1), "state_dict": {}}, "more than plain tensors; save only the state_dict", ""),
     ],
 )
 def test_another_kind_of_file_is_recognised(tmp_path: Path, content: object, problem: str, remedy: str) -> None:
@@ -129,7 +129,7 @@ def test_another_kind_of_file_is_recognised(tmp_path: Path, content: object, pro
 
 def test_an_image_tower_alone_is_no_teacher(clip: Any, tmp_path: Path) -> None:
     torch.save(clip.visual.state_dict(), tmp_path / "w.pt")
-    with pytest.raises(ModelError, match="an image tower alone"):
+    with pytest.raises(ModelError, match="only an image tower"):
         build_clip(Model(config=tiny.CLIP, weights=str(tmp_path / "w.pt")))
 
 

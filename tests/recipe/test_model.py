@@ -146,7 +146,7 @@ def test_the_ends_of_a_range_and_whole_numbers_for_fractions_are_accepted(
         ({}, "exactly one of `dataset`, `folder` and `shards`"),
         ({"dataset": "digits", "folder": "x"}, "exactly one of `dataset`, `folder` and `shards`"),
         ({"folder": "x", "shards": "x.tar", "classes": ["a", "b"]}, "exactly one of `dataset`, `folder` and `shards`"),
-        ({"shards": "x.tar"}, "`shards` have no labels: give `classes`"),
+        ({"shards": "x.tar"}, "`shards` have no labels: set `classes`"),
         ({"dataset": "digits", "classes": ["a", "b"]}, "`classes` needs `folder`"),
         ({"shards": "x.tar", "classes": ["a", "b"], "labels": "labels.csv"}, "`labels` needs `folder`"),
         ({"folder": "x", "template": "a photo"}, "must contain {} once"),

@@ -361,7 +361,7 @@ def test_the_word_embeddings_of_another_clip_are_refused(base: Path, tmp_path: P
     with pytest.raises(ModelError, match=re.escape(str(other))) as caught:
         released_prompted(settings(other, path))
     assert caught.value.path == path
-    assert "token_prefix is off by" in str(caught.value.found)
+    assert "token_prefix differs by" in str(caught.value.found)
     assert "teacher.backbone_weights" in str(caught.value.remedy)
     held = torch.load(base, weights_only=True)
     table = held["token_embedding.weight"]
@@ -371,7 +371,7 @@ def test_the_word_embeddings_of_another_clip_are_refused(base: Path, tmp_path: P
     torch.save({**held, "token_embedding.weight": changed}, other)
     with pytest.raises(ModelError) as caught:
         released_prompted(settings(other, path))
-    assert "token_suffix is off by" in str(caught.value.found)
+    assert "token_suffix differs by" in str(caught.value.found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -421,7 +421,7 @@ def test_tensors_that_are_not_finite_are_refused(
 
 def test_embeddings_of_another_width_are_refused(base: Path, tmp_path: Path) -> None:
     state = {**released_state(base, 1), "prompt_learner.token_prefix": torch.zeros(7, 1, 24)}
-    with pytest.raises(ModelError, match="token_prefix is 24 wide, and the table 16"):
+    with pytest.raises(ModelError, match="token_prefix has width 24, but the table has width 16"):
         released_prompted(settings(base, write(tmp_path / "model.pt", state)))
 
 

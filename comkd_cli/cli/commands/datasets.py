@@ -55,7 +55,8 @@ def check(names: tuple[str, ...], deep: bool, data_root: Path, as_json: bool) ->
     """Report whether each dataset is ready, incomplete or missing, and what to do.
 
     Reads the split files, checks that every image in them exists, and compares the counts with the published
-    ones. Without a NAME, all datasets are checked. The exit code is 1 if a named dataset is not ready, or if none is.
+    ones. Without a NAME, all datasets are checked. The exit code is 1 if a named dataset is not ready; without a NAME,
+    if no dataset is ready.
     """
     from comkd_cli.cli.terminal import print_json, reporting
     from comkd_cli.data.check import check_dataset

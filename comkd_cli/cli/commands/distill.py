@@ -97,5 +97,5 @@ def _suite_below(data_root: Path) -> tuple[str, ...]:
     if missing := [name for name in ELEVEN if name not in found]:
         messages().print(f"not found in {data_root}: {', '.join(missing)} (see `comkd datasets check`)", markup=False)
     if not found:
-        raise DataError("holds none of the suite's datasets", path=data_root, remedy="give --data-root, or fetch one")
+        raise DataError("holds none of the suite's datasets", path=data_root, remedy="set --data-root, or fetch one")
     return found

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     type=click.Path(dir_okay=False, exists=True, path_type=Path),
     multiple=True,
     metavar="FILE",
-    help="Also train on the names in this file, one a line; may be repeated.",
+    help="Also train on the names in this file, one per line; may be repeated.",
 )
-@click.option("--own-names-only", is_flag=True, help="Train on STUDENT's classes and --names alone.")
+@click.option("--own-names-only", is_flag=True, help="Train only on STUDENT's classes and --names.")
 @click.option(
     "--holdout-percent",
     type=click.FloatRange(min=0, max=100, min_open=True, max_open=True),
@@ -72,10 +72,10 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
 ) -> None:
     """Distil the text encoder of STUDENT.pt's teacher into a small one.
 
-    `comkd export --text-student` puts it into a bundle. It has at most 1/8 of the parameters, and learns the teacher's
-    vectors of prompts with names: those of STUDENT's classes, of --names, of the datasets of the suite below the data
-    root, of ImageNet, and the nouns of WordNet that ImageNet-21k has. The figures are of names that are held out, by a
-    digest of the name. An interrupted run is resumed; the teacher encodes each prompt once.
+    `comkd export --text-student` adds it to a bundle. It has at most 1/8 of the parameters. It learns the teacher's
+    vectors of prompts that contain names: STUDENT's classes, --names, the classes of the suite's datasets below the
+    data root and of ImageNet, and the WordNet nouns in ImageNet-21k. The figures are measured on held-out names, which
+    are chosen by a digest of the name. An interrupted run is resumed; the teacher encodes each prompt once.
     """
     from comkd_cli.cli.terminal import print_json, reporting, starting
 
@@ -132,13 +132,13 @@ def _print(made: DistilledText, student: Path) -> None:
         ("held-out names", f"{figures['held_out_names']:.0f}"),
         ("  cosine, mean", f"{figures['held_out_cosine_mean']:.4f} (constant: {figures['constant_cosine_mean']:.4f})"),
         ("  cosine, worst", f"{figures['held_out_cosine_min']:.4f}"),
-        ("  nearest vector is the same name's", f"{figures['held_out_retrieval_percent']:.1f} %"),
+        ("  nearest vector has the same name", f"{figures['held_out_retrieval_percent']:.1f} %"),
         ("classes trained on", f"{figures['classes_trained_on']:.0f} of {figures['classes']:.0f}"),
     ]
     if "images" in figures:
         rows.append(("same top-1", f"{figures['image_agreement_percent']:.1f} % of {figures['images']:.0f} images"))
     if "new_class_agreement_percent" in figures:
-        rows.append(("  held-out classes alone", f"{figures['new_class_agreement_percent']:.1f} %"))
+        rows.append(("  held-out classes only", f"{figures['new_class_agreement_percent']:.1f} %"))
     if "image_top1_percent" in figures:
         teachers = figures["teacher_vectors_top1_percent"]
         rows.append(("top-1", f"{figures['image_top1_percent']:.1f} % (teacher's vectors: {teachers:.1f} %)"))

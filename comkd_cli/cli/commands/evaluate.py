@@ -122,7 +122,7 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
             seeds=seeds,
             allow_download=allow_download,
         )
-        collectives.in_turn(partial(check_writable, home, "give another folder for the results with --out"))
+        collectives.in_turn(partial(check_writable, home, "choose another folder for the results with --out"))
         files = ResultFiles(home, report)
         results = _evaluate(model, runs, bench, files)
     collectives.destroy()

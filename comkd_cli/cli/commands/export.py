@@ -50,7 +50,7 @@ def _positive(_context: click.Context, parameter: click.Parameter, value: float 
     "text_precisions",
     type=click.Choice(PRECISIONS),
     multiple=True,
-    help="Precision of the text encoder; may be repeated. Default: those of --precision.",
+    help="Precision of the text encoder; may be repeated. Default: same as --precision.",
 )
 @click.option("--web", is_flag=True, help="Add a web page that classifies images in the browser itself.")
 @click.option(
@@ -121,7 +121,7 @@ def _positive(_context: click.Context, parameter: click.Parameter, value: float 
 @click.option(
     "--batch", type=click.IntRange(min=1), help="Fix the batch size and every shape. Default: any batch size."
 )
-@click.option("--license", "license_", default="unknown", show_default=True, help="Licence that the model card names.")
+@click.option("--license", "license_", default="unknown", show_default=True, help="Licence to state in the model card.")
 @runs_option
 @data_root_option
 @allow_download_option
@@ -156,12 +156,12 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
 ) -> None:
     """Export STUDENT.pt to a bundle of ONNX graphs that are checked in onnxruntime.
 
-    The bundle has a predict.py that needs no torch. The graphs must give the student's answers on real images, at batch
-    sizes 1, 2 and 7, or at that of --batch, and for every class. A precision or an input that misses its gate is left
-    out of the bundle, its figures are printed, and the exit code is 1. int8 is calibrated and chosen on different
-    images from those of its gate. The temperature of the probabilities and the threshold below which an image is none
-    of the classes are fitted on other held-out images, if there are enough. Limits of --gate: cosine_min,
-    agreement_min_percent, top1_loss_max_points, difference_max. The text encoder in fp16 or int8 has a gate of its own
+    The bundle has a predict.py that needs no torch. The graphs must reproduce the student's answers on real images, at
+    batch sizes 1, 2 and 7 (or at --batch), and for every class. A precision or an input that misses its gate is left
+    out of the bundle, its figures are printed, and the exit code is 1. int8 is calibrated and chosen on images that its
+    gate does not use. The temperature of the probabilities and the threshold below which an image is none of the
+    classes are fitted on other held-out images, if there are enough. Limits of --gate: cosine_min,
+    agreement_min_percent, top1_loss_max_points, difference_max. The text encoder in fp16 or int8 has its own gate
     (`text.cosine_min`, `text.agreement_min_percent`): a cosine of at least 0.995 with the fp32 vector of every name and
     a top-1 agreement of at least 99.5 %.
     """

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @click.option(
     "--self-test",
     is_flag=True,
-    help="Compare this machine's tensors and logits with those of BUNDLE's reference/; exit code 1 where they differ.",
+    help="Compare this machine's tensors and logits with those of BUNDLE's reference/; exit code 1 if they differ.",
 )
 @click.option(
     "--benchmark",
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 def command(
     bundle: Path, images: tuple[str, ...], csv_file: Path | None, fresh: bool, as_json: bool, **settings: Any
 ) -> None:
-    """Print the most probable classes of each IMAGE, by the exported BUNDLE. Needs no torch.
+    """Print the most probable classes of each IMAGE, using the exported BUNDLE. Needs no torch.
 
     BUNDLE is a folder, or hf:OWNER/NAME for one on the Hugging Face Hub, which is downloaded once.
     IMAGE is an image file, or - for standard input. With --csv it is a folder. The columns of the CSV file are the path
@@ -177,5 +177,5 @@ def _write_table(bundle: Path, table: Table, settings: dict[str, Any]) -> None:
     output().print(f"{table.path}: {summary_text(summary)}", markup=False, soft_wrap=True)
     if summary.unreadable == summary.images:
         raise DataError(
-            "none of the images could be read", path=table.folder, remedy="see the column error of the table"
+            "none of the images could be read", path=table.folder, remedy="see the column `error` of the table"
         )

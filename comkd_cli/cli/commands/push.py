@@ -10,7 +10,7 @@ import click
 @click.command()
 @click.argument("bundle", type=click.Path(file_okay=False, path_type=Path))
 @click.argument("repo")
-@click.option("--public", is_flag=True, help="Everyone may read the repository. Default: private.")
+@click.option("--public", is_flag=True, help="Make a new repository public. Default: private.")
 @click.option("--dry-run", is_flag=True, help="Print what would be uploaded, and upload nothing.")
 def command(bundle: Path, repo: str, public: bool, dry_run: bool) -> None:
     """Upload BUNDLE to REPO on the Hugging Face Hub, OWNER/NAME, with its model card.
@@ -29,7 +29,7 @@ def command(bundle: Path, repo: str, public: bool, dry_run: bool) -> None:
 
     target = HubBundle.parse(repo)
     if target.revision is not None:
-        raise MisuseError("names a revision", found=repo, remedy="give OWNER/NAME; a push goes to the main branch")
+        raise MisuseError("includes a revision", found=repo, remedy="use OWNER/NAME; a push goes to the main branch")
     files = files_to_push(bundle)
     print_table([Column("file", "text"), Column("size")], [(file.name, decimal(file.size)) for file in files])
     total = decimal(sum(file.size for file in files))

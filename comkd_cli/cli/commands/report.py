@@ -56,7 +56,7 @@ def command(
         from comkd_cli.runtime import collectives
 
     path = out or (students[0].parent if len(students) == 1 else runs) / NAME
-    collectives.in_turn(partial(check_writable, path.parent, "give another file with --out"))
+    collectives.in_turn(partial(check_writable, path.parent, "choose another file with --out"))
     with reporting() as report:
         collector = RunCollector(report)
         for student in students:
@@ -87,7 +87,7 @@ def _student_file(path: Path) -> Path:
     from comkd_cli.errors import DataError
 
     if not path.exists():
-        raise DataError("no such run", path=path, remedy=f"give a {STUDENT} or its folder")
+        raise DataError("no such run", path=path, remedy=f"specify a {STUDENT} or its folder")
     if not path.is_dir():
         return path
     if (path / STUDENT).is_file():
@@ -96,5 +96,5 @@ def _student_file(path: Path) -> Path:
     raise DataError(
         f"holds no {STUDENT}",
         path=path,
-        remedy=f"give one of {', '.join(below[:5])}" if below else "make a run with `comkd distill digits`",
+        remedy=f"choose one of {', '.join(below[:5])}" if below else "make a run with `comkd distill digits`",
     )

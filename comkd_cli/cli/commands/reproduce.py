@@ -45,7 +45,7 @@ def _names(_context: click.Context, _parameter: click.Parameter, values: tuple[s
     multiple=True,
     shell_complete=complete_dataset,
     callback=_names,
-    help="Only this dataset of the protocol; may be repeated, or a list with commas.",
+    help="Only this dataset of the protocol; may be repeated, or a comma-separated list.",
 )
 @click.option(
     "--recipe",

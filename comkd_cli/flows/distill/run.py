@@ -147,7 +147,7 @@ def training_source(recipe: Recipe, source: Source) -> Source:
     labelled = source.train.labelled
     if not len(labelled) or labelled.labels is None:
         raise DataError(
-            "a draw of images of each class needs labels, and the training images have none",
+            "drawing images of each class requires labels, but the training images have none",
             path=source.name,
             field="student.shots",
             found=shots,
@@ -168,7 +168,7 @@ def finished(run: Run, report: Report = ignore_event, command: str = "comkd dist
     record = load_student_record(run.student_file)
     if differences := run.identity.differences(record.identity_parts or _parts_of_old(record), "the finished run"):
         raise CheckpointError(
-            "was made with other settings or images",
+            "was made with different settings or images",
             path=run.student_file,
             found=described(differences),
             remedy=_remedy(run, record, differences, command),

@@ -184,7 +184,7 @@ class _Distillation:
                 "too few names to train on and to hold out",
                 found=f"{len(trained)} and {len(held)}",
                 allowed="at least 2 each",
-                remedy="give more with --names",
+                remedy="provide more with --names",
             )
         return vocabulary, PromptSet.of(trained, encoder.prompts), PromptSet.of(held, encoder.prompts)
 

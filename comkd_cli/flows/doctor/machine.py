@@ -40,7 +40,7 @@ def check_memory() -> Check:
         return Check("memory", "unknown on this system")
     found = f"{free / GIB:.1f} GiB free"
     if free < LEAST_MEMORY:
-        return Check("memory", found, "warning", "end other programs; even `comkd distill digits` takes about 1 GiB")
+        return Check("memory", found, "warning", "close other programs; even `comkd distill digits` takes about 1 GiB")
     return Check("memory", found)
 
 
@@ -67,7 +67,7 @@ def check_disk(runs: Path) -> Check:
         return Check("disk", f"{place}: {error.strerror or error}", "error", remedy)
     found = f"{free / GIB:.1f} GiB free for {runs}"
     if free < LEAST_DISK:
-        return Check("disk", found, "warning", "delete old runs, or give another folder with --runs")
+        return Check("disk", found, "warning", "delete old runs, or choose another folder with --runs")
     return Check("disk", found)
 
 
