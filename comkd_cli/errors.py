@@ -64,7 +64,7 @@ class ModelError(ComkdError):
 
 
 class CheckpointError(ComkdError):
-    """A file that is not a valid checkpoint, or belongs to another run."""
+    """A file that is not a valid checkpoint, or is another run's."""
 
 
 class TrainingError(ComkdError):

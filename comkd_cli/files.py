@@ -18,7 +18,7 @@ from typing import Any
 
 from comkd_cli.errors import WriteError
 
-# What a user can do about an error of a write.
+# What a user can do about a failed write.
 REMEDIES = {
     errno.ENOSPC: "free space there and in the folder for temporary files",
     errno.EDQUOT: "free space in your quota, or choose another folder",
@@ -73,7 +73,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def remove_unfinished(path: Path) -> None:
     """Remove what processes left behind when they were killed while writing the file or folder `path`.
 
-    Call it where `path` may not be written again; every write does this first.
+    Call it if `path` may not be written again; every write does this first.
     """
     if path.parent.is_dir():
         with _in_turn(path.parent):
@@ -142,8 +142,8 @@ def temporary_folder() -> Iterator[Path]:
 def scratch_beside(target: Path, shown: Path | None = None) -> Iterator[Path]:
     """A folder beside `target`, locked during the block and removed after it; those of killed processes go first.
 
-    Fill its sub-folder `new`, and nothing else, so that it can be told from a folder of somebody else. shown: the path
-    in the WriteError that is raised where the folder cannot be created.
+    Fill its sub-folder `new`, and nothing else, so that it can be distinguished from a folder of another program.
+    shown: the path in the WriteError that is raised if the folder cannot be created.
     """
     shown = shown or target
     try:
@@ -198,8 +198,8 @@ def _remove_leftovers(target: Path) -> None:
 def _in_turn(folder: Path) -> Iterator[None]:
     """One process at a time creates and locks something temporary in a folder, or removes leftovers there.
 
-    So nothing is taken for a leftover between its creation and its lock. That takes milliseconds: who holds this lock
-    for longer does something else with it, and is not waited for.
+    So nothing is treated as a leftover between its creation and its lock. That takes milliseconds: a process that
+    holds this lock for longer uses it for something else, and is not waited for.
     """
     handle = None
     try:
@@ -215,7 +215,7 @@ def _in_turn(folder: Path) -> Iterator[None]:
 
 
 def _locked(path: Path, wait: bool) -> int | None:
-    """A handle that holds the lock of a file or folder until it is closed; None where another process has the lock.
+    """A handle that holds the lock of a file or folder until it is closed; None if another process has the lock.
 
     The lock ends with its process, however that ends. Also None if the system or the file system has no such locks:
     then nothing counts as a leftover.
@@ -233,7 +233,7 @@ def _locked(path: Path, wait: bool) -> int | None:
 
 
 def _lock(handle: int, wait: bool) -> bool | None:
-    """Lock an open file or folder: whether that worked, and None where there are no locks."""
+    """Lock an open file or folder: whether that worked, and None if there are no locks."""
     if sys.platform == "win32":
         return None
     import fcntl

@@ -1,4 +1,4 @@
-"""The folders that the Python functions use where none is given: those of the commands."""
+"""The default folders of the Python functions: those of the commands."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def distill(  # noqa: PLR0913 - each is a keyword of a public function
     fresh: bool = False,
     report: Report = ignore_event,
 ) -> Distilled:
-    """Distil a teacher into a student as `comkd distill` does, in this process and on the device that it would take.
+    """Distil a teacher into a student as `comkd distill` does, in this process and on the device that it would use.
 
     settings: recipe fields to change, such as `{"optim.epochs": 10, "seed": 2}`. name: of the recipe's folder below
     `runs`; None: the name of its file, or `recipe`. data_root: folder of datasets; None: as the commands. fresh: start

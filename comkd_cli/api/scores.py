@@ -28,12 +28,12 @@ def evaluate(  # noqa: PLR0913 - each is a keyword of a public function
     allow_download: bool = False,
     report: Report = ignore_event,
 ) -> Results:
-    """The scores of a student beside its teacher's, or of a plain CLIP, as `comkd evaluate` gives them.
+    """The scores of a student beside its teacher's, or of a plain CLIP, as `comkd evaluate` reports them.
 
     model: a student.pt, ARCH:WEIGHTS, or None for the newest students of each dataset below `runs`. data: the images,
     the name of a dataset or the fields of a recipe's `data`, such as `{"folder": "photos"}`; None: the student's own.
     Features are kept in `runs`/features, as the command keeps them. out: a folder to whose results.json the records
-    are added; None writes none. report: called with each event. Raises ComkdError where nothing could be scored; of
+    are added; None writes none. report: called with each event. Raises ComkdError if nothing could be scored; of
     several students one that could not be scored is an entry of `missing`.
     """
     fields = {"dataset": data} if isinstance(data, str) else data

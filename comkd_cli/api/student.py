@@ -39,7 +39,7 @@ MEMORY_REMEDY = "pass fewer or smaller images, or load the student with device='
 
 @dataclass(frozen=True)
 class Transform:
-    """From an image to the student's input: resized, centre-cropped and normalised, as in training and on devices.
+    """From an image to the student's input: resized, centre-cropped and normalised, as in scoring and on devices.
 
     It can be pickled, so that the workers of a DataLoader can have it, and takes the place of a torchvision transform.
     """
@@ -80,7 +80,7 @@ class Prediction:
 class LoadedStudent:
     """A student.pt that was loaded, with the classes that it tells apart.
 
-    `predict`, `encode` and `logits` take images of any kind, run in evaluation mode without gradients, and return
+    `predict`, `encode` and `logits` accept images of any kind, run in evaluation mode without gradients, and return
     tensors on the CPU. To train further, call `model`.
     """
 
@@ -142,7 +142,7 @@ class LoadedStudent:
 
         templates: prompts with `{}` for the name; none: those of the student's run. allow_download: download what
         student.pt names and this machine does not have. The text encoder of the student's teacher is loaded; for
-        several classes call `add_classes`. Raises DataError for a name that cannot be added, CheckpointError where the
+        several classes call `add_classes`. Raises DataError for a name that cannot be added, CheckpointError if the
         text encoder is not available, MisuseError for a template that cannot be used.
         """
         return self.add_classes([name], templates, allow_download=allow_download)[0]
@@ -156,9 +156,9 @@ class LoadedStudent:
         return added
 
     def save(self, path: PathLike, *, force: bool = False) -> Path:
-        """Write a student.pt that every command takes, with added classes and trained weights; returns its path.
+        """Write a student.pt that every command accepts, with added classes and trained weights; returns its path.
 
-        Where the weights are no longer those of `file`, the new file says that it was fine-tuned and holds no scores
+        If the weights are no longer those of `file`, the new file records that it was fine-tuned and has no scores
         of the old weights. Raises MisuseError if the file exists without `force`, CheckpointError for a student that a
         student.pt cannot hold: the frozen backbone of `student.train: prompts` is not part of it.
         """
@@ -174,7 +174,7 @@ class LoadedStudent:
         return target
 
     def _check_frozen(self, target: Path) -> None:
-        """Raise CheckpointError where the frozen backbone of a prompts-only student was trained."""
+        """Raise CheckpointError if the frozen backbone of a prompts-only student was trained."""
         backbone, digest = self.model.backbone, self._record.backbone_sha256
         if digest is None or not isinstance(backbone, VisionPrompts) or state_sha256(backbone.tower) == digest:
             return
@@ -239,9 +239,9 @@ def load_student(
 ) -> LoadedStudent:
     """The student of a student.pt, in evaluation mode.
 
-    device: None takes the GPU if there is one, as the commands do. allow_download: download what the file names and
+    device: None uses the GPU if there is one, as the commands do. allow_download: download what the file names and
     this machine does not have, such as the backbone of a student with `student.train: prompts`. Raises CheckpointError
-    for another file, ModelError where the backbone could not be built.
+    for another file, ModelError if the backbone could not be built.
     """
     student, record = checkpoints.load_student(Path(path), allow_download)
     return LoadedStudent(Path(path), student, record, best_device() if device is None else torch.device(device))

@@ -21,7 +21,7 @@ TEMPERATURES = (0.05, 20.0)
 AT_THE_BOUND = 1.05
 """A fitted temperature within this factor of a bound does not count: the loss falls towards 0 or towards chance."""
 LEAST_OF_CLASS = 50
-"""Images answered as a class for a threshold of its own."""
+"""Images that must be answered as a class for it to get its own threshold."""
 TEN_THOUSAND = 10_000  # thresholds have four decimals
 
 
@@ -43,7 +43,7 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> float | None:
 
     logits: (images, classes). targets: int labels (images,), whose cross-entropy is the negative log-likelihood, or
     probabilities (images, classes), such as a teacher's, whose cross-entropy is the KL divergence plus a constant. None
-    where the loss has no minimum between TEMPERATURES, as with labels if every answer is right.
+    if the loss has no minimum between TEMPERATURES, as with labels if every answer is right.
     """
     rows = np.arange(len(logits))
     logits = logits.astype(np.float64)

@@ -96,7 +96,7 @@ class StudentsTeacher:
 
 @dataclass(frozen=True)
 class FittedConfidence:
-    """A temperature and a threshold, and what the manifest says of them."""
+    """A temperature and a threshold, and their entries in the manifest."""
 
     confidence: Confidence
     class_names: Sequence[str]

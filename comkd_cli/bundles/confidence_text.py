@@ -1,4 +1,4 @@
-"""What a manifest says of its temperature and its threshold, in sentences. No torch."""
+"""Sentences on the temperature and the threshold of a manifest. No torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A student without EduAttention where its gate is idle, so that a device does not compute what changes nothing.
+"""A student without EduAttention if its gate is idle, so that a device skips a computation that changes nothing.
 
 A small gate leaves little of f_e = u_s + alpha * softmax(q K^T / sqrt(c)) V, and most of that is the same for every
-image, because softmax is nearly uniform over features of unit length: the projector's last bias takes it.
+image, because softmax is nearly uniform over features of unit length: the projector's last bias absorbs it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class SpeedGate:
-    """How fast a precision must be on the machine that exports it; None is no limit."""
+    """How fast a precision must be on the machine that exports it; None: no limit."""
 
     max_latency_ms: float | None = None
     """Milliseconds of one image on one thread, by the median."""
@@ -63,8 +63,8 @@ INPUTS = ("pixels", "image")
 def input_gate(kind: str, precision: str) -> Gate:
     """The limits of such graphs, against the graphs of the same precision with prepared images.
 
-    pixels: the same operations on the same numbers. image: resizing in float32 takes a few levels in ten thousand to
-    the next one. That must cost no more than fp16 may; where activations are rounded to eight bits, it moves some of
+    pixels: the same operations on the same numbers. image: resizing in float32 moves a few levels in ten thousand to
+    the next one. That must cost no more than fp16 may; if activations are rounded to eight bits, it moves some of
     them by a whole step, and may cost a quarter of what int8 may.
     """
     if kind == "pixels":

@@ -22,7 +22,7 @@ from comkd_cli.runtime.quiet import quiet
 
 OPSET = 20  # the first with Gelu as one operator, with which vision transformers are faster
 MOST_BYTES = 2**31 - 2**20  # a protobuf holds 2 GiB, including the graph itself
-# The exporter takes an axis of length one for a constant.
+# The exporter treats an axis of length one as a constant.
 EXAMPLE_BATCH = 2
 IMAGE, FEATURES, CLASS_VECTORS, LOGITS = "image", "image_features", "class_vectors", "logits"
 TOKENS, TEXT_FEATURES = "tokens", "text_features"
@@ -33,7 +33,7 @@ Example = tuple[Tensor, str | None]
 
 @dataclass(frozen=True)
 class GraphForm:
-    """What a runtime demands of every graph."""
+    """What a runtime requires of every graph."""
 
     opset: int = OPSET
     """Version of the standard ONNX operators."""
@@ -55,7 +55,7 @@ class ImageEncoder(nn.Module):
 
 
 class CandidatesEncoder(ImageEncoder):
-    """The same for EduAttention over the classes at hand: the class vectors are an input too."""
+    """The same for EduAttention over the classes at hand: the class vectors are also an input."""
 
     def forward(self, image: Tensor, class_vectors: Tensor) -> Tensor:  # type: ignore[override]
         """image: (batch, 3, size, size); class_vectors: (classes, dim). Returns (batch, dim)."""
@@ -92,7 +92,7 @@ def export_image_encoder(
     length = batch or EXAMPLE_BATCH
     inputs: dict[str, Example] = {IMAGE: (torch.zeros(length, 3, size, size), None if batch else "batch")}
     if student.uses_candidates:
-        # Not the length of the batch, or the exporter would take the two axes for one.
+        # Not the length of the batch, or the exporter would treat the two axes as one.
         examples = torch.zeros(EXAMPLE_BATCH + 1, student.class_vectors.shape[1])
         inputs[CLASS_VECTORS] = (student.class_vectors, None) if batch else (examples, "classes")
         _export(CandidatesEncoder(student), inputs, FEATURES, path, form.opset)

@@ -32,7 +32,7 @@ from comkd_cli.events import Notice, Report, Stage
 MOST_IMAGES = 32
 """Of the gate's images; each is cut and resized to every one of `sizes`."""
 MOST_WHOLE, MOST_PIXELS = 8, 2**22
-"""So many of them are also taken as they are, or reduced to so many pixels."""
+"""MOST_WHOLE of them are also used as they are, or reduced to MOST_PIXELS pixels."""
 BATCH = 8
 
 

@@ -129,7 +129,7 @@ def measure_latency(
 
 
 def measured_batch(manifest: Mapping[str, Any]) -> str:
-    """What the milliseconds of a graph are of, as the head of a table: an image, or its share of a fixed batch."""
+    """What the milliseconds of a graph refer to, as the head of a table: an image, or its share of a fixed batch."""
     batch = manifest["batch"] or 1
     return "batch 1" if batch == 1 else f"share of batch {batch}"
 

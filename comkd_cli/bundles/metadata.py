@@ -1,4 +1,4 @@
-"""What a graph says of itself in its ONNX metadata, so that a file without its bundle can be used. No torch.
+"""How a graph describes itself in its ONNX metadata, so that a file without its bundle can be used. No torch.
 
 Every key begins with `comkd.`; every value is JSON. onnxruntime returns them as
 `session.get_modelmeta().custom_metadata_map`.
@@ -52,7 +52,7 @@ class Origin:
     def of_text_encoder(self, context_length: int, templates: Sequence[str], precision: str) -> dict[str, Any]:
         """The metadata of a text encoder, which reads `context_length` tokens.
 
-        templates: the prompts of a new class, which may be others than those of the student's own classes.
+        templates: the prompts of a new class, which may differ from those of the student's own classes.
         """
         return {
             **self._common("text_encoder"),
@@ -73,12 +73,12 @@ class Origin:
 
 
 def write_metadata(path: Path, fields: Mapping[str, Any]) -> None:
-    """Replace the metadata of a graph by these fields; the same fields give the same bytes."""
+    """Replace the metadata of a graph by these fields; the same fields produce the same bytes."""
     model = onnx.load(path)
     del model.metadata_props[:]
     for name, value in fields.items():
         entry = model.metadata_props.add()
-        # ASCII: protobuf takes no lone surrogates, which a name from an old checkpoint may have.
+        # ASCII: protobuf accepts no lone surrogates, which a name from an old checkpoint may have.
         entry.key, entry.value = f"{PREFIX}{name}", json.dumps(value, sort_keys=True)
     onnx.save(model, path)
 

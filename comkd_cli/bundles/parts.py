@@ -112,7 +112,7 @@ class Parts:
     too_few: str | None
     """Why there are too few images for int8; None if there are enough or int8 is not exported."""
     fit: Part | None = None
-    """To fit the temperature and the threshold; None where there are too few unseen images. See fit_part.py."""
+    """To fit the temperature and the threshold; None if there are too few unseen images. See fit_part.py."""
     no_fit: str | None = None
     """Why there is no such part."""
 
@@ -220,7 +220,7 @@ class _PartReader:
         )
 
     def _read_gate(self, pool: Pool) -> _Readings:
-        # Labelled copies stay, because they count in the score of the test images, too.
+        # Labelled copies stay, because they also count in the score of the test images.
         labelled = pool.origin == "test" and pool.images.labels is not None
         return self._read(pool, self._most_for_gate, copies=labelled)
 

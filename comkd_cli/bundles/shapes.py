@@ -14,6 +14,6 @@ def axis_length(entry: onnx.ValueInfoProto) -> int | str:
 
 
 def fixed_batch(path: Path) -> int | None:
-    """The length of a graph's batches; None if it takes any."""
+    """The length of a graph's batches; None if it accepts any."""
     length = axis_length(onnx.load(path, load_external_data=False).graph.input[0])
     return length if isinstance(length, int) else None

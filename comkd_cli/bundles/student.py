@@ -53,7 +53,7 @@ class StudentToExport:
         return class_list(self.record.class_names).splitlines()
 
     def origin(self, temperature: float, threshold: Mapping[str, Any]) -> Origin:
-        """What its graphs say of it. threshold: as in the manifest."""
+        """The metadata of its graphs. threshold: as in the manifest."""
         return Origin(
             student_sha256=self.sha256,
             recipe=self.record.recipe_name,

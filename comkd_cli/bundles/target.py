@@ -16,7 +16,7 @@ from comkd_cli.runtime.locks import sole_writer
 def new_bundle(out: Path, force: bool) -> Iterator[Path]:
     """A folder to fill, which becomes `out` when the block succeeds; see `atomic_folder` and `check_target`.
 
-    Raises InUseError where another process is exporting to `out`.
+    Raises InUseError if another process is exporting to `out`.
     """
     with sole_writer(out):
         check_target(out, force)  # again: the other process may have ended

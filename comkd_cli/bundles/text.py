@@ -75,7 +75,7 @@ class TextOptions:
     text: bool = False
     """Include a text encoder, so that a device can add classes."""
     text_student: Path | None = None
-    """A text_student.pt, whose text encoder is included; None takes the teacher's."""
+    """A text_student.pt, whose text encoder is included; None uses the teacher's."""
     text_precisions: Sequence[str] = ()
     """Of the text encoder; empty for those of the other graphs."""
     allow_download: bool = False
@@ -277,7 +277,7 @@ class TextExporter:
 def against_teacher(distilled: Mapping[str, Any]) -> str:
     """How close a distilled text encoder is to the teacher's. distilled: as in `Text.distilled`.
 
-    The checks of its graphs say only that they give what PyTorch gives, not that this is of use.
+    The checks of its graphs show only that they compute what PyTorch computes, not that this is of use.
     """
     text = (
         f"The distilled text encoder against the teacher's: {distilled['gate_agreement_percent']:.1f} % of the gate's "

@@ -35,7 +35,7 @@ REMEDY = f"check npm's registry, {OTHERWISE}"
 def add_web_page(folder: Path, runtime: Path | None = None) -> None:
     """Add the page to a bundle: index.html, its scripts and style, and ort/, the files of onnxruntime-web.
 
-    runtime: the folder of an unpacked onnxruntime-web package, or its dist/; None takes the user's cache, which npm
+    runtime: the folder of an unpacked onnxruntime-web package, or its dist/; None uses the user's cache, which npm
     fills the first time. Raises ExportError, and adds nothing, if the runtime is not available.
     """
     source = _fetched_runtime() if runtime is None else _given_runtime(runtime)
@@ -49,7 +49,7 @@ def add_web_page(folder: Path, runtime: Path | None = None) -> None:
 
 
 def check_runtime(runtime: Path | None) -> None:
-    """Raises ExportError if the folder that a user gives as the runtime does not hold it; None is not checked."""
+    """Raises ExportError if the folder that the user specified does not contain the runtime; None is not checked."""
     if runtime is not None:
         _given_runtime(runtime)
 

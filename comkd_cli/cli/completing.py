@@ -46,7 +46,7 @@ def _students(context: click.Context) -> list[Path]:
 
 
 def _files(incomplete: str) -> CompletionItem:
-    """Files and folders too; it comes first, since bash drops what was listed before it."""
+    """Also files and folders; it comes first, since bash drops what was listed before it."""
     return CompletionItem(incomplete, type="file")
 
 

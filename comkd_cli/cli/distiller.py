@@ -50,7 +50,7 @@ class Distiller:
         """Make a run for each recipe. Of several runs, one that fails does not stop the others.
 
         choices: the dataset and seed of each recipe. fresh: discard existing runs. Raises DataError after the last
-        run where some of several failed, and the error of a run that is the only one.
+        run if some of several failed, and the error of a run that is the only one.
         """
         from comkd_cli.cli.terminal import messages
         from comkd_cli.errors import CheckpointError, DataError, InUseError, ModelError
@@ -74,7 +74,7 @@ class Distiller:
             raise DataError(f"{failed} of {len(recipes)} runs failed; see the errors above")
 
     def make(self, recipe: Recipe, resume: StoppedRun) -> Path | None:
-        """One run. Returns its student.pt; None where it was already finished, or only the cache was filled."""
+        """One run. Returns its student.pt; None if it was already finished, or only the cache was filled."""
         from comkd_cli.errors import Interrupted
 
         try:
@@ -86,7 +86,7 @@ class Distiller:
             raise Interrupted(f"interrupted. To resume:\n  {resume.resume_teacher}") from None
 
     def _prepare(self, recipe: Recipe, resume: StoppedRun) -> tuple[Run, Stage1] | None:
-        """The run and its teacher; None where its student is already finished."""
+        """The run and its teacher; None if its student is already finished."""
         from comkd_cli.api.runs import Place
         from comkd_cli.cli.terminal import messages, reporting
         from comkd_cli.events import once

@@ -39,7 +39,7 @@ class DryRun:
         self._reported: set[str] = set()  # notices about a dataset, which the run of each seed would repeat
 
     def print(self, recipe: Recipe) -> None:
-        """Print the plan of one run. Where its images are missing, the table says so and still describes the models."""
+        """Print the plan of one run. If its images are missing, the table says so and still describes the models."""
         from comkd_cli.cli.terminal import print_pairs, reporting
         from comkd_cli.data.sources import open_source
         from comkd_cli.errors import DataError

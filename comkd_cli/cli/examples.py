@@ -62,7 +62,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "comkd reproduce base-to-novel --dataset dtd --dataset eurosat --data-root DATA",
     ),
 }
-"""By the names of the command, such as `datasets check`: command lines as a shell takes them."""
+"""By the names of the command, such as `datasets check`: command lines as a shell accepts them."""
 
 
 def add_examples(name: str, command: click.Command) -> None:

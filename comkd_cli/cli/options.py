@@ -44,5 +44,5 @@ def numbers(_context: click.Context, parameter: click.Parameter, value: str) -> 
 
 
 def typed_command() -> str:
-    """The command line as it was typed, as a shell takes it."""
+    """The command line as it was typed, as a shell accepts it."""
     return shlex.join(["comkd", *sys.argv[1:]])

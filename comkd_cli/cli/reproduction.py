@@ -36,7 +36,7 @@ class Goal:
     recipe: str
     """Its name or file, as it was typed."""
     settings: tuple[str, ...]
-    """For every run, as `--set` takes them."""
+    """For every run, as `--set` accepts them."""
     name: str
     """Of the recipe, and of the folder of its runs."""
 
@@ -48,7 +48,7 @@ class Item:
     choice: Choice
     recipe: Recipe
     student: Path | None = None
-    """Its student.pt; None where its images could not be opened."""
+    """Its student.pt; None if its images could not be opened."""
     load: Load | None = None
     """What is left to do; None for a run that is finished or cannot be made."""
     problem: str | None = None
@@ -64,7 +64,7 @@ class Item:
 
     @property
     def state(self) -> str:
-        """For the plan; empty where something is left to do."""
+        """For the plan; empty if something is left to do."""
         if self.problem is not None:
             return "missing" if self.is_absent else "failed"
         return "" if self.load is not None else "scored" if self.records else "trained"
@@ -86,7 +86,7 @@ class Reproduction:
     _largest: tuple[int, Source | None] = (0, None)  # the most classes of a teacher, and images to decode
 
     def plan(self, choices: Sequence[Choice], recipes: Sequence[Recipe]) -> None:
-        """Look at every run, measure a step where anything is left to do, and print the plan."""
+        """Look at every run, measure a step if anything is left to do, and print the plan."""
         from comkd_cli.cli.terminal import reporting
         from comkd_cli.events import Stage, once
         from comkd_cli.flows.estimate import measure
@@ -131,7 +131,7 @@ class Reproduction:
             item.problem = str(error)
 
     def _kept_records(self, student: Path, source: Source) -> Sequence[Record]:
-        """The records of an earlier scoring of this student on these images; none where there was none."""
+        """The records of an earlier scoring of this student on these images; none if there was none."""
         from comkd_cli.files import sha256_of_file
         from comkd_cli.results.result_files import read_results
 
@@ -144,7 +144,7 @@ class Reproduction:
         return own if current else ()
 
     def _load(self, run: Run, stage: Stage1) -> Load:
-        """What is left of a run whose student does not exist. Raises DataError where its teacher lacks labels."""
+        """What is left of a run whose student does not exist. Raises DataError if its teacher lacks labels."""
         from comkd_cli.flows.estimate import Load
         from comkd_cli.recipe.model import FullAdapt, PromptSrcAdapt
 
@@ -261,7 +261,7 @@ class Reproduction:
     def finish(self, write: bool) -> None:
         """Print the published tables beside ours, and with `write` keep them in RUNS/reproduce.
 
-        Raises DataError where a run failed, or none could be scored.
+        Raises DataError if a run failed, or none could be scored.
         """
         from comkd_cli.cli.terminal import Column, output, print_json, print_table
         from comkd_cli.errors import DataError

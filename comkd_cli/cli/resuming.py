@@ -13,7 +13,7 @@ from comkd_cli.runtime import ranks
 
 
 class Choice(NamedTuple):
-    """A dataset and a seed, as the command line names them; None where it names none."""
+    """A dataset and a seed, as the command line names them; None if it names none."""
 
     dataset: str | None
     seed: int | None

@@ -1,4 +1,4 @@
-"""Output of the commands: consoles, tables, progress bars, and plain lines where there is no terminal."""
+"""Output of the commands: consoles, tables, progress bars, and plain lines if there is no terminal."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from comkd_cli.edge.visible import visible
 from comkd_cli.events import Epoch, Event, Notice, Progress, Report, Stage
 from comkd_cli.runtime import ranks
 
-PLAIN_LINE_EVERY_SECONDS = 60  # between progress lines, where there is no terminal for a bar
-PLAIN_WIDTH = 200  # characters of a table where there is no terminal; wider tables are not cut
+PLAIN_LINE_EVERY_SECONDS = 60  # between progress lines, if there is no terminal for a bar
+PLAIN_WIDTH = 200  # characters of a table if there is no terminal; wider tables are not cut
 LEAST_TEXT_WIDTH = 16  # characters; a narrower text column is not readable, so the rows are stacked instead
 BAR_FROM_WIDTH = 80  # characters of a terminal with room for a progress bar beside the figures
 GAP = 2  # characters between the columns of a table
@@ -57,7 +57,7 @@ class _Console(Console):
 
 
 def output() -> Console:
-    """The console for results: standard output, not wrapped where it is not a terminal."""
+    """The console for results: standard output, not wrapped if it is not a terminal."""
     # emoji=False: a class or a file may be named :dog:
     console = _Console(highlight=False, emoji=False, quiet=not ranks.is_main())
     if not console.is_terminal:
@@ -146,7 +146,7 @@ def _pairs(pairs: Iterable[tuple[Text, Text]]) -> Table:
 
 
 def _text(cell: str | Text, style: str = "") -> Text:
-    """Text without markup; characters that standard output cannot encode are replaced where ASCII has a substitute."""
+    """Text without markup; characters that standard output cannot encode are replaced if ASCII has a substitute."""
     if isinstance(cell, Text):
         return cell
     shown = visible(cell)
@@ -164,7 +164,7 @@ def messages() -> Console:
 def figures_text(figures: Mapping[str, float], held_out: bool = False) -> str:
     """`loss 0.152  refinement 0.144 (97%)  gate 0.063  test top-1 93.61 %`.
 
-    A term's share of the gradient is given in brackets where it was measured. Test images that could not be read are
+    A term's share of the gradient is shown in brackets if it was measured. Test images that could not be read are
     counted if there are any. held_out: the test images are held-out ones, and are called so.
     """
     return "  ".join(_figures(figures, held_out))

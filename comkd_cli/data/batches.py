@@ -24,7 +24,7 @@ class Batch:
     inputs: tuple[Tensor, ...]
     """For each model, its input (batch, 3, size, size); models with one pre-processing share the tensor."""
     labels: Tensor | None
-    """(batch,) int64, UNLABELLED (-1) for an image without a label; None where no image of the set has one."""
+    """(batch,) int64, UNLABELLED (-1) for an image without a label; None if no image of the set has one."""
     indices: Tensor
     """(batch,) int64, the images' positions in their set."""
     unreadable: tuple[str, ...] = ()
@@ -110,7 +110,7 @@ class TrainingItems(Dataset[Item]):
         return replace(_item(self._images, index, prepare), view=view)
 
     def _inputs(self, index: int, view: int, preprocessings: Sequence[Preprocessing]) -> list[Tensor]:
-        """The crop of an image in a view, mixed with another image's where the recipe mixes."""
+        """The crop of an image in a view, mixed with another image's if the recipe mixes."""
         image = self._images.open_to_crop(index)
         inputs = training_inputs(image, preprocessings, self._crops.augment, self._seed("crop", index, view))
         settings = self._crops.augment.mix

@@ -38,10 +38,10 @@ class Check:
     train: int
     val: int
     test: int
-    """Images that the lists name; 0 where they could not be read."""
+    """Images that the lists name; 0 if they could not be read."""
     missing_images: int
     unreadable_images: int | None
-    """None where images were not decoded."""
+    """None if images were not decoded."""
     problems: tuple[str, ...]
     """A line each."""
     notes: tuple[str, ...]
@@ -49,7 +49,7 @@ class Check:
     remedy: str
     """What to do; empty for a dataset that is ready."""
     oriented_images: int | None = None
-    """With an EXIF orientation that turns them, and so on; None where images were not decoded. `data.images` says how
+    """With an EXIF orientation that turns them, and so on; None if images were not decoded. `data.images` says how
     such images are read."""
     transparent_images: int | None = None
     sixteen_bit_images: int | None = None
@@ -64,7 +64,7 @@ def check_dataset(
 ) -> Check:
     """Read a dataset's lists, compare its counts with the catalogue's, and look for every image.
 
-    deep: decode each image too. tick: called with the images looked at and their number.
+    deep: also decode each image. tick: called with the images looked at and their number.
     """
     folder = data_root / dataset.folder
     nothing = Check(dataset.name, "missing", str(folder), 0, 0, 0, 0, 0, None, (), (), _remedy(dataset, folder))
@@ -111,7 +111,7 @@ def check_dataset(
 
 
 def _decoding_problem(path: Path) -> str:
-    """Why an image could not be decoded; empty where it could."""
+    """Why an image could not be decoded; empty if it could."""
     try:
         open_image(path)
     except UnreadableImage as error:

@@ -94,7 +94,7 @@ def class_key(name: str) -> str:
 
 
 def missing_text(names: Sequence[str], labels: Mapping[str, Sequence[int] | None]) -> str:
-    """Which classes have no images, such as "no test images of: fox". Empty where each has some in every split.
+    """Which classes have no images, such as "no test images of: fox". Empty if each has some in every split.
 
     names: of the labels, in their order. labels: of the images of each split, by the split's name in messages; splits
     without labels or images do not count.

@@ -36,7 +36,7 @@ TABLE = """
     ) WITHOUT ROWID
 """
 State = tuple[int, int, int, int]
-"""Size, modification time, change time and inode of a file: as long as they stay, so does its content."""
+"""Size, modification time, change time and inode of a file: while they stay the same, so does its content."""
 
 
 class Contents(Protocol):

@@ -33,7 +33,7 @@ HEADER = struct.Struct("<8s5I")
 """MAGIC, width and height of the original, width and height of the copy, CRC-32 of the pixels that follow."""
 MAGIC = b"comkd/1\0"
 UNFINISHED = ".unfinished."
-# An image of up to so many times the short side is kept in its own size: resizing it would take as long as decoding it,
+# An image of up to this many times the short side keeps its own size: resizing it would take as long as decoding it,
 # and would save at most 5/9 of the space.
 KEPT_WHOLE = 1.5
 # The short side that libjpeg decodes a photo to, at least, in units of the copy's: with 2 instead, crops are nearer to
@@ -78,8 +78,8 @@ class Copy:
     def part(self, region: tuple[int, int, int, int]) -> tuple[np.ndarray, tuple[float, float, float, float]]:
         """The smallest part of whole pixels that holds a region of the original, and where the region lies in it.
 
-        region: top, left, height and width, as torchvision's transforms give it. Returns uint8 (height, width, 3), and
-        left, top, right and bottom in pixels of the part, as Pillow's `resize` takes them.
+        region: top, left, height and width, as torchvision's transforms return it. Returns uint8 (height, width, 3),
+        and left, top, right and bottom in pixels of the part, as Pillow's `resize` accepts them.
         """
         top, left, height, width = region
         rows, columns = self.pixels.shape[:2]
@@ -92,7 +92,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Copies:
-    """The copies of a set of images: read, and written where they are missing.
+    """The copies of a set of images: read, and written if they are missing.
 
     Any number of processes may use a folder at the same time: a copy appears whole, and all write the same one.
     """
@@ -107,7 +107,7 @@ class Copies:
     """Of an image; see `open_image`."""
 
     def open(self, index: int) -> Copy:
-        """The copy of the image at a position. Raises UnreadableImage where there is none and the image is damaged."""
+        """The copy of the image at a position. Raises UnreadableImage if there is none and the image is damaged."""
         key = self.originals.key(index)
         path = self.path(key)
         found = _read(path)
@@ -130,9 +130,9 @@ class Copies:
 
 
 def make_copy(file: NamedBytes, short_side: int, most_pixels: int = MOST_PIXELS) -> Copy:
-    """The copy of an image file: RGB and upright, as `open_image` gives it. Raises UnreadableImage.
+    """The copy of an image file: RGB and upright, as `open_image` returns it. Raises UnreadableImage.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves DECODED times the short side.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 if that leaves DECODED times the short side.
     """
     drafted: list[tuple[int, int]] = []
 
@@ -175,7 +175,7 @@ def _is_turned(image: Image.Image) -> bool:
 
 
 def _read(path: Path) -> Copy | None:
-    """The copy in a file; None where there is none, or not a whole one."""
+    """The copy in a file; None if there is none, or not a whole one."""
     try:
         with path.open("rb", buffering=0) as file:
             content = np.empty(os.fstat(file.fileno()).st_size, np.uint8)

@@ -43,7 +43,7 @@ class CopyPlan:
         return images * self.bytes_per_image
 
     def text(self, images: int, folder: Path) -> str:
-        """What the copies are and take, in one line."""
+        """The size of the copies and the space that they need, in one line."""
         size = self.size_bytes(images)
         return f"short side {self.short_side} pixels, about {size / 1e6:,.1f} MB for {images:,} images in {folder}"
 
@@ -58,10 +58,10 @@ def short_side_of_crops(input_size: int, min_scale: float) -> int:
 
 
 def plan_copies(images: ImageSet, data: Data, input_size: Callable[[], int], min_scale: float) -> CopyPlan | None:
-    """The copies that a recipe's crops of these images are cut from; None where they are cut from the images.
+    """The copies that a recipe's crops of these images are cut from; None if they are cut from the images.
 
-    input_size: gives the larger one of the models that see the crops, in pixels. Reads the headers of SAMPLE images.
-    The same images always give the same plan, since it is a part of what identifies a run.
+    input_size: returns the larger input of the models that see the crops, in pixels. Reads the headers of SAMPLE
+    images. The same images always have the same plan, since it is a part of what identifies a run.
     """
     if data.resized == "off" or (data.resized == "auto" and data.dataset is not None) or not has_files(images):
         return None
@@ -80,7 +80,7 @@ def plan_copies(images: ImageSet, data: Data, input_size: Callable[[], int], min
 def with_copies(images: ImageSet, plan: CopyPlan | None, data: Data, runs: Path, report: Report) -> ImageSet:
     """The images with the copies of a plan, below RUNS/resized; how many exist and what all take is reported.
 
-    All copies together take at most MOST_BYTES and, when they are begun, half of the free space. Where that is too
+    All copies together take at most MOST_BYTES and, when they are begun, half of the free space. If that is too
     little for all of them, the other images are decoded in each epoch; the crops are the same.
     """
     if plan is None:
@@ -116,7 +116,7 @@ class Stored:
 
     @property
     def allowed_bytes(self) -> float:
-        """That copies may take beside those that it holds."""
+        """Space for copies in addition to those that it holds."""
         return max(0.0, min(MOST_BYTES - self.size_bytes, self.free_bytes * MOST_OF_FREE))
 
     @staticmethod

@@ -41,7 +41,7 @@ def fetch_dataset(
 ) -> Check:
     """Download, unpack and check a dataset, unless it is ready already.
 
-    A download is resumed where the connection breaks, and is verified by huggingface_hub. Where another process is
+    A download is resumed if the connection breaks, and is verified by huggingface_hub. If another process is
     fetching the same dataset, it waits for that one. tick: called with the files unpacked and their number. Raises
     DataError.
     """
@@ -75,7 +75,7 @@ def unpack(archive: Path, target: Path, tick: Tick, most_bytes: int) -> None:
 
     zipfile keeps every member below the folder, makes no links, and never writes more than a member's stated size; the
     sum of these is checked here. Raises DataError for more than `most_bytes` or MOST_MEMBERS and for an archive that is
-    damaged, encrypted or has names that cannot be files; WriteError where the disk has no room or cannot be written.
+    damaged, encrypted or has names that cannot be files; WriteError if the disk has no room or cannot be written.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
@@ -105,7 +105,7 @@ def _damaged(archive: Path, error: Exception) -> DataError:
 
 
 def _check_size(archive: Path, members: Sequence[zipfile.ZipInfo], target: Path, most_bytes: int) -> None:
-    """Raise DataError for an archive above the limits, and WriteError where the disk has no room for it."""
+    """Raise DataError for an archive above the limits, and WriteError if the disk has no room for it."""
     total = sum(member.file_size for member in members)
     if total > most_bytes:
         raise DataError("is too large unpacked", path=archive, found=total, allowed=f"{most_bytes:,} bytes")

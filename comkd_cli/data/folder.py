@@ -22,7 +22,7 @@ from comkd_cli.errors import DataError
 from comkd_cli.events import Notice, Report
 from comkd_cli.recipe.data import UNLABELLED
 
-# Sub-folders of train/ that are no class unless the recipe's class list has the name.
+# Sub-folders of train/ that are not classes unless the recipe's class list has the name.
 UNLABELLED_FOLDERS = frozenset({"unlabelled", "unlabeled"})
 
 
@@ -35,11 +35,12 @@ def folder_source(
 ) -> Source:
     """The images below a folder.
 
-    With train/, val/ or test/ in it, those are the splits, and sub-folders named after the classes give the
-    labels; without test/, val/ is scored. Those in train/unlabelled/ have none. Otherwise every image anywhere below
-    is unlabelled training data. labels: the only labels of the training images, whatever their sub-folders. classes:
-    the names in label order; None takes the sub-folder names, sorted, and with `labels` those of the file where val/
-    and test/ have none. Skipped files are reported. Raises DataError, also for images that belong to no split.
+    With train/, val/ or test/ in it, those are the splits, and their sub-folders, named after the classes, determine
+    the labels; without test/, val/ is scored. Images in train/unlabelled/ have no label. Without splits, every image
+    anywhere below is unlabelled training data. labels: the only labels of the training images, whatever their
+    sub-folders. classes: the names in label order; None uses the sub-folder names, sorted, and with `labels` those of
+    the file if val/ and test/ have none. Skipped files are reported. Raises DataError, also for images that are in no
+    split.
     """
     if not folder.is_dir():
         raise DataError("no such folder of images", path=folder, remedy="check `data.folder` and --data-root")
@@ -155,7 +156,7 @@ def _labelled_by_file(
 
 
 def _read_split(path: Path, root: Path, skipped: Counter[str], listed: Set[str]) -> _Split:
-    """One split of the folder `root`. Raises DataError where two class folders are one folder, or one class.
+    """One split of the folder `root`. Raises DataError if two class folders are one folder, or one class.
 
     listed: the keys of the recipe's class list; a class may have the name of the folder of unlabelled images.
     """
@@ -202,7 +203,7 @@ def _stray_images(
 
 
 def _labelled(split: _Split, classes: Sequence[str]) -> ImageSet:
-    """The images of a split: labelled by its sub-folders, or unlabelled where it has none. Raises DataError."""
+    """The images of a split: labelled by its sub-folders, or unlabelled if it has none. Raises DataError."""
     if not split.classes:
         return _image_set(split.folder, split.images, None)
     label_of = {class_key(name): label for label, name in enumerate(classes)}
@@ -229,7 +230,7 @@ def _image_set(root: Path, paths: Sequence[Path], labels: Sequence[int] | None) 
 
 
 def _class_names_of_folders(folder: Path, splits: Mapping[str, _Split]) -> list[str]:
-    """The names of all class folders, sorted. Raises DataError where a split lacks one that another has."""
+    """The names of all class folders, sorted. Raises DataError if a split lacks one that another has."""
     found: dict[str, str] = {}
     for split in splits.values():
         for name in split.classes:

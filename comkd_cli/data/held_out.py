@@ -21,7 +21,7 @@ FIELD = "data.holdout_percent"
 def hold_out(source: Source, percent: float, fingerprint: Fingerprint, report: Report) -> Source:
     """The source with a share of its training images as test images.
 
-    Unchanged, with a notice, where none would be held out. Raises DataError where fewer than two would be left to train
+    Unchanged, with a notice, if none would be held out. Raises DataError if fewer than two would be left to train
     on.
     """
     digests = _digests(source.train, fingerprint)
@@ -51,7 +51,7 @@ def hold_out(source: Source, percent: float, fingerprint: Fingerprint, report: R
 def hold_out_again(source: Source, holdout: Holdout) -> Source:
     """The source divided as when a student was trained, whatever images were added or removed since.
 
-    Unchanged where none of its images is held out.
+    Unchanged if none of its images is held out.
     """
     return _divided(source, holdout, _digests(source.train, holdout.fingerprint)) or source
 
@@ -63,13 +63,13 @@ def without_images_of(images: ImageSet, others: ImageSet, fingerprint: Fingerpri
 
 
 def count_shared(images: ImageSet, others: ImageSet) -> int:
-    """The number of images whose content another set has, too."""
+    """The number of images whose content is also in another set."""
     known = set(_digests(others, "contents"))
     return sum(digest in known for digest in _digests(images, "contents"))
 
 
 def _divided(source: Source, holdout: Holdout, digests: Sequence[bytes]) -> Source | None:
-    """The divided source; None where nothing is held out."""
+    """The divided source; None if nothing is held out."""
     train = source.train
     if isinstance(train, ShardImages):
         parts = divide_index(train.index, holdout)

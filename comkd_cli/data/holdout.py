@@ -1,7 +1,7 @@
-"""Which images are held out of the training where a dataset has no test split: a function of each image's content.
+"""Which images are held out of training if a dataset has no test split: a function of each image's content.
 
 An image is held out if the first 64 bits of the digest of its content, as a fraction of 2^64, are below the share. So
-copies of an image are on one side, and images that are added move no other image. Where there are labels, the smallest
+copies of an image are on one side, and images that are added move no other image. If there are labels, the smallest
 classes need exceptions to have images on both sides.
 """
 
@@ -55,7 +55,7 @@ def stratified(
 
     Of a class with two or more distinct images at least one is held out and at least one is not, as far as images with
     two labels permit; the only image of a class is not. An image of one class is preferred as an exception, and of
-    these the one that is nearest to the threshold. Images without a label are no class.
+    these the one that is nearest to the threshold. Images without a label do not form a class.
     """
     rule = Holdout(percent, fingerprint)
     if labels is None:

@@ -60,7 +60,7 @@ def subfolders_of(folder: Path) -> list[str]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name. Raises DataError where it cannot be listed."""
+    """What a folder holds, by name. Raises DataError if it cannot be listed."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)

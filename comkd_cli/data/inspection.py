@@ -43,13 +43,13 @@ class InspectedFile:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the headers of evenly spaced images say."""
+    """The headers of evenly spaced images, summarised."""
 
     images: int
     formats: Counter[str]
     """By Pillow's name of the format, whatever the suffix says."""
     short_side: int
-    """Median in pixels; 0 where no header could be read."""
+    """Median in pixels; 0 if no header could be read."""
     long_side: int
     long_shapes: int
     """Images at least LONG_SHAPE times as long as wide, of which a centre crop shows little."""
@@ -78,7 +78,7 @@ class Inspection:
     folder: Path
     source: Source
     listed_classes: tuple[str, ...] | None
-    """The names to write into a recipe, where neither a file nor every split has all of them."""
+    """The names to write into a recipe, if neither a file nor every split has all of them."""
     suffixes: Counter[str]
     total_bytes: int
     missing: tuple[str, ...]
@@ -86,13 +86,13 @@ class Inspection:
     sample: Sample
     duplicates: Duplicates
     untrained_classes: tuple[str, ...]
-    """Classes without a training image, where the training images have labels."""
+    """Classes without a training image, if the training images have labels."""
     notes: tuple[str, ...]
     """What reading the folder reported, such as files that are skipped."""
 
 
 def inspect_folder(folder: Path, classes: Path | None = None, report: Report = ignore_event) -> Inspection:
-    """Look at a folder of images as `data.folder` of a recipe takes it.
+    """Look at a folder of images as `data.folder` of a recipe would read it.
 
     classes: a text file of class names, one a line. Sizes of all files and headers of a sample are read, and files of
     the same size are compared by a digest; nothing is decoded. Raises DataError for a folder that a recipe could not
@@ -133,7 +133,7 @@ def inspect_folder(folder: Path, classes: Path | None = None, report: Report = i
 
 
 def _classes_of_differing_splits(folder: Path) -> tuple[str, ...] | None:
-    """All class folders' names, sorted, where a split lacks some that another one has; None where all have the same."""
+    """All class folders' names, sorted, if a split lacks some that another one has; None if all have the same."""
     of_split = [_class_folders(folder / split) for split in SPLITS if (folder / split).is_dir()]
     keys = [{class_key(name) for name in names} for names in of_split if names]
     if len(keys) < 2 or all(found == keys[0] for found in keys):
@@ -183,7 +183,7 @@ def _root(images: ImageSet) -> Path:
 
 
 def _sizes(files: Sequence[InspectedFile]) -> tuple[list[int], tuple[str, ...]]:
-    """The size of each file, 0 where there is none, and what is wrong with those."""
+    """The size of each file, 0 if there is none, and what is wrong with those."""
     sizes, missing = [], []
     for file in files:
         size, problem = 0, "is empty"

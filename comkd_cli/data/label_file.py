@@ -85,7 +85,7 @@ class LabelFile:
 
 @dataclass(frozen=True)
 class Labelling:
-    """What a file gives to the images of a folder."""
+    """The labels that a file assigns to the images of a folder."""
 
     labels: tuple[int, ...]
     """For each training image the index of its class, or UNLABELLED."""
@@ -100,10 +100,10 @@ class _Resolver:
         """path: of the file. images: relative to the folder, with `/` separators."""
         self._path, self._folder, self._images = path, folder.resolve(), images
         self._bases = (self._folder, path.parent.resolve())
-        self._starts = (self._folder, folder.absolute())  # they differ where absolute paths lead through a link
+        self._starts = (self._folder, folder.absolute())  # they differ if absolute paths lead through a link
 
     def image_of(self, row: Row) -> str:
-        """The image, relative to the folder. Raises DataError where the path names none, or two."""
+        """The image, relative to the folder. Raises DataError if the path names none, or two."""
         pairs = product(self._bases, self._starts)
         candidates = {os.path.relpath(base / row.image, start) for base, start in pairs}
         found = {Path(candidate).as_posix() for candidate in candidates} & self._images

@@ -56,7 +56,7 @@ class TrainingLoader:
     preprocessings: of the models that see each crop. Each process decodes its share of a step. An incomplete last step
     is dropped, unless it is the only one. Which images a step has depends on its batch size and seed alone. is_cached:
     which crops the first model has cached features of; its input is then not prepared. Closing is left to garbage
-    collection, as DataLoader does it. Raises TrainingError where a step has fewer images than its shares need.
+    collection, as DataLoader does it. Raises TrainingError if a step has fewer images than its shares need.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class TrainingLoader:
         steps = Steps(self.batch_size, steps.seed, steps.parts)
         self._sampler = _EpochBatches(images, steps, crops, is_cached)
         items = TrainingItems(images, tuple(preprocessings), crops)
-        # Where some features of the first model are cached, its input holds fewer images: a tensor of its own.
+        # If some features of the first model are cached, its input holds fewer images: a tensor of its own.
         shared = shared_inputs(preprocessings) if is_cached is None else tuple(range(len(preprocessings)))
         self._loader = data_loader(items, self._sampler, shared, workers, persistent=True)
         self._images = images
@@ -98,7 +98,7 @@ class TrainingLoader:
 
 
 def check_shares(batch_size: int, parts: int) -> None:
-    """Raise TrainingError where a step has fewer images than processes and parts to divide them among."""
+    """Raise TrainingError if a step has fewer images than processes and parts to divide them among."""
     processes = ranks.world_size()
     least = parts * max(2, processes) if parts * processes > 1 else 1
     if batch_size < least:

@@ -6,7 +6,7 @@ from io import BytesIO
 
 
 class NamedBytes(BytesIO):
-    """A file's content; its name is what `repr` gives."""
+    """A file's content; `repr` returns its name."""
 
     def __init__(self, name: str, content: bytes) -> None:
         super().__init__(content)

@@ -32,7 +32,7 @@ class FolderOriginals:
     fingerprint: Fingerprint
 
     def key(self, index: int) -> bytes:
-        """The digest of the file; where no file is read for it, with the file's path."""
+        """The digest of the file; if no file is read for it, with the file's path."""
         digest = self.digests[index].tobytes()
         return digest if self.fingerprint == "contents" else _joined(os.fsencode(self._path(index)), digest)
 
@@ -66,7 +66,7 @@ class ShardOriginals:
     fingerprint: Fingerprint
 
     def key(self, index: int) -> bytes:
-        """The digest of the image's bytes; where they are not read for it, of its shard with its place in it."""
+        """The digest of the image's bytes; if they are not read for it, of its shard with its place in it."""
         digest = self.index.content(index)
         if self.fingerprint == "contents":
             return digest
@@ -87,7 +87,7 @@ class ShardOriginals:
 
 
 def originals_of(images: ImageSet, fingerprint: Fingerprint) -> Originals | None:
-    """The files of a set, with their digests; None where it has no files. Reads files that are not remembered."""
+    """The files of a set, with their digests; None if it has no files. Reads files that are not remembered."""
     if isinstance(images, ShardImages):
         return ShardOriginals(images.index, fingerprint)
     if not isinstance(images.contents, FileContents):

@@ -1,4 +1,4 @@
-"""Which image each worker process is reading, for the message where one dies: a decoder in C can crash its process."""
+"""Which image each worker process is reading, for the message if one dies: a decoder in C can crash its process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Reading:
         _PLACE.images, _PLACE.worker = self._images, worker
 
     def image_of(self, message: str) -> int | None:
-        """The position of the image that a worker was reading when it died; None where it was reading none.
+        """The position of the image that a worker was reading when it died; None if it was reading none.
 
         message: torch's, such as `DataLoader worker (pid 12) is killed by signal: Segmentation fault.`
         """

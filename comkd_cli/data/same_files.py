@@ -50,7 +50,7 @@ def _split_by_digest(
 
 
 def _digest(path: str, whole: bool) -> bytes | None:
-    """A digest of a file, or of its first and last bytes; None where it cannot be read."""
+    """A digest of a file, or of its first and last bytes; None if it cannot be read."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123

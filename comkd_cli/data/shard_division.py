@@ -29,7 +29,7 @@ Mask = Callable[[slice], np.ndarray]
 def divide_index(index: ShardIndex, holdout: Holdout) -> tuple[ShardIndex, ShardIndex] | None:
     """The index of the images to train on and that of the held-out ones, made now unless they are beside the index.
 
-    None where either would be empty.
+    None if either would be empty.
     """
     held_out = _mask(index, holdout)
     count = sum(int(held_out(block).sum()) for block in blocks(len(index)))
@@ -41,7 +41,7 @@ def divide_index(index: ShardIndex, holdout: Holdout) -> tuple[ShardIndex, Shard
 
 
 def _mask(index: ShardIndex, holdout: Holdout) -> Mask:
-    """Which images are held out: by their contents, or where no image was read by their keys and sizes."""
+    """Which images are held out: by their contents, or if no image was read by their keys and sizes."""
 
     def by_contents(block: slice) -> np.ndarray:
         return holdout.held_out(index.contents[block])

@@ -44,7 +44,7 @@ class ShardIndex:
         self.digest: str = about["digest"]
         """Of the keys and contents of all images, however they are spread over shards."""
         self.ordered_digest: str = about["ordered_digest"]
-        """As `digest`, and different where the images are in another order."""
+        """As `digest`, and different if the images are in another order."""
         self.skipped = SkippedFiles(**about["passed_by"])
         """Members that are not images of the set."""
         self.prefixed: bool = about["prefixed"]
@@ -146,7 +146,7 @@ def blocks(count: int) -> Iterator[slice]:
 
 
 def map_array(path: Path, dtype: Any, count: int, new: bool = False, writable: bool = False) -> np.memmap:
-    """A file as an array of `count` numbers. Raises ValueError where it is too short, OSError where a new one has no
+    """A file as an array of `count` numbers. Raises ValueError if it is too short, OSError if a new one has no
     room on the disk.
     """
     if new:

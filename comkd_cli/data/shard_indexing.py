@@ -49,7 +49,7 @@ def open_index(shards: Sequence[Path], home: Path, report: Report, fingerprint: 
     try:
         return make()
     except (OSError, WriteError):
-        # Another process may have finished the same index meanwhile, and removed the parts that this one used. Where
+        # Another process may have finished the same index meanwhile, and removed the parts that this one used. If
         # that was not the cause, the second attempt fails as well.
         return make()
 
@@ -69,7 +69,7 @@ def _open_or_make(paths: Sequence[Path], folder: Path, report: Report, fingerpri
 
 
 def _make_parts(shards: Sequence[Path], parts: Path, report: Report, fingerprint: Fingerprint) -> None:
-    """Index every shard that has no part yet, in several processes where there are many."""
+    """Index every shard that has no part yet, in several processes if there are many."""
     absent = [(path, _part(parts, number)) for number, path in enumerate(shards)]
     absent = [(path, part) for path, part in absent if not part.is_file()]
     workers = min(ranks.usable_cores(), len(absent) // SHARDS_PER_PROCESS)
@@ -169,7 +169,7 @@ def hashes_of(keys: Sequence[bytes]) -> np.ndarray:
 
 
 def _join_parts(shards: Sequence[Path], parts: Path, folder: Path, fingerprint: Fingerprint) -> None:
-    """Write the whole index from its parts. Raises DataError where keys repeat."""
+    """Write the whole index from its parts. Raises DataError if keys repeat."""
     starts, key_end, skipped = [0], 0, SkippedFiles()
     names = ("offsets", "sizes", "key_ends", "keys", "hashes", "contents")
     files = {name: (folder / f"{name}.bin").open("wb") for name in names}
@@ -217,7 +217,7 @@ def _join_parts(shards: Sequence[Path], parts: Path, folder: Path, fingerprint: 
 
 
 def _loaded(path: Path, part: Path, fingerprint: Fingerprint) -> dict[str, np.ndarray]:
-    """The part of a shard; made again where another process has removed the parts meanwhile."""
+    """The part of a shard; made again if another process has removed the parts meanwhile."""
     try:
         with np.load(part, allow_pickle=False) as arrays:
             return dict(arrays)
@@ -238,7 +238,7 @@ def _hash_prefixed(index: ShardIndex, folder: Path) -> None:
 def rank_images(index: ShardIndex, folder: Path) -> str | tuple[int, int]:
     """Write each image's rank among all, by the hash of its key; returns a digest of keys and contents in that order.
 
-    Where two images have the same key, returns their positions instead. Hashes are sorted range by range, so that
+    If two images have the same key, returns their positions instead. Hashes are sorted range by range, so that
     memory is bounded; keys with equal hashes are ranked by their text.
     """
     count = len(index)

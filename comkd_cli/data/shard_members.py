@@ -23,7 +23,7 @@ ImageMember = tuple[str, int, int]
 
 @dataclass
 class SkippedFiles:
-    """Members of shards that are skipped although a user might take them for images."""
+    """Members of shards that are skipped although a user might think that they are images."""
 
     others: dict[str, int] = field(default_factory=dict)
     """Members of samples that have no image, by suffix."""
@@ -88,7 +88,7 @@ class _Shard:
                         if self._is_first_image(member) and self._key is not None:
                             yield self._key, member.offset_data, member.size
                     self._end_sample()
-                    # tarfile takes a damaged header for the end; a whole tar ends with a block of zeros.
+                    # tarfile treats a damaged header as the end; a whole tar ends with a block of zeros.
                     file.seek(tar.offset)
                     if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                         raise tarfile.ReadError("it is truncated or damaged")

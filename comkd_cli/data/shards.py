@@ -57,7 +57,7 @@ class ShardStore:
     def find(self, pattern: str) -> list[Path]:
         """The local file of each shard that a pattern names, in its order.
 
-        All relative paths are taken from the current directory, or all from the data root. Raises DataError, naming
+        Relative paths are all resolved in the current directory, or all in the data root. Raises DataError, naming
         the first missing shard.
         """
         from webdataset.cache import islocal
@@ -188,7 +188,7 @@ class ShardImages(ImageSet):
 
     @property
     def ordered_digest(self) -> str:
-        """As `digest`, and different where the images are packed in another order."""
+        """As `digest`, and different if the images are packed in another order."""
         return self.index.ordered_digest
 
     def spaced(self, most: int) -> Sequence[int]:

@@ -27,10 +27,10 @@ class ImageSet:
     keys: Sequence[str]
     """A name for each image that stays the same from run to run: its path below the folder."""
     labels: tuple[int, ...] | None
-    """For each image the index of its class, or UNLABELLED (-1) where it has none; None where none of the set has one.
+    """For each image the index of its class, or UNLABELLED (-1) if it has none; None if none of the set has one.
     Only training images can have labels in part."""
     open_key: Callable[[str], Image.Image]
-    """The RGB image of a key; picklable, so that worker processes can open images too."""
+    """The RGB image of a key; picklable, so that worker processes can also open images."""
     contents: Contents | None = field(default=None, compare=False)
     """Digests of what the images contain. None: of their decoded pixels."""
     copies: Copies | None = field(default=None, compare=False)
@@ -76,7 +76,7 @@ class ImageSet:
     def digest(self) -> str:
         """A sha256 of the names and contents of the images, in order, by which sets of images are compared.
 
-        It does not depend on the folder or on labels, but on `conversion` where that is not the default. Reads every
+        It does not depend on the folder or on labels, but on `conversion` if that is not the default. Reads every
         file whose digest is not remembered.
         """
         digest = hashlib.sha256()
@@ -144,7 +144,7 @@ class Source:
     ensemble: Prompts | None = None
     """Several templates, or descriptions of single classes; None: `template` alone."""
     holdout: Holdout | None = None
-    """How `test` was held out of the training images; None where the dataset has test images of its own, or none."""
+    """How `test` was held out of the training images; None if the dataset has test images of its own, or none."""
 
     @property
     def wording(self) -> Prompts:
@@ -164,7 +164,7 @@ class Source:
     def identity(self) -> dict[str, Any]:
         """What determines training on it, as named plain data: classes, prompts, and the images with their labels.
 
-        `templates`, `descriptions` and `conversion` exist only where a recipe sets them.
+        `templates`, `descriptions` and `conversion` exist only if a recipe sets them.
         """
         labels = self.train.labels
         prompts = self.wording

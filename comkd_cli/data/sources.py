@@ -36,10 +36,10 @@ def open_source(
 ) -> Source:
     """The images and classes that a recipe names.
 
-    Relative paths are taken from the current directory, then from the data root. runs: below it are kept the digests
+    Relative paths are looked for in the current directory, then in the data root. runs: below it are kept the digests
     of image contents, and in shards/ the index of shards and fetched shards. fetch: fetch remote shards now, which for
     `pipe:` runs a command: only for a recipe that the user runs. Skipped files and classes without images are
-    reported. Where there are no test images, `data.holdout_percent` of the training images become them. Raises
+    reported. If there are no test images, `data.holdout_percent` of the training images become them. Raises
     DataError.
     """
     source = _with_remembered_contents(data, data_root, runs, report, fetch)
@@ -54,7 +54,7 @@ def reopen_source(
 ) -> Source:
     """The data of a finished student, where no image is held out that the student was trained on.
 
-    holdout: of the student's record; None where it was trained on every training image. Otherwise as `open_source`.
+    holdout: of the student's record; None if it was trained on every training image. Otherwise as `open_source`.
     """
     if holdout is not None:
         data = data.model_copy(update={"fingerprint": holdout.fingerprint})
@@ -131,7 +131,7 @@ def locate(path: str, data_root: Path, field: str, folder: Path | None = None) -
     """An existing path, from the current directory, the data root or then the folder. Raises DataError."""
     candidates = [Path(path).expanduser(), data_root / path, *([] if folder is None else [folder / path])]
     for candidate in candidates:
-        with suppress(OSError, ValueError):  # a path that no file system takes: too long, or with a NUL
+        with suppress(OSError, ValueError):  # a path that no file system accepts: too long, or with a NUL
             if candidate.exists():
                 return candidate
     raise DataError(

@@ -120,7 +120,7 @@ class _LabelCheck:
 
 
 def _shared_images(entries: Mapping[str, Sequence[Entry]], what: str) -> tuple[str, ...]:
-    """A notice where test images are training or validation images too, which makes their scores too high."""
+    """A notice if test images are also training or validation images, which makes their scores too high."""
     test, notices = {entry.path for entry in entries["test"]}, []
     for split in ("train", "val"):
         if shared := sorted(test & {entry.path for entry in entries[split]}):
@@ -140,7 +140,7 @@ def _renumbered(splits: Splits, notice: str) -> Splits:
 
 
 def _of_class_list(splits: Splits, dataset: Dataset, listed: int, path: Path) -> Splits:
-    """Labels of the classes that have images, where they are positions in a class list of `listed` names."""
+    """Labels of the classes that have images, if they are positions in a class list of `listed` names."""
     found = len(splits.class_names)
     if found == listed:
         return splits

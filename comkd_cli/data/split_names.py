@@ -23,7 +23,7 @@ SPLIT_NAME_EXTRA = re.compile(r"[\W\d_]+|dataset|data|images?|imgs?|jpe?g|png|se
 
 
 def check_split_names(folder: Path, subfolders: Sequence[str]) -> None:
-    """Refuse a folder whose splits have other names: they would be taken for unlabelled images."""
+    """Refuse a folder whose splits have other names: they would be treated as unlabelled images."""
     for name in subfolders:
         meant = split_meant(name)
         if meant and name not in SPLITS and any(find_images(folder / name)):

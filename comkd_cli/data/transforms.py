@@ -61,7 +61,7 @@ def training_inputs(
 
 
 def _of_size(image: Image.Image | Copy) -> Image.Image | Tensor:
-    """What torchvision takes the size from."""
+    """The object from which torchvision reads the size."""
     return torch.empty(()).expand(3, *image.size[::-1]) if isinstance(image, Copy) else image
 
 

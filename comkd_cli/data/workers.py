@@ -32,7 +32,7 @@ _LEFT: deque[tuple[Reading, Any]] = deque(maxlen=4)
 explained when the loader is gone."""
 
 Batches = Sampler[list[CropIndex]] | list[list[CropIndex]] | list[list[int]]
-"""What each batch is made of, as DataLoader's `batch_sampler` takes it."""
+"""What each batch is made of, as DataLoader's `batch_sampler` accepts it."""
 
 
 def data_loader(
@@ -65,7 +65,7 @@ def can_fork() -> bool:
 def batches_of(loader: DataLoader[Item]) -> Iterator[Batch]:
     """The batches of a loader.
 
-    Raises TrainingError, with the image, where a worker dies while it reads one; otherwise RuntimeError, even where it
+    Raises TrainingError, with the image, if a worker dies while it reads one; otherwise RuntimeError, even if it
     dies while it sends a batch.
 
     torch raises such an error itself, with the cause, as soon as the system reports the death: also in the code that

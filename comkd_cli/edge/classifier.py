@@ -60,7 +60,7 @@ class Classifier:
     """Classifies images with the graphs of a bundle.
 
     bundle: the folder that holds manifest.json. Each file is checked against the manifest's sha256 before it is used.
-    precision: `fp32`, `fp16` or `int8`; None takes the first of the bundle. threads: onnxruntime's threads within an
+    precision: `fp32`, `fp16` or `int8`; None uses the first of the bundle. threads: onnxruntime's threads within an
     operator; None uses every core. threshold: False accepts every answer. Raises BundleProblem.
     """
 
@@ -237,7 +237,7 @@ def _clean(name: str) -> str:
 def predict_all(classifier: Classifier, images: Iterable[str], top: int) -> list[dict[str, Any]]:
     """One plain record per image: its classes and probabilities, or the error if it could not be read.
 
-    images: paths; `-` is standard input. `none_of_these` of a record is None where no threshold decides it.
+    images: paths; `-` is standard input. `none_of_these` of a record is None if no threshold decides it.
     """
     records: list[dict[str, Any]] = []
     for image in images:

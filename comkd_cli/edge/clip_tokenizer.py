@@ -52,7 +52,7 @@ LIGATURES = {
     "\ufb02": "fl",
     "\ufb03": "ffi",
     "\ufb04": "ffl",
-    "\ufb05": "\u017ft",  # the long s stays: it is no ligature
+    "\ufb05": "\u017ft",  # the long s stays: it is not a ligature
     "\ufb06": "st",
 }
 SINGLE_QUOTES = "\u02bc\u2018\u2019\u201a\u201b"
@@ -66,7 +66,7 @@ SUBSTITUTES = str.maketrans(
     | dict.fromkeys(SINGLE_QUOTES, "'")
     | dict.fromkeys(DOUBLE_QUOTES, '"')
     | {chr(code): unicodedata.normalize("NFKC", chr(code)) for code in HALFWIDTH_AND_FULLWIDTH_FORMS}
-    # Where Windows-1252 has no character either, the control stays.
+    # If Windows-1252 has no character either, the control stays.
     | {chr(code): bytes([code]).decode("cp1252", "ignore") or chr(code) for code in C1_CONTROLS}
 )
 # ASCII controls but for tab, line feed, form feed and carriage return; deprecated formatting; U+FEFF, the
@@ -114,7 +114,7 @@ def fixed_text(text: str) -> str:
     """A text with characters fixed and entities replaced, as `basic_clean` of open_clip but for the ends."""
     unescape, lines = True, []
     for line in text.split("\n"):
-        # ftfy takes a text for HTML from the first < on, and keeps its entities. Those are replaced below, where curly
+        # ftfy treats a text as HTML from the first < on, and keeps its entities. Those are replaced below, where curly
         # quotes are kept.
         unescape = unescape and "<" not in line
         lines.append(fix_characters(line, unescape))

@@ -15,7 +15,7 @@ from comkd_cli.edge.self_test import SelfTest, run_self_test
 
 
 def add_figure_options(parser: argparse.ArgumentParser) -> None:
-    """Add --self-test, --benchmark and what belongs to them."""
+    """Add --self-test, --benchmark and their options."""
     parser.add_argument(
         "--self-test", action="store_true", help="compare this machine's tensors and logits with the exporting one's"
     )
@@ -30,7 +30,7 @@ def add_figure_options(parser: argparse.ArgumentParser) -> None:
 
 
 def classifying_options(options: argparse.Namespace) -> list[str]:
-    """The given options of predict.py that belong to classifying. options.top: None if it is not given."""
+    """The classification options of predict.py that are given. options.top: None if it is not given."""
     given = {
         "--csv": options.csv,
         "--add-class": options.add_class,
@@ -43,9 +43,9 @@ def classifying_options(options: argparse.Namespace) -> list[str]:
 def misused_figures(
     self_test: bool, benchmark: bool, images: Sequence[str], others: Sequence[str], seconds: float | None
 ) -> str | None:
-    """Why these options, or the lack of an image, do not go together; None if they do.
+    """Why these options cannot be combined, or why an image is missing; None if nothing is wrong.
 
-    images: those given. others: the given options that belong to classifying. seconds: None if the option is not given.
+    images: those given. others: the classification options that are given. seconds: None if the option is not given.
     """
     if self_test and benchmark:
         return "--self-test and --benchmark cannot be combined"
@@ -84,9 +84,9 @@ def figures_command(options: argparse.Namespace, classifier: Any) -> int:
 
 
 def json_text(document: object, encoding: str | None) -> str:
-    """A JSON document for a stream with this encoding: UTF-8 text where the stream is UTF-8, else ASCII with escapes.
+    """A JSON document for a stream with this encoding: UTF-8 text if the stream is UTF-8, else ASCII with escapes.
 
-    JSON is UTF-8 by its standard (RFC 8259, section 8.1). File names that are not valid Unicode are escaped, too.
+    JSON is UTF-8 by its standard (RFC 8259, section 8.1). File names that are not valid Unicode are also escaped.
     """
     text = json.dumps(document, ensure_ascii=False, indent=2)
     try:

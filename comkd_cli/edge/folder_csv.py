@@ -49,7 +49,7 @@ class CsvProblem(Exception):
         self.problem, self.path, self.found, self.remedy = problem, path, found, remedy
 
     def __str__(self) -> str:
-        """`path: problem: found; remedy`, less what is not given."""
+        """`path: problem: found; remedy`, without the fields that are None."""
         text = ": ".join(str(part) for part in (self.path, self.problem, self.found) if part is not None)
         return text if self.remedy is None else f"{text}; {self.remedy}"
 
@@ -89,7 +89,7 @@ class CsvSummary:
     resumed: int
     """Rows of an earlier run."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """Files that are no images, by suffix."""
+    """Files that are not images, by suffix."""
 
 
 def bundle_settings(
@@ -115,9 +115,9 @@ def write_folder_csv(
     """Write a row for each image below a folder: its path below it, classes and probabilities, or the error.
 
     Images that cannot be read have their reason in the last column. A bundle with a threshold has the column
-    `none_of_these` before it: true, false, or empty where the threshold is not applied. report: receives the number of
+    `none_of_these` before it: true, false, or empty if the threshold is not applied. report: receives the number of
     images done and in all. Raises CsvProblem for a folder without images and for a table that is not of the same images
-    and settings, and OSError where the system refuses to read the folder or to write.
+    and settings, and OSError if the system refuses to read the folder or to write.
     """
     summary = CsvSummary(0, 0, 0)
     paths = _listed(job.folder, summary.skipped)

@@ -13,7 +13,7 @@ HEIF_SUFFIXES = (".heic", ".heif")
 
 
 def _register_heif() -> bool:
-    """Let Pillow read HEIC and HEIF where pillow-heif is installed; whether it is."""
+    """Let Pillow read HEIC and HEIF if pillow-heif is installed; returns whether it is."""
     try:
         import pillow_heif
     except ImportError:
@@ -25,13 +25,13 @@ def _register_heif() -> bool:
 READS_HEIF = _register_heif()
 SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-    # Pillow has it since 11.3, where it was built with libavif.
+    # Pillow has it since 11.3, if it was built with libavif.
     | ({".avif"} if "avif" in features.modules and features.check("avif") else set())
     | (set(HEIF_SUFFIXES) if READS_HEIF else set())
 )
 """In lower case; a file's own may be in any case."""
 
-# What systems and tools leave beside a user's files. Names that begin with a dot count too.
+# What systems and tools leave beside a user's files. Names that begin with a dot also count.
 JUNK = frozenset(
     {
         "__macosx",
@@ -55,7 +55,7 @@ def is_junk(name: str) -> bool:
 
 
 def suffix_of(name: str) -> str:
-    """The suffix of a file name in lower case, such as `.jpg`; empty where it has none."""
+    """The suffix of a file name in lower case, such as `.jpg`; empty if it has none."""
     stem, _, suffix = name.rpartition(".")
     return f".{suffix.lower()}" if stem and suffix else ""
 
@@ -87,7 +87,7 @@ def walk_images(folder: Path, skipped: Counter[str] | None = None, above: Sequen
 
 
 def skipped_text(skipped: Mapping[str, int], what: str = "file") -> str:
-    """Files that are no images, such as "12 files of other types are skipped: 10 .heic, 2 .txt". Empty for none.
+    """Files that are not images, such as "12 files of other types are skipped: 10 .heic, 2 .txt". Empty for none.
 
     skipped: their number, by suffix. what: what a message calls one of them. HEIC files are followed by what to
     install.

@@ -120,8 +120,8 @@ def open_image(
 
 
 def known_formats() -> list[str]:
-    """Those of FORMATS that this Pillow can read, as `Image.open` takes them."""
-    Image.init()  # registers every format; returns at once where that was done before
+    """Those of FORMATS that this Pillow can read, as `Image.open` accepts them."""
+    Image.init()  # registers every format; returns at once if that was done before
     return [name for name in FORMATS if name in Image.OPEN]
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers of other text encoders than CLIP's, such as SigLIP's: a tokenizer.json, read by the tokenizers library.
+"""Tokenizers of text encoders other than CLIP's, such as SigLIP's: a tokenizer.json, read by the tokenizers library.
 
 open_clip cleans a text and lets transformers tokenize it, which uses the same library. Texts are cleaned here with the
 differences that clip_tokenizer.py names.

@@ -41,7 +41,7 @@ def _cpu_quotas(root: str = "/") -> list[float]:
 
 
 def _quota(group: Path) -> float | None:
-    """The quota of one group, in cores; None where it has none."""
+    """The quota of one group, in cores; None if it has none."""
     try:
         if (version_2 := group / "cpu.max").is_file():
             quota, period = version_2.read_text().split()
@@ -67,7 +67,7 @@ def cpu_name() -> str:
 
 
 def peak_bytes() -> int | None:
-    """Peak resident memory of this process; None where the system does not tell."""
+    """Peak resident memory of this process; None if the system does not tell."""
     # Linux's getrusage includes the memory of the process that started this one.
     status = Path("/proc/self/status")
     text = status.read_text() if status.is_file() else ""

@@ -14,7 +14,7 @@ from comkd_cli.edge.manifest import BundleProblem, read_array, verified_bytes
 def read_tokenizer(folder: Path, manifest: dict[str, Any], text: Mapping[str, Any]) -> Tokenizer | JsonTokenizer:
     """The tokenizer of a bundle. text: the manifest's entry of the text encoder.
 
-    Raises BundleProblem, also where the tokenizers library is needed and not installed; KeyError, TypeError,
+    Raises BundleProblem, also if the tokenizers library is needed and not installed; KeyError, TypeError,
     ValueError or AttributeError for a damaged entry.
     """
     length, entry = int(text["context_length"]), text.get("tokenizer")

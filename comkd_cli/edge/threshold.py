@@ -37,7 +37,7 @@ class Confidence:
         return softmax(logits.astype(np.float64) / self.temperature)
 
     def threshold_of(self, class_name: str) -> float | None:
-        """The threshold of an answer; None where every answer is accepted."""
+        """The threshold of an answer; None if every answer is accepted."""
         if self.threshold is None or not self.applied:
             return None
         return self.by_class.get(class_name, self.threshold)
@@ -45,7 +45,7 @@ class Confidence:
     def is_none(self, class_name: str, probability: float) -> bool | None:
         """Whether the image shows none of the classes, by its most probable class and the probability of that.
 
-        None where no threshold decides it.
+        None if no threshold decides it.
         """
         threshold = self.threshold_of(class_name)
         return None if threshold is None else bool(probability < threshold)

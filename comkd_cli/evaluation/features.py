@@ -68,7 +68,7 @@ class FeatureStore:
 
         label: names the work in progress events. The file's name is a digest of the model, the pre-processing and the
         images, so that stored features cannot be those of others. Several processes divide the images among them, and
-        each returns all features. Raises ModelError where some are NaN or infinite: the predicted class of such an
+        each returns all features. Raises ModelError if some are NaN or infinite: the predicted class of such an
         image would be the first, whatever it shows.
         """
         found = self._features(encoder, images, label)
@@ -98,7 +98,7 @@ class FeatureStore:
         return made
 
     def _kept(self, key: str) -> Features | None:
-        """Stored features; None in all processes where one lacks them, since they compute together."""
+        """Stored features; None in all processes if one lacks them, since they compute together."""
         kept = None if self.folder is None else _read(self.folder / f"{key}.safetensors")
         found = collectives.all_gather_ints([-1 if kept is None else len(kept.indices)])
         return kept if len({row[0] for row in found}) == 1 else None
@@ -220,7 +220,7 @@ class _Collected:
 
 
 def _joined(parts: Sequence[Features | None]) -> Features | None:
-    """The features of all processes, in the order of the set; None where the model failed in one of them."""
+    """The features of all processes, in the order of the set; None if the model failed in one of them."""
     complete = [part for part in parts if part is not None]
     if len(complete) < len(parts):
         return None
@@ -237,7 +237,7 @@ def store_key(encoder: Encoder, images: ImageSet) -> str:
 
 
 def _read(path: Path) -> Features | None:
-    """Stored features; None where there are none or the file is damaged, and they have to be computed."""
+    """Stored features; None if there are none or the file is damaged, and they have to be computed."""
     if not path.is_file():
         return None
     try:

@@ -41,7 +41,7 @@ def few_shot(
     """Linear probe, Tip-Adapter and Tip-Adapter-F for each draw, on the store's device.
 
     The training images of every standard draw are encoded at once, so that a later evaluation with other shots or
-    seeds among them reads no image. Raises DataError where more of them than the limit are unreadable.
+    seeds among them reads no image. Raises DataError if more of them than the limit are unreadable.
     """
     subject, source = evaluation.subject, evaluation.source
     pool = _Pool(evaluation, store, draws, unreadable_limit_percent)

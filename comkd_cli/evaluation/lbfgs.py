@@ -1,7 +1,7 @@
 """L-BFGS for several functions at once, whose values and gradients are computed together on a device.
 
 The steps are those of L-BFGS-B without bounds (R. Byrd, P. Lu, J. Nocedal, C. Zhu: SIAM J. Sci. Comput. 16, 1995), as
-scipy runs it for scikit-learn's logistic regression: equal directions, line search and stopping rules. Where the
+scipy runs it for scikit-learn's logistic regression: equal directions, line search and stopping rules. If the
 tolerance is met far from the minimum, the end depends on the path, so only equal steps give equal answers.
 """
 
@@ -103,7 +103,7 @@ class Descent:
         self.trial = self._point + step * self._direction
 
     def _restart(self) -> None:
-        """Search again along the gradient; where that has failed, too, the point is as good as rounding allows."""
+        """Search again along the gradient; if that has failed, too, the point is as good as rounding allows."""
         self.trial = self._point
         if not self._pairs.count:
             self.ended = True

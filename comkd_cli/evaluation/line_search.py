@@ -36,7 +36,7 @@ class LineSearch:
         self._decrease = SUFFICIENT_DECREASE * slope
         self._best = self._end = self._start
         self._bracketed = False
-        self._auxiliary = True  # the first stage of the paper: the function less its sufficient decrease is searched
+        self._auxiliary = True  # the first stage of the paper: the function minus its sufficient decrease is searched
         self._width, self._width_before = MOST_STEP, 2 * MOST_STEP
         self._least, self._most = 0.0, step + MOST_GROWTH * step
 
@@ -121,7 +121,7 @@ def _next_step(
 
 
 def _flatter_step(best: Point, end: Point, tried: Point, bracketed: bool, bounds: tuple[float, float]) -> float:
-    """Case 3: the cubic's minimum counts only where the cubic tends to infinity beyond it, or lies beyond `tried`."""
+    """Case 3: the cubic's minimum counts only if the cubic tends to infinity beyond it, or lies beyond `tried`."""
     cubic, secant = _cubic_beyond(best, tried, bounds), _secant(best, tried)
     nearer = abs(cubic - tried.step) < abs(secant - tried.step)
     if not bracketed:

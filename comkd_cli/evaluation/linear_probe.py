@@ -12,7 +12,7 @@ from comkd_cli.method.linear_probe import Labelled
 
 STEPS_PER_DECADE = 8
 LEAST_EXPONENT, MOST_EXPONENT = -6, 6  # of C, the inverse regularisation
-DEFAULT_C = 1.0  # where no validation images can choose it
+DEFAULT_C = 1.0  # if no validation images can choose it
 
 Advance = Callable[[float], None]
 """Called with the share of the work that is done, in [0, 1]."""

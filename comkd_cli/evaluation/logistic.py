@@ -18,7 +18,7 @@ class Regressions:
     """Logistic regressions of the same labelled images, one for each inverse regularisation C.
 
     Each minimises mean_i -log softmax(W f_i + b)[y_i] + |W|^2 / (2 C images) from zero. Of two classes, W and b are
-    those of the second alone, and the logits of the first are 0. It is computed in float64, where the device has it:
+    those of the second alone, and the logits of the first are 0. It is computed in float64, if the device has it:
     the ends of descents that are stopped early by scikit-learn's tolerance amplify rounding.
     """
 

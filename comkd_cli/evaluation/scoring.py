@@ -49,7 +49,7 @@ class DatasetScorer:
     """Called with each model that was scored on all classes, and its answers."""
 
     def score(self, subject: Subject) -> Scores:
-        """The records of each protocol that applies. Raises DataError where too few images could be read."""
+        """The records of each protocol that applies. Raises DataError if too few images could be read."""
         name, report = self.source.name, self.store.report
         report(Stage(f"Scoring {subject.role} {subject.model} on {len(self.images)} {self.images_name} of {name}"))
         evaluation = self.evaluation(subject)
@@ -97,7 +97,7 @@ class DatasetScorer:
 
 
 def images_to_score(source: Source, report: Report) -> ImageSet:
-    """The test images, or where there are none the training images without labels, for agreement alone."""
+    """The test images, or if there are none the training images without labels, for agreement alone."""
     if source.test is not None and len(source.test):
         if source.test.labels is None:
             report(Notice(f"the {source.test_name} of {source.name} have no labels: only agreement can be measured"))
@@ -130,7 +130,7 @@ class Agreement:
     top_answer: int
     """The class that the teacher answers most often."""
     top_answer_percent: float
-    """Its share of the teacher's answers: where it is large, any student that learned it agrees."""
+    """Its share of the teacher's answers: if it is large, any student that learned it agrees."""
 
     def added_to(self, records: Sequence[Record], top_answer: str) -> list[Record]:
         """The student's records with the agreement on those of all classes. top_answer: the name of that class."""
@@ -148,7 +148,7 @@ class Agreement:
 
 
 def agreement_of(student: Scores, teacher: Scores) -> Agreement:
-    """The agreement of a student with its teacher. Raises ValueError where no image has an answer of both."""
+    """The agreement of a student with its teacher. Raises ValueError if no image has an answer of both."""
     common = sorted(student.answers.keys() & teacher.answers.keys())
     if not common:
         raise ValueError("no image was answered by both models")

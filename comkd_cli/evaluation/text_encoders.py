@@ -55,8 +55,8 @@ def image_figures(
 ) -> dict[str, float]:
     """Zero-shot classification of images with the class vectors of two encoders, both (classes, dim).
 
-    features: (images, dim). labels: (images,), UNLABELLED where there is none, or None. new: the classes that the
-    encoder of `found` was not trained on; where there are some, `new_class` figures are of a classifier in which they
+    features: (images, dim). labels: (images,), UNLABELLED if there is none, or None. new: the classes that the
+    encoder of `found` was not trained on; if there are some, `new_class` figures are of a classifier in which they
     alone have found vectors, as on a device that adds them.
     """
     exact = (features @ expected.T).argmax(axis=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from comkd_cli.method.linear_probe import Classifier, Labelled
 
-# The paper's residual ratio and sharpness, used where no validation images can choose them.
+# The paper's residual ratio and sharpness, used if no validation images can choose them.
 ALPHA, BETA = 1.0, 5.5
 MOST_ALPHA, MOST_BETA = 3.0, 7.0  # of the search, with the bounds that the released code has for most datasets
 ALPHA_STEPS, BETA_STEPS = 20, 200
@@ -134,9 +134,9 @@ def _of_each_beta(keys: _Keys, closeness: Tensor, betas: list[float]) -> Iterato
 def _range_of_alpha(leads: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
     """The least and the most alpha by which each image's own class has the largest logit, (images,) each.
 
-    For each other class alpha * gain >= lead must hold: a lower bound where the gain is positive, an upper one where it
+    For each other class alpha * gain >= lead must hold: a lower bound if the gain is positive, an upper one if it
     is negative. So every alpha is judged in one pass. leads: of each class over the image's own, by the class vectors;
-    gains: of the own over each class, by the cache; (images, classes). The least is above the most where none does.
+    gains: of the own over each class, by the cache; (images, classes). The least is above the most if none does.
     """
     bounds = leads / gains
     least = bounds.masked_fill(gains <= 0, float("-inf")).amax(dim=1)

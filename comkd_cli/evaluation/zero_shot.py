@@ -28,7 +28,7 @@ class Scorer:
 
     Both compute in float32 whatever the precision of the training, so that their scores of the same weights agree.
     unreadable_limit_percent: the share of the test images that may be unreadable. The first score reports the first
-    of them. teacher: whose agreement with the model is measured, too, on held-out images alone; it runs once.
+    of them. teacher: its agreement with the model is also measured, only on held-out images; it runs once.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class Scorer:
         self._answers: dict[int, int] | None = None
 
     def __call__(self, subject: Subject, select_on: Literal["all", "base"] | None = None) -> dict[str, float]:
-        """{"test_top1_percent", "test_images", "test_unreadable"}; empty where no test image has a label.
+        """{"test_top1_percent", "test_images", "test_unreadable"}; empty if no test image has a label.
 
         test_images: the number that were scored; test_unreadable: the number that could not be read. If none could be
-        read, there is no top-1. With a teacher, "test_agreement_percent" is added, and without labels takes the place
-        of top-1; "teacher_top_answer_percent" stands beside it where nearly all of the teacher's answers are one class.
+        read, there is no top-1. With a teacher, "test_agreement_percent" is added; without labels, it replaces
+        top-1; "teacher_top_answer_percent" stands beside it if nearly all of the teacher's answers are one class.
         select_on: adds SELECTION_SCORE, the top-1 on the test images of all classes, or of the base classes with only
-        these as possible answers. Raises DataError beyond the limit of unreadable images, or where no image remains to
+        these as possible answers. Raises DataError beyond the limit of unreadable images, or if no image remains to
         select on.
         """
         images = self._images
@@ -79,7 +79,7 @@ class Scorer:
         return figures
 
     def _images_to_score(self) -> ImageSet | None:
-        """The test images; without labels only some of them, for the agreement; None where there are none to score."""
+        """The test images; without labels only some of them, for the agreement; None if there are none to score."""
         images = self._source.test
         if images is None or not len(images) or (images.labels is None and self._teacher is None):
             return None

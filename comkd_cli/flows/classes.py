@@ -58,9 +58,9 @@ def add_classes(
 ) -> tuple[Path, list[Added]]:
     """Write a student that also knows these classes; returns its file, and the nearest class of each.
 
-    The text encoder of its teacher gives their vectors. Raises DataError for a name that cannot be added,
-    CheckpointError where the text encoder is not available or does not give the student's own vectors, and MisuseError
-    for a template that cannot be used or a file that exists.
+    The text encoder of its teacher computes their vectors. Raises DataError for a name that cannot be added,
+    CheckpointError if the text encoder is not available or does not reproduce the student's own vectors, and
+    MisuseError for a template that cannot be used or a file that exists.
     """
     target = options.out or student_file.with_name(DEFAULT_NAME)
     if target.exists() and not options.force:
@@ -149,8 +149,8 @@ def _new_vectors(
 ) -> Tensor:
     """The vectors of the new names, (names, dim). record: of the student as it is.
 
-    Raises CheckpointError where the encoder does not give the student's own class vectors, such as those of a head that
-    was fitted to labels; DataError for a name that the encoder reads as another class.
+    Raises CheckpointError if the encoder does not reproduce the student's own class vectors, such as those of a head
+    that was fitted to labels; DataError for a name that the encoder reads as another class.
     """
     compared = list(range(0, len(record.class_names), -(-len(record.class_names) // MOST_COMPARED)))
     own_vectors = student.class_vectors.cpu()

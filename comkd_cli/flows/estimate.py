@@ -249,7 +249,7 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def _decoding_seconds(images: ImageSet | None, recipe: Recipe, preprocessings: list[Preprocessing]) -> float:
-    """Seconds to decode and crop an image, the mean of a few; 0 where there are none to read."""
+    """Seconds to decode and crop an image, the mean of a few; 0 if there are none to read."""
     if images is None or not len(images):
         return 0.0
     started, read = time.perf_counter(), 0

@@ -59,14 +59,14 @@ class Bench:
     data: Data | None = None
     """Instead of the data that a student was trained on."""
     datasets: tuple[str, ...] = ()
-    """Several datasets, by name; each that could not be scored is a row of its own."""
+    """Several datasets, by name; each that could not be scored is a separate row."""
     protocols: tuple[str, ...] = ("zero-shot",)
     protocols_named: bool = False
     """Whether the user chose the protocols; then one that does not apply to a dataset is a notice."""
     shots: tuple[int, ...] = STANDARD_SHOTS
     seeds: tuple[int, ...] = STANDARD_SEEDS
     allow_download: bool = False
-    """Download what a student.pt names and no cache has."""
+    """Download files that a student.pt refers to and no cache has."""
     on_scored: Callable[[Observation], None] = lambda seen: None
     """Called with each model that was scored, and its answers."""
     clips: dict[str, Clip] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class Job:
     dataset: str = ""
     """Its name, if there are several."""
     model: str | None = None
-    """None where no student was found."""
+    """None if no student was found."""
     absent: bool = False
     """Whether the dataset or its student does not exist, so that the work will fail."""
 
@@ -118,7 +118,7 @@ def evaluate(
 
     Of several models or datasets, one that could not be scored is a row with the reason. keep: called with the new
     results after each model and dataset, so that a process that is killed loses none of them. Raises the error of the
-    model or dataset where nothing could be scored.
+    model or dataset if nothing could be scored.
     """
     bench = replace(bench, runs=runs, report=once(bench.report, set()))  # models on one dataset cause the same notices
     results = Results([])
@@ -169,7 +169,7 @@ def _message(error: Exception) -> str:
 
 
 def _report_inapplicable(job: Job, found: Results, bench: Bench) -> None:
-    """Report the protocols that the user chose and that gave no record."""
+    """Report the protocols that the user chose and that produced no record."""
     lacking = [name for name in bench.protocols if name not in {record.protocol for record in found.records}]
     if bench.protocols_named and lacking:
         on = " on ".join(filter(None, (job.model, job.dataset)))
@@ -324,7 +324,7 @@ def _score_baseline(argument: str, bench: Bench) -> Results:
 
 
 def _without_unfit_protocols(record: StudentRecord, bench: Bench) -> Bench:
-    """Drop the protocols for other datasets where the student's teacher was trained on labels of this one."""
+    """Drop the protocols for other datasets if the student's teacher was trained on labels of this one."""
     adapt = record.recipe.teacher.adapt
     if adapt.method == "none" or getattr(adapt, "data", None) is not None:
         return bench

@@ -67,7 +67,7 @@ class ExportOptions(TextOptions):
     check_images: int = CHECK_IMAGES
     """Largest number of real images for the gates."""
     pictures: Path | None = None
-    """A folder of real images for gates and int8; None takes those of the student's data."""
+    """A folder of real images for gates and int8; None uses those of the student's data."""
     runs: Path = Path("runs")
     """Folder of all runs, which holds the index of shards."""
     license: str = "unknown"

@@ -77,7 +77,7 @@ def files_to_push(bundle: Path) -> list[Upload]:
 def push(files: list[Upload], repository: str, public: bool, report: Report) -> str:
     """Upload files to a repository, which is created if it does not exist; returns the address of the commit.
 
-    public: the visibility of the repository. Raises MisuseError where it exists with another one, ComkdError where the
+    public: the visibility of the repository. Raises MisuseError if it exists with another one, ComkdError if the
     Hub refuses.
     """
     api = HfApi()
@@ -100,7 +100,7 @@ def pull(source: HubBundle, out: Path, force: bool, report: Report) -> None:
     """Download a bundle into a folder, which appears whole or not at all; nothing of it is executed.
 
     Each file must be the one that was exported; a card that was edited on the Hub is a notice. Raises BundleError,
-    ExportError if `out` exists without `force`, ComkdError where the Hub refuses.
+    ExportError if `out` exists without `force`, ComkdError if the Hub refuses.
     """
     check_target(out, force)
     folder = cached_bundle(source, lambda done, total: report(Progress("downloading", done, total, unit="files")))
@@ -123,7 +123,7 @@ def cached_bundle(source: HubBundle, tick: Tick = lambda done, total: None) -> P
     """The folder of a bundle in the Hub's cache, downloaded if it is not there.
 
     tick: called with the files downloaded and their number. Raises BundleError for a repository without a bundle,
-    ComkdError where the Hub refuses.
+    ComkdError if the Hub refuses.
     """
     with _refusals(source.repository, "for a private repository " + LOGIN):
         try:

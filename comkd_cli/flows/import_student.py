@@ -33,7 +33,7 @@ def import_student(
     The file holds every weight, so the student.pt does, too: its recipe has `train: full`. The logit scale is the
     file's own, as PromptKD's code scores with it. name: of the recipe. source: whose classes it answers. Raises
     RecipeError for a recipe without such a student, CheckpointError for a file that does not hold one or a target that
-    exists, ModelError where the file does not fit the architecture or the teacher.
+    exists, ModelError if the file does not fit the architecture or the teacher.
     """
     settings = recipe.student
     if settings.format != "promptkd":

@@ -82,7 +82,7 @@ class Proposal:
 def propose(request: Request, report: Report = ignore_event) -> Proposal:
     """Look at a folder and make a recipe for it; nothing is downloaded or written.
 
-    Raises DataError for a folder that a recipe could not use, ModelError where no teacher or student fits.
+    Raises DataError for a folder that a recipe could not use, ModelError if no teacher or student fits.
     """
     report(Stage(f"Inspecting {request.folder}"))
     inspection = inspect_folder(request.folder, request.classes, report)
@@ -108,7 +108,7 @@ def propose(request: Request, report: Report = ignore_event) -> Proposal:
 
 
 def write_recipe(path: Path, text: str) -> None:
-    """Write a new file. Raises WriteError where there is one already, and where the system refuses."""
+    """Write a new file. Raises WriteError if there is one already, and if the system refuses."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
@@ -266,7 +266,7 @@ class _Settings:
         )
         batch = (
             f"The largest power of two up to {MOST_BATCH} that leaves {LEAST_STEPS_PER_EPOCH} steps an epoch. "
-            "Memory was not measured: where it is short, add accumulation_steps: 2."
+            "Memory was not measured: if it is short, add accumulation_steps: 2."
         )
         start = "ImageNet weights" if self.student.pretrained else "random weights"
         both = f"{RATE_PRETRAINED:g} or {RATE_FROM_SCRATCH:g}"

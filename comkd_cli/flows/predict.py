@@ -40,7 +40,7 @@ def predict(
 ) -> list[dict[str, Any]]:
     """A plain record for each image: its `top` most probable classes, or the error if it could not be read.
 
-    images: paths; `-` is standard input. precision: None takes the first of the bundle. add_classes: names of classes
+    images: paths; `-` is standard input. precision: None uses the first of the bundle. add_classes: names of classes
     beside the bundle's own. threshold: apply the bundle's. Raises BundleError.
     """
     with bundle_errors():
@@ -58,7 +58,7 @@ def predict_folder(
     """Write the table of a folder, resuming an interrupted one; see edge/folder_csv.py.
 
     Other arguments as in `predict`. Raises BundleError; DataError for a folder without images, and for a table that
-    was written from other images or settings; OSError where the system refuses to write.
+    was written from other images or settings; OSError if the system refuses to write.
     """
     try:
         with bundle_errors():

@@ -106,8 +106,8 @@ def _scored_run(student: Observation, teacher: Observation | None, notices: tupl
 def trained_on(trained: str | None, source: Source, images: ImageSet) -> bool:
     """Whether images that a student is scored on are those that it was trained on.
 
-    trained: the digest of its training images, as student.pt records it; None where it does not. source: what the
-    images are from; where it has no test images, they are its training images or some of them.
+    trained: the digest of its training images, as student.pt records it; None if it does not. source: what the
+    images are from; if it has no test images, they are its training images or some of them.
     """
     no_test_images = source.test is None or not len(source.test)
     return trained is not None and trained in (images.digest, source.train.digest if no_test_images else None)
@@ -134,7 +134,7 @@ def _multiply_adds(subject: Subject, size: int) -> int | None:
 
 
 def _manifest(path: Path) -> Mapping[str, Any] | None:
-    """The manifest of a bundle; None where there is none, or none that can be read."""
+    """The manifest of a bundle; None if there is none, or none that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -10,7 +10,7 @@ class EduAttention(nn.Module):
     """f_e = u_s + alpha * softmax(q K^T / sqrt(c)) V (ComKD-CLIP, arXiv 2408.04145, EduAttention).
 
     q = FC_q(n(u_s)) from the image features, K = FC_k(W) and V = FC_v(W) from the class vectors; n is
-    L2-normalisation, alpha the learned gate. dim: d, the width of the teacher's embedding. scale: c; None takes d,
+    L2-normalisation, alpha the learned gate. dim: d, the width of the teacher's embedding. scale: c; None uses d,
     which is this project's choice. gate_start: alpha at step 0; at 0 the student is exactly the one without
     EduAttention.
     """
@@ -24,7 +24,7 @@ class EduAttention(nn.Module):
         self.sqrt_c = (dim if scale is None else scale) ** 0.5
 
     def forward(self, features: Tensor, class_vectors: Tensor) -> Tensor:
-        """features: u_s, (batch, dim), as the projector gives them; class_vectors: (classes, dim), L2-normalised.
+        """features: u_s, (batch, dim), as the projector returns them; class_vectors: (classes, dim), L2-normalised.
 
         Returns (batch, dim), not normalised.
         """

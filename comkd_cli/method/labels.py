@@ -13,7 +13,7 @@ from comkd_cli.runtime.global_batch import batch_totals
 def labels_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of the student's class probabilities, the mean over the labelled images, a scalar.
 
-    logits: (batch, classes). labels: (batch,) int64, the index of each image's class, or UNLABELLED. 0 where no image
+    logits: (batch, classes). labels: (batch,) int64, the index of each image's class, or UNLABELLED. 0 if no image
     has a label. With several processes the mean is over the labelled images of all of them: the result is this
     process's part of it, scaled so that its mean over the processes, weighted by their images, is that mean.
     """

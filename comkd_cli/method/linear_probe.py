@@ -49,7 +49,7 @@ class Probe:
     """The class vectors of a fitted teacher, and how they were chosen."""
 
     classifier: Classifier
-    """The head, or the zero-shot classifier where the head is not better."""
+    """The head, or the zero-shot classifier if the head is not better."""
     strength: float
     """Of the head that is best on the validation images."""
     validation_images: int
@@ -71,7 +71,7 @@ def fit_probe(
 
     The share is stratified (`validation_split`). Each strength's head is fitted to the other images and scored as the
     unit vectors that it would become. Of equally good strengths the largest is chosen, and its head is fitted to all
-    labelled images. Where it does not beat the zero-shot classifier, that one is kept. Raises ValueError where no class
+    labelled images. If it does not beat the zero-shot classifier, that one is kept. Raises ValueError if no class
     has two images.
     """
     train, validation = (
@@ -126,7 +126,7 @@ def unit_rows(head: Tensor) -> Classifier:
     """The classifier of unit vectors whose logits are closest to the head's.
 
     head: (classes, dim). The vectors are its rows divided by their lengths, and the scale is the mean length, which
-    minimises sum_c ||v_c - scale * v_c / |v_c| ||^2. Where all rows have one length, the logits are equal.
+    minimises sum_c ||v_c - scale * v_c / |v_c| ||^2. If all rows have one length, the logits are equal.
     """
     lengths = head.norm(dim=1)
     return Classifier((head / lengths[:, None]).float(), lengths.mean().float())

@@ -24,9 +24,9 @@ def loss_terms(
     L = w_r * tau^2 KL(teacher || student) + w_a * (L_mean + L_var)  (ComKD-CLIP, arXiv 2408.04145), plus the terms of
     other methods that the recipe has on. Without `if_align` and `edu_attention` it is PromptKD's objective.
 
-    teacher: None where no term compares with it (`Loss.needs_teacher`). labels: (batch,) int64, for `loss.labels`; -1
+    teacher: None if no term compares with it (`Loss.needs_teacher`). labels: (batch,) int64, for `loss.labels`; -1
     for an image without a label.
-    Raises DataError where the labels that it needs are missing.
+    Raises DataError if the labels that it needs are missing.
     """
     terms = {} if teacher is None else _distillation_terms(student, teacher, loss)
     if loss.labels is not None:
@@ -37,7 +37,7 @@ def loss_terms(
 
 
 def labels_missing(dataset: str | None = None) -> DataError:
-    """The error for `loss.labels` where the training images have no labels."""
+    """The error for `loss.labels` if the training images have no labels."""
     return DataError("the training images have no labels", path=dataset, field="loss.labels", remedy="set it to null")
 
 

@@ -42,7 +42,7 @@ class PromptedClip(nn.Module):
 
     clip: an open_clip model whose two towers are transformers; it gets the prompts, as `clip.visual` and
     by hooks. tokens: of each prompted layer, in both encoders. The first text tokens start as the
-    embedding of "a photo of a" where there are at most as many, all others from N(0, 0.02^2). Raises
+    embedding of "a photo of a" if there are at most as many, all others from N(0, 0.02^2). Raises
     ModelError.
     """
 
@@ -81,7 +81,7 @@ class PromptedClip(nn.Module):
     def encode_classes(self, tokens: Tensor, at_once: int = CLASSES_AT_ONCE) -> Tensor:
         """Class vectors of prompts, (classes, context) token ids to L2-normalised (classes, dim).
 
-        Where gradients are on, each part of at most `at_once` classes is recomputed in the backward pass, so that
+        If gradients are on, each part of at most `at_once` classes is recomputed in the backward pass, so that
         the memory for activations depends on `at_once` and not on the number of classes.
         """
         parts = torch.split(tokens, at_once)
@@ -125,7 +125,7 @@ def frozen_class_vectors(clip: Any, tokens_of_templates: Sequence[Tensor]) -> Te
     """The frozen text features of each class, averaged over templates and then L2-normalised, (classes, dim).
 
     tokens_of_templates: for each template, the ids of its prompts, (classes, context). Call it before the
-    CLIP gets prompts. PromptSRC averages them as the encoder gives them, unlike CLIP's own ensemble.
+    CLIP gets prompts. PromptSRC averages them as the encoder returns them, unlike CLIP's own ensemble.
     """
     total: Tensor | float = 0.0
     with torch.no_grad():

@@ -19,7 +19,7 @@ class StudentOutput:
     """The student's features and logits of a batch of images."""
 
     projected: Tensor
-    """u_s: (batch, dim), as the projector gives it; IFAlign compares it once normalised."""
+    """u_s: (batch, dim), as the projector returns it; IFAlign compares it once normalised."""
     features: Tensor
     """n(f_e): (batch, dim), L2-normalised; the image features of the finished student."""
     logits: Tensor
@@ -105,11 +105,11 @@ class Student(nn.Module):
         return self
 
     def learned_state(self) -> dict[str, Tensor]:
-        """The tensors that training can change, as `learned_state` gives them."""
+        """The tensors that training can change, as `learned_state` returns them."""
         return learned_state(self)
 
     def load_learned_state(self, state: dict[str, Tensor]) -> None:
-        """Load what `learned_state` returned. Raises RuntimeError where names or shapes differ."""
+        """Load what `learned_state` returned. Raises RuntimeError if names or shapes differ."""
         expected = set(self.learned_state())
         if set(state) != expected:
             unmatched = sorted(set(state) ^ expected)

@@ -58,7 +58,7 @@ def encode_classes(clip: Any, tokens: Tensor) -> Tensor:
     """Class vectors W: the L2-normalised text features of the class prompts.
 
     clip: an open_clip model. tokens: (classes, context). Returns float32 (classes, dim), with gradients
-    where they are on.
+    if they are on.
     """
     return nn.functional.normalize(clip.encode_text(tokens).float(), dim=-1)
 
@@ -85,7 +85,7 @@ class PromptClassifier(nn.Module):
     def forward(self, images: Tensor, class_vectors: Tensor | None = None) -> Tensor:
         """images: (batch, 3, size, size). Returns logits (batch, classes), float32.
 
-        class_vectors: (classes, dim), where they are computed already; None encodes the prompts.
+        class_vectors: (classes, dim), if they are computed already; None encodes the prompts.
         """
         features = nn.functional.normalize(self.clip.encode_image(images).float(), dim=-1)
         vectors = self.encode_classes() if class_vectors is None else class_vectors

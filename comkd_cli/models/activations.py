@@ -35,7 +35,7 @@ def check_activation_of_tag(model: Model) -> None:
 def check_activation_of_file(model: Model, path: Path, held: Mapping[str, Any], report: Report) -> None:
     """Raise ModelError for a file whose weights were trained with the other activation function.
 
-    held: the content of the file. Where nothing records the activation function and open_clip has the architecture
+    held: the content of the file. If nothing records the activation function and open_clip has the architecture
     with both, report a Notice.
     """
     ambiguous = _has_both_variants(model)
@@ -90,7 +90,7 @@ def _variant(model: Model, quick: bool) -> str:
 
 
 def _recorded_activation(path: Path, held: Mapping[str, Any]) -> tuple[bool, str] | None:
-    """Whether the file or a config beside it records QuickGELU, and which of them does; None where neither does."""
+    """Whether the file or a config beside it records QuickGELU, and which of them does; None if neither does."""
     if str(held.get("format", "")).startswith("comkd-teacher") and isinstance(held.get("origin"), Mapping):
         return held["origin"].get("activation") == "quick_gelu", "as the file says"
     of_open_clip, of_transformers = path.with_name(OPEN_CLIP_CONFIG), path.with_name("config.json")
@@ -105,7 +105,7 @@ def _recorded_activation(path: Path, held: Mapping[str, Any]) -> tuple[bool, str
                 hidden_act = (config.get("vision_config") or {}).get("hidden_act", "quick_gelu")
                 return hidden_act == "quick_gelu", f"as {of_transformers} says"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass  # an unreadable config is no evidence
+        pass  # an unreadable config is not evidence
     return None
 
 

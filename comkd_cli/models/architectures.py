@@ -44,7 +44,7 @@ def pretrained_tag(model: Model) -> dict[str, Any]:
 
 
 def read_config(arch: str) -> dict[str, Any]:
-    """The config of a folder or repository, `model_cfg` and more. Raises ValueError where it lacks `model_cfg`."""
+    """The config of a folder or repository, `model_cfg` and more. Raises ValueError if it lacks `model_cfg`."""
     if arch.startswith(LOCAL_DIR):
         path = Path(arch.removeprefix(LOCAL_DIR), OPEN_CLIP_CONFIG)
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -62,7 +62,7 @@ def activation(model: Model) -> str:
 
 
 def weights_file(model: Model) -> Path:
-    """The local file in `weights`. Raises ModelError where it is neither a file nor a tag."""
+    """The local file in `weights`. Raises ModelError if it is neither a file nor a tag."""
     path = Path(str(model.weights)).expanduser()
     if path.is_file():
         return path
@@ -145,7 +145,7 @@ def _unsupported_folder(folder: Path) -> tuple[str, str]:
 
 
 def download_source(model: Model) -> str | None:
-    """The repository or address that a model is downloaded from unless it is cached; None where there is none."""
+    """The repository or address that a model is downloaded from unless it is cached; None if there is none."""
     if model.arch is not None and model.arch.startswith(HUB):
         return f"{model.arch.removeprefix(HUB)} of the Hugging Face Hub"
     if tag := pretrained_tag(model):
@@ -160,7 +160,7 @@ def download_source(model: Model) -> str | None:
 
 
 def download_refusal(error: Exception, source: str | None) -> str | None:
-    """Says that `source` is not cached and was not downloaded; None where that did not cause the error.
+    """Says that `source` is not cached and was not downloaded; None if that did not cause the error.
 
     The remedy is ALLOW_DOWNLOAD.
     """

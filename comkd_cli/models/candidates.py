@@ -35,7 +35,7 @@ class StudentCandidate:
     """`linear` projects to embed_dim; `none` keeps the tower's own width, which embed_dim then is."""
     embed_dim: int
     any_size: bool
-    """Whether it takes images of any size, as convolutional networks do; others take FIXED_SIZE."""
+    """Whether it accepts images of any size, as convolutional networks do; others use FIXED_SIZE."""
 
     def config(self, image_size: int, pretrained: bool) -> dict[str, Any]:
         """open_clip's config of the tower. image_size: in pixels."""

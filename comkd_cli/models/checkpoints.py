@@ -71,7 +71,7 @@ class StudentRecord:
     classes_added: tuple[str, ...] = ()
     """The last of `class_names` that it was not trained on: `comkd classes --add`."""
     holdout: Holdout | None = None
-    """How images were held out of the training; None where they were not, as in files of earlier versions."""
+    """How images were held out of the training; None if they were not, as in files of earlier versions."""
 
     @property
     def prompts(self) -> Prompts:
@@ -157,7 +157,7 @@ def load_student(path: Path, allow_download: bool = False) -> tuple[Student, Stu
     """The student of a checkpoint, on the CPU and in evaluation mode, and its record.
 
     allow_download: download what the file names and no cache has, such as the backbone of a prompts-only student.
-    Raises CheckpointError for a file that is not a student, ModelError where the backbone of a prompts-only student
+    Raises CheckpointError for a file that is not a student, ModelError if the backbone of a prompts-only student
     could not be built.
     """
     record, data = _read_student(path)
@@ -234,7 +234,7 @@ def saved_format(path: Path) -> str | None:
 
     Nothing in the file is executed, and its tensors are not read.
     """
-    if not zipfile.is_zipfile(path) or is_torchscript(path):  # the first also where there is no such file
+    if not zipfile.is_zipfile(path) or is_torchscript(path):  # the first also if there is no such file
         return None
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

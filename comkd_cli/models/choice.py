@@ -26,7 +26,7 @@ from comkd_cli.models.costs import parameters
 from comkd_cli.recipe import model as recipe
 from comkd_cli.recipe.model import Model
 
-SIZES = (64, 128, 224)  # of images, in pixels, that are proposed for towers which take any size
+SIZES = (64, 128, 224)  # of images, in pixels, that are proposed for towers that accept any size
 MOST_FOR_UNTRAINED = 128
 SHARE_OF_TEACHER = 10  # without a limit the student has at most a tenth of the teacher's parameters
 REASON_GPU = "The teacher of the paper's pair."
@@ -92,7 +92,7 @@ def given_teacher(argument: str) -> ChosenTeacher:
 def choose_teacher(labelled: bool, gpu: bool, image_size: int, download: bool) -> ChosenTeacher:
     """A teacher for this machine and these images. download: whether weights that are not here may be fetched later.
 
-    Raises ModelError where there are neither weights nor labels to train a teacher on.
+    Raises ModelError if there are neither weights nor labels to train a teacher on.
     """
     order = TEACHERS[::-1] if gpu else TEACHERS
     for candidate in order:
@@ -127,14 +127,14 @@ class StudentChooser:
     teacher: ChosenTeacher
     classes: int
     image_size: int
-    """For towers that take any size."""
+    """For towers that accept any size."""
     download: bool
     """Whether weights that are not here may be fetched later."""
     measure: Callable[[Student, Preprocessing], float]
     """Milliseconds of a student with random weights for one image."""
 
     def choose(self, limit: Limit) -> ChosenStudent:
-        """The largest candidate within the limit. Raises ModelError, with the nearest one, where none is."""
+        """The largest candidate within the limit. Raises ModelError, with the nearest one, if none is."""
         most = self.teacher.image_tower_parameters // LEAST_RATIO
         if limit.parameters is not None:
             most = min(most, limit.parameters)

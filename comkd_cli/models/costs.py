@@ -46,7 +46,7 @@ def step_multiply_adds(batch_size: int, trained: Tower, frozen: Tower | None = N
     """Multiply-adds of a training step, roughly: forward and backward cost three times a forward pass.
 
     trained, frozen: the image towers that see each image of the batch. text: multiply-adds of a forward pass through
-    the text tower, for the prompts of all classes. None where the meta device cannot compute a tower.
+    the text tower, for the prompts of all classes. None if the meta device cannot compute a tower.
     """
     try:
         images = 3 * multiply_adds(*trained) + (0 if frozen is None else multiply_adds(*frozen))

@@ -26,12 +26,12 @@ PADDED_RIGHT = ("T5Tokenizer", "PreTrainedTokenizer", "TokenizersBackend")
 
 
 class NeedsTransformers(ValueError):
-    """A tokenizer whose files do not say everything that transformers would do."""
+    """A tokenizer whose files do not state everything that transformers would do."""
 
 
 @dataclass(frozen=True)
 class NamedTokenizer:
-    """What a text_cfg says of its tokenizer."""
+    """The settings of a text_cfg that concern its tokenizer."""
 
     name: str
     """A folder, or a repository of the Hugging Face Hub."""
@@ -109,13 +109,13 @@ class _Tokens:
         self._settings = settings
 
     def required(self, field: str) -> int:
-        """The id of a token. Raises NeedsTransformers where the file does not name one of the vocabulary."""
+        """The id of a token. Raises NeedsTransformers if the file does not name one of the vocabulary."""
         if (found := self._id(field)) is None:
             raise NeedsTransformers(f"{SETTINGS} has no {field} that {TOKENIZER} knows")
         return found
 
     def check_ends(self) -> None:
-        """Raise NeedsTransformers where transformers may add a start or an end token that tokenizer.json does not."""
+        """Raise NeedsTransformers if transformers may add a start or an end token that tokenizer.json does not."""
         ids = self._library.encode("a").ids
         for field, token, found in (
             ("add_bos_token", "bos_token", ids[:1]),
@@ -143,7 +143,7 @@ def _pads_left(settings: Mapping[str, Any]) -> bool:
 
 
 def _file(name: str, file: str) -> Path:
-    """A file of a folder or a repository. Raises NeedsTransformers where a folder lacks it."""
+    """A file of a folder or a repository. Raises NeedsTransformers if a folder lacks it."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         try:

@@ -29,14 +29,14 @@ def checked_texts(value: Any) -> tuple[str, ...]:
 
 
 def reason_of(error: Exception) -> str:
-    """What an error that was met while a checkpoint was read says of it."""
+    """What is wrong with a checkpoint, from an error that was raised while it was read."""
     if isinstance(error, KeyError):
         return f"it lacks {error.args[0]}"
     return str(error) if isinstance(error, ValueError) else repr(error)
 
 
 def check_plain(data: Mapping[str, Any], texts: Sequence[str], texts_or_none: Sequence[str]) -> None:
-    """Raise ValueError where a field that every checkpoint has does not have the type that comkd writes."""
+    """Raise ValueError if a field that every checkpoint has does not have the type that comkd writes."""
     for name in texts:
         if not isinstance(data[name], str):
             raise ValueError(f"{name} should be text, not {data[name]!r}")
@@ -51,7 +51,7 @@ def check_plain(data: Mapping[str, Any], texts: Sequence[str], texts_or_none: Se
 
 
 def check_tensors(path: Path, data: Mapping[str, Any], class_names: Sequence[str]) -> None:
-    """Raise CheckpointError for tensors with NaN, or of other shapes or types than comkd writes."""
+    """Raise CheckpointError for tensors with NaN, or whose shapes or types differ from those that comkd writes."""
     vectors, scale = data["class_vectors"], data["logit_scale"]
     if not isinstance(vectors, Tensor) or vectors.ndim != 2 or len(vectors) != len(class_names):
         found = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
@@ -105,7 +105,7 @@ def _without_identities(value: Any, texts: dict[str, str]) -> Any:
     """The value with each text as one object, and each list, tuple and mapping as one of its own.
 
     Pickle writes an object once, and refers to it where it comes again, so its bytes depend on which equal texts are
-    the same object. Those of a resumed run are others than those of an undisturbed one.
+    the same object. In this respect, a resumed run differs from an undisturbed one.
     """
     if type(value) is str:
         return texts.setdefault(value, value)

@@ -136,18 +136,18 @@ def _text_config(model: Model) -> dict[str, Any]:
     """The text_cfg of a model. Raises KeyError for a config without one."""
     if model.arch is None:
         return dict((model.config or {})["text_cfg"])
-    if model.arch.startswith(SCHEMES):  # open_clip guesses where a repository has no config
+    if model.arch.startswith(SCHEMES):  # open_clip guesses if a repository has no config
         return dict(read_config(model.arch)["model_cfg"].get("text_cfg", {}))
     return dict((open_clip.get_model_config(model.arch) or {}).get("text_cfg", {}))
 
 
 def _named(model: Model, text: Mapping[str, Any], settings: Mapping[str, Any]) -> NamedTokenizer | None:
-    """The tokenizer that a text_cfg names; None where there is none, and for one that needs more than its file."""
+    """The tokenizer that a text_cfg names; None if there is none, and for one that needs more than its file."""
     name = text.get("hf_tokenizer_name")
     special = text.get("tokenizer_mode") or settings.get("language") or text.get("hf_model_name")
     if not name or special or settings.get("clean", "whitespace") not in CLEANING:
         return None
-    if model.arch is not None and model.arch.startswith(LOCAL_DIR):  # open_clip takes the folder's own, too
+    if model.arch is not None and model.arch.startswith(LOCAL_DIR):  # open_clip also uses the folder's own
         name = model.arch.removeprefix(LOCAL_DIR)
     return NamedTokenizer(
         str(name),

@@ -62,6 +62,6 @@ class Layout:
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:
-    """A tensor's name, where `names` has it, or the module that it belongs to."""
+    """A tensor's name, if `names` has it, or the module that it belongs to."""
     module, _, kind = name.rpartition(".")
     return names.get(name) or (f"{names[module]}.{kind}" if module in names else name)

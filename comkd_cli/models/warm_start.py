@@ -28,7 +28,7 @@ class WarmStart:
 
     @classmethod
     def of(cls, settings: recipe.Student) -> WarmStart | None:
-        """The student that `student.weights` names; None where it names other weights.
+        """The student that `student.weights` names; None if it names other weights.
 
         Raises CheckpointError for a damaged student, and ModelError for one of another architecture, or one that is
         trained otherwise: a prompts-only student.pt lacks the backbone, which `train: full` would start from.
@@ -54,7 +54,7 @@ class WarmStart:
         """The image tower of the new student; `load_into` loads what was learned.
 
         Only a prompts-only student needs the original weights of its backbone, which its file does not hold. Raises
-        CheckpointError where these are others by now, and ModelError.
+        CheckpointError if these are others by now, and ModelError.
         """
         frozen = settings.train == "prompts"
         initial = settings.model_copy(update={"weights": self.record.backbone.weights})

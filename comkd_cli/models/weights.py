@@ -41,7 +41,7 @@ class _UnreadNumber:
 
 
 def numbers_unread() -> AbstractContextManager[object]:
-    """A context in which torch.load takes files of weights that hold numpy's numbers, as training checkpoints do.
+    """A context in which torch.load accepts files of weights that contain numpy's numbers, as training checkpoints do.
 
     Their constructors are replaced by one that does nothing.
     """
@@ -53,7 +53,7 @@ def numbers_unread() -> AbstractContextManager[object]:
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """The content of a file of weights, by name; tensors are mapped from the disk where that works.
+    """The content of a file of weights, by name; tensors are mapped from the disk if that works.
 
     Nothing in the file is executed. Raises ModelError.
     """
@@ -158,7 +158,7 @@ def check_stored(tensors: Mapping[str, object], path: object, error: type[ComkdE
 
 
 def _unusable(value: Tensor) -> str | None:
-    """Why the values of a tensor cannot be read; None where they can."""
+    """Why the values of a tensor cannot be read; None if they can."""
     if value.is_meta or value.layout != torch.strided or value.is_quantized:
         return "is a sparse or quantised tensor, or one without values"
     if value.is_floating_point() and value.itemsize == 1:

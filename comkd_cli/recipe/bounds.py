@@ -43,7 +43,7 @@ def check_plain_tree(tree: Any, name: str) -> None:
 
 def check_brackets(text: str, name: str) -> None:
     """Raise RecipeError for text with MOST_OPEN_BRACKETS more opened than closed: a YAML parser takes time that grows
-    with the square of their number. Those within quotes count too.
+    with the square of their number. Those within quotes also count.
     """
     opened = 0
     for bracket in re.findall(r"[\[\]{}]", text):
@@ -56,7 +56,7 @@ def check_brackets(text: str, name: str) -> None:
 
 
 def is_file(path: Path) -> bool:
-    """Whether a path that a recipe names is a file; False for one that no file system takes."""
+    """Whether a path that a recipe names is a file; False for one that no file system accepts."""
     try:
         return path.is_file()
     except (OSError, ValueError):  # too long, or with a NUL

@@ -29,7 +29,7 @@ class Dataset:
     train: int
     val: int
     test: int
-    """Images of each split; 0 where there is no such split."""
+    """Images of each split; 0 if there is no such split."""
     template: str = "a photo of a {}."
     split_file: str | None = None
     base_test: int | None = None

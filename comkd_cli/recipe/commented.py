@@ -1,4 +1,4 @@
-"""A recipe as YAML in which each setting stands below the reason for it."""
+"""A recipe as YAML in which the reason for each setting is written above it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Setting:
 
 
 class _Representer(RoundTripRepresenter):
-    """Writes `null`, where ruamel leaves the value out: a reader could take the line for one that lost its value."""
+    """Writes `null`, where ruamel leaves the value out: a reader could think that the line had lost its value."""
 
 
 def _null(representer: RoundTripRepresenter, _: None) -> ScalarNode:
@@ -44,8 +44,8 @@ def commented_yaml(settings: Sequence[Setting], head: str) -> str:
     """YAML that reads back to the settings. head: the comment at the start, whose lines are kept."""
     writer = YAML()
     writer.Representer = _Representer
-    # ruamel cannot read back every long text that it folds, nor these three, which are line breaks to its writer and
-    # none to its reader unless they are escaped.
+    # ruamel cannot read back every long text that it folds, nor these three characters, which are line breaks to its
+    # writer but not to its reader, unless they are escaped.
     writer.width = 2**20
     tree = _tree(settings, 0)
     writer.allow_unicode = not set("\x85\u2028\u2029") & set(json.dumps(tree, ensure_ascii=False))

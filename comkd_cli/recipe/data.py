@@ -140,7 +140,7 @@ class Data(Closed):
 
     @property
     def words(self) -> str | None:
-        """The field that gives a class several prompts or its own; None where no field does."""
+        """The field that gives a class several prompts or its own; None if no field does."""
         given = {"templates": self.templates, "prompts": self.prompts}
         return next((name for name, value in given.items() if value is not None), None)
 

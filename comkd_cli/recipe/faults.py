@@ -42,7 +42,7 @@ def _reason(fault: Any, location: Location, siblings: list[str]) -> str:
         expected = fault["ctx"].get("expected_tags") or fault["ctx"]["expected"]
         return f"should be one of {str(expected).replace(' or ', ', ')}, not {given!r}"
     if fault["type"] == "union_tag_not_found":
-        return f"lacks {fault['ctx']['discriminator']}, which says its kind"
+        return f"lacks {fault['ctx']['discriminator']}, which selects its kind"
     if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"should be a mapping of fields, not {fault['input']!r}"
     message: str = fault["msg"].replace("Input should", "should")

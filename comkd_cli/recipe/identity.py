@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from comkd_cli.files import sha256_of_data
 from comkd_cli.recipe.model import Recipe
 
-# Settings that do not change the student that comes out. Of `data` and `teacher.adapt.data` what counts are the
-# classes, prompts and image contents, which are parts of their own: a folder may be moved.
+# Settings that do not change the resulting student. Of `data` and `teacher.adapt.data`, only the classes, prompts and
+# image contents count, which are separate parts: a folder may be moved.
 INDIFFERENT: dict[str, Any] = {
     "schema_version": True,
     "about": True,
@@ -39,7 +39,7 @@ CONTENTS = {
     "teacher.images": "the contents of the images that the teacher is trained on",
     "teacher.labels": "the labels of the images that the teacher is trained on",
 }
-# Parts that exist only where a recipe sets them: an earlier run without them had the default.
+# Parts that exist only if a recipe sets them: an earlier run without them had the default.
 OPTIONAL = frozenset({"data.templates", "data.descriptions", "data.resized", "data.conversion"})
 
 
@@ -64,7 +64,7 @@ class Identity:
 
         earlier: parts that were saved, perhaps by an older version. A recipe field that it did not have counts with its
         default, since the default of a new field keeps what was done before; other parts that it does not have are not
-        compared, except OPTIONAL ones. A share of held-out images that was not recorded is 0, and where it differs the
+        compared, except OPTIONAL ones. A share of held-out images that was not recorded is 0, and if it differs the
         images differ with it.
         """
         then, now = comparable(earlier), comparable(self.parts)
@@ -103,7 +103,7 @@ def described(lines: list[str]) -> str:
 
 
 def _holdout_difference(then: Mapping[str, Any], now: Mapping[str, Any], what: str) -> list[str]:
-    """The line on another share of held-out images; none where it is the same, or images are not compared."""
+    """The line on a changed share of held-out images; none if it is the same, or if images are not compared."""
     if "data" not in then or "data" not in now:
         return []
     before, after = (float(parts["data"].get("holdout_percent", 0)) for parts in (then, now))

@@ -80,7 +80,7 @@ MINUTES_A_WEEK = 7 * 24 * 60
 
 
 def _only_integer(version: object) -> object:
-    if type(version) is not int:  # a literal takes what is equal to it, as true and 1.0 are
+    if type(version) is not int:  # a literal accepts values that are equal to it, such as true and 1.0
         raise ValueError(f"should be the number {SCHEMA_VERSION}, not {version!r}")
     return version
 

@@ -64,13 +64,13 @@ class ConfusionTable:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says an image shows."""
+    """A model's answer to an image."""
 
     who: str
     name: str
     confidence: str
     right: bool | None
-    """None where nothing says what is right."""
+    """None if it is not known what is right."""
 
 
 @dataclass(frozen=True)

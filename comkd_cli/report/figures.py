@@ -140,7 +140,7 @@ def score_figure(scores: Mapping[str, tuple[float, Interval]], score: str, name:
 def cost_figure(points: Sequence[Point], cost: str, score: str, name: str) -> Figure | None:
     """Scores with their intervals against a cost on a logarithmic axis, each point with its letter in the table.
 
-    cost, score: with their units. None where there are no points.
+    cost, score: with their units. None if there are no points.
     """
     if not points:
         return None
@@ -178,7 +178,7 @@ def _terms(history: Sequence[Mapping[str, Any]]) -> list[str]:
 def _lines(
     history: Sequence[Mapping[str, Any]], names: Mapping[str, str | None], name: str, title: str, unit: str
 ) -> Figure | None:
-    """Figures over the epochs, a line each. names: of the figures, to their labels; None takes the name itself."""
+    """Figures over the epochs, a line each. names: of the figures, to their labels; None uses the name itself."""
     with matplotlib.rc_context(STYLE):
         canvas, axes = _canvas()
         drawn: list[str] = []

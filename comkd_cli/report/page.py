@@ -88,7 +88,7 @@ def _section(run: ScoredRun, number: int, making: details.Making) -> Section:
 
 
 def _figures(run: ScoredRun, rows: Sequence[scores.ScoreRow], prefix: str) -> list[figures.Figure]:
-    """Scores and calibration; none without labels, since nothing then says which answers are right."""
+    """Scores and calibration; none without labels, because it is then not known which answers are right."""
     if not run.labelled:
         return []
     known = {row.name: (row.top1.value, row.top1.interval) for row in rows if row.top1 and row.top1.interval}

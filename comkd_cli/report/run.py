@@ -26,7 +26,7 @@ class ScoredModel:
     parameters: int
     """Of its image tower."""
     multiply_adds: int | None
-    """For one image; None where they could not be counted."""
+    """For one image; None if they could not be counted."""
     image_size: int
     """Pixels, height and width of its input."""
     answers: Answers
@@ -34,7 +34,7 @@ class ScoredModel:
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """A student and, where it was found, its teacher, on one set of images."""
+    """A student and, if it was found, its teacher, on one set of images."""
 
     path: Path
     """student.pt."""
@@ -79,7 +79,7 @@ class ScoredRun:
 
     @cached_property
     def reference(self) -> np.ndarray:
-        """int64 (images,): each image's label, or without labels the teacher's answer; -1 where there is neither."""
+        """int64 (images,): each image's label, or without labels the teacher's answer; -1 if there is neither."""
         if self.images.labels is not None:
             return np.asarray(self.images.labels, np.int64)
         known = np.full(len(self.images), -1, np.int64)

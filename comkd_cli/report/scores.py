@@ -24,7 +24,7 @@ BYTES_PER_WEIGHT = 4
 
 @dataclass(frozen=True)
 class Measure:
-    """A number as the page shows it, with its exact value and, where it was estimated, its interval."""
+    """A number as the page shows it, with its exact value and, if it was estimated, its interval."""
 
     value: float
     text: str
@@ -144,7 +144,7 @@ def compared(runs: Sequence[ScoredRun]) -> Compared:
 
 
 def against_teacher(run: ScoredRun) -> Difference | None:
-    """The student less its teacher on labelled images."""
+    """The student minus its teacher on labelled images."""
     if run.teacher is None or not run.labelled:
         return None
     mine, theirs = right_on_common(run, run.student, run.teacher)
@@ -152,7 +152,7 @@ def against_teacher(run: ScoredRun) -> Difference | None:
 
 
 def tiles(run: ScoredRun, rows: Sequence[ScoreRow]) -> list[Tile]:
-    """The headline numbers of a run. rows: of its student and, where it was found, its teacher."""
+    """The headline numbers of a run. rows: of its student and, if it was found, its teacher."""
     student, teacher = rows[0], rows[1] if len(rows) > 1 else None
     made: list[Tile] = []
     if student.top1 is not None:
@@ -185,7 +185,7 @@ def fastest_latency(manifest: Mapping[str, Any] | None) -> Measure | None:
 
 
 def weights_megabytes(model: ScoredModel) -> Measure:
-    """What the image tower's weights take in fp32."""
+    """The size of the image tower's weights in fp32."""
     megabytes = BYTES_PER_WEIGHT * model.parameters / 1e6
     return Measure(megabytes, f"{megabytes:,.3g} MB" if megabytes < 100 else f"{megabytes:,.0f} MB")
 

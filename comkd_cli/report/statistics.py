@@ -36,12 +36,12 @@ class ClassScore:
 
     @property
     def precision(self) -> float | None:
-        """The share of its answers that are right; None where the class was never answered."""
+        """The share of its answers that are right; None if the class was never answered."""
         return self.right / self.answered if self.answered else None
 
     @property
     def recall(self) -> float | None:
-        """The share of its images that are found; None where it has none."""
+        """The share of its images that are found; None if it has none."""
         return self.right / self.support if self.support else None
 
     @property
@@ -74,7 +74,7 @@ class CalibrationBin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How far confidence can be taken at its word."""
+    """How well confidence matches accuracy."""
 
     bins: tuple[CalibrationBin, ...]
     """Those that hold images, by rising confidence."""
@@ -85,7 +85,7 @@ class Calibration:
 def share_interval(right: np.ndarray) -> Interval:
     """The interval of a share of images, by the bootstrap over images. right: bool (images,).
 
-    Where all or none are right every resample is the same, and Wilson's interval stands instead.
+    If all or none are right, every resample is the same, and Wilson's interval is returned instead.
     """
     count = int(right.sum())
     if count in (0, len(right)):
@@ -113,9 +113,9 @@ def mean_per_class_interval(predicted: np.ndarray, labels: np.ndarray) -> Interv
 
 
 def difference_interval(first: np.ndarray, second: np.ndarray) -> Interval:
-    """The interval of the share of one model less another's on the same images, in points. Both bool (images,).
+    """The interval of one model's share minus another's on the same images, in points. Both bool (images,).
 
-    Paired: each resample draws images, and takes both models' answers to them.
+    Paired: each resample draws images and uses both models' answers to them.
     """
     cells = np.bincount(2 * first.astype(np.int64) + second, minlength=4)
     return _interval(cells, lambda counts: 100 * (counts[:, 2] - counts[:, 1]) / len(first))

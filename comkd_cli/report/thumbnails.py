@@ -16,7 +16,7 @@ QUALITY = 78
 
 
 def thumbnail(images: ImageSet, index: int) -> str | None:
-    """An image as `data:image/jpeg;base64,...`, or None where it can no longer be read."""
+    """An image as `data:image/jpeg;base64,...`, or None if it can no longer be read."""
     try:
         picture = images.open(index)
     except (UnreadableImage, OSError):

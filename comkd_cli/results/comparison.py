@@ -22,11 +22,11 @@ DATASETS: dict[str, tuple[str, ...]] = {
 }
 COMKD, PROMPTKD = "ComKD-CLIP ViT-B/16 (published)", "PromptKD ViT-B/16 (published)"
 TEACHER = "PromptKD's teacher ViT-L/14 (published)"
-# ComKD-CLIP's own cells are nearly all unknown to this project, so its students are compared with PromptKD's, too.
+# ComKD-CLIP's own cells are nearly all unknown to this project, so its students are also compared with PromptKD's.
 STUDENTS: dict[str, tuple[str, ...]] = {"comkd": (COMKD, PROMPTKD), "promptkd": (PROMPTKD,)}
 AVERAGE, HARMONIC, TOP1 = "average", "harmonic mean", "top-1"
 HALVES = ("base", "new")
-# Halves that are rounded to 0.01 move their harmonic mean by up to 0.005, and it is rounded, too.
+# Halves that are rounded to 0.01 move their harmonic mean by up to 0.005, and it is itself rounded.
 ROUNDING_POINTS = 0.0101
 MARK = "*"
 MARK_NOTE = "* differs from the harmonic mean of the published halves: "
@@ -41,18 +41,18 @@ class Cell:
     figure: str
     """`base`, `new`, `harmonic mean` or `top-1`."""
     published: float | None
-    """None where it was not published, or is not known to this project."""
+    """None if it was not published, or is not known to this project."""
     ours: float | None
-    """The mean over seeds; None where nothing was scored."""
+    """The mean over seeds; None if nothing was scored."""
     spread: float | None = None
     """The population standard deviation over seeds; None for a single seed and for figures that are derived."""
     seeds: tuple[int, ...] = ()
     published_halves_give: float | None = None
-    """The harmonic mean of the published halves, where the published one differs from it by more than rounding."""
+    """The harmonic mean of the published halves, if the published one differs from it by more than rounding."""
 
     @property
     def difference(self) -> float | None:
-        """Ours less the published one, in points."""
+        """Ours minus the published one, in points."""
         return None if self.ours is None or self.published is None else self.ours - self.published
 
 
@@ -125,7 +125,7 @@ def table_of(comparison: Comparison) -> Table:
 
 
 def inconsistency(halves: Halves) -> float | None:
-    """The harmonic mean of published halves, where the published one does not follow from them; else None."""
+    """The harmonic mean of published halves, if the published one does not follow from them; else None."""
     if halves.base is None or halves.new is None or halves.harmonic is None:
         return None
     found = harmonic_mean(halves.base, halves.new)

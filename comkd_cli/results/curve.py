@@ -13,7 +13,7 @@ NAME = "metrics.jsonl"
 SCORES = ("test_top1_percent", "test_agreement_percent")
 """Held-out figures of an epoch, the one to go by first."""
 MOST_COUNT = 2**53  # above it an integer is not an exact float
-NOISE_POINTS = 0.5  # what a score moves by where nothing says of how many images it is
+NOISE_POINTS = 0.5  # how much a score varies if the number of its images is not recorded
 IDLE_GATE = 0.01  # below this EduAttention adds less than a hundredth of a unit vector to a feature
 STILL_FALLING = 0.02  # of the loss, over the last fifth of the epochs
 
@@ -31,7 +31,7 @@ class Verdict:
 
 
 def read_curve(folder: Path) -> list[dict[str, Any]]:
-    """The figures of each epoch of a run, from its folder; empty where there are none or they cannot be read."""
+    """The figures of each epoch of a run, from its folder; empty if there are none or they cannot be read."""
     try:
         lines = (folder / NAME).read_text(encoding="utf-8").splitlines()
         epochs = [json.loads(line) for line in lines]
@@ -60,7 +60,7 @@ def score_name(history: Sequence[Mapping[str, Any]]) -> str | None:
 def judge(history: Sequence[Mapping[str, Any]]) -> Verdict:
     """Whether a run's held-out score was still rising in the last fifth of its epochs, and what to change.
 
-    The best score of the last fifth is compared with the best one before it. A change counts where it is larger than
+    The best score of the last fifth is compared with the best one before it. A change counts if it is larger than
     the standard error of the score, sqrt(p (1 - p) / images).
     """
     name = score_name(history)
@@ -110,7 +110,7 @@ def _verdict(
 
 
 def _standard_error(percent: float, epoch: Mapping[str, Any]) -> float:
-    """Of a score, in points; from the images that it is of, where the epoch says how many."""
+    """Of a score, in points; from the number of its images if the epoch records it."""
     images = epoch.get("test_images")
     if not images or images < 0:
         return NOISE_POINTS

@@ -23,7 +23,7 @@ class Record:
     role: Role
     dataset: str
     top1_percent: float | None
-    """None where the images have no labels."""
+    """None if the images have no labels."""
     mean_per_class_percent: float | None
     images: int
     """The number that were scored, without unreadable ones."""

@@ -31,7 +31,7 @@ def add_results(folder: Path, fresh: Results, report: Report) -> Results:
     """Add an evaluation's results to those of a folder, and return all of them.
 
     Concurrent evaluations lose none of each other's results. An unreadable results.json is renamed, with a notice.
-    Raises ComkdError where a file could not be written.
+    Raises ComkdError if a file could not be written.
     """
     fresh = encodable_results(fresh)
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def add_results(folder: Path, fresh: Results, report: Report) -> Results:
 
 
 def read_results(folder: Path) -> Results:
-    """The results of a folder; none where it has no results.json, or one that could not be read."""
+    """The results of a folder; none if it has no results.json, or one that could not be read."""
     try:
         return from_json((folder / NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):

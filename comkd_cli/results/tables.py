@@ -46,7 +46,7 @@ class Table:
 
 
 def harmonic_mean(base: float, new: float) -> float:
-    """2bn / (b + n); 0 where both are 0."""
+    """2bn / (b + n); 0 if both are 0."""
     return 2 * base * new / (base + new) if base + new else 0.0
 
 
@@ -187,7 +187,7 @@ def _base_to_novel(records: Sequence[Record]) -> Table | None:
 def _by_dataset(
     records: Sequence[Record], protocol: str, columns: Sequence[str], published: Mapping[str, Mapping[str, float]]
 ) -> Table | None:
-    """A row per model, a column per dataset, and the average where no dataset is missing."""
+    """A row per model, a column per dataset, and the average if no dataset is missing."""
     own = [record for record in records if record.protocol == protocol]
     if not own:
         return None
@@ -230,7 +230,7 @@ def _group(records: Iterable[Record], key: Callable[[Record], K]) -> dict[K, lis
 def _by_model(records: Iterable[Record]) -> dict[str, list[Record]]:
     """Records by row of a table: the students of a recipe share one, over datasets and seeds, and so do teachers.
 
-    Where different models would be averaged on one dataset, each model has a row of its own.
+    If different models would be averaged on one dataset, each model has a row of its own.
     """
     groups: dict[str, list[Record]] = {}
     for name, own in _group(records, _shared_name).items():

@@ -25,9 +25,9 @@ _own_threads: str | None = None  # what OMP_NUM_THREADS was set to here, not by 
 def shared_settings(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables to set before torch is loaded; none that the user has set, or has decided by another one.
 
-    OpenMP's threads spin while they wait for one another. Where another process has the core of the one that they wait
+    OpenMP's threads spin while they wait for one another. If another process is on the core of the one that they wait
     for, each of thousands of waits lasts until the spin ends, so two processes may be a hundred times slower than
-    one. A bounded spin is long enough for the gaps between the operators of one process. Where the affinity or a quota
+    one. A bounded spin is long enough for the gaps between the operators of one process. If the affinity or a quota
     of a control group leaves fewer cores than OpenMP counts, it is told how many.
     """
     settings = {}

@@ -19,7 +19,7 @@ def batch_moments(values: Tensor, axes: Sequence[int] = (0,)) -> tuple[Tensor, T
 
     values: this process's part, which may be smaller than another's. Each of several processes must call it, and
     take part in the backward pass. Gradients are those of the sum of all processes' losses, as data-parallel training
-    needs them: it takes the average over the processes.
+    needs them: it averages over the processes.
     """
     axes = tuple(axes)
     if ranks.world_size() == 1:
@@ -99,7 +99,7 @@ def _shared_moments(values: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tens
 
     The moments of the processes are combined as in Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm
     for computing sample variances" (1979): the squares around each part's own mean, and those of the means around the
-    common one. E[x^2] - E[x]^2 would lose digits where the mean is large.
+    common one. E[x^2] - E[x]^2 would lose digits if the mean is large.
     """
     shape = [size for axis, size in enumerate(values.shape) if axis not in axes]
     count = math.prod(values.shape[axis] for axis in axes)
@@ -134,6 +134,6 @@ class _Sum(torch.autograd.Function):
 
 
 def _summed(values: Tensor) -> Tensor:
-    """By an own Function, because PyTorch's is deprecated in favour of a private one."""
+    """A separate Function, because PyTorch's is deprecated in favour of a private one."""
     total: Tensor = _Sum.apply(values)
     return total

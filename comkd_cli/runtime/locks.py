@@ -43,7 +43,7 @@ class Holder:
 
     @classmethod
     def read(cls, path: Path) -> Holder | None:
-        """The holder that a note names; None where there is no complete note, as before it is written."""
+        """The holder that a note names; None if there is no complete note, as before it is written."""
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             return cls(int(fields["pid"]), str(fields["host"]), str(fields["since"]))
@@ -58,7 +58,7 @@ class Holder:
 def sole_writer(target: Path) -> Iterator[None]:
     """Within the block this process alone writes `target`, a file or a folder that need not exist.
 
-    Raises InUseError, naming the holder, where another process is in such a block; WriteError where the lock could not
+    Raises InUseError, naming the holder, if another process is in such a block; WriteError if the lock could not
     be created.
     """
     lock = _Lock(target)
@@ -94,7 +94,7 @@ def in_turn_with_others(target: Path, report: Report = ignore_event) -> Iterator
 
 @contextmanager
 def if_free(target: Path) -> Iterator[bool]:
-    """As `sole_writer`, but where another process is in such a block, this one says False at once and has no lock."""
+    """As `sole_writer`, but if another process is in such a block, this one yields False at once and has no lock."""
     lock = _Lock(target)
     if not lock.acquired():
         yield False
@@ -122,12 +122,12 @@ class _Lock:
 
     @property
     def holder(self) -> Holder | None:
-        """Who holds it, as far as the note says."""
+        """The holder, if the note names one."""
         return Holder.read(self._note)
 
     @property
     def has_files(self) -> bool:
-        """Whether the lock or the note exists; the lock does as long as anything else does."""
+        """Whether the lock or the note exists; the lock exists while anything else of it does."""
         return self._path.exists() or self._note.exists()
 
     def acquired(self) -> bool:

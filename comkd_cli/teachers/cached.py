@@ -26,7 +26,7 @@ from comkd_cli.teachers.loading import ReadyTeacher
 BATCH_SIZE = 64
 TORCH_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 FEWEST_AT_ONCE = 16
-"""The teacher sees at least as many crops at once, or as many as the batch has where that is less. With 16 or more, the
+"""The teacher sees at least this many crops at once, or as many as the batch has if that is fewer. With 16 or more, the
 CLIPs that were tried (ViT-B/32 and the small ones of the tests) gave each crop the same bits in any batch."""
 Encoded = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
 """The indices of a batch's images, their features, and a line for each unreadable image."""
@@ -165,7 +165,7 @@ def fill_cache(
                     [share[i : i + BATCH_SIZE] for i in range(0, len(share), BATCH_SIZE)],
                     workers,
                 )
-                # Every process makes as many rounds, also where its share is a batch shorter than another's.
+                # Every process makes as many rounds, also if its share is a batch shorter than another's.
                 rounds = math.ceil(math.ceil(len(missing) / ranks.world_size()) / BATCH_SIZE)
                 inputs = islice(chain(batches, repeat(None)), rounds)
                 for mine in encoded_batches(ready.teacher, inputs, accelerator, clock):

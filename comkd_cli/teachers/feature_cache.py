@@ -156,7 +156,7 @@ class TeacherCache:
             self._unmarked.clear()
 
     def seconds_per_crop(self) -> float | None:
-        """The teacher's time for a crop, averaged over all crops in the cache; None where it was not recorded."""
+        """The teacher's time for a crop, averaged over all crops in the cache; None if it was not recorded."""
         try:
             cost = json.loads(self._cost_file.read_text(encoding="utf-8"))
             return float(cost["seconds"]) / int(cost["crops"])

@@ -95,7 +95,7 @@ def inspect(
     """The answers of a teacher to images, and the findings on them.
 
     features: (images, dim) and class_vectors: (classes, dim), L2-normalised, on the CPU. labels: of the images;
-    UNLABELLED for an image without one, None where no image has one. The accuracy is that of the labelled images.
+    UNLABELLED for an image without one, None if no image has one. The accuracy is that of the labelled images.
     Shares of labels are used only if every image has one, since a few labels need not be spread as the images are.
     Raises ValueError without images.
     """
@@ -219,7 +219,7 @@ def _similar_classes(vectors: Tensor, names: Sequence[str]) -> list[Finding]:
 
 
 def _near_duplicates(features: Tensor) -> list[Finding]:
-    """Images of the sample that another one is nearly equal to, where the teacher tells other images apart."""
+    """Images of the sample that another one is nearly equal to, if the teacher tells other images apart."""
     count = len(features)
     if count < 2:
         return []

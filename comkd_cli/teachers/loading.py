@@ -33,7 +33,7 @@ class ReadyTeacher:
     checkpoint: Path | None
     """teacher.pt, for an adapted teacher."""
     sha256: Mapping[str, str] = field(default_factory=dict)
-    """Of the files that it was loaded from, as `teacher_sha256` gives them."""
+    """Of the files that it was loaded from, as `teacher_sha256` returns them."""
 
 
 class TeacherSource(Protocol):
@@ -53,8 +53,8 @@ def build_teacher(
 ) -> ReadyTeacher:
     """A teacher with its weights as they are, not adapted to any data.
 
-    prompts: a CLIP gets their class vectors, as `encode_prompts` gives them. A released checkpoint has its own prompts,
-    which replace them. Raises ModelError or CheckpointError.
+    prompts: a CLIP gets their class vectors, as `encode_prompts` returns them. A released checkpoint has its own
+    prompts, which replace them. Raises ModelError or CheckpointError.
     """
     sha256 = teacher_sha256(settings)
     if settings.format == "promptsrc":
@@ -73,8 +73,8 @@ def load_saved_teacher(
 ) -> ReadyTeacher:
     """The teacher of a teacher.pt, with the class vectors of these names.
 
-    key: its expected `TeacherRecord.key`. Raises CheckpointError where it has another key, or where it was trained in
-    full or probed on other classes, whose vectors it cannot compute; ModelError where the CLIP that it was adapted on
+    key: its expected `TeacherRecord.key`. Raises CheckpointError if it has another key, or if it was trained in
+    full or probed on other classes, whose vectors it cannot compute; ModelError if the CLIP that it was adapted on
     could not be loaded.
     """
     saved = load_teacher(path)
@@ -131,7 +131,7 @@ def teacher_of_prompted(
 def _ready(
     clip: Clip, tower: nn.Module, vectors: Tensor, logit_scale: Tensor, checkpoint: Path | None = None
 ) -> ReadyTeacher:
-    """A teacher with new class vectors. Raises ModelError where they are NaN or infinite."""
+    """A teacher with new class vectors. Raises ModelError if they are NaN or infinite."""
     computed = {"the class vectors": vectors, "the logit scale": logit_scale}
     check_finite(computed, checkpoint or clip.origin.weights or clip.origin.architecture)
     return ReadyTeacher(method.Teacher(tower, vectors, logit_scale), clip.preprocessing, checkpoint)

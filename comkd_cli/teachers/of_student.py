@@ -1,4 +1,4 @@
-"""The teacher of a finished student, loaded again and compared with what the student recorded of it."""
+"""The teacher of a finished student, loaded again and compared with the student's record of it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def teacher_of_student(
     """The teacher that a student was distilled from, with the class vectors of the student's classes.
 
     allow_download: fetch what student.pt names and this machine lacks. Raises CheckpointError or ModelError,
-    also where the teacher that is found is another one.
+    also if the teacher that is found is another one.
     """
     check_teacher_files(record, student_file)
     with downloads.forbidden(unless=allow_download):
@@ -73,14 +73,14 @@ def _with_added_classes(
 
 @dataclass(frozen=True)
 class ClassEncoder:
-    """The text half of a teacher, which makes class vectors of class names."""
+    """The text half of a teacher, which computes class vectors from class names."""
 
     clip: Clip
     """Its text encoder holds the learned prompts of a prompted teacher."""
     prompts: Prompts
     """Learned prompts replace the words before the name."""
     learned: nn.Module | None = None
-    """The learned prompts of a prompted teacher, which hooks of the CLIP read and which are no part of it."""
+    """The learned prompts of a prompted teacher, which hooks of the CLIP read and which are not part of it."""
 
     def move_to(self, device: torch.device) -> None:
         """Move the CLIP and the learned prompts to a device."""
@@ -162,7 +162,7 @@ def record_beside(record: StudentRecord, student_file: Path, target: Path) -> St
 
 
 def check_teacher_files(record: StudentRecord, student_file: Path) -> None:
-    """Raise CheckpointError where a file of the teacher changed since the student was distilled.
+    """Raise CheckpointError if a file of the teacher changed since the student was distilled.
 
     Missing files are reported by the code that reads them.
     """

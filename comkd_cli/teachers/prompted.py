@@ -63,7 +63,7 @@ def _check_start_token(clip: Clip) -> None:
 
 
 def frozen_clip(record: TeacherRecord, path: Path) -> Clip:
-    """The CLIP that a teacher.pt was adapted on. Raises CheckpointError where it has other weights; ModelError."""
+    """The CLIP that a teacher.pt was adapted on. Raises CheckpointError if it has other weights; ModelError."""
     clip = build_clip(Model(**record.model))
     if (found := state_sha256(clip.model)) != record.backbone_sha256:
         raise CheckpointError(
@@ -77,7 +77,7 @@ def frozen_clip(record: TeacherRecord, path: Path) -> Clip:
 
 
 def saved_prompted(saved: SavedTeacher, path: Path) -> Prompted:
-    """The prompted CLIP of a teacher.pt. Raises CheckpointError where its backbone has other weights; ModelError."""
+    """The prompted CLIP of a teacher.pt. Raises CheckpointError if its backbone has other weights; ModelError."""
     tokens = saved.prompts
     assert tokens is not None  # the caller checked it
     clip = frozen_clip(saved.record, path)
@@ -123,7 +123,7 @@ def released_prompted(settings: Teacher, report: Report = ignore_event) -> Promp
 def _check_context(prompted: Prompted, released: ReleasedTeacher, path: Path, report: Report) -> None:
     """Refuse a context whose words after the learned tokens are not those of the file's own class prompts.
 
-    Where it has no such words and every class of the file continues with the same token, report a Notice.
+    If it has no such words and every class of the file continues with the same token, report a Notice.
     """
     if released.following is None:
         return
@@ -154,7 +154,7 @@ def _check_context(prompted: Prompted, released: ReleasedTeacher, path: Path, re
 
 
 def _with_released_prompts(clip: Clip, released: ReleasedTeacher, path: Path) -> Prompted:
-    """The CLIP with the prompts of the file. Raises CheckpointError where they do not fit its architecture."""
+    """The CLIP with the prompts of the file. Raises CheckpointError if they do not fit its architecture."""
     vision_depth, text_depth = released.vision_tokens.shape[0], released.text_tokens.shape[0]
     count, context = released.text_tokens.shape[1], clip.tokenize([""]).shape[1]
     if count + 2 > context:
@@ -206,7 +206,7 @@ def _check_word_embeddings(clip: Clip, released: ReleasedTeacher, path: Path, ba
 
 
 def _mismatch(embeddings: Tensor, table: Tensor) -> str | None:
-    """How the embeddings, (tokens, width), differ from their nearest rows of a table; None where they agree."""
+    """How the embeddings, (tokens, width), differ from their nearest rows of a table; None if they agree."""
     if embeddings.shape[1] != table.shape[1]:
         return f"has width {embeddings.shape[1]}, but the table has width {table.shape[1]}"
     nearest = torch.cat([torch.cdist(part, table).argmin(dim=1) for part in torch.split(embeddings, CLASSES_AT_ONCE)])
@@ -216,7 +216,7 @@ def _mismatch(embeddings: Tensor, table: Tensor) -> str | None:
 
 
 def _set_prompts(module: PromptedClip, tokens: Mapping[str, Tensor], path: Path) -> None:
-    """Replace the prompts by those of a file; the image encoder may have another number of them than the text's."""
+    """Replace the prompts by those of a file; the two encoders may have different numbers of prompts."""
     for name, prompts in (("vision", module.vision), ("text", module.text)):
         found, expected = tokens[name].shape[2], prompts.tokens.shape[2]
         if found != expected:

@@ -86,9 +86,9 @@ class ReleasedTeacher:
     text_tokens: Tensor
     """(depth, tokens, width)."""
     start_embedding: Tensor | None
-    """(1, width): of the start token in the CLIP that the prompts were learned on; None where the file lacks it."""
+    """(1, width): of the start token in the CLIP that the prompts were learned on; None if the file lacks it."""
     word_embeddings: Tensor | None
-    """(words, width): of tokens of class prompts in that CLIP, each once; None where the file lacks them."""
+    """(words, width): of tokens of class prompts in that CLIP, each once; None if the file lacks them."""
     following: Tensor | None = None
     """(classes, words, width): of the first tokens after the learned ones, of some classes; None as above."""
 
@@ -145,7 +145,7 @@ def _load(file: Any, **options: Any) -> Any:
     return _InertUnpickler(file, **options).load()
 
 
-# What torch.load takes for `pickle`.
+# What torch.load uses as `pickle`.
 INERT_PICKLE = SimpleNamespace(
     __name__="inert", Unpickler=_InertUnpickler, load=_load, UnpicklingError=pickle.UnpicklingError
 )

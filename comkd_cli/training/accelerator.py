@@ -15,7 +15,7 @@ def make_accelerator(precision: str) -> Accelerator:
     """accelerate's view of the machine: device, autocast, gradient scaling.
 
     precision: `fp32`, `bf16` or `fp16`. Several processes wait for one another as long as collectives.set_timeout
-    says. Raises TrainingError where the machine lacks the precision, or the launcher's processes are not accelerate's.
+    says. Raises TrainingError if the machine lacks the precision, or the launcher's processes are not accelerate's.
     """
     handlers = [
         InitProcessGroupKwargs(timeout=collectives.timeout()),

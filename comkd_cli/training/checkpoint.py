@@ -1,4 +1,4 @@
-"""The checkpoint of a training run: written whole, refused where it belongs to another run, resumed bit for bit."""
+"""The checkpoint of a training run: written whole, refused if it is another run's, resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def has_checkpoint(folder: Path, identity: Identity) -> bool:
 
 
 def seed_rank(seed: int) -> None:
-    """Seed what the model draws: the main process by the seed itself, each other one by a seed of its own."""
+    """Seed what the model draws: the main process by the seed itself, each other one by its own seed."""
     torch.manual_seed(seed if ranks.is_main() else stable_seed("process", ranks.rank(), seed))
 
 
@@ -84,7 +84,7 @@ class Checkpoint:
         }
 
     def load(self, report: Report) -> Position | None:
-        """Restore the run and return where it stopped; None where there is no checkpoint.
+        """Restore the run and return where it stopped; None if there is no checkpoint.
 
         A damaged checkpoint is reported and deleted, and the one before it is used. Raises CheckpointError.
         """
@@ -139,7 +139,7 @@ class Checkpoint:
 
 
 def _read(folder: Path, identity: Identity) -> Found | None:
-    """The newest whole checkpoint of a task. Raises CheckpointError where all are damaged, or it is another run's."""
+    """The newest whole checkpoint of a task. Raises CheckpointError if all are damaged, or it is another run's."""
     found = read_state(folder)
     if found is not None and (differences := identity.differences(found.state["identity"], "this checkpoint")):
         raise CheckpointError(

@@ -97,12 +97,12 @@ class NumberWatch:
 
 
 def largest(tensors: Sequence[Tensor]) -> Tensor:
-    """The largest absolute value of some tensors, a scalar on their device; NaN where one holds NaN."""
+    """The largest absolute value of some tensors, a scalar on their device; NaN if one holds NaN."""
     return nn.utils.get_total_norm(tensors, norm_type=float("inf"))
 
 
 def check_weights(task: Task) -> None:
-    """Raise TrainingError where a learned tensor is not finite, before a checkpoint with it replaces a good one."""
+    """Raise TrainingError if a learned tensor is not finite, before a checkpoint with it replaces a good one."""
     weights = [value.detach() for value in learned_state(task.model).values() if value.is_floating_point()]
     found = float(largest(weights))
     if not math.isfinite(found):

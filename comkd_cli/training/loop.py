@@ -39,7 +39,7 @@ RATE = "images_per_second"
 
 
 class Trainer:
-    """Trains the model of a task with the optimizer that its recipe names, from its checkpoint where there is one."""
+    """Trains the model of a task with the optimizer that its recipe names, from its checkpoint if there is one."""
 
     def __init__(self, task: Task, accelerator: Accelerator, report: Report) -> None:
         self.task = task
@@ -96,11 +96,11 @@ class Trainer:
             self.report(Notice(f"resuming from epoch {position.epoch + 1}, step {position.step + 1}"))
 
     def _train_epoch(self) -> None:
-        """Train to the end of the epoch and save a checkpoint; where a stop was requested, raise Interrupted."""
+        """Train to the end of the epoch and save a checkpoint; if a stop was requested, raise Interrupted."""
         try:
             code = self._run_steps()
         except (RuntimeError, PeerError) as error:
-            # A scheduler's SIGTERM reaches the loader's workers too. Their end may show up in the middle of a
+            # A scheduler's SIGTERM also reaches the loader's workers. Their end may show up in the middle of a
             # step; the checkpoint to resume from is then the last one that was saved.
             if (code := self._stop_code()) is None:
                 raise
@@ -201,7 +201,7 @@ class Trainer:
         self.position.overflows = torch.as_tensor(self.position.overflows, device=one.device) + (after < before)
 
     def _finish_gradient(self, parts: Sequence[Batch]) -> None:
-        """Clip the gradient of a step where the recipe says so, and let it be checked."""
+        """Clip the gradient of a step if the recipe says so, and let it be checked."""
         if self.task.optim.clip_gradient_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.task.optim.clip_gradient_norm)
         if self.accelerator.scaler is None:  # which skips steps whose gradients overflow, and lowers its scale
@@ -211,7 +211,7 @@ class Trainer:
             self.numbers.check()
 
     def _finish_epoch(self, images_per_second: float) -> None:
-        """Score the model, keep its weights where they count, write metrics.jsonl, and move to the next epoch."""
+        """Score the model, keep its weights if they count, write metrics.jsonl, and move to the next epoch."""
         task, position = self.task, self.position
         position.average_over_ranks()
         averages = position.averages() if position.counted_steps else {}
@@ -309,7 +309,7 @@ def _agree(parts: Sequence[Batch], code: int | None, is_due: bool) -> tuple[list
     """Share a step's facts among all processes: each part's images, the unreadable ones, the code of a stop, and
     whether a checkpoint is due, by the clock of the main process.
 
-    A part's size is given as 0 if it has fewer than two images, or if one process has none of them: a process without
+    A part's size is set to 0 if it has fewer than two images, or if one process has none of them: a process without
     images cannot take part in what is computed over all processes.
     """
     problems = [problem for part in parts for problem in part.unreadable]

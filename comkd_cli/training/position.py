@@ -34,10 +34,10 @@ class Position:
     unreadable: dict[str, None] = field(default_factory=dict)
     """A line for each image that could not be read, in the order in which they were met."""
     best_score: float = -math.inf
-    """Of the best epoch so far, where an epoch is selected."""
+    """Of the best epoch so far, if an epoch is selected."""
     kept: dict[str, Tensor] = field(default_factory=dict)
     """The weights of the best epoch so far, the weighted sum of the epochs', or the moving average of the steps'; empty
-    where the last weights are kept."""
+    if the last weights are kept."""
 
     def add(self, figures: dict[str, Tensor], share: float) -> None:
         """Add a part of a step to the sums, on the device: reading a figure would make the device wait for Python.

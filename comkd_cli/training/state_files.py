@@ -78,9 +78,9 @@ class Found:
 
 
 def read_state(folder: Path) -> Found | None:
-    """The newest whole checkpoint, or None where there is none.
+    """The newest whole checkpoint, or None if there is none.
 
-    Raises CheckpointError where the newest whole one has another format, and where all are damaged.
+    Raises CheckpointError if the newest whole one has another format, and if all are damaged.
     """
     damaged: dict[Path, str] = {}
     for name in (NEXT, NEWEST, BEFORE):
@@ -118,7 +118,7 @@ def _check_format(found: str, path: Path, folder: Path) -> None:
 
 
 def _check_digest(state: dict[str, Any]) -> None:
-    """Raise ValueError where the content is not what was written; older versions wrote no digest."""
+    """Raise ValueError if the content is not what was written; older versions wrote no digest."""
     expected = state.pop(DIGEST, None)
     if expected is not None and digest_of(state) != expected:
         raise ValueError("its content does not match its sha256")

@@ -23,7 +23,7 @@ class StepResult:
     figures: dict[str, Tensor] = field(default_factory=dict)
     """Scalars to average over the epoch and report."""
     probed: dict[str, float] = field(default_factory=dict)
-    """Figures that are too costly for each step, measured where the loss was called with probe=True."""
+    """Figures that are too costly for each step, measured if the loss was called with probe=True."""
 
 
 class Objective(Protocol):
@@ -32,7 +32,7 @@ class Objective(Protocol):
     def loss(self, model: nn.Module, batch: Batch, probe: bool) -> StepResult:
         """The loss of a batch, under autocast.
 
-        model: the task's, in training mode, wrapped where training is data-parallel: the gradients of several
+        model: the task's, in training mode, wrapped if training is data-parallel: the gradients of several
         processes are averaged only if it is called through this wrapper. batch: on the model's device. probe: whether
         to measure `StepResult.probed`; true at the first batch of each epoch.
         """
@@ -110,7 +110,7 @@ class Task:
     track_every_steps: int = 0
     """Between the figures of steps; 0 sends those of epochs alone."""
     threads: int | None = None
-    """Threads of a CPU that compute the steps, as `runtime.cores.step_threads` gives them."""
+    """Threads of a CPU that compute the steps, as `runtime.cores.step_threads` returns them."""
     uses_all_parameters: bool = False
     """Whether each step gives every trainable parameter a gradient; data-parallel training then need not search for
     those without."""
@@ -118,5 +118,5 @@ class Task:
     def kept_figures(self, history: Sequence[dict[str, float]]) -> dict[str, float]:
         """The figures of the epoch whose weights are kept. history: the figures of each epoch."""
         key = self.select_by
-        # max gives the first of several, as the selection of the weights does.
+        # max returns the first of several, as the selection of the weights does.
         return history[-1] if key is None else max(history, key=lambda line: line[key])

@@ -33,7 +33,7 @@ class Tracking:
     def step(self, step: int, figures: Callable[[], Mapping[str, float]]) -> None:
         """Send the figures so far of an epoch every `every_steps` steps. step: from 1, over all epochs.
 
-        figures: called only where they are sent, since reading them waits for a GPU.
+        figures: called only if they are sent, since reading them waits for a GPU.
         """
         if self._trackers and self._every_steps and step % self._every_steps == 0:
             self._send(f"{self._label}/step", figures(), step)

@@ -157,7 +157,7 @@ def _select(
 
 
 def _evaluate(model: str | None, runs: Path, bench: Bench, files: ResultFiles) -> Results:
-    """Score, and write the report of the students beside the results; the scores stand where that fails."""
+    """Score, and write the report of the students beside the results; the scores stand if that fails."""
     from comkd_cli.errors import WriteError
     from comkd_cli.events import Notice, Stage
     from comkd_cli.flows.evaluate import evaluate

@@ -115,8 +115,8 @@ def _positive(_context: click.Context, parameter: click.Parameter, value: float 
     "inputs",
     type=click.Choice(INPUTS),
     multiple=True,
-    help="Also export graphs that include the pre-processing: `pixels` takes uint8 images of the model's size, `image` "
-    "of any size; may be repeated.",
+    help="Also export graphs that include the pre-processing: `pixels` accepts uint8 images of the model's size, "
+    "`image` of any size; may be repeated.",
 )
 @click.option(
     "--batch", type=click.IntRange(min=1), help="Fix the batch size and every shape. Default: any batch size."
@@ -202,7 +202,7 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
 
 
 def _print_outcome(target: Path, manifest: dict[str, Any], failed: dict[str, str], as_json: bool) -> None:
-    """Raises ExportError, with the reasons, where something that was requested is not in the bundle."""
+    """Raises ExportError, with the reasons, if something that was requested is not in the bundle."""
     from comkd_cli.cli.terminal import print_json
     from comkd_cli.errors import ExportError
 

@@ -138,7 +138,7 @@ def _rows(proposal: Proposal) -> dict[str, str]:
 
 
 def _attention(proposal: Proposal) -> dict[str, str]:
-    """What of the folder may need work, by what it is; empty rows are not printed."""
+    """Possible problems of the folder, by kind; empty rows are not printed."""
     from comkd_cli.data.class_names import some
     from comkd_cli.flows.init import unreadable_files
     from comkd_cli.recipe.commented import printable

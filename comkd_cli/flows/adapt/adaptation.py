@@ -67,7 +67,7 @@ class Adaptation(Objective):
 
     @abstractmethod
     def class_vectors(self) -> Tensor:
-        """The class vectors that the present weights give, (classes, dim), without gradients."""
+        """The class vectors that the current weights produce, (classes, dim), without gradients."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:

@@ -38,8 +38,8 @@ class TeacherPreparation:
     def prepare(self) -> ReadyTeacher:
         """The recipe's teacher on the accelerator's device, trained if it has to be.
 
-        Where another process is training the same teacher, it waits for that one and loads what it saved. Raises
-        DataError where training it needs labels that are missing, and what `Trainer.fit` raises.
+        If another process is training the same teacher, it waits for that one and loads what it saved. Raises
+        DataError if training it needs labels that are missing, and what `Trainer.fit` raises.
         """
         stage, settings, names = self.stage, self.stage.settings, self.stage.source.class_names
         device = self.accelerator.device
@@ -124,7 +124,7 @@ class TeacherPreparation:
 
 
 def describe_stage(stage: Stage1) -> str:
-    """One line on what stage 1 would do. Raises DataError where it lacks labels."""
+    """One line on what stage 1 would do. Raises DataError if it lacks labels."""
     settings, adapt = stage.settings, stage.settings.adapt
     if isinstance(adapt, NoAdapt):
         return f"none: {_prompts_of(settings)} with the weights {settings.weights or settings.arch}"

@@ -27,7 +27,7 @@ class ProbeAdaptation:
     """A linear probe on the image features of the recipe's CLIP."""
 
     def __init__(self, stage: Stage1, adapt: LinearProbeAdapt, device: torch.device, report: Report) -> None:
-        """Load the CLIP. Raises DataError where too few images have labels; ModelError."""
+        """Load the CLIP. Raises DataError if too few images have labels; ModelError."""
         source = stage.adaptation_source
         check_labels(source, adapt.method)
         check_probe(source.train.labels or (), source.name)
@@ -44,8 +44,8 @@ class ProbeAdaptation:
         return tower
 
     def fit(self) -> SavedTeacher:
-        """The teacher with the fitted class vectors, or with the zero-shot ones where these are better on the
-        validation images. Raises DataError where too many of the images could not be read.
+        """The teacher with the fitted class vectors, or with the zero-shot ones if these are better on the
+        validation images. Raises DataError if too many of the images could not be read.
         """
         images, zero_shot = self._images(), self._zero_shot()
         probe = self._fitted(images, zero_shot)

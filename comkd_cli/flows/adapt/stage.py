@@ -62,14 +62,14 @@ class Stage1:
         return plan_copies(self.adaptation_source.train, self.data, lambda: input_size(self.settings), min_scale)
 
     def images_to_crop(self, images: ImageSet, report: Report) -> ImageSet:
-        """The images that the teacher is trained on, with their copies where it uses some, which is reported."""
+        """The images that the teacher is trained on, with their copies if it uses some, which is reported."""
         return with_copies(images, self.copy_plan, self.data, self.runs, report)
 
     def prompt_source(self, adapt: PromptSrcAdapt) -> Source:
         """The labelled images that prompts are trained on: the shots of all classes, then the chosen half of these.
 
         In this order, as in CoOp: the shots of a base class are those that a draw for all classes gives it. Raises
-        DataError where there are no labels, or fewer than two images.
+        DataError if there are no labels, or fewer than two images.
         """
         source = self.adaptation_source
         check_labels(source, adapt.method)
@@ -94,7 +94,7 @@ class Stage1:
 
     @cached_property
     def contents(self) -> dict[str, Any]:
-        """Named digests of what the teacher is made from, beside its settings: weights and, where it trains, images."""
+        """Named digests of what the teacher is made from, beside its settings: weights and, if it trains, images."""
         teacher, adapt = self.settings, self.settings.adapt
         base = Model(arch=teacher.arch, config=teacher.config, weights=teacher.backbone_weights)
         weights: dict[str, Any] = {
@@ -149,7 +149,7 @@ class Stage1:
 
 
 def _words(source: Source, adapt: Adapt) -> dict[str, Any]:
-    """What of the source's names and prompts decides the teacher, by name."""
+    """The parts of the source's names and prompts that decide the teacher, by name."""
     if isinstance(adapt, PromptSrcAdapt):  # learned prompts replace the words of the template
         return {"class_names": list(source.class_names)}
     if isinstance(adapt, LinearProbeAdapt):  # it starts from the vectors of all prompts
@@ -158,7 +158,7 @@ def _words(source: Source, adapt: Adapt) -> dict[str, Any]:
 
 
 def stage_1(recipe: Recipe, source: Source, data_root: Path, runs: Path, report: Report = ignore_event) -> Stage1:
-    """Stage 1 of a recipe. Raises DataError where the data of `teacher.adapt.data` could not be read."""
+    """Stage 1 of a recipe. Raises DataError if the data of `teacher.adapt.data` could not be read."""
     adapt, adaptation_source = recipe.teacher.adapt, source
     if isinstance(adapt, PromptSrcAdapt) and adapt.data is not None:
         own = open_source(adapt.data, data_root, runs, report)
@@ -185,7 +185,7 @@ def _without_held_out(own: Source, data: Data, source: Source, report: Report) -
 
 
 def check_labels(source: Source, method: str) -> None:
-    """Raise DataError where the images to train a teacher on have no labels."""
+    """Raise DataError if the images to train a teacher on have no labels."""
     if source.train.labels is None or len(source.train) < 2:
         raise DataError(
             "adapting a teacher needs at least 2 labelled training images",
@@ -213,7 +213,7 @@ def check_probe(labels: Sequence[int], dataset: str) -> None:
 def teacher_record(
     stage: Stage1, source: Source, clip: Clip, metrics: dict[str, float], backbone_sha256: str | None
 ) -> TeacherRecord:
-    """What teacher.pt says of a teacher. source: whose classes it was adapted to; clip: what it started from."""
+    """The record of a teacher in teacher.pt. source: whose classes it was adapted to; clip: what it started from."""
     return TeacherRecord(
         key=stage.key,
         model=model_fields(stage.settings),

@@ -53,12 +53,12 @@ class Run:
 
     @property
     def batch_size(self) -> int:
-        """The recipe's, or the number of training images where these are fewer."""
+        """The recipe's, or the number of training images if these are fewer."""
         return min(self.recipe.optim.batch_size, len(self.source.train))
 
     @cached_property
     def copy_plan(self) -> CopyPlan | None:
-        """The copies that teacher and student see crops of; None where they see crops of the images."""
+        """The copies that teacher and student see crops of; None if they see crops of the images."""
         recipe = self.recipe
 
         def larger_input() -> int:
@@ -67,7 +67,7 @@ class Run:
         return plan_copies(self.source.train, recipe.data, larger_input, recipe.augment.min_scale)
 
     def images_to_crop(self, report: Report) -> ImageSet:
-        """The training images, with their copies where the run uses some, which is reported."""
+        """The training images, with their copies if the run uses some, which is reported."""
         return with_copies(self.source.train, self.copy_plan, self.recipe.data, self.runs, report)
 
     @cached_property
@@ -85,14 +85,14 @@ class Run:
             data |= {
                 "test_images": test.digest,
                 "test_labels": labels,
-                # It depends on whether teacher.adapt.data is the recipe's own data, which no setting that counts says.
+                # It depends on whether teacher.adapt.data is the recipe's own data, which no compared setting records.
                 "selection_classes": selection_classes(recipe),
             }
         parts = {"recipe": recipe_settings(recipe), "data": data, "student": student, "teacher": dict(self.teacher)}
         return Identity(parts)
 
     def check_images(self) -> None:
-        """Raise DataError where there are too few training images, or they lack the labels that the loss needs."""
+        """Raise DataError if there are too few training images, or they lack the labels that the loss needs."""
         images = self.source.train
         if len(images) < 2:
             raise DataError("distillation needs at least 2 training images", path=self.source.name, found=len(images))
@@ -100,7 +100,7 @@ class Run:
             raise labels_missing(self.source.name)
 
     def check_selection(self) -> None:
-        """Raise DataError where an epoch would be selected on test images without labels."""
+        """Raise DataError if an epoch would be selected on test images without labels."""
         test = self.source.test
         if selection_classes(self.recipe) and (test is None or not test.labels):
             raise DataError(
@@ -112,7 +112,7 @@ class Run:
             )
 
     def check_start(self) -> None:
-        """Raise ModelError where the student starts from the file that the run itself writes, or is a released one."""
+        """Raise ModelError if the student starts from the file that the run itself writes, or is a released one."""
         if self.recipe.student.format == "promptkd":
             raise ModelError(
                 "comkd distill does not train a student in this format",
@@ -131,14 +131,14 @@ class Run:
             )
 
     def check_steps(self) -> None:
-        """Raise TrainingError where a step has fewer images than processes and parts of a batch to share them."""
+        """Raise TrainingError if a step has fewer images than processes and parts of a batch to share them."""
         check_shares(self.batch_size, self.recipe.optim.accumulation_steps)
 
 
 def training_source(recipe: Recipe, source: Source) -> Source:
     """The source with the images that the student is trained on: all, or with `student.shots` those of a draw.
 
-    The draw is that of Dassl from all labelled training images (data/splits.py). Raises DataError where none have a
+    The draw is that of Dassl from all labelled training images (data/splits.py). Raises DataError if none have a
     label.
     """
     shots = recipe.student.shots
@@ -159,7 +159,7 @@ def training_source(recipe: Recipe, source: Source) -> Source:
 
 
 def finished(run: Run, report: Report = ignore_event, command: str = "comkd distill RECIPE") -> bool:
-    """Whether the run's student exists. Raises CheckpointError, naming what differs, where it is another run's.
+    """Whether the run's student exists. Raises CheckpointError, naming what differs, if it is another run's.
 
     command: the command line of this run alone, without --fresh, for the remedy.
     """
@@ -209,8 +209,8 @@ def _parts_of_old(record: StudentRecord) -> dict[str, Any]:
 def selection_classes(recipe: Recipe) -> Literal["all", "base"] | None:
     """The classes whose test images select the epoch; None keeps the last epoch.
 
-    PromptKD's validation split is its test split: that of the base classes where the teacher was trained on these alone
-    (base-to-novel), that of all classes where it was trained on another dataset (cross-dataset, domain generalisation).
+    PromptKD's validation split is its test split: that of the base classes if the teacher was trained on these alone
+    (base-to-novel), that of all classes if it was trained on another dataset (cross-dataset, domain generalisation).
     """
     if recipe.selection == "last":
         return None

@@ -116,7 +116,7 @@ def distill(
 
     teacher: prepared once everything that could be refused has been checked, since training it can take hours.
     resume_line: the command that resumes the run. fresh: discard the files of this run. Raises DataError, ModelError,
-    TrainingError, CheckpointError, Interrupted, or InUseError where another process is making the run.
+    TrainingError, CheckpointError, Interrupted, or InUseError if another process is making the run.
     """
     with collectives.main_holds(sole_writer(run.folder)):
         if not fresh and finished(run, report):  # meanwhile, by another process
@@ -177,7 +177,7 @@ def _save(run: Run, student: Student, record: StudentRecord, report: Report) -> 
     """Write student.pt, and delete what was made of an older one and the checkpoint."""
     with collectives.without_timeout():  # disks can be slow
         if ranks.is_main():
-            # First: once there is a student.pt, the run counts as finished, also where the process is killed here.
+            # First: once there is a student.pt, the run counts as finished, also if the process is killed here.
             _delete_results(run.folder)
             forget_model(run.runs, str(run.student_file), report)
             save_student(run.student_file, student, record)
@@ -213,7 +213,7 @@ def _check(run: Run, resume: bool) -> None:
     run.check_images()
     run.check_selection()
     if resume:
-        has_checkpoint(run.folder, run.identity)  # raises where it is another run's
+        has_checkpoint(run.folder, run.identity)  # raises if it is another run's
     run.check_steps()
     run.check_start()
 
@@ -307,7 +307,7 @@ def _uncompiled(recipe: Recipe) -> AbstractContextManager[object]:
 
 
 def _report_idle_gate(recipe: Recipe, student: Student, report: Report) -> None:
-    """Report where EduAttention did nothing: a gate that stays closed is a finding, not a failure."""
+    """Report if EduAttention did nothing: a gate that stays closed is a finding, not a failure."""
     settings = recipe.loss.edu_attention
     if settings is None or student.gate is None:
         return

@@ -39,7 +39,7 @@ def precompute(run: Run, teacher: TeacherSource, accelerator: Accelerator, repor
 
 
 def open_cache(run: Run, ready: ReadyTeacher, report: Report) -> TeacherCache | None:
-    """The run's teacher cache, created if it is missing; None where the recipe has none. Raises CheckpointError."""
+    """The run's teacher cache, created if it is missing; None if the recipe has none. Raises CheckpointError."""
     settings = run.recipe.teacher_cache
     if settings is None:
         return None

@@ -31,7 +31,7 @@ def check_teacher(run: Run, ready: ReadyTeacher, device: torch.device, report: R
     """Look at the run's teacher, report what was found, and keep it in RUN/teacher_check.json.
 
     A run that is resumed reads that file. Nothing is drawn from a random generator, so that the training has the same
-    bits. Raises ModelError where the teacher's features are NaN or infinite.
+    bits. Raises ModelError if the teacher's features are NaN or infinite.
     """
     path = run.folder / NAME
     key = sha256_of_data([run.teacher_key, run.source.prompts, run.source.train.digest])
@@ -50,7 +50,7 @@ def check_teacher(run: Run, ready: ReadyTeacher, device: torch.device, report: R
 
 
 def inspect_teacher(run: Run, ready: ReadyTeacher, device: torch.device, report: Report) -> Inspection | None:
-    """The teacher's answers to up to SAMPLE training images; None where none of them could be read."""
+    """The teacher's answers to up to SAMPLE training images; None if none of them could be read."""
     source, teacher = run.source, ready.teacher
     sample = source.train.subset(evenly_spaced(source.train, SAMPLE))
     subject = live_teacher(teacher.image_tower, teacher.class_vectors, teacher.logit_scale, ready.preprocessing)
@@ -93,7 +93,7 @@ def preview_teacher(run: Run, saved: Path | None, device_type: str, report: Repo
 
 
 def _shared_images(run: Run) -> list[Finding]:
-    """Test images of a folder that are training images, too, by content. Held-out images cannot be."""
+    """Test images of a folder that are also training images, by content. Held-out images cannot be."""
     data, source = run.recipe.data, run.source
     if data.folder is None or data.fingerprint != "contents" or source.test is None or source.holdout is not None:
         return []
@@ -118,7 +118,7 @@ def _report_inspection(inspection: Inspection, report: Report) -> None:
 
 
 def _saved(path: Path, key: str) -> Inspection | None:
-    """The inspection of the same teacher on the same images; None where there is none."""
+    """The inspection of the same teacher on the same images; None if there is none."""
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if document.pop("made_of") != key:

@@ -96,8 +96,8 @@ def distill_text(
     """Distil the text encoder of a student's teacher, and write text_student.pt.
 
     Beside that file a folder `NAME.training` keeps the teacher's vectors, metrics.jsonl and, until it is finished, the
-    checkpoint. Raises MisuseError for a file that exists; CheckpointError or ModelError where the teacher is not
-    available; DataError for too few names; InUseError where another process writes the file; Interrupted.
+    checkpoint. Raises MisuseError for a file that exists; CheckpointError or ModelError if the teacher is not
+    available; DataError for too few names; InUseError if another process writes the file; Interrupted.
     """
     if ranks.world_size() > 1:
         raise MisuseError("distill-text runs in one process", remedy="start it without torchrun")

@@ -34,7 +34,7 @@ class ImageFeatures:
 def read_image_features(
     student: Student, record: StudentRecord, data_root: Path, runs: Path, device: torch.device, report: Report
 ) -> ImageFeatures | None:
-    """Features of up to MOST_IMAGES test images of a run; None, with a notice, where it has none on this machine."""
+    """Features of up to MOST_IMAGES test images of a run; None, with a notice, if it has none on this machine."""
     try:
         source = reopen_source(record.recipe.data, record.holdout, data_root, runs, report)
         check_classes(record, source, report)

@@ -38,7 +38,7 @@ class PromptSet:
 
     @classmethod
     def of(cls, names: Sequence[str], prompts: Prompts, most: int | None = MOST_PROMPTS) -> PromptSet:
-        """The prompts of these names. most: of a name; None takes all."""
+        """The prompts of these names. most: of a name; None uses all."""
         texts = [some_prompts(prompts, name, most) for name in names]
         owners = np.repeat(np.arange(len(names)), [len(part) for part in texts])
         return cls(tuple(names), tuple(text for part in texts for text in part), owners)

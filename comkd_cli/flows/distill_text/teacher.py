@@ -35,7 +35,7 @@ class TextTeacher:
 
     @classmethod
     def load(cls, file: Path, device: torch.device, allow_download: bool, report: Report) -> TextTeacher:
-        """Raises CheckpointError, also where the teacher is another one, and ModelError."""
+        """Raises CheckpointError, also if the teacher is another one, and ModelError."""
         student, record = load_student(file, allow_download)
         encoder = class_encoder(record, file, allow_download, report)
         classes = record.trained_classes[:MOST_COMPARED]

@@ -17,4 +17,4 @@ class Check:
     found: str
     state: State = "ok"
     remedy: str = ""
-    """What to do; empty where nothing is wrong."""
+    """What to do; empty if nothing is wrong."""

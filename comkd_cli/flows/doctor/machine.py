@@ -34,7 +34,7 @@ def check_cores() -> Check:
 
 
 def check_memory() -> Check:
-    """Memory that a run can still take."""
+    """Memory that a run can still use."""
     free = _free_memory()
     if free is None:
         return Check("memory", "unknown on this system")
@@ -45,7 +45,7 @@ def check_memory() -> Check:
 
 
 def check_shared_memory() -> list[Check]:
-    """Room for decoded images on their way between processes; nothing where the system has no such folder."""
+    """Room for decoded images on their way between processes; nothing if the system has no such folder."""
     if not SHARED.is_dir():
         return []
     total = shutil.disk_usage(SHARED).total
@@ -72,7 +72,7 @@ def check_disk(runs: Path) -> Check:
 
 
 def _free_memory() -> int | None:
-    """Bytes; the smaller of what the system has and what a container may still take."""
+    """Bytes; the smaller of the system's free memory and the memory that a container may still use."""
     found = []
     if match := re.search(r"^MemAvailable:\s*(\d+) kB", _text(Path("/proc/meminfo")), re.MULTILINE):
         found.append(int(match[1]) * 1024)

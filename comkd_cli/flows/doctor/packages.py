@@ -19,7 +19,7 @@ OVERLAPPING = (
 
 
 def comkd_version() -> str | None:
-    """The version of the installed comkd; None where it runs from a folder that is not installed."""
+    """The version of the installed comkd; None if it runs from a folder that is not installed."""
     return _version(DISTRIBUTION)
 
 
@@ -58,7 +58,7 @@ def check_overlaps() -> list[Check]:
 
 
 def _check_requirement(requirement: Requirement) -> Check | None:
-    """The fault of a required package; None where it has none."""
+    """The fault of a required package; None if it has none."""
     found = _version(requirement.name)
     if found is not None and requirement.specifier.contains(found, prereleases=True):
         return None

@@ -14,7 +14,7 @@ from comkd_cli.flows.doctor.checks import Check
 GIB = 2**30
 IMPORT_SECONDS = 300  # of torch, from a cold disk
 MINOR_AHEAD = 15  # torchvision 0.(n + 15) is built for torch 2.n
-BUILDS = "install the builds that belong together: https://pytorch.org/get-started/locally/"
+BUILDS = "install matching builds: https://pytorch.org/get-started/locally/"
 
 
 def check_torch() -> list[Check]:
@@ -35,7 +35,7 @@ def check_torch() -> list[Check]:
 
 
 def check_pair(torch: str, torchvision: str) -> Check:
-    """Whether versions such as 2.9.1+cu128 and 0.24.1+cpu belong together."""
+    """Whether versions such as 2.9.1+cu128 and 0.24.1+cpu match."""
     release, _, build = torch.partition("+")
     vision_release, _, vision_build = torchvision.partition("+")
     major, minor = _numbers(release)
@@ -49,7 +49,7 @@ def check_pair(torch: str, torchvision: str) -> Check:
 
 
 def check_device(found: dict[str, Any], driver: str | None) -> Check:
-    """The device that comkd takes. found: of torch_facts. driver: of an NVIDIA GPU; None without one."""
+    """The device that comkd uses. found: of torch_facts. driver: of an NVIDIA GPU; None without one."""
     if found["devices"]:
         gpus = [
             f"{gpu['name']}, {gpu['free_bytes'] / GIB:.1f} of {gpu['total_bytes'] / GIB:.1f} GiB free"
@@ -83,7 +83,7 @@ def _facts() -> dict[str, Any] | str:
 
 
 def _driver() -> str | None:
-    """The version of the NVIDIA driver; None where there is none."""
+    """The version of the NVIDIA driver; None if there is none."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None

@@ -1,4 +1,4 @@
-"""Run as a process of its own: prints what torch says of itself and of the devices, as JSON."""
+"""Run as a process of its own: prints torch's report on itself and on the devices, as JSON."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def facts() -> dict[str, Any]:
     try:
         import torchvision
 
-        torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)  # fails where the builds do not match
+        torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)  # fails if the builds do not match
     except Exception as error:
         found["failed"] = f"torchvision cannot be used: {str(error).splitlines()[0]}"
     return found

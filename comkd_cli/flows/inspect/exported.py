@@ -75,7 +75,7 @@ def inspect_bundle(folder: Path) -> dict[str, Any]:
 def _files(folder: Path, entries: object) -> dict[str, Any]:
     """The files of a manifest, by whether they are what was exported.
 
-    Where all of reference/ is missing, it was removed, as docs/bundle.md allows, and its files do not count as missing.
+    If all of reference/ is missing, it was removed, as docs/bundle.md allows, and its files do not count as missing.
     """
     found: dict[str, Any] = {"count": 0, "bytes": 0, "changed": [], "missing": []}
     recorded = entries if isinstance(entries, dict) else {}
@@ -96,7 +96,7 @@ def _files(folder: Path, entries: object) -> dict[str, Any]:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether a file exists; a manifest can name one that no file system takes."""
+    """Whether a file exists; a manifest can name one that no file system accepts."""
     try:
         return path.is_file()
     except OSError:
