@@ -45,7 +45,7 @@ def export(
 ) -> Bundle:
     """Export a student.pt to a bundle of ONNX graphs that are checked in onnxruntime, as `comkd export` does.
 
-    out: a folder; None: `bundle` beside the student. options: what the bundle contains and its gates; None: fp32 alone.
+    out: a folder; None: `bundle` beside the student. options: what the bundle contains and its gates; None: only fp32.
     force: replace an existing bundle. report: called with each event. A precision that misses its gate is left out and
     is in `failed`. Raises ExportError, with the figures, if none passes, and if `out` exists without `force`.
     """

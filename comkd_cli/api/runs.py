@@ -66,11 +66,11 @@ def distill(  # noqa: PLR0913 - each is a keyword of a public function
     """Distil a teacher into a student as `comkd distill` does, in this process and on the device that it would use.
 
     settings: recipe fields to change, such as `{"optim.epochs": 10, "seed": 2}`. name: of the recipe's folder below
-    `runs`; None: the name of its file, or `recipe`. data_root: folder of datasets; None: as the commands. fresh: start
-    from scratch, discarding an existing run. report: called with each event. An interrupted run is resumed by the same
-    call; a finished one is not repeated. Raises ComkdError: RecipeError for a faulty recipe, DataError and ModelError
-    for images and weights that cannot be used, CheckpointError for a finished run with other settings, Interrupted
-    after a signal, with a checkpoint saved.
+    `runs`; None: the name of its file, or `recipe`. data_root: folder of datasets; None: the commands' default. fresh:
+    start from scratch, discarding an existing run. report: called with each event. An interrupted run is resumed by the
+    same call; a finished one is not repeated. Raises ComkdError: RecipeError for a faulty recipe, DataError and
+    ModelError for images and weights that cannot be used, CheckpointError for a finished run with other settings,
+    Interrupted after a signal, with a checkpoint saved.
     """
     found = _recipe(recipe, settings or {})
     place = Place(name or _name(recipe), Path(runs), data_root_or_default(data_root))
@@ -121,7 +121,7 @@ def _recipe(recipe: RecipeLike, settings: Mapping[str, object]) -> Recipe:
 
 
 def _yaml(field: str, value: object) -> str:
-    """A value as the command line would have it: JSON is YAML. Raises MisuseError."""
+    """A value as text, as on the command line: JSON is YAML. Raises MisuseError."""
     try:
         return json.dumps(value, default=os.fspath)
     except (TypeError, ValueError) as error:  # an object, such as a number of numpy; a list that holds itself

@@ -32,9 +32,9 @@ def evaluate(  # noqa: PLR0913 - each is a keyword of a public function
 
     model: a student.pt, ARCH:WEIGHTS, or None for the newest students of each dataset below `runs`. data: the images,
     the name of a dataset or the fields of a recipe's `data`, such as `{"folder": "photos"}`; None: the student's own.
-    Features are kept in `runs`/features, as the command keeps them. out: a folder to whose results.json the records
-    are added; None writes none. report: called with each event. Raises ComkdError if nothing could be scored; of
-    several students one that could not be scored is an entry of `missing`.
+    Features are kept in `runs`/features, as by the command. out: a folder to whose results.json the records are added;
+    None writes nothing. report: called with each event. Raises ComkdError if nothing could be scored; if only some of
+    several students could not be scored, these are entries of `missing`.
     """
     fields = {"dataset": data} if isinstance(data, str) else data
     bench = Bench(

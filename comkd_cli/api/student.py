@@ -78,7 +78,7 @@ class Prediction:
 
 
 class LoadedStudent:
-    """A student.pt that was loaded, with the classes that it tells apart.
+    """A loaded student.pt, with the classes that it distinguishes.
 
     `predict`, `encode` and `logits` accept images of any kind, run in evaluation mode without gradients, and return
     tensors on the CPU. To train further, call `model`.
@@ -118,7 +118,7 @@ class LoadedStudent:
         return torch.cat(found) if found else torch.empty(0, self.model.class_vectors.shape[1])
 
     def logits(self, images: Images) -> Tensor:
-        """Logits (images, classes), float32: cosines times the teacher's logit scale. Raises DataError as `encode`."""
+        """Logits (images, classes), float32: cosines times the teacher's logit scale. Raises as `encode`."""
         found = [output.logits.cpu() for output in self._outputs(images)]
         return torch.cat(found) if found else torch.empty(0, len(self.class_names))
 
@@ -140,10 +140,10 @@ class LoadedStudent:
     def add_class(self, name: str, templates: Sequence[str] = (), *, allow_download: bool = False) -> Added:
         """Add a class by its name, without training; returns the class that it is most easily mistaken for.
 
-        templates: prompts with `{}` for the name; none: those of the student's run. allow_download: download what
-        student.pt names and this machine does not have. The text encoder of the student's teacher is loaded; for
-        several classes call `add_classes`. Raises DataError for a name that cannot be added, CheckpointError if the
-        text encoder is not available, MisuseError for a template that cannot be used.
+        templates: prompts with `{}` for the name; none: those of the student's run. allow_download: download files that
+        student.pt refers to and this machine lacks. The text encoder of the student's teacher is loaded each time; to
+        add several classes, call `add_classes`. Raises DataError for a name that cannot be added, CheckpointError if
+        the text encoder is not available, MisuseError for a template that cannot be used.
         """
         return self.add_classes([name], templates, allow_download=allow_download)[0]
 
@@ -159,8 +159,8 @@ class LoadedStudent:
         """Write a student.pt that every command accepts, with added classes and trained weights; returns its path.
 
         If the weights are no longer those of `file`, the new file records that it was fine-tuned and has no scores
-        of the old weights. Raises MisuseError if the file exists without `force`, CheckpointError for a student that a
-        student.pt cannot hold: the frozen backbone of `student.train: prompts` is not part of it.
+        of the old weights. Raises MisuseError if the file exists without `force`; CheckpointError if the frozen
+        backbone of a student with `student.train: prompts` was trained, because student.pt does not store it.
         """
         target = Path(path)
         if target.exists() and not force:
@@ -185,7 +185,7 @@ class LoadedStudent:
         )
 
     def _holds(self, state: dict[str, Tensor]) -> bool:
-        """Whether these are the weights of `file`."""
+        """Whether `file` has the same weights."""
         try:
             _, saved = checkpoints.load_student_state(self.file)
         except (CheckpointError, OSError):  # moved or replaced since
@@ -223,7 +223,7 @@ class LoadedStudent:
 
 
 def _fine_tuned(record: StudentRecord, state: dict[str, Tensor]) -> StudentRecord:
-    """The record of a student whose weights were trained after its run: another identity, and no scores."""
+    """The record of a student whose weights were trained after its run: a different identity, and no scores."""
     digest = tensors_sha256(state)
     return replace(
         record,
@@ -239,9 +239,9 @@ def load_student(
 ) -> LoadedStudent:
     """The student of a student.pt, in evaluation mode.
 
-    device: None uses the GPU if there is one, as the commands do. allow_download: download what the file names and
-    this machine does not have, such as the backbone of a student with `student.train: prompts`. Raises CheckpointError
-    for another file, ModelError if the backbone could not be built.
+    device: None uses the GPU if there is one, as the commands do. allow_download: download files that student.pt refers
+    to and this machine lacks, such as the backbone of a student with `student.train: prompts`. Raises CheckpointError
+    for any other file, ModelError if the backbone could not be built.
     """
     student, record = checkpoints.load_student(Path(path), allow_download)
     return LoadedStudent(Path(path), student, record, best_device() if device is None else torch.device(device))

@@ -83,7 +83,7 @@ def class_thresholds(probabilities: np.ndarray, class_names: Sequence[str], acce
     """By name, the threshold of each class that at least LEAST_OF_CLASS images are answered as.
 
     Of the images that are answered as a class the same share is accepted. The answer, not the label, selects the
-    images, because a device knows the answer alone. probabilities: (images, classes).
+    images, because a device knows only the answer. probabilities: (images, classes).
     """
     answers, scores = probabilities.argmax(axis=1), probabilities.max(axis=1)
     found = {}

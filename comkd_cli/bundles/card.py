@@ -84,8 +84,8 @@ def _metadata(manifest: Mapping[str, Any]) -> str:
 def _summary(manifest: Mapping[str, Any], record: StudentRecord) -> str:
     if not record.recipe.loss.needs_teacher:
         return (
-            f"Trained by {manifest['made_by']} on the labelled images of {manifest['data']}, without distillation, on "
-            f"the class vectors of {manifest['teacher']}: {manifest['student']}. {_score(manifest)}"
+            f"Trained by {manifest['made_by']} on the labelled images of {manifest['data']}, without distillation, "
+            f"with the class vectors of {manifest['teacher']}: {manifest['student']}. {_score(manifest)}"
         )
     labels = "with the available labels" if record.recipe.loss.labels else "without labels"
     return (
@@ -95,7 +95,7 @@ def _summary(manifest: Mapping[str, Any], record: StudentRecord) -> str:
 
 
 def _score(manifest: Mapping[str, Any]) -> str:
-    """The student's own score and the images that it is of, or why there is none."""
+    """The student's own score and the images on which it was measured, or why there is none."""
     score, images, unreadable = (manifest[name] for name in ("test_top1_percent", "test_images", "test_unreadable"))
     if score is None:
         return "Its accuracy is unknown: there were no held-out labelled images when it was trained."

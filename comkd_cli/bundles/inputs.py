@@ -101,7 +101,7 @@ def add_input(kind: str, graph: Path, target: Path, preprocessing: Preprocessing
 
 
 def write_front(kind: str, graph: Path, target: Path, preprocessing: Preprocessing) -> None:
-    """Write what `add_input` puts before a graph alone: from `pixels` to `image`, as float32 (batch, 3, size, size)."""
+    """Write only what `add_input` puts before a graph: from `pixels` to `image`, as float32 (batch, 3, size, size)."""
     model = onnx.load(graph, load_external_data=False)
     (image,) = (entry for entry in model.graph.input if entry.name == IMAGE)
     front = _Front(kind, preprocessing)

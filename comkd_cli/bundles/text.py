@@ -79,7 +79,7 @@ class TextOptions:
     text_precisions: Sequence[str] = ()
     """Of the text encoder; empty for those of the other graphs."""
     allow_download: bool = False
-    """Fetch what student.pt names and is not on this machine."""
+    """Fetch files that student.pt refers to and this machine lacks."""
 
 
 def choose_tower(
@@ -302,8 +302,8 @@ def _vectors(module: nn.Module, tokens: Sequence[Tensor]) -> np.ndarray:
 def _difference(graph: Path, tokens: Sequence[np.ndarray], expected: np.ndarray) -> float:
     """The largest |difference| of the graph's class vectors, over all batch sizes; NaN if any is NaN.
 
-    tokens: of all prompts of each class, (prompts, context). Of a class with several, the normalised mean counts, and
-    prompts are run at the largest batch size alone.
+    tokens: of all prompts of each class, (prompts, context). For a class with several, the normalised mean counts, and
+    prompts are run only at the largest batch size.
     """
     rows, counts = np.concatenate(tokens), np.array([len(part) for part in tokens])
     single = len(rows) == len(tokens)

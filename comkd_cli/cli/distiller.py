@@ -47,7 +47,7 @@ class Distiller:
         self._reported: set[str] = set()  # notices about a dataset, which the run of each seed would repeat
 
     def make_all(self, recipes: Sequence[Recipe], choices: Sequence[Choice], fresh: bool) -> None:
-        """Make a run for each recipe. Of several runs, one that fails does not stop the others.
+        """Make a run for each recipe. If there are several, one that fails does not stop the others.
 
         choices: the dataset and seed of each recipe. fresh: discard existing runs. Raises DataError after the last
         run if some of several failed, and the error of a run that is the only one.

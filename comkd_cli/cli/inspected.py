@@ -18,7 +18,7 @@ def escaped(text: str) -> str:
 
 
 def escaped_json(document: Any) -> str:
-    """JSON whose lines hold printable characters alone; others are escaped as in ASCII JSON."""
+    """JSON whose lines contain only printable characters; others are escaped as in ASCII JSON."""
     text = json.dumps(document, indent=2, ensure_ascii=False)
     return text if all(line.isprintable() for line in text.split("\n")) else json.dumps(document, indent=2)
 
@@ -138,7 +138,7 @@ def _percent(value: object) -> str:
 
 
 def _text_encoder(text: Mapping[str, Any]) -> str:
-    """The file of each precision, and the parameters. Bundles of earlier versions have one file alone."""
+    """The file of each precision, and the parameters. Bundles of earlier versions have only one file."""
     precisions = _mapping(text.get("precisions"))
     files = [f"{_text(_mapping(entry).get('file'))} ({name})" for name, entry in precisions.items()]
     parameters = f"{text['parameters']:,} parameters" if isinstance(text.get("parameters"), int) else ""

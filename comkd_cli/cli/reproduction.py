@@ -79,7 +79,7 @@ class Reproduction:
     data_root: Path
     accelerator: Accelerator
     as_json: bool
-    """Whether standard output is for one JSON document alone."""
+    """Whether standard output is for a JSON document only."""
     items: list[Item] = field(default_factory=list)
     _reported: set[str] = field(default_factory=set)  # notices about a dataset, which the run of each seed would repeat
     _teachers: set[Path] = field(default_factory=set)  # folders of those that an earlier run of the plan trains

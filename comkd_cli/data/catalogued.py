@@ -23,7 +23,7 @@ def catalogued_source(
 ) -> Source:
     """The images of all classes: those of train for training, those of test for scoring.
 
-    ImageNet's variants have test images alone; a student is trained on those, without their labels, as PromptKD's
+    ImageNet's variants have only test images; a student is trained on those, without their labels, as PromptKD's
     are. Class names are those of the split file with spaces for underscores. Notices on the lists are reported. Raises
     DataError.
     """

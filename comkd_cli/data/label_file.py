@@ -37,7 +37,7 @@ class LabelFile:
 
     @property
     def class_names(self) -> list[str]:
-        """The classes of the file, sorted; of several spellings of one class, the first."""
+        """The classes of the file, sorted; if a class has several spellings, the first."""
         first: dict[str, str] = {}
         for row in self.rows:
             first.setdefault(class_key(row.class_name), row.class_name)

@@ -28,7 +28,7 @@ class Prompts:
         return self.descriptions.get(class_name, from_templates)
 
     def first(self) -> Prompts:
-        """The first prompt of each class alone."""
+        """Only the first prompt of each class."""
         return Prompts(self.templates[:1], {name: prompts[:1] for name, prompts in self.descriptions.items()})
 
     def are_single(self, class_names: Sequence[str]) -> bool:
@@ -48,7 +48,7 @@ def openai_templates() -> tuple[str, ...]:
 
 def zero_shot_metadata() -> Any:
     """open_clip's module of templates and of ImageNet's class names."""
-    # This module alone: open_clip itself loads torch, which the data of a recipe does not need.
+    # Only this module: open_clip itself loads torch, which the data of a recipe does not need.
     package = importlib.util.find_spec("open_clip")
     assert package is not None  # a dependency
     assert package.origin is not None  # it is a package with an __init__.py

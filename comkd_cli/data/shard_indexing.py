@@ -39,7 +39,7 @@ def open_index(shards: Sequence[Path], home: Path, report: Report, fingerprint: 
 
     Its folder is named by a digest of the shards' names, sizes and times of change, so that other shards never
     use it. Indexing resumes after it was killed. fingerprint: `contents` reads every image, so that a replaced image is
-    noticed; `size_and_time` reads headers alone. Raises DataError, naming the shard.
+    noticed; `size_and_time` reads only headers. Raises DataError, naming the shard.
     """
     # Links are not followed: a key may have its shard's name before it, and a link's target has any name.
     paths = [path.absolute() for path in shards]

@@ -142,7 +142,7 @@ class Source:
     val: ImageSet | None = None
     """Labelled images to choose few-shot settings on; only the suite's datasets have them."""
     ensemble: Prompts | None = None
-    """Several templates, or descriptions of single classes; None: `template` alone."""
+    """Several templates, or descriptions of single classes; None: only `template`."""
     holdout: Holdout | None = None
     """How `test` was held out of the training images; None if the dataset has test images of its own, or none."""
 

@@ -72,7 +72,7 @@ class GraphRow:
     times: Times
     """Of a batch, without pre-processing."""
     peak_bytes: int | None
-    """Peak resident memory of the process, which ran this row alone; None if the system does not tell."""
+    """Peak resident memory of the process, which ran only this row; None if the system does not tell."""
 
     @property
     def images_per_second(self) -> float:

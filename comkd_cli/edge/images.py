@@ -108,7 +108,7 @@ def open_image(
     file: a path, an open binary file, or its content as bytes. The EXIF orientation is applied, transparency is
     composited on white, 16-bit grey is scaled to 8 bits, and an animation gives its first frame. Pillow's warnings are
     ignored from the first call on. most_pixels: of the image, at most MOST_PIXELS, the default. before_decoding: gets
-    the opened image, of which the header alone is read. Raises UnreadableImage, with the file's name and the reason,
+    the opened image, of which only the header is read. Raises UnreadableImage, with the file's name and the reason,
     whatever the decoder raises; also for a format that is not one of FORMATS.
     """
     limit = MOST_PIXELS if most_pixels is None else most_pixels
@@ -177,7 +177,7 @@ def _on_white(image: Image.Image, low_bytes: np.ndarray | None) -> Image.Image:
         return _erased(Image.fromarray(high_bytes), transparent.all(axis=2))
     if image.mode == "P" and image.palette is None:
         raise ValueError("a palette image without its palette")
-    if image.mode == "La":  # Pillow converts it to LA alone
+    if image.mode == "La":  # Pillow converts it only to LA
         image = image.convert("LA")
     if not image.has_transparency_data:
         return image.convert("RGB")
@@ -246,7 +246,7 @@ def _decoding(name: str, most_pixels: int = MOST_PIXELS) -> Iterator[None]:
         yield
     except UnreadableImage:
         raise
-    except Image.DecompressionBombError as error:  # before `check_size`; the text has the number of pixels alone
+    except Image.DecompressionBombError as error:  # before `check_size`; the text has only the number of pixels
         count = re.search(r"\d+", str(error))
         size = f"{int(count[0]):,} pixels: " if count else ""
         raise UnreadableImage(f"{name}: {size}the image {_too_large(most_pixels)}") from error

@@ -117,7 +117,7 @@ class SelfTest:
 def run_self_test(bundle: Path, precision: str | None, open_classifier: OpenClassifier) -> SelfTest:
     """Compare what this machine computes with a bundle's reference/.
 
-    The logits are computed from the reference's tensors, so that a difference of theirs is the runtime's alone.
+    The logits are computed from the reference's tensors, so that a difference in them comes only from the runtime.
     precision: None checks each of the bundle. Raises BundleProblem, as for a bundle of an older version, which has no
     reference.
     """

@@ -1,6 +1,6 @@
 """How far a bundle's answers can be trusted: its temperature, and the threshold below which no class is the answer.
 
-Needs numpy alone; it becomes a part of every bundle's predict.py.
+Needs only numpy; it becomes a part of every bundle's predict.py.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def best_c(accuracies: Callable[[Sequence[float]], Sequence[float]]) -> float:
     """The C of highest accuracy by the paper's parametric binary search.
 
     First C in {1e-6, 1e-4, ..., 1e6}; then the interval around the peak is halved repeatedly, down to 8 steps per
-    decade. Of equal accuracies the smallest C, which is the simplest model, wins. accuracies: of several C at once;
+    decade. If accuracies are equal, the smallest C, the simplest model, wins. accuracies: of several C at once;
     each C is evaluated once.
     """
     scores: dict[int, float] = {}

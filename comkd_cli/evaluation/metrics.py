@@ -28,7 +28,7 @@ def agreement_percent(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def top_answer(predicted: np.ndarray) -> tuple[int, float]:
-    """The class that is predicted most often, of several the first, and its share in percent. predicted: (images,)."""
+    """The class that is predicted most often (the first of several), and its share in percent. predicted: (images,)."""
     classes, counts = np.unique(predicted, return_counts=True)
     most = int(counts.argmax())
     return int(classes[most]), float(100 * counts[most] / len(predicted))

@@ -97,7 +97,7 @@ class DatasetScorer:
 
 
 def images_to_score(source: Source, report: Report) -> ImageSet:
-    """The test images, or if there are none the training images without labels, for agreement alone."""
+    """The test images, or if there are none, the training images without labels, only for agreement."""
     if source.test is not None and len(source.test):
         if source.test.labels is None:
             report(Notice(f"the {source.test_name} of {source.name} have no labels: only agreement can be measured"))

@@ -96,7 +96,7 @@ class _Keys:
 
 
 def _search(keys: _Keys, val: Labelled, zero_shot: Classifier) -> tuple[float, float]:
-    """alpha and beta of the highest accuracy on the validation features; of equal ones, the first."""
+    """alpha and beta of the highest accuracy on the validation features; if several are equal, the first."""
     device = val.labels.device
     alphas = [0.1 + step * (MOST_ALPHA - 0.1) / ALPHA_STEPS for step in range(ALPHA_STEPS)]
     betas = [0.1 + step * (MOST_BETA - 0.1) / BETA_STEPS for step in range(BETA_STEPS)]

@@ -1,4 +1,4 @@
-"""Lists the classes of a student, and adds classes to it by name: their vectors alone, without training."""
+"""Lists the classes of a student, and adds classes to it by name: only their vectors, without training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class AddOptions:
     force: bool = False
     """Replace an existing file, which may be the student itself."""
     allow_download: bool = False
-    """Download what student.pt names and this machine does not have."""
+    """Download files that student.pt refers to and this machine lacks."""
 
 
 def list_classes(student_file: Path) -> StudentRecord:

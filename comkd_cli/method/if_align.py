@@ -16,7 +16,7 @@ def if_align(student: Tensor, teacher: Tensor) -> Tensor:
     student, teacher: (batch, dim), L2-normalised. Mean and biased variance are taken over the batch, and the L1
     distances are summed over the dimensions (ComKD-CLIP, arXiv 2408.04145, IFAlign; the paper does not say how its
     L1 loss is reduced, so the sum is this project's choice). With several processes the batch is that of all of
-    them. Raises BatchTooSmallError for one image alone, which has no variance.
+    them. Raises BatchTooSmallError for a single image, which has no variance.
     """
     if len(student) < 2 and ranks.world_size() == 1:
         raise BatchTooSmallError("IFAlign needs at least 2 images in a batch", found=len(student))

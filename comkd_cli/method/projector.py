@@ -9,7 +9,7 @@ def projector(student_width: int, teacher_width: int, layers: int) -> nn.Sequent
     """P of u_s = P(z_s): (batch, student_width) to (batch, teacher_width).
 
     Two layers are PromptKD's: Linear, BatchNorm, ReLU, Linear, the hidden width being the teacher's. One
-    is a Linear alone; each further one adds another hidden Linear, BatchNorm, ReLU.
+    is only a Linear; each further one adds another hidden Linear, BatchNorm, ReLU.
     """
     parts: list[nn.Module] = []
     width = student_width

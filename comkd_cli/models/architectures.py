@@ -135,7 +135,7 @@ def _unsupported_folder(folder: Path) -> tuple[str, str]:
         return f"it has no {OPEN_CLIP_CONFIG}", f"use a folder with an {OPEN_CLIP_CONFIG} beside the weights"
     if {"CLIPModel", "SiglipModel"} & set(names):
         return (
-            f"it holds a model of the transformers library ({', '.join(names)}), which is not a folder of open_clip",
+            f"it holds a model of the transformers library ({', '.join(names)}), not an open_clip folder",
             f"use the open_clip architecture of the same sizes with weights: {folder / 'model.safetensors'}",
         )
     return (

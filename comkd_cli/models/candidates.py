@@ -73,7 +73,7 @@ STUDENTS = (
 
 
 def untrained_teacher(image_size: int) -> dict[str, Any]:
-    """The config of a small CLIP that learns from labelled images alone, as in recipes/cifar10.yaml.
+    """The config of a small CLIP that learns only from labelled images, as in recipes/cifar10.yaml.
 
     image_size: in pixels, a multiple of 32.
     """

@@ -65,7 +65,7 @@ class StudentRecord:
     """Of the local files of the teacher, by the recipe's field that names each, or `teacher` for teacher.pt; empty for
     a teacher from a tag or a repository; None in files of versions that did not record it."""
     templates: tuple[str, ...] = ()
-    """All prompt templates, `template` first; empty in files of versions that had one alone."""
+    """All prompt templates, `template` first; empty in files of versions that had only one."""
     descriptions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """By class name, the prompts of a class that replace those of the templates."""
     classes_added: tuple[str, ...] = ()
@@ -133,7 +133,7 @@ class SavedTeacher:
 def save_student(
     path: Path, student: Student, record: StudentRecord, learned: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write student.pt atomically, with the learned tensors alone, so that a prompts-only student stays small.
+    """Write student.pt atomically, with only the learned tensors, so that a prompts-only student stays small.
 
     learned: these tensors; None: `student.learned_state()`, which depends on the parameters that require a gradient.
     Raises ComkdError.
@@ -156,9 +156,9 @@ def save_student(
 def load_student(path: Path, allow_download: bool = False) -> tuple[Student, StudentRecord]:
     """The student of a checkpoint, on the CPU and in evaluation mode, and its record.
 
-    allow_download: download what the file names and no cache has, such as the backbone of a prompts-only student.
-    Raises CheckpointError for a file that is not a student, ModelError if the backbone of a prompts-only student
-    could not be built.
+    allow_download: download files that the file refers to and no cache has, such as the backbone of a prompts-only
+    student. Raises CheckpointError for a file that is not a student, ModelError if the backbone of a prompts-only
+    student could not be built.
     """
     record, data = _read_student(path)
     settings = record.recipe.student
@@ -171,7 +171,7 @@ def load_student(path: Path, allow_download: bool = False) -> tuple[Student, Stu
     if settings.train == "prompts" and state_sha256(tower.module) != record.backbone_sha256:
         raise CheckpointError(
             f"its prompts were not trained on the current weights of {initial.weights or initial.arch}, but on "
-            f"others (sha256 of their tensors: {record.backbone_sha256})",
+            f"different ones (sha256 of their tensors: {record.backbone_sha256})",
             path=path,
             remedy="restore the weights that it was trained with",
         )

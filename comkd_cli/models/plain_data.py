@@ -75,7 +75,7 @@ def save_plain(path: Path, data: dict[str, Any]) -> None:
     with atomic_write(path) as unfinished, unfinished.open("wb") as file:
         stream = _Stream(file)
         try:
-            torch.save(plain, stream)  # type: ignore[arg-type]  # it calls `write` and `flush` alone
+            torch.save(plain, stream)  # type: ignore[arg-type]  # it calls only `write` and `flush`
         except RuntimeError as error:  # torch's writer hides the error of the system
             if stream.error is not None:
                 raise stream.error from error

@@ -62,7 +62,7 @@ class WarmStart:
         if frozen and (found := state_sha256(tower.module)) != self.record.backbone_sha256:
             raise CheckpointError(
                 f"its prompts were not trained on the current weights of {initial.weights or initial.arch}, but on "
-                f"others (sha256 of their tensors: {self.record.backbone_sha256})",
+                f"different ones (sha256 of their tensors: {self.record.backbone_sha256})",
                 path=self.path,
                 found=found,
                 remedy="restore the weights that it was trained with",

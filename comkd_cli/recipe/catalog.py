@@ -22,7 +22,7 @@ class Dataset:
     """Below the data root."""
     layout: Layout
     """`split`: a json file lists every image; `aircraft`: text files do; `imagenet`: folders do, for train
-    and test; `imagenet-variant`: folders do, for test alone."""
+    and test; `imagenet-variant`: folders do, only for test."""
     images: str
     """Below `folder`: what the listed paths start from; empty for `folder` itself."""
     classes: int

@@ -183,5 +183,5 @@ class Augment(Closed):
 
     @property
     def crops(self) -> Augment:
-        """The crops and flips alone, as stage 1 uses them."""
+        """Only the crops and flips, as stage 1 uses them."""
         return Augment(min_scale=self.min_scale, flip=self.flip)

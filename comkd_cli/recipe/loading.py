@@ -122,7 +122,7 @@ def parse_recipe(tree: Mapping[str, Any], origins: Mapping[str, str] | None = No
 
 
 def parse_data(fields: Mapping[str, Any]) -> Data:
-    """The data part of a recipe alone, from plain data. Raises RecipeError."""
+    """Only the data part of a recipe, from plain data. Raises RecipeError."""
     try:
         return Data.model_validate(fields)
     except ValidationError as error:

@@ -58,7 +58,7 @@ def _about_answers(run: ScoredRun) -> Iterator[str]:
     whose = "of the images" if run.labelled else "of the teacher's answers"
     if share > MOST_ANSWERS and share > 2 * own:
         yield (
-            f"The student puts {share:.0%} of the images in one class, {run.class_names[top]}, which has {own:.0%} "
+            f"The student assigns {share:.0%} of the images to one class, {run.class_names[top]}, which has {own:.0%} "
             f"{whose}."
         )
     never = [name for label, name in enumerate(run.class_names) if expected[label] and not answered[label]]

@@ -85,7 +85,7 @@ def compare(
 ) -> list[Comparison]:
     """Our records beside the published students of a method, and beside the published teacher.
 
-    records: of this reproduction alone. datasets: those that it covers, in order. reasons: why one of them has no
+    records: only those of this reproduction. datasets: those that it covers, in order. reasons: why one of them has no
     figures, or not those of every seed.
     """
     rows: list[tuple[Role, str]] = [("student", name) for name in STUDENTS[method]]

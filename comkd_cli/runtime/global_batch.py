@@ -46,7 +46,7 @@ def share_batch_norms(module: nn.Module, device: torch.device) -> None:
         convert_sync_batchnorm(module)
         return
     for part in module.modules():
-        # The class alone changes: parameters, statistics, names and hooks stay those of the module.
+        # Only the class changes: parameters, statistics, names and hooks stay those of the module.
         if type(part) is BatchNormAct2d:
             part.__class__ = _SharedBatchNormAct
         elif type(part) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):

@@ -56,7 +56,7 @@ class Holder:
 
 @contextmanager
 def sole_writer(target: Path) -> Iterator[None]:
-    """Within the block this process alone writes `target`, a file or a folder that need not exist.
+    """Within the block, only this process writes `target`, a file or a folder that need not exist.
 
     Raises InUseError, naming the holder, if another process is in such a block; WriteError if the lock could not
     be created.

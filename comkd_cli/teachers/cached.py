@@ -104,7 +104,7 @@ class CachedTeacher:
         if self.cache is None:
             return
         self._write_new()
-        # Steps before a checkpoint are not repeated after a kill, and other processes see the marks in the file alone.
+        # Steps before a checkpoint are not repeated after a kill, and other processes see only the marks in the file.
         self.cache.flush()
         if epoch_ended:
             self._marks = None

@@ -164,7 +164,7 @@ def _load_probed(saved: SavedTeacher, path: Path) -> method.Teacher:
 def teacher_sha256(settings: Teacher, checkpoint: Path | None = None) -> dict[str, str]:
     """The sha256 of each local file that a teacher comes from, by the field of the recipe that names it.
 
-    checkpoint: teacher.pt of an adapted teacher; the result is then its digest alone, named `teacher`. open_clip's tags
+    checkpoint: teacher.pt of an adapted teacher; the result is then only its digest, named `teacher`. open_clip's tags
     and the Hub's repositories have none.
     """
     if checkpoint is not None:

@@ -37,8 +37,8 @@ def teacher_of_student(
 ) -> ReadyTeacher:
     """The teacher that a student was distilled from, with the class vectors of the student's classes.
 
-    allow_download: fetch what student.pt names and this machine lacks. Raises CheckpointError or ModelError,
-    also if the teacher that is found is another one.
+    allow_download: fetch files that student.pt refers to and this machine lacks. Raises CheckpointError or ModelError,
+    also if the teacher that is found is a different one.
     """
     check_teacher_files(record, student_file)
     with downloads.forbidden(unless=allow_download):

@@ -29,7 +29,7 @@ def checkpoint_file(folder: Path) -> Path:
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Delete the checkpoints of a task's folder; of several processes the main one does."""
+    """Delete the checkpoints of a task's folder; with several processes, the main one does."""
     if ranks.is_main():
         remove_folder(checkpoint_file(folder).parent)
 

@@ -91,7 +91,7 @@ class Task:
     rate_factors: Mapping[str, float] = field(default_factory=dict)
     """Parameter names whose learning rate is a multiple of the others'."""
     evaluate_every_epochs: int = 0
-    """How often `Objective.evaluate` is called; 0: after the last epoch alone."""
+    """How often `Objective.evaluate` is called; 0: only after the last epoch."""
     held_out: bool = False
     """Whether it scores on images that were held out of the training ones, not on a test split; for messages."""
     select_by: str | None = None
@@ -108,7 +108,7 @@ class Task:
     track: Sequence[str] = ()
     """The trackers that get the figures, as in the recipe."""
     track_every_steps: int = 0
-    """Between the figures of steps; 0 sends those of epochs alone."""
+    """Between the figures of steps; 0 sends only those of epochs."""
     threads: int | None = None
     """Threads of a CPU that compute the steps, as `runtime.cores.step_threads` returns them."""
     uses_all_parameters: bool = False

@@ -18,9 +18,9 @@ PROJECT = "comkd"
 
 
 class Tracking:
-    """Sends figures to trackers, from the main process alone.
+    """Sends figures to trackers, only from the main process.
 
-    A tracker never ends a run: one that cannot be started, or that fails, is one notice and is not used any more.
+    A tracker never ends a run: one that cannot be started, or that fails, is reported in one notice and no longer used.
     """
 
     def __init__(self, task: Task, first_step: int, report: Report) -> None:

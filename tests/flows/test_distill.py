@@ -191,7 +191,7 @@ def test_a_teacher_trained_in_full_learns_the_first_prompt_alone_and_says_so(don
     assert teacher.file == stage(done.recipe, done.source, done.runs).file  # shared with a run of that prompt alone
     events: list[Event] = []
     FullAdaptation(teacher, several.recipe.teacher.adapt, torch.device("cpu"), events.append)  # type: ignore[arg-type]
-    assert any(isinstance(event, Notice) and "learns the first prompt" in event.text for event in events)
+    assert any(isinstance(event, Notice) and "learns only the first prompt" in event.text for event in events)
 
 
 @pytest.mark.slow

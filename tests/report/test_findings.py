@@ -20,7 +20,7 @@ def test_a_sound_run_has_no_findings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("student", "labels", "words"),
     [
-        ([1] * 240, LABELS, "puts 100% of the images in one class, bee, which has 33%"),
+        ([1] * 240, LABELS, "assigns 100% of the images to one class, bee, which has 33%"),
         ([0, 0, 1, 1, 0, 1] * 40, LABELS, "never answers 1 of 3 classes: cat"),
         ([0] * 240, LABELS, "no better than answering ant"),
         ([0, 1, 1, 1] * 60, [0, 1, 0, 1] * 60, "No test images of 1 of 3 classes: cat"),
@@ -35,7 +35,7 @@ def test_what_is_wrong_with_the_answers_is_said(
 
 def test_a_class_that_most_images_have_may_take_most_answers(tmp_path: Path) -> None:
     labels = [0] * 200 + [1] * 20 + [2] * 20
-    assert not said(findings(scored_run(tmp_path, labels, labels, labels)), "in one class")
+    assert not said(findings(scored_run(tmp_path, labels, labels, labels)), "to one class")
 
 
 def test_scores_on_images_that_were_learned_from_are_biased(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ const OPENED_AS_A_FILE =
   "A browser does not let a page that is opened as a file read the files beside it.\n" +
   "In a terminal, in this folder, run\n    python -m http.server\nand open http://localhost:8000/";
 
-/** What a person can mend; its message is shown as it is. */
+/** A problem that a person can fix; its message is shown as it is. */
 class Problem extends Error {}
 
 const element = (id) => document.getElementById(id);
@@ -184,7 +184,7 @@ function likeliest(logits, names, temperature) {
     .slice(0, TOP);
 }
 
-/** Whether a picture shows none of the classes, by its likeliest one; null where no threshold decides it. */
+/** Whether a picture shows none of the classes, by its likeliest one; null if no threshold decides it. */
 function isNone({ class: name, probability }, { threshold, byClass }) {
   if (threshold === null) return null;
   return probability < (Object.hasOwn(byClass, name) ? byClass[name] : threshold);

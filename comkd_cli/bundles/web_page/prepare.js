@@ -1,5 +1,5 @@
 // From a picture's file to the model's input, by the steps of predict.py and to the same bytes:
-// what a browser's own scaling gives depends on the browser, and the model learned from Pillow's.
+// the result of a browser's own scaling depends on the browser, and the model learned from Pillow's.
 "use strict";
 
 // A kernel's value at a distance from its centre, and the distance from which on it is 0.
@@ -192,7 +192,7 @@ function squareOf(bitmap, preprocessing) {
   return square;
 }
 
-/** An ImageBitmap as the model's input: float32 (3, size, size), less the mean, over the deviation. */
+/** An ImageBitmap as the model's input: float32 (3, size, size), minus the mean, divided by the deviation. */
 function prepare(bitmap, preprocessing) {
   checkSize(bitmap.width, bitmap.height);
   const { size, mean, std } = preprocessing;

@@ -103,7 +103,7 @@ class FullAdaptation(Adaptation):
             recompute_activations(clip.model.visual)  # type: ignore[arg-type]
         self._prompts = source.wording.first()
         if not source.wording.are_single(source.class_names):
-            report(Notice("adapt: full learns the first prompt of each class, and no other prompt is used"))
+            report(Notice("adapt: full learns only the first prompt of each class; the others are not used"))
         self.tokens = tokenize_prompts(clip, source.class_names, self._prompts, report)
         self.model: PromptClassifier = PromptClassifier(clip.model, self.tokens).to(device)
         super().__init__(stage, source, clip, device, report)
@@ -188,7 +188,7 @@ class PromptAdaptation(Adaptation):
         return self.model.encode_classes(self.tokens)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The prompts alone."""
+        """Only the prompts."""
         return {f"prompts.{name}": value for name, value in self.model.prompts().items()}
 
 

@@ -39,7 +39,7 @@ class Run:
     teacher: Mapping[str, Any]
     """Named digests of what the teacher is made from, beside its settings in the recipe."""
     teacher_key: str = ""
-    """Of the teacher alone; students of other classes can share its cached image features."""
+    """Only of the teacher; students of other classes can share its cached image features."""
 
     @property
     def folder(self) -> Path:

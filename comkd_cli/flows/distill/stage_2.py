@@ -93,7 +93,7 @@ class Distillation(Objective):
 
     @property
     def uses_all_parameters(self) -> bool:
-        """See `Task`: EduAttention gets gradients from the logits alone."""
+        """See `Task`: EduAttention gets gradients only from the logits."""
         return self.student.edu_attention is None or self.recipe.loss.uses_logits
 
     @property
@@ -144,7 +144,7 @@ def _distill(
     student.to(accelerator.device)
     threads = _threads(run, student, tower, ready) if chooses_threads(accelerator.device.type) else None
     if recipe.compile:
-        # The towers alone: the rest is small, and gradients are measured between it and the tower.
+        # Only the towers: the rest is small, and gradients are measured between it and the tower.
         student.backbone.compile()
         ready.teacher.image_tower.compile()
     report(Stage(f"Student: {parameters(student):,} parameters, {_images_text(run)}"))

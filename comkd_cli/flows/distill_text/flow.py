@@ -57,7 +57,7 @@ class DistillTextOptions:
     name_files: tuple[Path, ...] = ()
     """Names to train on, one a line."""
     own_names_only: bool = False
-    """Use the run's classes and `name_files` alone."""
+    """Use only the run's classes and `name_files`."""
     held_out_percent: float = 10.0
     """Of the names."""
     epochs: int = 30
@@ -70,7 +70,7 @@ class DistillTextOptions:
     data_root: Path = Path("data")
     runs: Path = Path("runs")
     allow_download: bool = False
-    """Download what student.pt names and this machine does not have."""
+    """Download files that student.pt refers to and this machine lacks."""
     resume_line: str = "the same command"
     """The command that resumes an interrupted run."""
 

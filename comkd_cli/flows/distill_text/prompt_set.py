@@ -19,7 +19,7 @@ SPLIT = 0.1  # of the tokens, in training: so that the tokens of bytes and of pa
 
 
 def some_prompts(prompts: Prompts, name: str, most: int | None) -> list[str]:
-    """The prompts of a name; of more than `most` that many, which depend on the name alone. None: all."""
+    """The prompts of a name, at most `most`, chosen by the name alone. None: all."""
     texts = prompts.of(name)
     if most is None or len(texts) <= most:
         return list(texts)
