@@ -251,7 +251,7 @@ def _is_refusal(error: OSError, scratch: Path) -> bool:
     """Whether a write in the scratch folder failed: errors of other files are not the folder's."""
     if error.filename is None:
         return error.errno in ERRORS_WITHOUT_FILENAME
-    if error.errno == errno.EEXIST:  # of some file systems, if another process has written the target meanwhile
+    if error.errno == errno.EEXIST:  # on some file systems, if another process has written the target in the meantime
         return False
     return error.errno in REMEDIES and Path(os.fsdecode(error.filename)).is_relative_to(scratch)
 
@@ -263,7 +263,7 @@ def _sync(file: Path) -> None:
 
 
 def allocate(descriptor: int, size: int) -> None:
-    """Give an open file so many bytes on the disk: on a full one, a write to a map of it would kill the process.
+    """Allocate this many bytes for an open file: on a full disk, a write to a map of it would kill the process.
 
     Raises OSError.
     """

@@ -328,7 +328,7 @@ def _epochs_left(folder: Path, epochs: int) -> int:
 
 
 def _times_scored(epochs: int, recipe: Recipe) -> int:
-    """How often so many epochs score the test images."""
+    """How often the test images are scored in this number of epochs."""
     every = 1 if recipe.selection == "promptkd" else recipe.evaluate_every_epochs
     return max(1, epochs // every) if every else 1
 

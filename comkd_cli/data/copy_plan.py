@@ -39,7 +39,7 @@ class CopyPlan:
     """Of a copy, the mean over a sample."""
 
     def size_bytes(self, images: int) -> float:
-        """Of the copies of so many images, as estimated from the sample."""
+        """Of the copies of this many images, as estimated from the sample."""
         return images * self.bytes_per_image
 
     def text(self, images: int, folder: Path) -> str:
@@ -131,7 +131,7 @@ class Stored:
                     total += state.st_size
                 elif ranks.is_main() and time.time() - state.st_mtime > LEFTOVER_SECONDS:
                     Path(entry.path).unlink()
-            except OSError:  # removed meanwhile
+            except OSError:  # removed in the meantime
                 continue
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         return Stored(frozenset(files), total, shutil.disk_usage(existing).free)

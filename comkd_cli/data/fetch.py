@@ -26,7 +26,7 @@ MIRROR = "zhengli97/prompt_learning_dataset"
 REVISION = "ceb3112337fb6e1bf71534e355ca5569b63f19a6"  # pinned: the archives of CATALOG are those of this revision
 MOST_BYTES = 100 * 2**30  # of one unpacked dataset; the largest, SUN397, has about 39 GB
 MOST_MEMBERS = 2_000_000  # of one archive; SUN397 has 108,754 images
-# Errors of a name in the archive, which another folder would not mend.
+# Errors of a name in the archive, which another folder would not fix.
 OF_NAMES = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 
 Tick = Callable[[int, int], None]

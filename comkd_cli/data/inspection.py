@@ -35,7 +35,7 @@ class InspectedFile:
     """An image file of the folder."""
 
     path: str
-    """Text, not a Path: making so many of those takes longer than their stat."""
+    """Text, not a Path: creating so many Paths takes longer than the stat calls."""
     split: str
     """`train`, `val` or `test`; `train` for a folder without splits."""
     class_name: str | None

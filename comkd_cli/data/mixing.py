@@ -1,7 +1,7 @@
 """Mixed crops: mixup and CutMix of two images, each a pure function of (seed, image, view).
 
-torchvision's and timm's versions mix an image with another one of its batch. Here the seed chooses the partner, so that
-a mixed crop does not depend on the batch, and the teacher's features of it can be cached.
+torchvision's and timm's versions mix an image with another image of its batch. Here the seed chooses the partner, so
+that a mixed crop does not depend on the batch, and the teacher's features of it can be cached.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def _opened(index: ShardIndex, folder: Path, held_out: Mask, is_held: bool) -> S
     try:
         with atomic_folder(folder) as unfinished:
             _write(index, unfinished, lambda block: held_out(block) == is_held)
-    except OSError:  # another process may have written the same part meanwhile
+    except OSError:  # another process may have written the same part in the meantime
         if not (folder / "index.json").is_file():
             raise
     return ShardIndex(folder)

@@ -140,7 +140,7 @@ def state_digest(state: os.stat_result) -> bytes:
 
 
 def blocks(count: int) -> Iterator[slice]:
-    """Slices of so many images that fit into memory, together all of them."""
+    """Slices of as many images as fit into memory; together they cover all images."""
     for start in range(0, count, BLOCK_IMAGES):
         yield slice(start, min(start + BLOCK_IMAGES, count))
 

@@ -80,7 +80,7 @@ def _listed_entry(item: Any, prefix: str, path: Path, position: str) -> Entry:
 
 
 class _LabelCheck:
-    """Checks that labels and classes are one to one, and that no image has two labels."""
+    """Checks that labels and classes correspond one to one, and that no image has two labels."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -71,7 +71,7 @@ def draw_shots(train: Sequence[int], val: Sequence[int], shots: int, seed: int) 
 
 
 def halves(classes: int) -> dict[Half, range]:
-    """The labels of each half of so many classes: the first ceil(n / 2) are base (CoOp, subsample_classes)."""
+    """The labels of each half of this many classes: the first ceil(n / 2) are base (CoOp, subsample_classes)."""
     middle = ceil(classes / 2)
     return {"all": range(classes), "base": range(middle), "new": range(middle, classes)}
 

@@ -11,7 +11,7 @@ MOST_NAMED = 10  # unreadable images that are named one by one; all are counted
 
 
 def check_unreadable(problems: Collection[str], images: int, limit_percent: float, what: str = "images") -> None:
-    """Raise DataError, naming them, if more than the limit of so many images could not be read.
+    """Raise DataError, naming them, if more of this many images than the limit could not be read.
 
     problems: a line for each unreadable image. what: names the images in the message, such as "test images".
     """

@@ -111,7 +111,7 @@ def fix_characters(line: str, unescape: bool) -> str:
 
 
 def fixed_text(text: str) -> str:
-    """A text with characters fixed and entities replaced, as `basic_clean` of open_clip but for the ends."""
+    """A text with characters fixed and entities replaced, as by open_clip's `basic_clean`, but not stripped."""
     unescape, lines = True, []
     for line in text.split("\n"):
         # ftfy treats a text as HTML from the first < on, and keeps its entities. Those are replaced below, where curly

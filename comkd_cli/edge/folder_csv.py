@@ -220,7 +220,7 @@ class _Table:
         self.rows, self.unreadable, self._bytes = state["rows"], state["unreadable"], state["bytes"]
 
     def append(self, rows: Sequence[Sequence[str]], unreadable: int) -> None:
-        """Write the rows of a batch, unreadable: of which so many have an error."""
+        """Write the rows of a batch. unreadable: the number of them that have an error."""
         self.rows += len(rows)
         self.unreadable += unreadable
         self._write(rows)

@@ -134,7 +134,7 @@ def cached_bundle(source: HubBundle, tick: Tick = lambda done, total: None) -> P
             names = _names(folder, read_manifest(folder))
         for done, name in enumerate(names, start=1):
             try:
-                # Of the manifest's own commit, whatever is pushed meanwhile.
+                # Of the manifest's own commit, whatever is pushed in the meantime.
                 hf_hub_download(source.repository, name, revision=folder.name)
             except EntryNotFoundError as error:
                 if not _is_reference(name):

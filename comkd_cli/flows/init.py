@@ -125,7 +125,7 @@ def already_exists(path: Path) -> WriteError:
 
 
 def proposed_schedule(images: int) -> Schedule:
-    """The batch size and epochs for so many training images.
+    """The batch size and epochs for this number of training images.
 
     The batch is the largest power of two up to MOST_BATCH with at least LEAST_STEPS_PER_EPOCH steps an epoch, and at
     least LEAST_BATCH; the epochs are as many as TARGET_STEPS need, within LEAST_EPOCHS and MOST_EPOCHS.

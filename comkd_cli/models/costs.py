@@ -56,7 +56,7 @@ def step_multiply_adds(batch_size: int, trained: Tower, frozen: Tower | None = N
 
 
 def text_multiply_adds(clip: nn.Module, tokens: int) -> int:
-    """Multiply-adds of the weights of an open_clip model's text tower, for so many tokens of all prompts."""
+    """Multiply-adds of the weights of an open_clip model's text tower, for this total number of prompt tokens."""
     weights = {
         name: parameter.numel()
         for name, parameter in clip.named_parameters()

@@ -1,4 +1,4 @@
-"""The finished students below a folder of runs, and what an evaluation of them has to know first."""
+"""The finished students below a folder of runs, and the facts that an evaluation needs before it loads them."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class WarmStart:
         """The image tower of the new student; `load_into` loads what was learned.
 
         Only a prompts-only student needs the original weights of its backbone, which its file does not hold. Raises
-        CheckpointError if these are others by now, and ModelError.
+        CheckpointError if these have changed since, and ModelError.
         """
         frozen = settings.train == "prompts"
         initial = settings.model_copy(update={"weights": self.record.backbone.weights})

@@ -19,7 +19,7 @@ from comkd_cli.errors import ComkdError, ModelError
 
 MOST_NAMED = 3
 MOST_REPEATED_BYTES = 2**24  # of a tensor that repeats what it stores, as torch's `expand` does
-SAME_MODEL_SHARE = 0.5  # of a model's tensors: a file with so many of them holds that model, under other names
+SAME_MODEL_SHARE = 0.5  # of a model's tensors: a file with at least this share holds that model, under other names
 # By the names of their tensors, files of programs whose weights open_clip does not load.
 TRANSFORMERS_PREFIXES = ("vision_model.", "text_model.")
 OPENAI_NUMBERS = {"input_resolution", "context_length", "vocab_size"}

@@ -231,7 +231,7 @@ def _series(number: int, markers: bool = True) -> dict[str, Any]:
 
 
 def _svg(canvas: Canvas, name: str, description: str) -> Markup:
-    """The figure as an element for the page, with ids of its own and a description for those who cannot see it."""
+    """The figure as an element for the page, with ids of its own and a description for readers who cannot see it."""
     stream = io.BytesIO()
     canvas.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)
     text = stream.getvalue().decode("utf-8")

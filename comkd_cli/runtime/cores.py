@@ -59,7 +59,7 @@ def chooses_threads(device: str = "cpu") -> bool:
 
 
 def step_threads(multiply_adds: int | None) -> int | None:
-    """The threads of this process for steps of so many multiply-adds; None leaves their number as it is.
+    """The number of threads of this process for steps of that many multiply-adds; None leaves it unchanged.
 
     A thread costs a few microseconds at each operator, so a small step is as fast or faster with fewer. The number
     depends on the size of the step and on the cores alone, as it decides the last bits of the result. A number that the

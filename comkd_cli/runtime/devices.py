@@ -63,7 +63,7 @@ def to_host(tensor: torch.Tensor) -> Callable[[], np.ndarray]:
 
 @contextmanager
 def limited_threads(threads: int | None) -> Iterator[None]:
-    """A context in which torch computes in so many threads on a CPU; None: in as many as before."""
+    """A context in which torch uses this many threads on a CPU; None: as many as before."""
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)

@@ -1,9 +1,9 @@
 """Keeps torch's compiler out of the imports of commands that compile nothing.
 
-Two modules import torch._dynamo for all who import torchvision or timm, and with it sympy, torch._inductor and FSDP:
-about half of the time of all imports. Neither needs it before the functions are called that they import it for.
+Two modules import torch._dynamo whenever torchvision or timm is imported, and with it sympy, torch._inductor and FSDP:
+about half of the time of all imports. Neither needs it until the functions that use it are called.
 
-The command line uses this module before torch is loaded; so it imports torch by name, within the functions.
+The command line uses this module before torch is loaded, so it imports torch by name, within the functions.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Plan:
     folder: Path
     steps_per_epoch: int
     state: str
-    """Of the run's files: new, to be resumed, finished, or another run's."""
+    """The state of the run's files: new, to be resumed, finished, or another run's."""
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def distill(
     TrainingError, CheckpointError, Interrupted, or InUseError if another process is making the run.
     """
     with collectives.main_holds(sole_writer(run.folder)):
-        if not fresh and finished(run, report):  # meanwhile, by another process
+        if not fresh and finished(run, report):  # in the meantime, by another process
             return run.student_file
         return _distill(run, teacher, accelerator, report, resume_line, fresh)
 

@@ -1,4 +1,4 @@
-"""Images of a run, as the features of its student, on which class vectors are compared."""
+"""Images of a run, as features of its student, on which class vectors are compared."""
 
 from __future__ import annotations
 
