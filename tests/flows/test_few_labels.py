@@ -119,7 +119,7 @@ def test_a_probed_teacher_is_reused_and_belongs_to_its_labels_and_settings(
         assert make_stage(pictures, weights, stage.runs, adapt=adaptation).folder != stage.folder
     fewer = stage.adaptation_source.train.subset(list(range(LABELLED - 1)))
     assert replace(stage, adaptation_source=replace(stage.adaptation_source, train=fewer)).key != stage.key
-    with pytest.raises(CheckpointError, match="different classes"):
+    with pytest.raises(CheckpointError, match="classes that differ from those of the data"):
         load_saved_teacher(stage.file, ("a", "b"), torch.device("cpu"))
 
 
