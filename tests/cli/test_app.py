@@ -85,6 +85,17 @@ def test_every_command_and_every_option_says_what_it_is_for(path: tuple[str, ...
     assert command.help.splitlines()[0].split()[0] in shown.output
 
 
+@pytest.mark.parametrize("path", [(), ("datasets",), ("recipes",)], ids=" ".join)
+def test_in_80_columns_the_summary_of_each_command_is_whole_and_on_one_line(path: tuple[str, ...]) -> None:
+    shown = CliRunner().invoke(main, [*path, "--help"], env={"COLUMNS": "80"}, terminal_width=80)
+    _, _, commands_ = shown.output.partition("\nCommands:\n")
+    lines = commands_.partition("\n\n")[0].splitlines()
+    group = at(path)
+    assert isinstance(group, click.Group)
+    assert [line.split()[0] for line in lines] == group.list_commands(click.Context(group))
+    assert not [line for line in lines if not line.endswith(".") or line.endswith("...")]
+
+
 @each_command
 def test_every_argument_is_described_in_the_help(path: tuple[str, ...]) -> None:
     command = at(path)

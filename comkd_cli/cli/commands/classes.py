@@ -11,7 +11,7 @@ from comkd_cli.cli.completing import complete_student
 from comkd_cli.cli.options import allow_download_option, json_option
 
 
-@click.command()
+@click.command(short_help="List a student's classes, or add classes by name.")
 @click.argument("student", type=click.Path(dir_okay=False, path_type=Path), shell_complete=complete_student)
 @click.option("--add", "names", multiple=True, metavar="NAME", help="Add this class; may be repeated.")
 @click.option(

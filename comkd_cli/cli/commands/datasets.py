@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from comkd_cli.recipe.catalog import Dataset
 
 
-@click.group()
+@click.group(short_help="List, check, split and download the suite's datasets.")
 def command() -> None:
     """List, check, split and download the datasets of the evaluation suite."""
 
@@ -42,7 +42,7 @@ def list_(as_json: bool) -> None:
     print_table(columns, rows)
 
 
-@command.command()
+@command.command(short_help="Report whether datasets are ready, and what to do.")
 @click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete_dataset)
 @click.option(
     "--deep",
@@ -81,7 +81,7 @@ def check(names: tuple[str, ...], deep: bool, data_root: Path, as_json: bool) ->
         raise DataError("not ready", path=data_root, found=", ".join(not_ready))
 
 
-@command.command()
+@command.command(short_help="Print the train, val and test images of a dataset.")
 @click.argument("name", shell_complete=complete_dataset)
 @click.option("--shots", type=click.IntRange(min=1), help="Draw this many training images per class.")
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Seed of the draw.")
@@ -119,7 +119,7 @@ def split(name: str, shots: int | None, seed: int, half: str, data_root: Path, a
             click.echo("\t".join(visible(str(cell), one_line=True) for cell in (part, label, class_name, path)))
 
 
-@command.command()
+@command.command(short_help="Download, unpack and check datasets of the suite.")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_dataset)
 @data_root_option
 @json_option

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from comkd_cli.flows.distill_text import DistilledText
 
 
-@click.command()
+@click.command(short_help="Distil a teacher's text encoder into a small one.")
 @click.argument("student", type=click.Path(dir_okay=False, path_type=Path), shell_complete=complete_student)
 @click.option(
     "--out",

@@ -9,7 +9,7 @@ import click
 from comkd_cli.cli.options import data_root_option, json_option, runs_option
 
 
-@click.command()
+@click.command(short_help="Check whether this machine can run comkd.")
 @runs_option
 @data_root_option
 @json_option

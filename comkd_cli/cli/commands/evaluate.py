@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PROTOCOLS = ("zero-shot", "base-to-novel", "few-shot", "cross-dataset", "domain-generalization")
 
 
-@click.command()
+@click.command(short_help="Score students, teachers or any CLIP on test images.")
 @click.argument("model", required=False, shell_complete=complete_student)
 @click.option(
     "--dataset",

@@ -21,7 +21,7 @@ def _positive(_context: click.Context, parameter: click.Parameter, value: float 
     return value
 
 
-@click.command()
+@click.command(short_help="Export a student to a bundle of checked ONNX graphs.")
 @click.argument("student", type=click.Path(dir_okay=False, path_type=Path), shell_complete=complete_student)
 @click.option("--onnx", is_flag=True, expose_value=False, help="ONNX, the default and only format; may be left out.")
 @click.option(

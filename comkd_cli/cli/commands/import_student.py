@@ -11,7 +11,7 @@ from comkd_cli.cli.completing import complete_dataset, complete_recipe
 from comkd_cli.cli.options import data_root_option, runs_option, typed_command
 
 
-@click.command()
+@click.command(short_help="Convert a student of PromptKD's own code.")
 @click.argument("recipe", shell_complete=complete_recipe)
 @click.option(
     "--dataset",

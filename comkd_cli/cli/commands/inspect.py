@@ -10,7 +10,7 @@ import click
 from comkd_cli.cli.options import json_option
 
 
-@click.command()
+@click.command(short_help="Describe an .onnx file, a bundle or a .pt file.")
 @click.argument("file", type=click.Path(exists=True, path_type=Path))
 @json_option
 def command(file: Path, as_json: bool) -> None:

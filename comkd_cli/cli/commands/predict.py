@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from comkd_cli.flows.predict import Table
 
 
-@click.command()
+@click.command(short_help="Classify images with an exported bundle.")
 @click.argument("bundle", type=click.Path(file_okay=False, path_type=Path))
 @click.argument("images", nargs=-1, metavar="[IMAGE]...")
 @click.option(

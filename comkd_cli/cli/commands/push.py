@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command(short_help="Upload a bundle to the Hugging Face Hub.")
 @click.argument("bundle", type=click.Path(file_okay=False, path_type=Path))
 @click.argument("repo")
 @click.option("--public", is_flag=True, help="Make a new repository public. Default: private.")

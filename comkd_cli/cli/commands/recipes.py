@@ -22,7 +22,7 @@ def list_() -> None:
     print_table([Column("recipe", "word"), Column("about", "text")], rows)
 
 
-@command.command()
+@command.command(short_help="Print a recipe with every default written out.")
 @click.argument("name", shell_complete=complete_recipe)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a recipe field, as in distill.")
 def show(name: str, settings: tuple[str, ...]) -> None:
@@ -38,7 +38,7 @@ def show(name: str, settings: tuple[str, ...]) -> None:
     click.echo(text if encodable(text) else to_yaml(recipe, ascii_only=True), nl=False)
 
 
-@command.command()
+@command.command(short_help="Check recipe files and print all their faults.")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...", shell_complete=complete_recipe)
 def check(files: tuple[str, ...]) -> None:
     """Check each FILE and print all its faults; the exit code is 1 if there is one."""

@@ -29,7 +29,7 @@ def _names(_context: click.Context, _parameter: click.Parameter, values: tuple[s
     return tuple(dict.fromkeys(name for value in values for name in value.split(",") if name))
 
 
-@click.command()
+@click.command(short_help="Run a protocol of the papers and compare the tables.")
 @click.argument(
     "protocol", type=click.Choice(("base-to-novel", "cross-dataset", "domain-generalization")), metavar="PROTOCOL"
 )
