@@ -11,7 +11,7 @@ from comkd_cli.cli.completing import complete_student
 from comkd_cli.cli.options import allow_download_option, json_option
 
 
-@click.command(short_help="List a student's classes, or add classes by name.")
+@click.command()
 @click.argument("student", type=click.Path(dir_okay=False, path_type=Path), shell_complete=complete_student)
 @click.option("--add", "names", multiple=True, metavar="NAME", help="Add this class; may be repeated.")
 @click.option(
@@ -37,11 +37,11 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     allow_download: bool,
     as_json: bool,
 ) -> None:
-    """List the classes of STUDENT.pt, or add classes by name with --add.
+    """List the classes of STUDENT.pt, or add classes by name.
 
-    An added class gets a vector from the text encoder of the student's teacher; nothing is trained. The new student is
-    written to a separate file, for `comkd evaluate` and `comkd export`. For each new class, the most similar one is
-    printed: above a cosine of 0.98 the student can hardly tell them apart.
+    A class that is added with --add gets a vector from the text encoder of the student's teacher; nothing is trained.
+    The new student is written to a separate file, for `comkd evaluate` and `comkd export`. For each new class, the most
+    similar one is printed: above a cosine of 0.98 the student can hardly tell them apart.
     """
     from comkd_cli.cli.terminal import output, print_json, reporting, starting
 

@@ -7,13 +7,13 @@ import click
 SHELLS = ("bash", "zsh", "fish")
 
 
-@click.command(short_help="Print a shell script that completes `comkd`.")
+@click.command()
 @click.argument("shell", type=click.Choice(SHELLS), metavar="SHELL")
 def command(shell: str) -> None:
-    """Print a script for SHELL (bash, zsh or fish) that completes `comkd`.
+    """Print a script with which SHELL completes `comkd`.
 
-    Commands and options are completed, and the names of recipes, datasets and the folders of runs. bash needs
-    version 4.4 or later.
+    SHELL is bash, zsh or fish. Commands and options are completed, and the names of recipes, datasets and the folders
+    of runs. bash needs version 4.4 or later.
     """
     from click.shell_completion import get_completion_class
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from comkd_cli.recipe.catalog import Dataset
 
 
-@click.group(short_help="List, check, split and download the suite's datasets.")
+@click.group()
 def command() -> None:
-    """List, check, split and download the datasets of the evaluation suite."""
+    """List, check, split and download the suite's datasets."""
 
 
 @command.command("list")
@@ -42,7 +42,7 @@ def list_(as_json: bool) -> None:
     print_table(columns, rows)
 
 
-@command.command(short_help="Report whether datasets are ready, and what to do.")
+@command.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete_dataset)
 @click.option(
     "--deep",
@@ -52,7 +52,7 @@ def list_(as_json: bool) -> None:
 @data_root_option
 @json_option
 def check(names: tuple[str, ...], deep: bool, data_root: Path, as_json: bool) -> None:
-    """Report whether each dataset is ready, incomplete or missing, and what to do.
+    """Report whether each dataset is ready, and what to do if not.
 
     Reads the split files, checks that every image in them exists, and compares the counts with the published
     ones. Without a NAME, all datasets are checked. The exit code is 1 if a named dataset is not ready; without a NAME,
@@ -81,7 +81,7 @@ def check(names: tuple[str, ...], deep: bool, data_root: Path, as_json: bool) ->
         raise DataError("not ready", path=data_root, found=", ".join(not_ready))
 
 
-@command.command(short_help="Print the train, val and test images of a dataset.")
+@command.command()
 @click.argument("name", shell_complete=complete_dataset)
 @click.option("--shots", type=click.IntRange(min=1), help="Draw this many training images per class.")
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Seed of the draw.")
@@ -96,10 +96,11 @@ def check(names: tuple[str, ...], deep: bool, data_root: Path, as_json: bool) ->
 @data_root_option
 @json_option
 def split(name: str, shots: int | None, seed: int, half: str, data_root: Path, as_json: bool) -> None:
-    """Print the train, val and test images of NAME; only its split files are read.
+    """Print the train, val and test images of NAME.
 
-    With --json a document {"train": [[path, label, class name], ...], "val": ..., "test": ...}, with paths
-    relative to the dataset's folder; otherwise one line per image. --shots draws as CoOp and Dassl do.
+    Only its split files are read. With --json a document {"train": [[path, label, class name], ...], "val": ...,
+    "test": ...}, with paths relative to the dataset's folder; otherwise one line per image. --shots draws as CoOp and
+    Dassl do.
     """
     from comkd_cli.cli.terminal import print_json
     from comkd_cli.data.split_files import read_splits
@@ -119,15 +120,16 @@ def split(name: str, shots: int | None, seed: int, half: str, data_root: Path, a
             click.echo("\t".join(visible(str(cell), one_line=True) for cell in (part, label, class_name, path)))
 
 
-@command.command(short_help="Download, unpack and check datasets of the suite.")
+@command.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_dataset)
 @data_root_option
 @json_option
 def fetch(names: tuple[str, ...], data_root: Path, as_json: bool) -> None:
-    """Download, unpack and check each dataset NAME from its mirror on the Hugging Face Hub.
+    """Download, unpack and check each dataset NAME.
 
-    If the connection breaks, the download is resumed; after the command is killed, it starts from the beginning.
-    ImageNet and its variants are not on the mirror; for these, the message says where to get them.
+    The mirror is on the Hugging Face Hub. If the connection breaks, the download is resumed; after the command is
+    killed, it starts from the beginning. ImageNet and its variants are not on the mirror; for these, the message says
+    where to get them.
     """
     from comkd_cli.cli.terminal import print_json, reporting
     from comkd_cli.data.fetch import fetch_dataset

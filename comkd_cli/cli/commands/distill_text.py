@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from comkd_cli.flows.distill_text import DistilledText
 
 
-@click.command(short_help="Distil a teacher's text encoder into a small one.")
+@click.command()
 @click.argument("student", type=click.Path(dir_okay=False, path_type=Path), shell_complete=complete_student)
 @click.option(
     "--out",
@@ -70,12 +70,13 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     allow_download: bool,
     as_json: bool,
 ) -> None:
-    """Distil the text encoder of STUDENT.pt's teacher into a small one.
+    """Distil a teacher's text encoder into a small one.
 
-    `comkd export --text-student` adds it to a bundle. It has at most 1/8 of the parameters. It learns the teacher's
-    vectors of prompts that contain names: STUDENT's classes, --names, the classes of the suite's datasets below the
-    data root and of ImageNet, and the WordNet nouns in ImageNet-21k. The figures are measured on held-out names, which
-    are chosen by a digest of the name. An interrupted run is resumed; the teacher encodes each prompt once.
+    The teacher is that of STUDENT.pt. `comkd export --text-student` adds the small encoder to a bundle. It has at most
+    1/8 of the parameters. It learns the teacher's vectors of prompts that contain names: STUDENT's classes, --names,
+    the classes of the suite's datasets below the data root and of ImageNet, and the WordNet nouns in ImageNet-21k. The
+    figures are measured on held-out names, which are chosen by a digest of the name. An interrupted run is resumed; the
+    teacher encodes each prompt once.
     """
     from comkd_cli.cli.terminal import print_json, reporting, starting
 

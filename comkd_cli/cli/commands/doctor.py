@@ -9,16 +9,16 @@ import click
 from comkd_cli.cli.options import data_root_option, json_option, runs_option
 
 
-@click.command(short_help="Check whether this machine can run comkd.")
+@click.command()
 @runs_option
 @data_root_option
 @json_option
 def command(runs: Path, data_root: Path, as_json: bool) -> None:
-    """Check whether this machine can run comkd, with a remedy for each finding.
+    """Check whether this machine can run comkd.
 
     It checks Python, the required packages, torch and torchvision, the GPU and its driver, cores, memory, disk,
-    datasets and cached weights. Nothing is downloaded. The exit code is 1 if `comkd distill` could not run. Put the
-    output of --json into a bug report.
+    datasets and cached weights. Each finding has a remedy. Nothing is downloaded. The exit code is 1 if `comkd distill`
+    could not run. Put the output of --json into a bug report.
     """
     from rich.text import Text
 

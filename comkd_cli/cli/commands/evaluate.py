@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PROTOCOLS = ("zero-shot", "base-to-novel", "few-shot", "cross-dataset", "domain-generalization")
 
 
-@click.command(short_help="Score students, teachers or any CLIP on test images.")
+@click.command()
 @click.argument("model", required=False, shell_complete=complete_student)
 @click.option(
     "--dataset",
@@ -84,12 +84,12 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     allow_download: bool,
     as_json: bool,
 ) -> None:
-    """Score students beside their teachers, or any CLIP, on test images.
+    """Score students, teachers or any CLIP on test images.
 
     MODEL is a student.pt, or ARCH:WEIGHTS for any open_clip model (then choose the images with --dataset, --all or
-    --folder). Without MODEL, the newest finished students of each dataset under RUNS are scored. Each image passes
-    through a model once: features are kept in RUNS/features, and every protocol is derived from them.
-    Students get a report.html beside results.json.
+    --folder). A student is scored beside its teacher. Without MODEL, the newest finished students of each dataset under
+    RUNS are scored. Each image passes through a model once: features are kept in RUNS/features, and every protocol is
+    derived from them. Students get a report.html beside results.json.
 
     New scores are added to results.json and replace earlier scores of the same kind. If a model or dataset fails, the
     error is printed, the others are still scored, and the exit code is 1. With --all, missing datasets are listed but

@@ -21,7 +21,7 @@ def _positive(_context: click.Context, parameter: click.Parameter, value: float 
     return value
 
 
-@click.command(short_help="Export a student to a bundle of checked ONNX graphs.")
+@click.command()
 @click.argument("student", type=click.Path(dir_okay=False, path_type=Path), shell_complete=complete_student)
 @click.option("--onnx", is_flag=True, expose_value=False, help="ONNX, the default and only format; may be left out.")
 @click.option(
@@ -154,13 +154,13 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     force: bool,
     as_json: bool,
 ) -> None:
-    """Export STUDENT.pt to a bundle of ONNX graphs that are checked in onnxruntime.
+    """Export STUDENT.pt to a bundle of checked ONNX graphs.
 
-    The bundle has a predict.py that needs no torch. The graphs must reproduce the student's answers on real images, at
-    batch sizes 1, 2 and 7 (or at --batch), and for every class. A precision or an input that misses its gate is left
-    out of the bundle, its figures are printed, and the exit code is 1. int8 is calibrated and chosen on images that its
-    gate does not use. The temperature of the probabilities and the threshold below which an image is none of the
-    classes are fitted on other held-out images, if there are enough. Limits of --gate: cosine_min,
+    The bundle has a predict.py that needs no torch. In onnxruntime, the graphs must reproduce the student's answers on
+    real images, at batch sizes 1, 2 and 7 (or at --batch), and for every class. A precision or an input that misses its
+    gate is left out of the bundle, its figures are printed, and the exit code is 1. int8 is calibrated and chosen on
+    images that its gate does not use. The temperature of the probabilities and the threshold below which an image is
+    none of the classes are fitted on other held-out images, if there are enough. Limits of --gate: cosine_min,
     agreement_min_percent, top1_loss_max_points, difference_max. The text encoder in fp16 or int8 has its own gate
     (`text.cosine_min`, `text.agreement_min_percent`): a cosine of at least 0.995 with the fp32 vector of every name and
     a top-1 agreement of at least 99.5 %.

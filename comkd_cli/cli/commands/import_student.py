@@ -11,7 +11,7 @@ from comkd_cli.cli.completing import complete_dataset, complete_recipe
 from comkd_cli.cli.options import data_root_option, runs_option, typed_command
 
 
-@click.command(short_help="Convert a student of PromptKD's own code.")
+@click.command()
 @click.argument("recipe", shell_complete=complete_recipe)
 @click.option(
     "--dataset",
@@ -32,9 +32,9 @@ from comkd_cli.cli.options import data_root_option, runs_option, typed_command
 def command(
     recipe: str, dataset: str | None, seed: int | None, settings: tuple[str, ...], runs: Path, data_root: Path
 ) -> None:
-    """Convert a student of PromptKD's own code to a student.pt, without training.
+    """Convert a student of PromptKD's own code to a student.pt.
 
-    The student is written to RUNS/<recipe>/<dataset>/seed<k>/student.pt. RECIPE has
+    Nothing is trained. The student is written to RUNS/<recipe>/<dataset>/seed<k>/student.pt. RECIPE has
     `student: {weights: FILE, format: promptkd}`, the teacher that the student was distilled from (for the class
     vectors), and the data (for the class names). Every other command then accepts the student.pt. Nothing in FILE is
     executed.

@@ -10,11 +10,11 @@ import click
 from comkd_cli.cli.options import json_option
 
 
-@click.command(short_help="Describe an .onnx file, a bundle or a .pt file.")
+@click.command()
 @click.argument("file", type=click.Path(exists=True, path_type=Path))
 @json_option
 def command(file: Path, as_json: bool) -> None:
-    """Describe FILE: an exported .onnx, a bundle, or a .pt file that comkd wrote.
+    """Describe FILE: an .onnx file, a bundle or a .pt file.
 
     It prints kind, size, classes, pre-processing, precision, inputs and outputs, figures, sha256 and origin. Nothing in
     the file is executed. The exit code is 1 for other files, and for a bundle whose files are missing or have changed

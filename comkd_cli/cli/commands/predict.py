@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from comkd_cli.flows.predict import Table
 
 
-@click.command(short_help="Classify images with an exported bundle.")
+@click.command()
 @click.argument("bundle", type=click.Path(file_okay=False, path_type=Path))
 @click.argument("images", nargs=-1, metavar="[IMAGE]...")
 @click.option(
@@ -56,13 +56,13 @@ if TYPE_CHECKING:
 def command(
     bundle: Path, images: tuple[str, ...], csv_file: Path | None, fresh: bool, as_json: bool, **settings: Any
 ) -> None:
-    """Print the most probable classes of each IMAGE, using the exported BUNDLE. Needs no torch.
+    """Classify each IMAGE with the exported BUNDLE.
 
-    BUNDLE is a folder, or hf:OWNER/NAME for one on the Hugging Face Hub, which is downloaded once.
-    IMAGE is an image file, or - for standard input. With --csv it is a folder. The columns of the CSV file are the path
-    below the folder, class and probability, the further classes, none_of_these if BUNDLE has a threshold, and the
-    error of an image that cannot be read. An image is none of these if the probability of its most probable class is
-    below the threshold.
+    It prints the most probable classes, and needs no torch. BUNDLE is a folder, or hf:OWNER/NAME for one on the Hugging
+    Face Hub, which is downloaded once. IMAGE is an image file, or - for standard input. With --csv it is a folder. The
+    columns of the CSV file are the path below the folder, class and probability, the further classes, none_of_these if
+    BUNDLE has a threshold, and the error of an image that cannot be read. An image is none of these if the probability
+    of its most probable class is below the threshold.
     """
     from comkd_cli.edge.figures import misused_figures
     from comkd_cli.flows.predict import Table

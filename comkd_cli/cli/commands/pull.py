@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 
-@click.command(short_help="Download a bundle from the Hugging Face Hub.")
+@click.command()
 @click.argument("repo")
 @click.option(
     "--out",

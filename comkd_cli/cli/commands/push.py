@@ -7,17 +7,17 @@ from pathlib import Path
 import click
 
 
-@click.command(short_help="Upload a bundle to the Hugging Face Hub.")
+@click.command()
 @click.argument("bundle", type=click.Path(file_okay=False, path_type=Path))
 @click.argument("repo")
 @click.option("--public", is_flag=True, help="Make a new repository public. Default: private.")
 @click.option("--dry-run", is_flag=True, help="Print what would be uploaded, and upload nothing.")
 def command(bundle: Path, repo: str, public: bool, dry_run: bool) -> None:
-    """Upload BUNDLE to REPO on the Hugging Face Hub, OWNER/NAME, with its model card.
+    """Upload BUNDLE to REPO on the Hugging Face Hub.
 
-    The files of the bundle's manifest are uploaded and nothing else in the folder; they are printed first. A repository
-    that does not exist is created, private without --public. Log in with HF_TOKEN or `hf auth login`; HF_ENDPOINT
-    selects another Hub.
+    REPO is OWNER/NAME. The model card and the files of the bundle's manifest are uploaded, and nothing else in the
+    folder; they are printed first. A repository that does not exist is created, private without --public. Log in with
+    HF_TOKEN or `hf auth login`; HF_ENDPOINT selects another Hub.
     """
     from rich.filesize import decimal
 

@@ -22,13 +22,13 @@ def list_() -> None:
     print_table([Column("recipe", "word"), Column("about", "text")], rows)
 
 
-@command.command(short_help="Print a recipe with every default written out.")
+@command.command()
 @click.argument("name", shell_complete=complete_recipe)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a recipe field, as in distill.")
 def show(name: str, settings: tuple[str, ...]) -> None:
-    """Print a recipe with `extends` resolved and every default written out.
+    """Print a recipe with every default written out.
 
-    NAME is a bundled recipe or a file.
+    `extends` is resolved. NAME is a bundled recipe or a file.
     """
     from comkd_cli.cli.terminal import encodable
     from comkd_cli.recipe import load_recipe, to_yaml
@@ -38,10 +38,13 @@ def show(name: str, settings: tuple[str, ...]) -> None:
     click.echo(text if encodable(text) else to_yaml(recipe, ascii_only=True), nl=False)
 
 
-@command.command(short_help="Check recipe files and print all their faults.")
+@command.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...", shell_complete=complete_recipe)
 def check(files: tuple[str, ...]) -> None:
-    """Check each FILE and print all its faults; the exit code is 1 if there is one."""
+    """Check each FILE and print all its faults.
+
+    The exit code is 1 if there is one.
+    """
     from comkd_cli.errors import RecipeError
     from comkd_cli.recipe import check_recipes
 

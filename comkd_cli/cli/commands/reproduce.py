@@ -29,7 +29,7 @@ def _names(_context: click.Context, _parameter: click.Parameter, values: tuple[s
     return tuple(dict.fromkeys(name for value in values for name in value.split(",") if name))
 
 
-@click.command(short_help="Run a protocol of the papers and compare the tables.")
+@click.command()
 @click.argument(
     "protocol", type=click.Choice(("base-to-novel", "cross-dataset", "domain-generalization")), metavar="PROTOCOL"
 )
@@ -71,7 +71,7 @@ def command(  # noqa: PLR0913 - click passes each option as a parameter
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Run PROTOCOL as the papers do, and compare with the published table.
+    """Run PROTOCOL of the papers and compare the tables.
 
     PROTOCOL is base-to-novel, cross-dataset or domain-generalization. Teachers are adapted, students distilled and
     scored. The command first times one training step, then prints the remaining runs with the time and disk space that
